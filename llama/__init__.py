@@ -1,0 +1,18 @@
+"""Llama 3: a faithful, readable port of Meta's inference code. See `Llama.build`."""
+
+from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.model import ModelArgs, Transformer
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+__all__ = [
+    "ChatFormat",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "Dialog",
+    "Llama",
+    "Message",
+    "ModelArgs",
+    "Tokenizer",
+    "Transformer",
+]
+__version__ = "0.1.0"

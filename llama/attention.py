@@ -1,0 +1,89 @@
+"""How queries read keys and values, and where those are kept. Knows nothing about weights.
+
+Shapes: B rows, T new positions a row, S positions read, D head_dim, H / K query / key-value heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """(B, S, K, D) -> (B, S, K * n_rep, D): each key-value head n_rep times in a row."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
+
+
+def plain_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention as the formula says it; same arguments as `grouped_attention`, its oracle."""
+    _, T, H, D = xq.shape
+    S = keys.shape[1]
+    keys, values = (repeat_kv(x, H // x.shape[2]).transpose(1, 2) for x in (keys, values))
+    scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(D)  # (B, H, T, S)
+    if mask is None:
+        mask = torch.ones(T, S, dtype=torch.bool, device=xq.device).tril(S - T)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    scores = F.softmax(scores.float(), dim=-1).type_as(xq)
+    return (scores @ values).transpose(1, 2)
+
+
+def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention, arXiv:2305.13245, without copying the key-value heads.
+
+    Args:
+        xq: (B, T, H, D); query head h reads key-value head h // (H / K).
+        keys, values: (B, S, K, D).
+        mask: booleans, true where a query may look, (T, S) or (B, 1, T, S). None: causal if
+            T = S, everything if T = 1.
+
+    Returns:
+        (B, T, H, D).
+    """
+    B, T, H, D = xq.shape
+    K = keys.shape[2]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if T == 1:  # a group's query heads become the queries of their key-value head
+        xq = xq.view(B, K, H // K, D)
+        return F.scaled_dot_product_attention(xq, keys, values, mask).reshape(B, 1, H, D)
+    out = F.scaled_dot_product_attention(
+        xq.transpose(1, 2), keys, values, mask, is_causal=mask is None, enable_gqa=H != K
+    )
+    return out.transpose(1, 2)
+
+
+class KVCache(nn.Module):
+    """Keys and values of one layer, (max_batch, max_seq_len, K, D) each.
+
+    Row b's position p lives in `k[b, p]`. What lies beyond a row's position is garbage that no
+    mask lets through, and is written before the row gets there: nothing needs clearing.
+    """
+
+    k: Tensor
+    v: Tensor
+
+    def __init__(self, shape: tuple[int, int, int, int], like: Tensor):
+        super().__init__()
+        for name in ("k", "v"):
+            zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    def update(
+        self, xk: Tensor, xv: Tensor, index: tuple[Tensor, Tensor], cache_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """Write (B, T, K, D) at `index`; return the first `cache_len` positions, as views.
+
+        Args:
+            index: (B, 1) rows and (B, T) or (1, T) positions, int64.
+        """
+        self.k.index_put_(index, xk)
+        self.v.index_put_(index, xv)
+        k, v = (cache.narrow(0, 0, len(xk)).narrow(1, 0, cache_len) for cache in (self.k, self.v))
+        return k, v
+
+    def move_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of row `source` to row `target`."""
+        for cache in (self.k, self.v):
+            cache[target, :length] = cache[source, :length]

@@ -1,0 +1,111 @@
+"""What a `tokenizer.model` holds, and the JSON beside it. Knows the files, not how to encode."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from pathlib import Path
+from typing import Any
+
+# Llama 3's pre-tokenizer; a sidecar may name another one (see `Tokenizer`).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+N_SPECIAL_TOKENS = 256
+
+# The first special tokens of each release, in id order; None is the next "reserved" one.
+SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
+    "llama3": (
+        "<|begin_of_text|>", "<|end_of_text|>", None, None, None, None,
+        "<|start_header_id|>", "<|end_header_id|>", None, "<|eot_id|>",
+    ),
+    "llama3.1": (
+        "<|begin_of_text|>", "<|end_of_text|>", None, None, "<|finetune_right_pad_id|>",
+        "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>",
+        "<|python_tag|>", "<|image|>",
+    ),
+}  # fmt: skip
+
+
+def special_token_table(version: str, first_id: int) -> dict[str, int]:
+    """The 256 special tokens of `version` ("llama3" or "llama3.1"), numbered from `first_id`."""
+    if version not in SPECIAL_TOKENS:
+        raise ValueError(f"unknown special tokens {version!r}; use one of {list(SPECIAL_TOKENS)}")
+    named = SPECIAL_TOKENS[version]
+    names: list[str] = []
+    reserved = 0
+    for i in range(N_SPECIAL_TOKENS):
+        name = named[i] if i < len(named) else None
+        if name is None:
+            name = f"<|reserved_special_token_{reserved}|>"
+            reserved += 1
+        names.append(name)
+    return {name: first_id + i for i, name in enumerate(names)}
+
+
+def read_ranks(model_path: str) -> dict[bytes, int]:
+    """Read a tiktoken rank file, `base64(token) rank` a line, from a local path or a remote URL.
+
+    The file is read at each call: tiktoken's own loader keeps a cache keyed by path, and would
+    answer with the old vocabulary after the file has been replaced.
+    """
+    if "://" in model_path:
+        import blobfile
+
+        with blobfile.BlobFile(model_path, "rb") as f:
+            data: bytes = f.read()
+    elif Path(model_path).is_file():
+        data = Path(model_path).read_bytes()
+    else:
+        raise FileNotFoundError(
+            f"no tokenizer at {model_path}; give the path of the checkpoint's tokenizer.model file"
+        )
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except (ValueError, binascii.Error):
+            raise ValueError(
+                f"{model_path}, line {number} is not 'base64-token rank': this is not a tiktoken "
+                "rank file (a web page or a Git-LFS pointer saved in its place?); download it again"
+            ) from None
+    if len(set(ranks.values())) != len(ranks) or not ranks:
+        raise ValueError(f"{model_path} is empty or gives an id twice; download it again")
+    return ranks
+
+
+def default_spec(version: str, first_id: int) -> dict[str, Any]:
+    """What a sidecar would say of an official `tokenizer.model`."""
+    special = special_token_table(version, first_id)
+    stop = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+    pad = "<|finetune_right_pad_id|>"
+    return {
+        "pat_str": LLAMA3_PATTERN,
+        "special_tokens": special,
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
+        "pad_token": pad if pad in special else None,
+        "stop_tokens": [text for text in stop if text in special],
+        "chat_format": "llama3",
+        "default_system": None,
+    }
+
+
+def read_sidecar(model_path: str) -> dict[str, Any]:
+    """The contents of `tokenizer.model.json` beside `tokenizer.model`, or nothing."""
+    path = Path(model_path + ".json")
+    if "://" in model_path or not path.is_file():
+        return {}
+    try:
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from None
+    known = set(default_spec("llama3", 0))
+    if not isinstance(sidecar, dict) or set(sidecar) - known:
+        raise ValueError(f"{path} must be a JSON object with keys among {sorted(known)}")
+    return sidecar

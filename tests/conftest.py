@@ -1,0 +1,102 @@
+"""What the tests share: the demo model, Meta's own code as the oracle, tiny random checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+
+from llama import Llama, ModelArgs, Transformer
+
+TINY = {
+    "dim": 64,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "vocab_size": 128256,
+    "multiple_of": 16,
+    "norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+
+
+@pytest.fixture(scope="session")
+def demo_dir() -> Path:
+    """The demo model in the official layout."""
+    from llama.demo import ensure_demo_model
+
+    return ensure_demo_model()
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_path() -> Path:
+    """Meta's 128k rank file, as PyPI's llama-models carries it."""
+    import llama_models.llama3
+
+    return Path(llama_models.llama3.__path__[0]) / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def demo(demo_dir: Path) -> Llama:
+    """The demo model in fp32 on the CPU."""
+    return Llama.build(
+        demo_dir, demo_dir / "tokenizer.model", 256, 8, device="cpu", dtype=torch.float32
+    )
+
+
+@pytest.fixture(scope="module")
+def one_rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The process group of one that Meta's code insists on."""
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    fs_init.initialize_model_parallel(1)
+    yield
+    fs_init.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def meta_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """Meta's published Transformer with these weights, fp32."""
+    from llama_models.llama3.args import ModelArgs as MetaArgs
+    from llama_models.llama3.model import Transformer as MetaTransformer
+
+    model = MetaTransformer(MetaArgs(**params))
+    model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=True)
+    return model.eval()
+
+
+def random_weights(seed: int = 0, **params: Any) -> dict[str, torch.Tensor]:
+    """Seeded weights of a model of this shape, of a size that keeps activations near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):
+        shapes = {
+            name: w.shape for name, w in Transformer(ModelArgs(**params)).state_dict().items()
+        }
+    return {
+        name: 1 + 0.1 * torch.randn(shape, generator=generator)
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * shape[1] ** -0.5
+        for name, shape in shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """Write an official-layout checkpoint of random weights: `tiny_checkpoint(dim=32, ...)`."""
+
+    def write(**changes: Any) -> Path:
+        params = TINY | changes
+        folder = tmp_path_factory.mktemp("tiny")
+        (folder / "params.json").write_text(json.dumps(params))
+        torch.save(random_weights(**params), folder / "consolidated.00.pth")
+        return folder
+
+    return write

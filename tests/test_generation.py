@@ -1,0 +1,265 @@
+"""generation.py and engine.py: what callers get for good and for bad input.
+
+Items of the reference's behaviour that were mended are named by their number in docs/parity.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+
+Tiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> Llama:
+    """A random model with the real vocabulary, 64 positions, 4 rows."""
+    folder = tiny_checkpoint()
+    return Llama.build(folder, llama3_tokenizer_path, 64, 4, device="cpu", dtype=torch.float32)
+
+
+PROMPTS = [[128000, 9, 8, 7], [128000, *range(500, 520)], [128000], [128000, *range(40)]]
+
+
+def greedy_by_hand(llama: Llama, prompt: list[int], n: int) -> list[int]:
+    """No cache, no batch: the whole sequence through the model for each id."""
+    ids = list(prompt)
+    for _ in range(n):
+        with torch.no_grad():
+            ids.append(int(llama.model(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_ragged_rows_equal_each_row_alone(tiny: Llama) -> None:
+    """Item 9: one prefill of whole prompts, each row with its own position."""
+    got, _ = tiny.generate(PROMPTS, 12, temperature=0)
+    assert got == [greedy_by_hand(tiny, prompt, 12) for prompt in PROMPTS]
+
+
+def test_prefill_is_one_pass(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item 9: the reference fed what exceeds the shortest prompt token by token."""
+    shapes: list[tuple[int, int]] = []
+    hidden = tiny.model.hidden
+
+    def spy(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))  # type: ignore[arg-type]
+        return hidden(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(tiny.model, "hidden", spy)
+    tiny.generate(PROMPTS, 3, temperature=0)
+    assert shapes == [(4, 41), (4, 1), (4, 1)]
+
+
+def test_prefill_makes_logits_of_the_last_position_only(
+    tiny: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Item 10: no (prompt, vocabulary) logits."""
+    rows: list[int] = []
+    logits = tiny.model.logits
+
+    def spy(h: torch.Tensor) -> torch.Tensor:
+        rows.append(h.shape[:-1].numel())
+        return logits(h)
+
+    monkeypatch.setattr(tiny.model, "logits", spy)
+    tiny.generate(PROMPTS, 2, temperature=0)
+    assert rows == [4, 4]
+
+
+def stop_at(llama: Llama, monkeypatch: pytest.MonkeyPatch, *tokens: int) -> None:
+    monkeypatch.setattr(llama.tokenizer, "stop_tokens", list(tokens))
+
+
+def test_stop_token_ends_its_row_alone(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Item 9: a finished row is neither decoded nor sampled any more; others are unmoved."""
+    stop_at(tiny, monkeypatch)
+    free, free_scores = tiny.generate(PROMPTS, 12, temperature=0, logprobs=True)
+    stop = free[1][4]
+    stop_at(tiny, monkeypatch, stop)
+    batches: list[int] = []
+    hidden = tiny.model.hidden
+
+    def spy(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        batches.append(len(tokens))
+        return hidden(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(tiny.model, "hidden", spy)
+    got, scores = tiny.generate(PROMPTS, 12, temperature=0, logprobs=True)
+    want = [ids[: ids.index(stop)] if stop in ids else ids for ids in free]
+    assert got == want and len(got[1]) <= 4
+    assert free_scores is not None and scores is not None
+    for a, b in zip(scores, free_scores, strict=True):
+        assert a == pytest.approx(b[: len(a)], abs=1e-5)
+    assert [len(s) for s in scores] == [len(ids) for ids in got]
+    assert min(batches) < 4
+
+
+def test_echo_keeps_a_prompt_that_holds_a_stop_token(
+    tiny: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Item 6: the reference cut at the first stop token anywhere, inside the prompt too."""
+    stop_at(tiny, monkeypatch, 8)
+    [got], _ = tiny.generate([PROMPTS[0]], 3, temperature=0, echo=True)
+    assert got[:4] == PROMPTS[0]
+
+
+def test_budgets_and_finish_reasons(tiny: Llama) -> None:
+    """Item 9: a prompt that fills max_seq_len yields nothing and says why; others go on."""
+    full, nearly = list(range(64)), list(range(61))
+    got, _ = tiny.generate([full, nearly, PROMPTS[0]], 10, temperature=0)
+    assert [len(ids) for ids in got] == [0, 3, 10]
+    text = tiny.tokenizer.decode(nearly[:20])
+    for prediction in tiny.text_completion([text], max_gen_len=2, temperature=0):
+        assert prediction["finish_reason"] == "length"
+
+
+def test_finish_reason_stop(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_at(tiny, monkeypatch, *range(128256))
+    [prediction] = tiny.text_completion(["Hello"], logprobs=True)
+    assert prediction == {"generation": "", "finish_reason": "stop", "tokens": [], "logprobs": []}
+
+
+def test_logprobs_are_raw_and_aligned(tiny: Llama) -> None:
+    """Items 5: no shift where nothing is generated; the first token has none."""
+    for n in (0, 5):
+        torch.manual_seed(3)
+        ids, scores = tiny.generate(PROMPTS, n, temperature=0.7, logprobs=True, echo=True)
+        assert scores is not None
+        for row, got in zip(ids, scores, strict=True):
+            raw = torch.log_softmax(tiny.model(torch.tensor([row]))[0], -1)
+            want = [raw[i, t].item() for i, t in enumerate(row[1:])]
+            assert got[0] is None and got[1:] == pytest.approx(want, abs=1e-4)
+
+
+def test_max_gen_len_0_generates_nothing(tiny: Llama) -> None:
+    assert tiny.generate(PROMPTS, 0) == ([[]] * 4, None)
+    assert tiny.generate(PROMPTS, 0, echo=True) == (PROMPTS, None)
+    assert tiny.generate(PROMPTS, 0, logprobs=True) == ([[]] * 4, [[]] * 4)
+
+
+def test_padding_id_in_a_prompt_is_an_ordinary_id(tiny: Llama) -> None:
+    """Item 17: no id is special to the batch."""
+    prompt = [128000, 0, 128004, 5]
+    got, _ = tiny.generate([prompt, PROMPTS[1]], 4, temperature=0, echo=True)
+    assert got[0] == prompt + greedy_by_hand(tiny, prompt, 4)
+
+
+def test_same_seed_same_ids(tiny: Llama) -> None:
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        runs.append(tiny.generate(PROMPTS, 8, temperature=1.0)[0])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_predictions(tiny: Llama) -> None:
+    [plain] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4)
+    [full] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4, logprobs=True, echo=True)
+    assert set(plain) == {"generation", "finish_reason"}
+    assert full["generation"] == "<|begin_of_text|>Hello" + plain["generation"]
+    assert full["tokens"][:2] == ["<|begin_of_text|>", "Hello"] and len(full["logprobs"]) == 6
+    [chat] = tiny.chat_completion([[{"role": "user", "content": "Hi"}]], 0, 0.9, 4, logprobs=True)
+    assert chat["generation"]["role"] == "assistant"
+    assert len(chat["tokens"]) == len(chat["logprobs"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompt_tokens": []}, ValueError, "empty"),
+        ({"prompt_tokens": [[1], []]}, ValueError, "prompt 1 is empty"),
+        ({"prompt_tokens": [[1]] * 5}, ValueError, "max_batch_size 4"),
+        ({"prompt_tokens": [[1] * 65]}, ValueError, "max_seq_len 64"),
+        ({"prompt_tokens": ["text"]}, TypeError, "token ids"),
+        ({"prompt_tokens": [[1, "a"]]}, TypeError, "'a'"),
+        ({"prompt_tokens": [[1.5]]}, TypeError, r"1\.5"),
+        ({"prompt_tokens": [5]}, TypeError, "token ids"),
+        ({"prompt_tokens": [[128256]]}, ValueError, "128256; ids are 0 to 128255"),
+        ({"prompt_tokens": [[-1]]}, ValueError, "-1"),
+        ({"max_gen_len": -1}, ValueError, "max_gen_len"),
+        ({"max_gen_len": 1.0}, TypeError, "max_gen_len"),
+        ({"temperature": -0.1}, ValueError, "temperature"),
+        ({"temperature": float("nan")}, ValueError, "temperature"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"top_p": -0.1}, ValueError, "top_p"),
+        ({"top_p": 1.1}, ValueError, "top_p"),
+        ({"top_p": None}, TypeError, "top_p"),
+    ],
+)
+def test_bad_input(
+    tiny: Llama, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    arguments: dict[str, Any] = {"prompt_tokens": [[1, 2]], "max_gen_len": 2} | change
+    with pytest.raises(error, match=message):
+        tiny.generate(**arguments)
+    assert tiny.generate([[1, 2]], 1, temperature=0)[0]  # and it still works
+
+
+def test_bad_texts_and_dialogs(tiny: Llama) -> None:
+    with pytest.raises(TypeError, match="list of texts"):
+        tiny.text_completion("Hello")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="str"):
+        tiny.text_completion([None])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="empty"):
+        tiny.text_completion([])
+    with pytest.raises(ValueError, match="unknown role"):
+        tiny.chat_completion([[{"role": "robot", "content": "x"}]])  # type: ignore[typeddict-item]
+    with pytest.raises(TypeError, match="list"):
+        tiny.chat_completion([{"role": "user", "content": "x"}])  # type: ignore[list-item]
+
+
+def test_empty_text_without_bos(demo: Llama) -> None:
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        demo.text_completion([""])
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"max_seq_len": 0}, ValueError),
+        ({"max_batch_size": -1}, ValueError),
+        ({"max_batch_size": 1.5}, ValueError),
+        ({"seed": "x"}, TypeError),
+        ({"model_parallel_size": 2}, ValueError),
+        ({"dtype": "fp16"}, TypeError),
+        ({"device": "gpu0"}, RuntimeError),
+    ],
+)
+def test_bad_build(
+    tiny_checkpoint: Tiny,
+    llama3_tokenizer_path: Path,
+    change: dict[str, Any],
+    error: type[Exception],
+) -> None:
+    arguments: dict[str, Any] = {
+        "ckpt_dir": tiny_checkpoint(),
+        "tokenizer_path": llama3_tokenizer_path,
+        "max_seq_len": 16,
+        "max_batch_size": 1,
+        "device": "cpu",
+    }
+    with pytest.raises(error):
+        Llama.build(**arguments | change)
+
+
+def test_build_leaves_the_process_alone_and_repeats(
+    tiny_checkpoint: Tiny, llama3_tokenizer_path: Path
+) -> None:
+    """Items 1, 8 and 15: one process needs no launcher or group; builds repeat."""
+    before = torch.get_default_dtype(), torch.get_default_device(), sys.stdout
+    for seed in (1, 2):
+        folder = tiny_checkpoint(use_scaled_rope=seed == 2, rope_scale_factor=16)
+        llama = Llama.build(folder, llama3_tokenizer_path, 9000, 1, seed=seed, dtype=torch.float32)
+        assert torch.initial_seed() == seed
+        # Item 4: 3.1's params.json and stop tokens, and more than 8192 positions.
+        assert (128008 in llama.tokenizer.stop_tokens) == (seed == 2)
+        llama.generate([[1, 2, 3]], 2)
+    assert before == (torch.get_default_dtype(), torch.get_default_device(), sys.stdout)
+    assert not torch.distributed.is_initialized()

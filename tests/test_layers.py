@@ -1,0 +1,92 @@
+"""DESIGN: a file imports only from the rows above it; importing the package changes nothing."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Top to bottom; files of one row do not import each other. docs/architecture.md draws this.
+ROWS = [
+    {"llama.args", "llama.parallel", "llama.rope", "llama.sampling", "llama.vocabulary"},
+    {"llama.attention", "llama.tokenizer"},
+    {"llama.model"},
+    {"llama.checkpoint", "llama.engine"},
+    {"llama.convert", "llama.convert.gguf"},
+    {"llama.generation"},
+    {"llama"},  # the public names
+    {"llama.demo"},
+    {"llama.cli"},
+]
+ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row}
+# A package's own __init__ is where the files of its row share code.
+WITHIN_ROW = {("llama.convert.gguf", "llama.convert")}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {module_name(path): path for path in sorted((ROOT / "llama").rglob("*.py"))}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module of this package that a file imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the whole name"
+            module = node.module or ""
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            submodules = names & set(FILES)
+            found |= submodules or {module}
+    return {name for name in found if name.split(".")[0] == "llama"}
+
+
+def test_every_file_has_a_row() -> None:
+    assert set(FILES) == set(ROW_OF)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_only_from_rows_above(name: str) -> None:
+    for other in imported_modules(FILES[name]):
+        assert ROW_OF[other] < ROW_OF[name] or (name, other) in WITHIN_ROW, (
+            f"{name} may not import {other}"
+        )
+
+
+def test_importing_changes_nothing() -> None:
+    code = """
+import os, sys, warnings, torch, numpy
+import fairscale.nn.model_parallel, tiktoken  # what the packages themselves do is not ours
+before = (dict(os.environ), torch.get_default_dtype(), torch.get_default_device(),
+          torch.initial_seed(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+          torch.is_grad_enabled(), sys.stdout, sys.stderr, list(sys.path), list(warnings.filters))
+import llama, llama.model, llama.generation, llama.tokenizer
+after = (dict(os.environ), torch.get_default_dtype(), torch.get_default_device(),
+         torch.initial_seed(), torch.get_rng_state().tolist(), torch.get_num_threads(),
+         torch.is_grad_enabled(), sys.stdout, sys.stderr, list(sys.path), list(warnings.filters))
+assert before == after
+assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
+assert not {"gguf", "fire", "transformers"} & set(sys.modules), "heavy imports"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_budgets() -> None:
+    """DESIGN: a file under 300 lines, a function under 50."""
+    for path in FILES.values():
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                assert lines <= 50, f"{path}: {node.name} has {lines} lines"

@@ -1,0 +1,148 @@
+"""model.py against Meta's published Transformer on random models, and its own promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import meta_model, random_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama import ModelArgs, Transformer, engine
+from llama.model import plain_attention
+from llama.sampling import sample
+
+SHAPES = {
+    "grouped": {},
+    "multi-head": {"n_kv_heads": None},
+    "multi-query": {"n_kv_heads": 1},
+    "three groups of three": {"dim": 72, "n_heads": 9, "n_kv_heads": 3},
+    "wide feed-forward": {"ffn_dim_multiplier": 1.3, "multiple_of": 64},
+    "narrow feed-forward": {"ffn_dim_multiplier": 0.4, "multiple_of": 8},
+    "scaled rope": {"use_scaled_rope": True, "dim": 256, "n_heads": 2, "n_kv_heads": 1},
+    "other theta, eps": {"rope_theta": 10000.0, "norm_eps": 1e-3},
+    "odd vocabulary": {"vocab_size": 517},
+    "one layer, one head": {"n_layers": 1, "n_heads": 1, "n_kv_heads": 1},
+}
+BASE = {
+    "dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 300,
+    "multiple_of": 16, "max_batch_size": 3, "max_seq_len": 64,
+}  # fmt: skip
+
+
+def ours(**params: object) -> Transformer:
+    model = Transformer(ModelArgs(**params))  # type: ignore[arg-type]
+    model.load_state_dict(random_weights(**params), strict=True)
+    return model
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
+def test_logits_equal_metas(one_rank_group: None, changes: dict[str, object]) -> None:
+    params = BASE | changes
+    model, meta = ours(**params), meta_model(params, random_weights(**params))
+    tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    for start, end in [(0, 20), *((i, i + 1) for i in range(20, 30)), (30, 37), (37, 40)]:
+        got = model(tokens[:, start:end], start)
+        assert got.dtype == torch.float32 and not got.requires_grad
+        want = meta(tokens[:, start:end], start)
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_rows_at_their_own_positions() -> None:
+    """Ragged rows in one call equal each row alone."""
+    model, tokens = ours(**BASE), torch.randint(0, 300, (3, 30))
+    whole = model(tokens)
+    lengths = [5, 17, 11]
+    model(tokens[:, :17], 0)
+    start = torch.tensor(lengths)
+    step = torch.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
+    h = model.hidden(step, start, cache_len=21)
+    for row, n in enumerate(lengths):
+        want = whole[row, n : n + 4]
+        torch.testing.assert_close(model.logits(h[row]), want, atol=1e-5, rtol=0)
+    one = model(step[:, :1], start)  # one position a row: the other branch of attention
+    torch.testing.assert_close(one, model.logits(h[:, :1]), atol=1e-5, rtol=0)
+
+
+def test_grouped_attention_equals_plain() -> None:
+    model, tokens = ours(**BASE), torch.randint(0, 300, (2, 12))
+    fast = [model(tokens, 0), model(tokens[:, :1], 12), model(tokens[:, :3], 13)]
+    for attention in model.attentions():
+        attention.attend = plain_attention
+    plain = [model(tokens, 0), model(tokens[:, :1], 12), model(tokens[:, :3], 13)]
+    for a, b in zip(fast, plain, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_without_a_cache_it_is_causal_and_trains() -> None:
+    model, tokens = ours(**BASE), torch.randint(0, 300, (2, 12))
+    logits = model(tokens)
+    changed = tokens.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 300
+    torch.testing.assert_close(model(changed)[:, :8], logits[:, :8])
+    assert not torch.allclose(model(changed)[:, 8:], logits[:, 8:])
+    torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    ).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(a.cache is None for a in model.attentions())
+
+
+def test_rope_stays_complex64_whatever_the_dtype() -> None:
+    model = ours(**BASE).to(torch.bfloat16)
+    model(torch.tensor([[1, 2, 3]]), 0)
+    assert model.freqs_cis.dtype == torch.complex64
+    attention = next(model.attentions())
+    assert attention.cache is not None and attention.cache.k.dtype == torch.bfloat16
+
+
+def test_cache_is_not_in_the_state_dict() -> None:
+    model = ours(**BASE)
+    names = set(model.state_dict())
+    model.setup_cache(1, 8)
+    assert set(model.state_dict()) == names
+
+
+def test_positions_outside_the_cache_are_refused() -> None:
+    model = ours(**BASE)
+    with pytest.raises(ValueError, match="max_seq_len 64"):
+        model(torch.zeros(1, 2, dtype=torch.long), 63)
+    with pytest.raises(ValueError, match="outside"):
+        model(torch.zeros(1, 2, dtype=torch.long), -1)
+    with pytest.raises(ValueError, match="4 rows do not fit a cache of 3"):
+        model(torch.zeros(4, 2, dtype=torch.long), 0)
+    with pytest.raises(ValueError, match="max_seq_len"):
+        model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_vocabulary_must_be_known() -> None:
+    with pytest.raises(ValueError, match="vocab_size"):
+        Transformer(ModelArgs(dim=64, n_layers=1, n_heads=2))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
+    """Prefill, decode and sampling on fake CUDA tensors: a CPU tensor among them would raise."""
+    args = ModelArgs(**(BASE | {"use_scaled_rope": scaled}))  # type: ignore[arg-type]
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
+        with torch.device("meta"):
+            model = Transformer(args)
+        weights = {
+            name: torch.empty(w.shape, dtype=torch.bfloat16, device="cuda")
+            for name, w in model.state_dict().items()
+        }
+        model.load_state_dict(weights, strict=True, assign=True)
+        model.setup_cache(3, 64)
+        prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
+        h = engine.prefill(model, prompts)
+        logits = engine.last_logits(model, h, [3, 4, 1])
+        for same_length in (False, True):
+            rows = [engine.Row([0] * (3 if same_length else len(p)), 1, [5]) for p in prompts]
+            for temperature in (0, 0.6):
+                ids = sample(logits, temperature, 0.9)
+                assert ids.device.type == "cuda" and ids.shape == (3,)
+            assert engine.chosen_logprobs(logits, ids).device.type == "cuda"
+            logits = engine.decode_step(model, rows)
+            assert logits.device.type == "cuda" and logits.dtype == torch.float32
+        tokens = torch.zeros(3, 9, dtype=torch.long, device="cuda")
+        assert model(tokens, 9).shape == (3, 9, 300)
+        assert model(tokens).device.type == "cuda"

@@ -1,0 +1,122 @@
+"""The demo weights through Meta's own Transformer and through ours: the same numbers and ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import reference
+import torch
+from conftest import meta_model
+
+from llama import Llama
+
+TEXTS = [
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, in a small village,",
+    "The three primary colours are",
+    "def fibonacci(n):\n    ",
+    "The quick brown fox",
+    "In 1969, the first",
+    "To make bread you need flour,",
+    "Photosynthesis is the process by which",
+    "My favourite season is autumn because",
+    "El perro come",
+    "1, 2, 3, 4, 5,",
+    "Dear Sir or Madam,",
+    "The mitochondria are",
+    "SELECT name FROM users WHERE",
+    "She opened the door and",
+    "The square root of 144 is",
+    "A haiku about rain:\n",
+    "Breaking news:",
+    "The difference between a crocodile and an alligator is",
+    "for i in range(10):",
+]
+
+
+LENGTHS = (3, 5, 8)  # tokens; seven prompts of each
+
+
+@pytest.fixture(scope="module")
+def meta(one_rank_group: None, demo_dir: Path) -> torch.nn.Module:
+    params = json.loads((demo_dir / "params.json").read_text())
+    weights = torch.load(demo_dir / "consolidated.00.pth", weights_only=True)
+    return meta_model(params | {"max_batch_size": 7, "max_seq_len": 128}, weights)
+
+
+@pytest.fixture(scope="module")
+def groups(demo: Llama) -> list[list[list[int]]]:
+    """Prompts by length: each text, said twice, cut to its first ids."""
+    encoded = [demo.tokenizer.encode(f"{text} {text}", bos=True, eos=False) for text in TEXTS]
+    return [[ids[:n] for ids in encoded[i::3]] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.fixture(scope="module")
+def expected(
+    meta: torch.nn.Module, groups: list[list[list[int]]]
+) -> list[tuple[list[list[int]], torch.Tensor, torch.Tensor]]:
+    """64 ids for each prompt by Meta's code; stop tokens are not heeded, so that all are long."""
+    return [reference.greedy(meta, prompts, 64) for prompts in groups]
+
+
+Expected = list[tuple[list[list[int]], torch.Tensor, torch.Tensor]]
+
+
+def test_logits_of_prefill_and_every_decode_step(demo: Llama, expected: Expected) -> None:
+    for length, (ids, _, want) in zip(LENGTHS, expected, strict=True):
+        tokens = torch.tensor(ids)
+        logits = demo.model(tokens[:, :length], 0)[:, -1]
+        for i in range(want.shape[1]):
+            torch.testing.assert_close(logits, want[:, i], atol=1e-4, rtol=0)
+            logits = demo.model(tokens[:, length + i, None], length + i)[:, -1]
+
+
+def test_greedy_ids_and_logprobs(
+    demo: Llama,
+    groups: list[list[list[int]]],
+    expected: Expected,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """21 prompts x 64 tokens, in ragged batches."""
+    monkeypatch.setattr(demo.tokenizer, "stop_tokens", [])
+    for i in range(7):
+        batch = [prompts[i] for prompts in groups]
+        ids, scores = demo.generate(batch, 64, temperature=0, logprobs=True, echo=True)
+        assert scores is not None
+        for row, (want_ids, want_scores, _) in enumerate(expected):
+            assert ids[row] == want_ids[i]
+            assert scores[row][0] is None
+            got = torch.tensor(scores[row][1:])
+            torch.testing.assert_close(got, want_scores[i], atol=1e-4, rtol=0)
+
+
+def test_greedy_ids_of_one_prompt(
+    demo: Llama,
+    groups: list[list[list[int]]],
+    expected: Expected,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(demo.tokenizer, "stop_tokens", [])
+    for prompts, (want, _, _) in zip(groups, expected, strict=True):
+        [got], _ = demo.generate([prompts[0]], 64, temperature=0, echo=True)
+        assert got == want[0]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.0, 1.0), (1.3, 0.5), (0.8, 0.0)])
+def test_sampled_ids_of_one_prompt(
+    demo: Llama,
+    meta: torch.nn.Module,
+    groups: list[list[list[int]]],
+    temperature: float,
+    top_p: float,
+) -> None:
+    stop = set(demo.tokenizer.stop_tokens)
+    for seed, prompts in enumerate(groups):
+        torch.manual_seed(seed)
+        want = reference.sampled(meta, prompts[1], 12, stop, temperature, top_p)
+        torch.manual_seed(seed)
+        [got], _ = demo.generate([prompts[1]], 12, temperature=temperature, top_p=top_p)
+        assert got == want and len(got) > 2
