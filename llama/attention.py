@@ -30,6 +30,11 @@ def plain_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return (scores @ values).transpose(1, 2)
 
 
+# fp32 on a CPU is for exactness, and the fused kernel there takes a faster, coarser exponential:
+# below this many scores (64 MB) they are computed as the formula says.
+EXACT_SCORES = 1 << 24
+
+
 def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """Grouped-query attention, arXiv:2305.13245, without copying the key-value heads.
 
@@ -43,7 +48,9 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
         (B, T, H, D).
     """
     B, T, H, D = xq.shape
-    K = keys.shape[2]
+    S, K = keys.shape[1:3]
+    if xq.dtype == torch.float32 and xq.device.type == "cpu" and B * H * T * S <= EXACT_SCORES:
+        return exact_grouped_attention(xq, keys, values, mask)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if T == 1:  # a group's query heads become the queries of their key-value head
         xq = xq.view(B, K, H // K, D)
@@ -52,6 +59,24 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
         xq.transpose(1, 2), keys, values, mask, is_causal=mask is None, enable_gqa=H != K
     )
     return out.transpose(1, 2)
+
+
+def exact_grouped_attention(
+    xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> Tensor:
+    """`plain_attention`'s arithmetic on folded heads; same arguments as `grouped_attention`."""
+    B, T, H, D = xq.shape
+    S, K = keys.shape[1:3]
+    folded = xq.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    scores = folded @ keys.permute(0, 2, 3, 1) / math.sqrt(D)
+    scores = scores.view(B, K, H // K, T, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=xq.device).tril(S - T)
+    if mask is not None:
+        scores = scores.masked_fill(~(mask.unsqueeze(1) if mask.dim() == 4 else mask), -math.inf)
+    weights = F.softmax(scores, dim=-1).view(B, K, -1, S)
+    out = (weights @ values.transpose(1, 2)).view(B, K, H // K, T, D)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
 class KVCache(nn.Module):

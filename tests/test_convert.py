@@ -78,6 +78,8 @@ def random_bpe(rng: random.Random) -> tuple[dict[str, int], list[str]]:
         merges.sort(key=lambda merge: tokens.index(merge.replace(" ", "")))
     if rng.random() < 0.2:
         merges.pop(rng.randrange(len(merges)))
+    elif rng.random() < 0.2:
+        rng.shuffle(merges)
     return {text: i for i, text in enumerate(tokens)}, merges
 
 

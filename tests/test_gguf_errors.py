@@ -120,3 +120,10 @@ def test_without_the_gguf_package(plain: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'llama3\[demo\]'"):
         read_params(plain)
+
+
+def test_a_key_that_is_not_text(plain: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(plain.read_bytes().replace(b"smollm", b"smol\xff\xff"))
+    with pytest.raises(ValueError, match=r"bad.gguf is damaged in tokenizer.ggml.pre"):
+        read_tokenizer(bad)

@@ -8,7 +8,7 @@ from conftest import meta_model, random_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer, engine
-from llama.model import plain_attention
+from llama.model import grouped_attention, plain_attention
 from llama.sampling import sample
 
 SHAPES = {
@@ -63,14 +63,20 @@ def test_rows_at_their_own_positions() -> None:
     torch.testing.assert_close(one, model.logits(h[:, :1]), atol=1e-5, rtol=0)
 
 
-def test_grouped_attention_equals_plain() -> None:
-    model, tokens = ours(**BASE), torch.randint(0, 300, (2, 12))
-    fast = [model(tokens, 0), model(tokens[:, :1], 12), model(tokens[:, :3], 13)]
-    for attention in model.attentions():
-        attention.attend = plain_attention
-    plain = [model(tokens, 0), model(tokens[:, :1], 12), model(tokens[:, :3], 13)]
-    for a, b in zip(fast, plain, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("exact_scores", [0, 1 << 24], ids=["fused", "exact"])
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (6, 1)])
+def test_grouped_attention_equals_plain(
+    monkeypatch: pytest.MonkeyPatch, exact_scores: int, heads: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("llama.attention.EXACT_SCORES", exact_scores)
+    H, K = heads
+    for B, T, S, ragged in [(2, 7, 7, None), (3, 1, 9, None), (3, 1, 9, True), (2, 3, 9, True)]:
+        xq, keys, values = torch.randn(B, T, H, 8), torch.randn(B, S, K, 8), torch.randn(B, S, K, 8)
+        mask = torch.rand(B, 1, T, S) < 0.7 if ragged else None
+        if mask is not None:
+            mask[..., 0] = True
+        got = grouped_attention(xq, keys, values, mask)
+        torch.testing.assert_close(got, plain_attention(xq, keys, values, mask))
 
 
 def test_without_a_cache_it_is_causal_and_trains() -> None:

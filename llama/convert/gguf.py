@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Keys under which the same tensors would compute something else: refused unless absent or 0.
 OTHER_MATH = ("expert_count", "logit_scale", "residual_scale", "embedding_scale", "attention.scale")
-
 # `tokenizer.ggml.pre` -> split pattern. SmolLM's is every digit alone, and GPT-2's rule around it.
 PATTERNS = {
     "llama-bpe": LLAMA3_PATTERN,
@@ -66,7 +65,7 @@ class _File:
         try:
             return self.fields[key].contents() if key in self.fields else default
         except UnicodeDecodeError as e:
-            raise ValueError(f"{self.path} is damaged at {key} ({e}); download it again") from e
+            raise ValueError(f"{self.path} is damaged in {key} ({e}); download it again") from e
 
     def need(self, key: str) -> Any:
         """The value of `key`, which must be there."""
@@ -276,9 +275,9 @@ def _tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
     add_bos = file.get("tokenizer.ggml.add_bos_token", llama3)
     bos = file.need("tokenizer.ggml.bos_token_id") if add_bos else None
     eos, pad = file.need("tokenizer.ggml.eos_token_id"), file.get("tokenizer.ggml.padding_token_id")
-    template = file.get("tokenizer.chat_template", "")
+    merges, template = file.need("tokenizer.ggml.merges"), file.get("tokenizer.chat_template", "")
     try:
-        ranks = rank_file(ordinary, file.need("tokenizer.ggml.merges"), whole_pieces=llama3)
+        ranks = rank_file(ordinary, merges, whole_pieces=llama3)
         return ranks, sidecar(PATTERNS[pre], special, bos, eos, pad, template)
     except ValueError as e:
         raise ValueError(f"{file.path}: {e}; use the model's own tokenizer.model") from e

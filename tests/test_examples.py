@@ -1,0 +1,60 @@
+"""The example scripts and the console script, run as a user runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_parallel import torchrun
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=240
+    )
+    assert done.returncode == code, done.stderr[-3000:]
+    return done
+
+
+def test_text_completion(demo_dir: Path) -> None:
+    out = run("example_text_completion.py", "--temperature", "0", "--max_gen_len", "8").stdout
+    assert "The capital of France is\n>  Paris" in out
+    assert out.count("==========") >= 4
+
+
+def test_chat_completion_under_torchrun(demo_dir: Path) -> None:
+    flags = ["--temperature", "0", "--top_p", "0.9", "--max_seq_len", "200", "--max_gen_len", "40"]
+    flags += ["--ckpt_dir", str(demo_dir), "--tokenizer_path", str(demo_dir / "tokenizer.model")]
+    out = torchrun(1, "example_chat_completion.py", *flags, "--max_batch_size", "6")
+    assert "> Assistant: The capital of France is Paris" in out
+
+
+def test_complete(demo_dir: Path) -> None:
+    command = ["-m", "llama.cli", "complete", "The capital of France is"]
+    assert "Paris" in run(*command, "--temperature", "0", "--max_gen_len", "4").stdout
+    # A prompt that looks like a number stays text.
+    run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt_dir", "/nowhere"], "no checkpoint folder at /nowhere"),
+        (["--temperature", "-1"], "temperature must be 0 or more"),
+        (["--tokenizer_path", "x"], "tokenizer_path without ckpt_dir"),
+        (["--max_seq_len", "2"], "more than max_seq_len 2"),
+    ],
+)
+def test_a_mistake_is_one_line(demo_dir: Path, arguments: list[str], message: str) -> None:
+    done = run("-m", "llama.cli", "complete", "The capital of France", *arguments, code=2)
+    assert done.stdout == "" and "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_version_and_demo_folder(demo_dir: Path) -> None:
+    assert run("-m", "llama.cli", "version").stdout.strip() == "0.1.0"
+    assert run("-m", "llama.cli", "demo").stdout.strip() == str(demo_dir)
