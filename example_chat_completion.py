@@ -45,16 +45,19 @@ def main(
         [{"role": "user", "content": "What is the capital of France?"}],
         # Several turns: the model sees its own earlier answer.
         [
-            {"role": "user", "content": "Name one planet of the solar system."},
-            {"role": "assistant", "content": "Saturn."},
-            {"role": "user", "content": "What is it best known for?"},
+            {"role": "user", "content": "What is the largest planet in the solar system?"},
+            {"role": "assistant", "content": "Jupiter is the largest planet."},
+            {"role": "user", "content": "What is it made of?"},
         ],
-        # A system prompt sets the manner of all answers.
+        # A system prompt sets the manner of the answers.
         [
             {"role": "system", "content": "Answer in one short sentence."},
-            {"role": "user", "content": "Why do leaves turn red in autumn?"},
+            {"role": "user", "content": "Why is the sky blue?"},
         ],
-        [{"role": "user", "content": "Write a two-line poem about the sea."}],
+        [
+            {"role": "system", "content": "You are a friendly cook."},
+            {"role": "user", "content": "What can I make with eggs and flour?"},
+        ],
     ]
     results = generator.chat_completion(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
