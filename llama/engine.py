@@ -74,10 +74,10 @@ def generate(
     rows = [Row(list(p), min(max_gen_len, room - len(p))) for p in prompts]
     if max_gen_len == 0 and not score_prompts:
         return rows
-    h = prefill(model, [row.prompt for row in rows])
+    h = prefill(model, [row.prompt for row in rows], max(r.length + r.budget for r in rows))
     if score_prompts:
-        for row, hidden in zip(rows, h, strict=True):
-            row.prompt_logprobs = score_prompt(model, hidden, row.prompt)
+        for i, row in enumerate(rows):
+            row.prompt_logprobs = score_prompt(model, h[i], row.prompt)
     logits = last_logits(model, h, [len(row.prompt) for row in rows])
     del h
     keep = [i for i, row in enumerate(rows) if row.budget > 0]
@@ -97,16 +97,23 @@ def generate(
     return rows
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Tensor:
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], furthest: int) -> Tensor:
     """Fill cache rows 0, 1, ... with whole prompts; (B, longest prompt, dim) hidden states.
 
     Shorter prompts are padded on the right. The padding's keys lie beyond the row's own position,
     where the causal mask hides them until decoding overwrites them.
+
+    Args:
+        furthest: how far any row may get. Rows of different lengths read up to each other's
+            position, where an earlier call may have left what is not finite.
     """
-    longest = max(len(p) for p in prompts)
-    padded = [list(p) + [0] * (longest - len(p)) for p in prompts]
+    lengths = [len(p) for p in prompts]
+    padded = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
     device = model.norm.weight.device
-    return model.hidden(torch.tensor(padded, device=device), 0)
+    h = model.hidden(torch.tensor(padded, device=device), 0)
+    if len(set(lengths)) > 1:
+        model.clear_cache(len(prompts), max(lengths), furthest)
+    return h
 
 
 def last_logits(model: Transformer, h: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -129,9 +136,10 @@ def decode_step(model: Transformer, active: Sequence[Row]) -> Tensor:
 
 def compact(model: Transformer, active: Sequence[Row], keep: Sequence[int]) -> list[Row]:
     """Let the rows at `keep` (rising) own the first cache rows, in that order."""
+    longest = max((active[i].length for i in keep), default=0)  # how far rows read
     for target, source in enumerate(keep):
         if source != target:
-            model.move_row(source, target, active[source].length)
+            model.move_row(source, target, longest)
     return [active[i] for i in keep]
 
 

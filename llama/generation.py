@@ -12,7 +12,8 @@ from typing import TypedDict
 import torch
 
 from llama import checkpoint, engine, parallel
-from llama.model import ModelArgs, Transformer
+from llama.formats import open_checkpoint, open_tokenizer
+from llama.model import Transformer
 from llama.sampling import sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -43,7 +44,7 @@ class Llama:
     @staticmethod
     def build(
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path,
+        tokenizer_path: str | Path | None,
         max_seq_len: int,
         max_batch_size: int,
         model_parallel_size: int | None = None,
@@ -55,8 +56,9 @@ class Llama:
         """Load a checkpoint. May be called any number of times in a process.
 
         Args:
-            ckpt_dir: folder with `params.json` and `consolidated.*.pth`.
-            tokenizer_path: the checkpoint's `tokenizer.model`.
+            ckpt_dir: a folder in Meta's layout (`params.json`, `consolidated.*.pth`) or Hugging
+                Face's (`config.json`, `*.safetensors`), or a GGUF file.
+            tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
             max_seq_len: most tokens a row may have, prompt and answer together.
             max_batch_size: most rows at once. The KV cache reserves
                 max_batch_size x max_seq_len positions.
@@ -69,25 +71,31 @@ class Llama:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
         """
         start = time.time()
-        if type(seed) is not int:
-            raise TypeError(f"seed must be an integer, not {seed!r}")
-        args, tokenizer = read_args(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size)
+        if type(seed) is not int or not -(2**63) <= seed < 2**64:
+            raise TypeError(f"seed must be an integer of 64 bits, not {seed!r}")
+        if model_parallel_size is not None and type(model_parallel_size) is not int:
+            raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
+        source = open_checkpoint(ckpt_dir)
+        args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        tokenizer = open_tokenizer(source, tokenizer_path)
         device = checkpoint.pick_device(device)
         dtype = checkpoint.pick_dtype(dtype, device)
         parallel.initialize(model_parallel_size, device)
         torch.manual_seed(seed)
-        model = checkpoint.load(ckpt_dir, args, device, dtype)
+        model = checkpoint.load(source, args, device, dtype)
         model.setup_cache(max_batch_size, max_seq_len)
         if parallel.rank() == 0:
-            seconds = time.time() - start
-            print(f"Loaded {ckpt_dir} on {device} in {seconds:.2f} seconds", file=sys.stderr)
+            print(checkpoint.summary(source, model, time.time() - start), file=sys.stderr)
         return Llama(model, tokenizer)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model = model
         self.tokenizer = tokenizer
-        # A base model's tokenizer may have no chat format: then only chat_completion is refused.
-        self.formatter = ChatFormat(tokenizer) if tokenizer.chat_format else None
+        self.formatter: ChatFormat | None
+        try:
+            self.formatter = ChatFormat(tokenizer)
+        except ValueError:  # a base model's vocabulary: chat_completion alone is refused
+            self.formatter = None
 
     def generate(
         self,
@@ -128,7 +136,7 @@ class Llama:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Continue each text. Arguments as in `generate`; max_gen_len None is all that fits."""
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
         ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
         rows = self._rows(ids, max_gen_len, temperature, top_p, logprobs, echo)
@@ -154,6 +162,8 @@ class Llama:
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
         """Answer each dialog. Arguments as in `generate`; max_gen_len None is all that fits."""
+        if not isinstance(dialogs, Sequence):
+            raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
         formatter = self.formatter or ChatFormat(self.tokenizer)
         ids = [formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
         rows = self._rows(ids, max_gen_len, temperature, top_p, logprobs, echo=False)
@@ -196,6 +206,8 @@ class Llama:
 
     def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
         params = self.model.params
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
         if not prompts:
             raise ValueError("the batch is empty; give at least one prompt")
         if len(prompts) > params.max_batch_size:
@@ -221,23 +233,6 @@ class Llama:
                         f"prompt {i} holds the token id {token}; ids are 0 to "
                         f"{params.vocab_size - 1}"
                     )
-
-
-def read_args(
-    ckpt_dir: str | Path, tokenizer_path: str | Path, max_seq_len: int, max_batch_size: int
-) -> tuple[ModelArgs, Tokenizer]:
-    """A checkpoint's sizes and its tokenizer, which must fit each other."""
-    params = checkpoint.read_params(ckpt_dir)
-    tokenizer = Tokenizer(tokenizer_path, checkpoint.special_tokens_version(params))
-    if params.get("vocab_size", -1) == -1:
-        params["vocab_size"] = tokenizer.n_words
-    args = ModelArgs(**params, max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    if args.vocab_size != tokenizer.n_words:
-        raise ValueError(
-            f"{tokenizer_path} has {tokenizer.n_words} tokens and the model {args.vocab_size}; "
-            "give the tokenizer.model that came with the checkpoint"
-        )
-    return args, tokenizer
 
 
 def check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:

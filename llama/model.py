@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import parallel
-from llama.args import ModelArgs
+from llama.args import ModelArgs, rank_counts
 from llama.attention import KVCache, grouped_attention, plain_attention, repeat_kv
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
@@ -54,13 +54,8 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         ranks = parallel.size()
-        if args.n_heads % ranks or args.kv_heads % ranks:
-            fit = [n for n in range(1, args.kv_heads + 1) if args.kv_heads % n == 0]
-            raise ValueError(
-                f"{ranks} ranks cannot split {args.kv_heads} KV heads; use one of {fit}"
-            )
         self.n_local_heads = args.n_heads // ranks
-        self.n_local_kv_heads = args.kv_heads // ranks
+        self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
         self.attend = grouped_attention
         self.cache: KVCache | None = None
@@ -98,8 +93,6 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         ranks = parallel.size()
-        if args.hidden_dim % ranks:
-            raise ValueError(f"{ranks} ranks cannot split a feed-forward of {args.hidden_dim}")
         hidden = args.hidden_dim // ranks
         self.w1 = nn.Linear(args.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, args.dim, bias=False)
@@ -146,8 +139,8 @@ class Transformer(nn.Module):
         ranks = parallel.size()
         if params.vocab_size < 1:
             raise ValueError("set ModelArgs.vocab_size: a model needs to know its vocabulary")
-        if params.vocab_size % ranks:
-            raise ValueError(f"{ranks} ranks cannot split a vocabulary of {params.vocab_size}")
+        if ranks not in rank_counts(params):
+            raise ValueError(f"{ranks} ranks cannot share this model; use {rank_counts(params)}")
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
@@ -178,6 +171,12 @@ class Transformer(nn.Module):
             for a in self.attentions():
                 shape = (max_batch, max_seq, a.n_local_kv_heads, a.head_dim)
                 a.cache = KVCache(shape, like=self.norm.weight)
+
+    def clear_cache(self, rows: int, start: int, stop: int) -> None:
+        """Zero the cached positions `start`:`stop` of the first `rows` rows."""
+        for a in self.attentions():
+            assert a.cache is not None
+            a.cache.clear(rows, start, stop)
 
     def move_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` cached positions of row `source` to row `target`."""
@@ -211,6 +210,8 @@ class Transformer(nn.Module):
                 max(start_pos) + T; None reads the whole cache.
         """
         B, T = tokens.shape
+        if start_pos is not None and (not isinstance(start_pos, Tensor) or start_pos.dim() == 0):
+            start_pos = int(start_pos)
         steps = torch.arange(T, device=tokens.device)
         if start_pos is None:
             self._check_room(0, T, len(self.freqs_cis))

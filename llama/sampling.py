@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Logits divided by less than this may overflow, and nothing but the most probable id has a chance.
+GREEDY_BELOW = 1e-6
+
 
 def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     """Draw one id a row.
@@ -17,7 +20,7 @@ def sample(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     Returns:
         (B,) int64.
     """
-    if temperature == 0:
+    if temperature < GREEDY_BELOW:
         return torch.argmax(logits, dim=-1)
     probs = torch.softmax(logits / temperature, dim=-1)
     return sample_top_p(probs, top_p).reshape(-1)

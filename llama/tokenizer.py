@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 import tiktoken
 
-from llama.vocabulary import default_spec, read_ranks, read_sidecar
+from llama.vocabulary import default_spec, parse_ranks, read_ranks, read_sidecar
 
 Role = Literal["system", "user", "assistant", "ipython"]
 
@@ -44,16 +44,32 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path, version: str | None = None):
         model_path = str(model_path)
-        ranks = read_ranks(model_path)
-        spec = default_spec(version or "llama3", max(ranks.values()) + 1)
-        spec |= read_sidecar(model_path)
+        self._set_up(read_ranks(model_path), read_sidecar(model_path), model_path, version)
+
+    @classmethod
+    def from_vocabulary(
+        cls, rank_file: bytes, sidecar: dict[str, Any], name: str, version: str | None = None
+    ) -> Tokenizer:
+        """A tokenizer of a rank file's contents and of what a sidecar would say.
+
+        Args:
+            name: where they come from, for messages.
+        """
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_up(parse_ranks(rank_file, name), sidecar, name, version)
+        return tokenizer
+
+    def _set_up(
+        self, ranks: dict[bytes, int], sidecar: dict[str, Any], where: str, version: str | None
+    ) -> None:
+        spec = default_spec(version or "llama3", max(ranks.values()) + 1) | sidecar
         self.special_tokens: dict[str, int] = spec["special_tokens"]
         self.chat_format: str | None = spec["chat_format"]
         self.default_system: str | None = spec["default_system"]
-        self._check(spec, ranks, model_path)
+        self._check(spec, ranks, where)
         self.pat_str: str = spec["pat_str"]
         self.model = tiktoken.Encoding(
-            name=Path(model_path).name,
+            name=Path(where).name,
             pat_str=self.pat_str,
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
@@ -73,15 +89,22 @@ class Tokenizer:
         self.stop_tokens: list[int] = [id_of(text) for text in spec["stop_tokens"]]
 
     @staticmethod
-    def _check(spec: dict[str, Any], ranks: dict[bytes, int], model_path: str) -> None:
+    def _check(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
         special = spec["special_tokens"]
+        ids = [*ranks.values(), *special.values()]
         if clash := set(special.values()) & set(ranks.values()):
-            raise ValueError(f"{model_path}.json gives special tokens ids of text: {sorted(clash)}")
+            raise ValueError(
+                f"{where} and its .json both give the ids {sorted(clash)[:3]}: they do not belong "
+                "together, or one is damaged; get both again"
+            )
+        if sorted(ids) != list(range(len(ids))):
+            gap = min(set(range(len(ids))) - set(ids), default=len(ids))
+            raise ValueError(f"{where} gives no token the id {gap}: it is damaged; get it again")
         named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
         if unknown := named - set(special) - {None}:
-            raise ValueError(f"{model_path}.json names special tokens it does not list: {unknown}")
+            raise ValueError(f"{where}.json names special tokens it does not list: {unknown}")
         if spec["chat_format"] not in (None, *_FORMATS):
-            raise ValueError(f"{model_path}.json: chat_format must be one of {list(_FORMATS)}")
+            raise ValueError(f"{where}.json: chat_format must be one of {list(_FORMATS)}")
 
     def encode(
         self,
@@ -172,8 +195,16 @@ class Tokenizer:
         """Decode ids to bytes, which may begin or end inside a character."""
         try:
             return self.model.decode_bytes(list(t))
-        except (KeyError, OverflowError) as e:
-            raise ValueError(f"no token has the id {e}; ids are 0 to {self.n_words - 1}") from None
+        except (KeyError, OverflowError):
+            wrong = next(i for i in t if not self._has(i))
+            raise ValueError(f"no token has the id {wrong}; {self.n_words} are known") from None
+
+    def _has(self, token: int) -> bool:
+        try:
+            self.model.decode_single_token_bytes(token)
+        except (KeyError, OverflowError):
+            return False
+        return True
 
 
 class ChatFormat:
@@ -183,6 +214,9 @@ class ChatFormat:
     """
 
     roles: tuple[str, ...] = ("system", "user", "assistant")
+    tokens: tuple[str, ...] = (
+        "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    )  # fmt: skip
 
     def __new__(cls, tokenizer: Tokenizer) -> ChatFormat:
         if cls is ChatFormat:
@@ -193,6 +227,8 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        if lacking := [t for t in self.tokens if t not in tokenizer.special_tokens]:
+            raise ValueError(f"this vocabulary has no {lacking}, which its chat format needs")
         if "<|python_tag|>" in tokenizer.special_tokens:  # 3.1 and later: results of tools
             self.roles = (*self.roles, "ipython")
 
@@ -240,6 +276,8 @@ class ChatFormat:
 
 class ChatMLFormat(ChatFormat):
     """ChatML: `<|im_start|>role`, newline, content, `<|im_end|>`, newline; no BOS."""
+
+    tokens = ("<|im_start|>", "<|im_end|>")
 
     def encode_header(self, message: Message) -> list[int]:
         return self._turn(message["role"] + "\n")

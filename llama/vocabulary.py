@@ -46,7 +46,7 @@ def special_token_table(version: str, first_id: int) -> dict[str, int]:
 
 
 def read_ranks(model_path: str) -> dict[bytes, int]:
-    """Read a tiktoken rank file, `base64(token) rank` a line, from a local path or a remote URL.
+    """Read a tiktoken rank file from a local path or a remote URL.
 
     The file is read at each call: tiktoken's own loader keeps a cache keyed by path, and would
     answer with the old vocabulary after the file has been replaced.
@@ -55,13 +55,16 @@ def read_ranks(model_path: str) -> dict[bytes, int]:
         import blobfile
 
         with blobfile.BlobFile(model_path, "rb") as f:
-            data: bytes = f.read()
-    elif Path(model_path).is_file():
-        data = Path(model_path).read_bytes()
-    else:
+            return parse_ranks(f.read(), model_path)
+    if not Path(model_path).is_file():
         raise FileNotFoundError(
             f"no tokenizer at {model_path}; give the path of the checkpoint's tokenizer.model file"
         )
+    return parse_ranks(Path(model_path).read_bytes(), model_path)
+
+
+def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
+    """{token: rank} of a rank file's contents, `base64(token) rank` a line."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -71,11 +74,11 @@ def read_ranks(model_path: str) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(
-                f"{model_path}, line {number} is not 'base64-token rank': this is not a tiktoken "
+                f"{where}, line {number} is not 'base64-token rank': this is not a tiktoken "
                 "rank file (a web page or a Git-LFS pointer saved in its place?); download it again"
             ) from None
     if len(set(ranks.values())) != len(ranks) or not ranks:
-        raise ValueError(f"{model_path} is empty or gives an id twice; download it again")
+        raise ValueError(f"{where} is empty or gives an id twice; download it again")
     return ranks
 
 

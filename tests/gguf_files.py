@@ -16,6 +16,9 @@ import tiktoken
 import tokenizers
 from gguf import GGMLQuantizationType as Q
 from tokenizers import models, pre_tokenizers, trainers
+from torch import Tensor
+
+from llama.convert.gguf import GGUFSource
 
 DIM, HIDDEN, HEADS, KV_HEADS, LAYERS, VOCAB = 256, 768, 4, 2, 2, 500
 KEYS: dict[str, Any] = {
@@ -195,3 +198,17 @@ def vocabulary_keys(
         "tokenizer.ggml.bos_token_id": len(tokens) + 1,
         "tokenizer.ggml.eos_token_id": len(tokens) + 2,
     }
+
+
+def read_params(path: Path) -> dict[str, Any]:
+    return GGUFSource(path).params
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every weight, fp32, under Meta's names."""
+    source = GGUFSource(path)
+    return {name: source.read(name) for name in source.shapes()}
+
+
+def read_tokenizer(path: Path) -> tuple[bytes, dict[str, Any]] | None:
+    return GGUFSource(path).vocabulary()

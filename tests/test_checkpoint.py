@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, ModelArgs
-from llama.checkpoint import load, pick_device, pick_dtype, read_params
+from llama import Llama
+from llama.checkpoint import load, pick_device, pick_dtype
+from llama.formats import open_checkpoint
+from llama.shards import read_params
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -21,7 +23,8 @@ SMALL = {"vocab_size": 300}
 
 
 def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    return load(folder, ModelArgs(**read_params(folder), max_seq_len=32), CPU, dtype)
+    source = open_checkpoint(folder)
+    return load(source, source.args(max_seq_len=32), CPU, dtype)
 
 
 def test_weights_are_those_of_the_file(tiny_checkpoint: Tiny) -> None:
@@ -108,7 +111,14 @@ def damage(folder: Path, kind: str) -> None:
         torch.save(weights | {"norm.weight": torch.ones(63)}, pth)
     elif kind == "integers":
         torch.save(weights | {"norm.weight": torch.ones(64, dtype=torch.int8)}, pth)
-    elif kind == "two shards":
+    elif kind == "no first shard":
+        pth.rename(folder / "consolidated.01.pth")
+    elif kind == "params empty":
+        params.write_text("{}")
+    elif kind == "shards of two models":
+        del weights["layers.1.attention.wq.weight"]
+        torch.save(weights, folder / "consolidated.01.pth")
+    elif kind == "a shard too many":
         torch.save(weights, folder / "consolidated.01.pth")
     else:
         key, _, value = kind.partition("=")
@@ -116,6 +126,8 @@ def damage(folder: Path, kind: str) -> None:
 
 
 BAD = {
+    "no first shard": (FileNotFoundError, r"no consolidated\.00\.pth"),
+    "params empty": (ValueError, r"lacks \['dim', 'n_layers', 'n_heads'\]"),
     "no shards": (FileNotFoundError, r"consolidated.*pth"),
     "no params": (FileNotFoundError, r"params\.json"),
     "params not json": (ValueError, "not JSON"),
@@ -130,8 +142,9 @@ BAD = {
     "missing": (ValueError, r"missing: layers\.1\.attention\.wq\.weight"),
     "extra": (ValueError, r"unknown: layers\.2\.attention\.wq\.weight"),
     "misshapen": (ValueError, r"norm\.weight \(63,\) instead of \(64,\)"),
-    "integers": (ValueError, r"not floating-point: norm\.weight"),
-    "two shards": (ValueError, "torchrun --nproc_per_node 2"),
+    "integers": (ValueError, r"norm\.weight is not floating-point"),
+    "shards of two models": (ValueError, "not shards of one model"),
+    "a shard too many": (ValueError, "misshapen"),
     "window=5": (ValueError, "'window'"),
     "vision_chunk_size=448": (ValueError, "vision"),
     "dim=0": (ValueError, "dim must be a positive integer"),

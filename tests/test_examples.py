@@ -47,12 +47,23 @@ def test_complete(demo_dir: Path) -> None:
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--tokenizer_path", "x"], "tokenizer_path without ckpt_dir"),
         (["--max_seq_len", "2"], "more than max_seq_len 2"),
+        (["--bogus", "2"], "unknown flag --bogus"),
     ],
 )
 def test_a_mistake_is_one_line(demo_dir: Path, arguments: list[str], message: str) -> None:
     done = run("-m", "llama.cli", "complete", "The capital of France", *arguments, code=2)
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
+
+
+def test_unquoted_prompt() -> None:
+    done = run("-m", "llama.cli", "complete", "Hello", "world", code=2)
+    assert "too many words: 'world'" in done.stderr
+
+
+def test_a_mistake_in_an_example_is_one_line() -> None:
+    done = run("example_chat_completion.py", "--ckpt_dir", "/nowhere", code=2)
+    assert "Traceback" not in done.stderr and "no checkpoint folder at /nowhere" in done.stderr
 
 
 def test_version_and_demo_folder(demo_dir: Path) -> None:

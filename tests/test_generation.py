@@ -159,6 +159,21 @@ def test_same_seed_same_ids(tiny: Llama) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_what_an_earlier_call_left_in_the_cache_does_not_matter(tiny: Llama) -> None:
+    """Half precision can overflow: its NaNs must not reach later calls or other rows."""
+    want, _ = tiny.generate(PROMPTS, 6, temperature=0)
+    for attention in tiny.model.attentions():
+        assert attention.cache is not None
+        attention.cache.k.fill_(float("nan"))
+        attention.cache.v.fill_(float("nan"))
+    assert tiny.generate(PROMPTS, 6, temperature=0)[0] == want
+
+
+def test_tiny_temperature_is_greedy(tiny: Llama) -> None:
+    greedy, _ = tiny.generate(PROMPTS[:1], 5, temperature=0)
+    assert tiny.generate(PROMPTS[:1], 5, temperature=1e-42)[0] == greedy
+
+
 def test_predictions(tiny: Llama) -> None:
     [plain] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4)
     [full] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4, logprobs=True, echo=True)
@@ -181,6 +196,8 @@ def test_predictions(tiny: Llama) -> None:
         ({"prompt_tokens": [[1, "a"]]}, TypeError, "'a'"),
         ({"prompt_tokens": [[1.5]]}, TypeError, r"1\.5"),
         ({"prompt_tokens": [5]}, TypeError, "token ids"),
+        ({"prompt_tokens": None}, TypeError, "list"),
+        ({"prompt_tokens": torch.tensor([[1, 2]])}, TypeError, "list"),
         ({"prompt_tokens": [[128256]]}, ValueError, "128256; ids are 0 to 128255"),
         ({"prompt_tokens": [[-1]]}, ValueError, "-1"),
         ({"max_gen_len": -1}, ValueError, "max_gen_len"),
@@ -229,7 +246,11 @@ def test_empty_text_without_bos(demo: Llama) -> None:
         ({"seed": "x"}, TypeError),
         ({"model_parallel_size": 2}, ValueError),
         ({"dtype": "fp16"}, TypeError),
-        ({"device": "gpu0"}, RuntimeError),
+        ({"dtype": torch.float8_e4m3fn}, TypeError),
+        ({"device": "gpu0"}, ValueError),
+        ({"device": "meta"}, ValueError),
+        ({"seed": 2**70}, TypeError),
+        ({"model_parallel_size": "1"}, TypeError),
     ],
 )
 def test_bad_build(

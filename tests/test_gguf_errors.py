@@ -11,9 +11,18 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
-from gguf_files import DIM, HIDDEN, KEYS, VOCAB, vocabulary_keys, weights, write_gguf
-
-from llama.convert.gguf import read_params, read_tensors, read_tokenizer
+from gguf_files import (
+    DIM,
+    HIDDEN,
+    KEYS,
+    VOCAB,
+    read_params,
+    read_tensors,
+    read_tokenizer,
+    vocabulary_keys,
+    weights,
+    write_gguf,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +91,7 @@ def test_a_type_that_cannot_be_read(tmp_path: Path) -> None:
     raw = {"token_embd.weight": (integers, Q.I8)}
     path = write_gguf(tmp_path / "m.gguf", without("token_embd.weight"), raw=raw)
     with pytest.raises(ValueError, match=r"token_embd.weight: cannot read type I8"):
-        dict(read_tensors(path))
+        read_tensors(path)
 
 
 READERS: list[Callable[[Path], Any]] = [read_params, read_tensors, read_tokenizer]

@@ -14,6 +14,7 @@ import gguf
 import pytest
 from gguf_files import (
     mixed_texts,
+    read_tokenizer,
     reference_bpe,
     tiktoken_bpe,
     trained,
@@ -22,7 +23,8 @@ from gguf_files import (
 )
 
 from llama import demo
-from llama.convert.gguf import PATTERNS, convert_gguf, read_tokenizer
+from llama.conversion import convert
+from llama.convert.gguf import PATTERNS
 
 
 def read(path: Path) -> tuple[bytes, dict[str, Any]]:
@@ -110,18 +112,16 @@ def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: P
 TEMPLATE = "{% if true %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
 
 
-def test_unused_tokens_are_left_out(tmp_path: Path) -> None:
+def test_unused_tokens_keep_their_ids(tmp_path: Path) -> None:
     keys = vocabulary_keys("smollm")
     keys["tokenizer.ggml.token_type"] = [1] * 497 + [5, 4, 3]
     ranks, sidecar = read(write_gguf(tmp_path / "m.gguf", keys=keys))
-    assert sidecar["special_tokens"] == {"<|im_start|>": 498, "<|im_end|>": 499}
+    assert sidecar["special_tokens"] == {
+        "<|endoftext|>": 497,
+        "<|im_start|>": 498,
+        "<|im_end|>": 499,
+    }
     assert b" 497\n" not in ranks
-
-
-def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
-    whole = write_gguf(tmp_path / "m.gguf", keys=vocabulary_keys("smollm"))
-    alone = write_gguf(tmp_path / "n.gguf", {}, vocabulary_keys("smollm"))
-    assert read(alone) == read(whole)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,6 @@ def test_vocabularies_that_are_refused(
 def test_other_vocabularies_give_none(model: str | None, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": model})
     assert read_tokenizer(path) is None
-    with pytest.warns(UserWarning, match="no BPE vocabulary"):
-        folder = convert_gguf(path, tmp_path / "out")
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        folder = convert(path, tmp_path / "out")
     assert {f.name for f in folder.iterdir()} == {"consolidated.00.pth", "params.json"}

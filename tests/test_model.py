@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import meta_model, random_weights
@@ -93,6 +94,20 @@ def test_without_a_cache_it_is_causal_and_trains() -> None:
     assert all(a.cache is None for a in model.attentions())
 
 
+@pytest.mark.parametrize("factor", [8, 32, 16])
+def test_model_takes_its_own_rope_factor(factor: int) -> None:
+    """Factor 8 by Meta's code; another one divides the longest wavelengths by as much more."""
+    from llama_models.llama3.model import precompute_freqs_cis
+
+    params = BASE | {"dim": 256, "n_heads": 2, "use_scaled_rope": True, "max_seq_len": 9000}
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**params, rope_scale_factor=factor))  # type: ignore[arg-type]
+    meta = precompute_freqs_cis(128, 9000, 500000.0, True)
+    assert torch.equal(model.freqs_cis, meta) == (factor == 8)
+    angle = model.freqs_cis[8192, -1].angle() * factor
+    torch.testing.assert_close(angle, meta[8192, -1].angle() * 8, atol=1e-4, rtol=1e-4)
+
+
 def test_rope_stays_complex64_whatever_the_dtype() -> None:
     model = ours(**BASE).to(torch.bfloat16)
     model(torch.tensor([[1, 2, 3]]), 0)
@@ -106,6 +121,13 @@ def test_cache_is_not_in_the_state_dict() -> None:
     names = set(model.state_dict())
     model.setup_cache(1, 8)
     assert set(model.state_dict()) == names
+
+
+def test_start_pos_of_other_integer_types() -> None:
+    model, tokens = ours(**BASE), torch.randint(0, 300, (1, 4))
+    want = model(tokens, 2)
+    for start in (np.int64(2), torch.tensor(2), torch.tensor([2])):
+        torch.testing.assert_close(model(tokens, start), want)
 
 
 def test_positions_outside_the_cache_are_refused() -> None:
@@ -139,7 +161,7 @@ def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
         model.load_state_dict(weights, strict=True, assign=True)
         model.setup_cache(3, 64)
         prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
-        h = engine.prefill(model, prompts)
+        h = engine.prefill(model, prompts, 4)
         logits = engine.last_logits(model, h, [3, 4, 1])
         for same_length in (False, True):
             rows = [engine.Row([0] * (3 if same_length else len(p)), 1, [5]) for p in prompts]

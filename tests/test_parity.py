@@ -120,3 +120,30 @@ def test_sampled_ids_of_one_prompt(
         torch.manual_seed(seed)
         [got], _ = demo.generate([prompts[1]], 12, temperature=temperature, top_p=top_p)
         assert got == want and len(got) > 2
+
+
+def test_seed_of_build_draws_as_meta(
+    demo_dir: Path, meta: torch.nn.Module, groups: list[list[list[int]]]
+) -> None:
+    """Nothing draws between the seeding in `build` and the first sample."""
+    path, prompt = demo_dir / "tokenizer.model", groups[1][2]
+    llama = Llama.build(demo_dir, path, 64, 1, seed=7, device="cpu", dtype=torch.float32)
+    [got], _ = llama.generate([prompt], 12)
+    torch.manual_seed(7)
+    assert got == reference.sampled(meta, prompt, 12, set(llama.tokenizer.stop_tokens), 0.6, 0.9)
+
+
+def test_bfloat16_ids(demo_dir: Path, one_rank_group: None, groups: list[list[list[int]]]) -> None:
+    """One prompt in the checkpoints' own dtype: greedy and sampled ids are Meta's."""
+    params = json.loads((demo_dir / "params.json").read_text())
+    weights = torch.load(demo_dir / "consolidated.00.pth", weights_only=True)
+    meta = meta_model(params | {"max_batch_size": 1, "max_seq_len": 64}, weights).bfloat16()
+    path = demo_dir / "tokenizer.model"
+    llama = Llama.build(demo_dir, path, 64, 1, device="cpu", dtype=torch.bfloat16)
+    for seed, (temperature, top_p) in enumerate([(1e-5, 0.0), (0.6, 0.9), (1.0, 1.0)]):
+        prompt = groups[seed][3]
+        torch.manual_seed(seed)
+        want = reference.sampled(meta, prompt, 16, set(), temperature, top_p)
+        torch.manual_seed(seed)
+        [got], _ = llama.generate([prompt], 16, temperature=temperature, top_p=top_p)
+        assert got == want[: len(got)] and len(got) > 2

@@ -182,25 +182,25 @@ def test_missing_file_and_wrong_types(tmp_path: Path, ours: Tokenizer) -> None:
         Tokenizer(tmp_path / "nowhere")
     with pytest.raises(TypeError, match="str"):
         ours.encode(b"bytes", bos=True, eos=False)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="128255"):
+    with pytest.raises(ValueError, match="id 128256"):
         ours.decode([128256])
-    with pytest.raises(ValueError, match="0 to"):
+    with pytest.raises(ValueError, match="id -1"):
         ours.decode([-1])
 
 
 def write_small(tmp_path: Path, sidecar: object, drop: bytes = b"") -> Path:
     path = tmp_path / "tokenizer.model"
-    singles = [bytes([b]) for b in range(256) if b not in drop]
-    path.write_bytes(
-        b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate([*singles, b"ab"]))
-    )
+    tokens = [bytes([b]) for b in range(256)] + [b"ab"]
+    for b in drop:  # another token in its place
+        tokens[b] = b"%d dropped" % b
+    path.write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(tokens)))
     (tmp_path / "tokenizer.model.json").write_text(json.dumps(sidecar))
     return path
 
 
 SIDECAR = {
     "pat_str": r"[\s\S]{2}|[\s\S]",
-    "special_tokens": {"<s>": 300, "</s>": 301, "<|im_start|>": 302, "<|im_end|>": 303},
+    "special_tokens": {"<s>": 257, "</s>": 258, "<|im_start|>": 259, "<|im_end|>": 260},
     "bos_token": "<s>", "eos_token": "</s>", "pad_token": None, "stop_tokens": ["</s>"],
     "chat_format": "chatml", "default_system": "Be brief.",
 }  # fmt: skip
@@ -208,8 +208,8 @@ SIDECAR = {
 
 def test_sidecar(tmp_path: Path) -> None:
     t = Tokenizer(write_small(tmp_path, SIDECAR))
-    assert (t.bos_id, t.eos_id, t.pad_id, t.stop_tokens, t.n_words) == (300, 301, -1, [301], 304)
-    assert t.encode("abab", bos=True, eos=True) == [300, 256, 256, 301]
+    assert (t.bos_id, t.eos_id, t.pad_id, t.stop_tokens, t.n_words) == (257, 258, -1, [258], 261)
+    assert t.encode("abab", bos=True, eos=True) == [257, 256, 256, 258]
     a, b = ord("a"), ord("b")  # pieces of two: "xa", "b" never meet as "ab"
     assert t.encode("xab", bos=False, eos=False) == [ord("x"), a, b]
 
@@ -219,7 +219,8 @@ def test_sidecar(tmp_path: Path) -> None:
     [
         ({"unknown": 1}, "keys among"),
         ({"eos_token": "</t>"}, "</t>"),
-        ({"special_tokens": {"<s>": 3}}, r"ids of text: \[3\]"),
+        ({"special_tokens": {"<s>": 3}}, r"both give the ids \[3\]"),
+        ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token the id 261"),
         ({"chat_format": "alpaca"}, "chat_format"),
     ],
 )

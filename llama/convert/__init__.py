@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import os
 import re
 import shutil
@@ -15,12 +14,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama.args import ModelArgs
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 # A turn ends at any of these, where the vocabulary has them.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
@@ -50,21 +46,27 @@ def ffn_terms(dim: int, hidden: int) -> tuple[int, float | None]:
 
 
 @contextmanager
-def new_folder(dst: Path) -> Iterator[Path]:
+def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `dst` that takes its name when the block ends: all or nothing.
 
-    Whatever ends the block early, an interrupt included, removes the temporary folder.
+    Whatever ends the block early, an interrupt included, removes the temporary folder and leaves
+    `dst` as it was.
+
+    Args:
+        force: replace a `dst` that exists, once the new one is whole.
 
     Raises:
-        FileExistsError: `dst` exists, before the block or after it.
+        FileExistsError: `dst` exists, before the block or after it, and not `force`.
     """
     remedy = f"{dst} exists already; remove it or choose another folder"
-    if dst.exists():
+    if dst.exists() and not force:
         raise FileExistsError(remedy)
-    tmp = dst.with_name(f".{dst.name}.{uuid.uuid4().hex}.tmp")
+    tmp, old = (dst.with_name(f".{dst.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:
         tmp.mkdir(parents=True)
         yield tmp
+        if force and dst.exists():
+            os.rename(dst, old)
         try:
             os.rename(tmp, dst)
         except OSError as e:
@@ -73,35 +75,10 @@ def new_folder(dst: Path) -> Iterator[Path]:
             raise
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
+        if old.exists() and not dst.exists():
+            os.rename(old, dst)
         raise
-
-
-def write_model(
-    folder: Path,
-    params: dict[str, Any],
-    tensors: Iterable[tuple[str, Tensor]],
-    vocabulary: tuple[bytes, dict[str, Any]] | None,
-) -> None:
-    """Write the files of the official layout, with a progress bar on stderr.
-
-    Args:
-        tensors: Meta's names and whole weights; a tensor that comes twice is stored once.
-        vocabulary: tokenizer.model and its sidecar; None writes neither.
-    """
-    import torch
-    from tqdm import tqdm
-
-    def write_json(name: str, value: dict[str, Any]) -> None:
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-
-    if vocabulary is not None:
-        (folder / "tokenizer.model").write_bytes(vocabulary[0])
-        write_json("tokenizer.model.json", vocabulary[1])
-    write_json("params.json", params)
-    total = 3 + 9 * params["n_layers"]
-    state = dict(tqdm(tensors, desc="converting", total=total, unit="tensor"))
-    torch.save(state, folder / "consolidated.00.pth")
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bool) -> bytes:

@@ -7,8 +7,6 @@ dimensions innermost first; shapes here are (out, in), as in torch.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +14,9 @@ import numpy as np
 import torch
 
 from llama.args import ModelArgs
-from llama.convert import ffn_terms, new_folder, rank_file, sidecar, write_model
+from llama.convert import ffn_terms, rank_file, sidecar
 from llama.rope import apply_scaling
+from llama.source import Source, weight_shapes
 from llama.vocabulary import LLAMA3_PATTERN
 
 if TYPE_CHECKING:
@@ -33,6 +32,12 @@ PATTERNS = {
 }
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # `tokenizer.ggml.token_type`
 
+GGUF_NAMES = {  # Meta's: the file's
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
+    "attention.wq": "attn_q", "attention.wk": "attn_k", "attention.wv": "attn_v",
+    "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate", "feed_forward.w2": "ffn_down",
+    "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+}  # fmt: skip
 EMBEDDING = "token_embd.weight"
 ROPE_FREQS = "rope_freqs.weight"
 
@@ -86,73 +91,59 @@ class _File:
             raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF anew")
         return tuple(int(n) for n in reversed(self.tensors[name].shape))
 
-    def array(self, name: str) -> np.ndarray:
-        """The tensor `name`, dequantized to fp32 in memory of its own."""
+    def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows `start`:`stop` of the tensor `name`, dequantized to fp32 in their own memory."""
         from gguf.quants import dequantize
 
         tensor = self.tensors[name]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(tensor.data[start:stop], tensor.tensor_type)
         except NotImplementedError as e:
             kind = tensor.tensor_type.name
             raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
-        return np.require(values, np.float32, ["C", "W"]).reshape(self.shape(name))
+        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *self.shape(name)[1:])
 
 
-def read_params(path: str | Path) -> dict[str, Any]:
-    """The contents of params.json for the GGUF at `path`.
+class GGUFSource(Source):
+    """A GGUF file as a `Source`; weights are dequantized to fp32 when they are read.
 
-    A model with Llama 3.1's RoPE scaling also gets `use_scaled_rope` and `rope_scale_factor`.
+    Query and key rows are in Meta's interleaved order already: nothing is permuted.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: not a GGUF, damaged, or not a plain Llama; the message says which.
         ImportError: the `gguf` package is missing.
     """
-    return _params(_File(path))
 
+    layout = "gguf"
 
-def read_tensors(
-    path: str | Path, dtype: torch.dtype = torch.bfloat16
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Meta's names and weights of the GGUF at `path`, dequantized one at a time.
+    def __init__(self, path: str | Path):
+        self.file = _File(path)
+        self.path = self.file.path
+        self.params = _params(self.file)
+        self.names = _plan(self.file, self.params)
+        self.tied = self.names["output.weight"] == EMBEDDING
 
-    Query and key rows are in Meta's interleaved order already. In a tied model `output.weight` is
-    the same tensor object as `tok_embeddings.weight`. The file is checked before the first tensor:
-    errors are those of `read_params`, a ValueError naming an unknown or missing tensor included.
-    """
-    file = _File(path)
-    return _tensors(file, _plan(file, _params(file)), dtype)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {meta: self.file.shape(name) for meta, name in self.names.items()}
 
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
-def read_tokenizer(path: str | Path) -> tuple[bytes, dict[str, Any]] | None:
-    """The BPE vocabulary of the GGUF at `path`: a tiktoken rank file and its JSON sidecar.
+    def read(
+        self, name: str, dim: int = 0, start: int = 0, stop: int | None = None
+    ) -> torch.Tensor:
+        if dim == 0:
+            return torch.from_numpy(self.file.array(self.names[name], start, stop))
+        return torch.from_numpy(self.file.array(self.names[name]))[:, start:stop]
 
-    None when the file carries another kind of vocabulary, or none. Errors are those of
-    `read_params`; a vocabulary that ranks alone cannot express is a ValueError.
-    """
-    return _tokenizer(_File(path))
+    def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
+        """None when the file carries another kind of vocabulary than BPE, or none.
 
-
-def convert_gguf(src: str | Path, dst: str | Path, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the GGUF `src` as the folder `dst` in the official layout, and return `dst`.
-
-    The folder holds consolidated.00.pth, params.json, tokenizer.model and tokenizer.model.json, and
-    appears complete or not at all. All weights are in memory once, in `dtype`. A file without a BPE
-    vocabulary is converted without the two tokenizer files, with a warning.
-
-    Raises:
-        FileExistsError: `dst` exists; and all that `read_params` raises.
-    """
-    with new_folder(Path(dst)) as folder:
-        file = _File(src)
-        params = _params(file)
-        tensors = _tensors(file, _plan(file, params), dtype)
-        vocabulary = _tokenizer(file)
-        if vocabulary is None:
-            warnings.warn(f"{src} has no BPE vocabulary: add its tokenizer.model", stacklevel=2)
-        write_model(folder, params, tensors, vocabulary)
-    return Path(dst)
+        Raises:
+            ValueError: a vocabulary that ranks alone cannot express.
+        """
+        return _tokenizer(self.file)
 
 
 def _params(file: _File) -> dict[str, Any]:
@@ -196,7 +187,7 @@ def _decimal(value: float) -> float:
 def _refuse_other_math(file: _File, head_dim: int) -> None:
     """Refuse what params.json cannot say, instead of a model that computes something else."""
     plain: dict[str, Any] = dict.fromkeys(OTHER_MATH, 0)
-    plain |= {"rope.scaling.type": "none", "rope.scale_linear": 1}
+    plain |= {"rope.scaling.type": "none", "rope.scale_linear": 1, "rope.scaling.factor": 1}
     for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
         plain[key] = head_dim
     for key, expected in plain.items():
@@ -226,42 +217,22 @@ def _rope_factor(file: _File, head_dim: int, theta: float) -> float:
 def _plan(file: _File, params: dict[str, Any]) -> dict[str, str]:
     """{Meta's name: the file's name} of every weight, after checking the file against it."""
     args = ModelArgs(**params)
-    dim, hidden, kv_dim = args.dim, args.hidden_dim, args.kv_heads * args.head_dim
     tied = "output.weight" not in file.tensors
-    top: dict[str, tuple[str, tuple[int, ...]]] = {
-        "tok_embeddings": ("token_embd", (args.vocab_size, dim)),
-        "norm": ("output_norm", (dim,)),
-        "output": ("token_embd" if tied else "output", (args.vocab_size, dim)),
-    }
-    layer: dict[str, tuple[str, tuple[int, ...]]] = {
-        "attention.wq": ("attn_q", (dim, dim)),
-        "attention.wk": ("attn_k", (kv_dim, dim)),
-        "attention.wv": ("attn_v", (kv_dim, dim)),
-        "attention.wo": ("attn_output", (dim, dim)),
-        "feed_forward.w1": ("ffn_gate", (hidden, dim)),
-        "feed_forward.w2": ("ffn_down", (dim, hidden)),
-        "feed_forward.w3": ("ffn_up", (hidden, dim)),
-        "attention_norm": ("attn_norm", (dim,)),
-        "ffn_norm": ("ffn_norm", (dim,)),
-    }
-    for i in range(args.n_layers):
-        top |= {f"layers.{i}.{meta}": (f"blk.{i}.{n}", shape) for meta, (n, shape) in layer.items()}
-    plan = {f"{meta}.weight": (f"{name}.weight", shape) for meta, (name, shape) in top.items()}
-    if unknown := sorted(set(file.tensors) - {name for name, _ in plan.values()} - {ROPE_FREQS}):
+    plan: dict[str, str] = {}
+    for meta in weight_shapes(args):
+        *layer, name = meta.removesuffix(".weight").split(".", 2)
+        prefix = f"blk.{layer[1]}." if layer else ""
+        plan[meta] = f"{prefix}{GGUF_NAMES[name]}.weight"
+    if tied:
+        plan["output.weight"] = EMBEDDING
+    if unknown := sorted(set(file.tensors) - set(plan.values()) - {ROPE_FREQS}):
         raise ValueError(f"{file.path}: unknown tensor {unknown[0]!r}: this is not a plain Llama")
-    for name, shape in plan.values():
-        if (found := file.shape(name)) != shape:
-            raise ValueError(f"{file.path}: {name} is {found}; by the file's keys it is {shape}")
-    return {meta: name for meta, (name, _) in plan.items()}
-
-
-def _tensors(
-    file: _File, plan: dict[str, str], dtype: torch.dtype
-) -> Iterator[tuple[str, torch.Tensor]]:
-    embedding = torch.from_numpy(file.array(EMBEDDING)).to(dtype)  # (V, D)
-    for meta, name in plan.items():
-        is_embedding = name == EMBEDDING  # itself, or the output tied to it
-        yield meta, embedding if is_embedding else torch.from_numpy(file.array(name)).to(dtype)
+    for meta, shape in weight_shapes(args).items():
+        if (found := file.shape(plan[meta])) != shape:
+            raise ValueError(
+                f"{file.path}: {plan[meta]} is {found}; by the file's keys it is {shape}"
+            )
+    return plan
 
 
 def _tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
@@ -286,14 +257,15 @@ def _tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
 def _vocabulary(file: _File) -> tuple[dict[str, int], dict[str, int]]:
     """{text: id} of the ordinary tokens, in GPT-2's characters, and of the special ones."""
     tokens, types = file.need("tokenizer.ggml.tokens"), file.need("tokenizer.ggml.token_type")
-    rows = file.shape(EMBEDDING)[0] if file.tensors else len(tokens)
+    rows = file.shape(EMBEDDING)[0]
     if not len(tokens) == len(types) == rows:
         raise ValueError(f"{file.path}: {len(tokens)} tokens, {len(types)} types, {rows} rows")
-    used = {text: i for i, text in enumerate(tokens) if types[i] != UNUSED}
-    if len(used) + list(types).count(UNUSED) != len(tokens):
+    if len(set(tokens)) != len(tokens):
         raise ValueError(f"{file.path}: two tokens have the same text; convert the model anew")
-    for text, i in used.items():
-        if types[i] not in (NORMAL, CONTROL, USER_DEFINED):
-            raise ValueError(f"{file.path}: token {text!r} is of type {types[i]}, unknown in a BPE")
-    ordinary = {text: i for text, i in used.items() if types[i] == NORMAL}
-    return ordinary, {text: i for text, i in used.items() if text not in ordinary}
+    for text, kind in zip(tokens, types, strict=True):
+        if kind not in (NORMAL, CONTROL, USER_DEFINED, UNUSED):
+            raise ValueError(f"{file.path}: token {text!r} is of type {kind}, unknown in a BPE")
+    ids = {text: i for i, text in enumerate(tokens)}
+    ordinary = {text: i for text, i in ids.items() if types[i] == NORMAL}
+    # The model has a row for an unused id and may draw it: it must have a text.
+    return ordinary, {text: i for text, i in ids.items() if text not in ordinary}

@@ -1,0 +1,80 @@
+"""Write the official layout from any source, a few tensors in memory at a time."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs, rank_counts
+from llama.checkpoint import read_part
+from llama.progress import progress
+from llama.source import Source, weight_shapes
+
+
+def write_meta(
+    source: Source,
+    vocabulary: tuple[bytes, dict[str, Any]] | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    mp: int = 1,
+) -> None:
+    """Write params.json, `mp` shards and the tokenizer into an existing folder.
+
+    Args:
+        vocabulary: tokenizer.model and its sidecar (empty: none is written); None writes neither.
+        dtype: of all weights; None keeps what is stored.
+
+    Raises:
+        ValueError: `mp` ranks cannot share this model.
+        OSError: the disk is full.
+    """
+    args = source.args()
+    if mp not in rank_counts(args):
+        raise ValueError(f"this model cannot be split over {mp}; use one of {rank_counts(args)}")
+    _write_json(folder / "params.json", source.params)
+    if vocabulary is not None:
+        (folder / "tokenizer.model").write_bytes(vocabulary[0])
+        if vocabulary[1]:
+            _write_json(folder / "tokenizer.model.json", vocabulary[1])
+    for rank in range(mp):
+        path = folder / f"consolidated.{rank:02}.pth"
+        with tempfile.TemporaryDirectory(prefix=".spill-", dir=folder) as spill:
+            state = _shard(source, args, dtype, rank, mp, Path(spill))
+            try:
+                torch.save(state, path)
+            except RuntimeError as e:  # torch's word for a write that failed
+                raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
+            del state
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def _shard(
+    source: Source, args: ModelArgs, dtype: torch.dtype | None, rank: int, mp: int, spill: Path
+) -> dict[str, Tensor]:
+    """The state dict of one rank, in files rather than in memory."""
+    state: dict[str, Tensor] = {}
+    names = list(weight_shapes(args))
+    for name in progress(names, f"shard {rank + 1} of {mp}", len(names), "tensor"):
+        if name == "output.weight" and source.tied:
+            state[name] = state["tok_embeddings.weight"]
+        else:
+            part = read_part(source, name, args, rank, mp)
+            state[name] = _on_disk(part.to(dtype or part.dtype), spill / str(len(state)))
+    return state
+
+
+def _on_disk(w: Tensor, path: Path) -> Tensor:
+    """The same tensor, mapped from a file of its own: torch.save then streams it from there."""
+    raw = w.contiguous().flatten().view(torch.uint8).numpy()
+    with open(path, "wb") as f:
+        f.write(raw.data)
+    return torch.from_file(str(path), shared=False, size=w.numel(), dtype=w.dtype).view(w.shape)

@@ -1,0 +1,213 @@
+"""The official layout: params.json beside consolidated.00.pth, consolidated.01.pth, ...
+
+Knows how fairscale's shards make up whole weights. Shards are mapped; nothing is read before use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.source import Source, shard_dim
+
+# What inference itself decides; params.json may name it, and is not asked.
+DECIDED_AT_BUILD = {"max_batch_size", "max_seq_len"}
+# Tables that old checkpoints carry although they follow from params.json.
+IGNORED_WEIGHTS = {"rope.freqs"}
+
+
+def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
+    """The checked contents of `params.json`.
+
+    Raises:
+        FileNotFoundError: no folder, or no params.json in it.
+        ValueError: not JSON, or keys that this model does not have.
+    """
+    folder = Path(ckpt_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {folder}; check ckpt_dir")
+    path = folder / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no params.json in {folder}; an official checkpoint has one beside its "
+            "consolidated.*.pth (in Hugging Face repositories both lie under original/)"
+        )
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    if unknown := sorted(set(params) - known):
+        raise ValueError(
+            f"{path} has keys this library does not know: {unknown}. It loads the text models of "
+            "Llama 3 to 3.3; vision, quantized and LoRA checkpoints are other architectures"
+        )
+    if missing := [key for key in ("dim", "n_layers", "n_heads") if key not in params]:
+        raise ValueError(f"{path} lacks {missing}; download it again")
+    params = {key: value for key, value in params.items() if key not in DECIDED_AT_BUILD}
+    try:
+        ModelArgs(**params)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}; download it again") from None
+    return params
+
+
+def find_shards(ckpt_dir: str | Path) -> list[Path]:
+    """The `.pth` files in rank order."""
+    shards = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
+    if not shards:
+        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; check ckpt_dir")
+    for i, shard in enumerate(shards):
+        if shard.name != f"consolidated.{i:02}.pth":
+            raise FileNotFoundError(
+                f"{ckpt_dir} has {shard.name} and no consolidated.{i:02}.pth; download it again"
+            )
+    return shards
+
+
+def read_shard(path: Path) -> dict[str, Tensor]:
+    """Map one `.pth` into memory; no code in it is run.
+
+    Raises:
+        ValueError: the file is truncated, is no checkpoint, or tries to run code.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(
+            f"{path} holds more than weights and could run code when loaded; it was refused. "
+            f"Get the official file. ({str(e).splitlines()[0]})"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as e:
+        raise ValueError(
+            f"{path} is truncated or is not a torch checkpoint; download it again. "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        ) from None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
+    weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
+    if integers := [name for name, w in weights.items() if not w.is_floating_point()]:
+        raise ValueError(f"{path}: {integers[0]} is not floating-point: this is another format")
+    return weights
+
+
+class MetaShards(Source):
+    """The official layout as a `Source`: N shards make whole weights."""
+
+    layout = "meta"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.params = read_params(path)
+        files = find_shards(path)
+        self.n_shards = len(files)
+        self.shards = [read_shard(file) for file in files]
+        for file, shard in zip(files, self.shards, strict=True):
+            different = {n: w.shape for n, w in shard.items()} != {
+                n: w.shape for n, w in self.shards[0].items()
+            }
+            if different:
+                raise ValueError(f"{file} and {files[0]} are not shards of one model")
+        embedding = self.shards[0].get("tok_embeddings.weight")
+        if self.params.get("vocab_size", -1) == -1 and embedding is not None:
+            self.params["vocab_size"] = self.n_shards * embedding.shape[0]
+        self.tied = self._tied()
+        self.copies = self._copies_of_kv_heads()
+
+    def _tied(self) -> bool:
+        """Whether output and embedding are equal, by storage or number by number."""
+        for shard in self.shards:
+            a, b = shard.get("tok_embeddings.weight"), shard.get("output.weight")
+            if a is None or b is None or a.shape != b.shape:
+                return False
+            if not (torch.equal(a[:1], b[:1]) and torch.equal(a, b)):  # mostly told by one row
+                return False
+        return True
+
+    def _copies_of_kv_heads(self) -> int:
+        """How many times in a row each KV head is stored.
+
+        The 405B release for 16 ranks stores 8 heads twice each. Its params.json may count them as
+        16: then they are counted here as the 8 they are.
+        """
+        args = ModelArgs(**self.params)
+        wk = [shard.get("layers.0.attention.wk.weight") for shard in self.shards]
+        wv = [shard.get("layers.0.attention.wv.weight") for shard in self.shards]
+        if wk[0] is None or wv[0] is None:
+            return 1  # a missing weight: `args` will say so
+        stored = len(wk) * wk[0].shape[0] // args.head_dim
+        if stored > args.kv_heads and stored % args.kv_heads == 0:
+            return stored // args.kv_heads
+        if stored != args.kv_heads or stored != len(wk) or stored == 1:
+            return 1
+        copies = 1
+        while stored % (2 * copies) == 0 and all(
+            torch.equal(w[i], w[i + copies])  # type: ignore[arg-type]
+            for w in (wk, wv)
+            for i in range(0, stored, 2 * copies)
+        ):
+            copies *= 2
+        self.params["n_kv_heads"] = stored // copies
+        return copies
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for name, w in self.shards[0].items():
+            shape, dim = list(w.shape), shard_dim(name) if "." in name else None
+            if dim is not None and dim < len(shape):
+                shape[dim] *= self.n_shards
+                if self._is_kv(name):
+                    shape[dim] //= self.copies
+            shapes[name] = tuple(shape)
+        return shapes
+
+    @staticmethod
+    def _is_kv(name: str) -> bool:
+        return name.split(".")[-2] in ("wk", "wv")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.shards[0][name].dtype
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        split = shard_dim(name)
+        parts = [shard[name] for shard in self.shards]
+        if split is None:  # norms differ a little from shard to shard: a merge takes the first
+            return parts[0][start:stop]
+        if split != dim:
+            whole = torch.cat(parts, split) if len(parts) > 1 else parts[0]
+            return whole[start:stop] if dim == 0 else whole[:, start:stop]
+        size = self.shapes()[name][dim]
+        if self.copies > 1 and self._is_kv(name):
+            return self._read_heads(parts, start, size if stop is None else stop)
+        return _range(parts, dim, start, size if stop is None else stop)
+
+    def _read_heads(self, parts: list[Tensor], start: int, stop: int) -> Tensor:
+        """Rows of whole KV heads, of which the first of each's copies is taken."""
+        d = ModelArgs(**self.params).head_dim
+        assert start % d == stop % d == 0
+        firsts = [head * self.copies * d for head in range(start // d, stop // d)]
+        heads = [_range(parts, 0, row, row + d) for row in firsts]
+        return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
+        return self.shards[rank if size == self.n_shards else 0][name]
+
+
+def _range(parts: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
+    """`torch.cat(parts, dim)[start:stop]` along `dim`, from the parts that it touches."""
+    n = parts[0].shape[dim]
+    pieces = [
+        part.narrow(dim, max(start - i * n, 0), min(stop - i * n, n) - max(start - i * n, 0))
+        for i, part in enumerate(parts)
+        if i * n < stop and start < (i + 1) * n
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

@@ -1,0 +1,138 @@
+"""A checkpoint's weights under Meta's names, whole, whatever their files look like.
+
+Knows which weight is split over ranks and how; each format has its own `Source`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+
+# The dimension along which fairscale's layout splits a weight; norms are on every rank.
+SHARD_DIM = {
+    "wq": 0, "wk": 0, "wv": 0, "wo": 1,
+    "w1": 0, "w2": 1, "w3": 0,
+    "tok_embeddings": 0, "output": 0,
+}  # fmt: skip
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension along which the weight `name` is split; None: every rank has all of it."""
+    return SHARD_DIM.get(name.split(".")[-2])
+
+
+def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """{name: whole shape} of every weight of a model, in the order of Meta's files."""
+    dim, hidden, kv_dim = args.dim, args.hidden_dim, args.kv_heads * args.head_dim
+    layer: dict[str, tuple[int, ...]] = {
+        "attention.wq": (dim, dim),
+        "attention.wk": (kv_dim, dim),
+        "attention.wv": (kv_dim, dim),
+        "attention.wo": (dim, dim),
+        "feed_forward.w1": (hidden, dim),
+        "feed_forward.w2": (dim, hidden),
+        "feed_forward.w3": (hidden, dim),
+        "attention_norm": (dim,),
+        "ffn_norm": (dim,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, dim)}
+    for i in range(args.n_layers):
+        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    return shapes | {"norm.weight": (dim,), "output.weight": (args.vocab_size, dim)}
+
+
+def rank_part(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, int, int] | None:
+    """What rank `rank` of `size` holds of a whole weight: (dim, start, stop); None: all of it.
+
+    With more ranks than KV heads, consecutive ranks hold the same head.
+    """
+    dim = shard_dim(name)
+    if dim is None:
+        return None
+    if name.split(".")[-2] in ("wk", "wv"):
+        heads = max(args.kv_heads // size, 1)
+        first = rank * args.kv_heads // size
+        return dim, first * args.head_dim, (first + heads) * args.head_dim
+    n = weight_shapes(args)[name][dim] // size
+    return dim, rank * n, (rank + 1) * n
+
+
+class Source(ABC):
+    """An open checkpoint. Opening reads sizes and names; weights are read when asked for.
+
+    Attributes:
+        path: the folder or file, for messages.
+        params: what params.json says, or would say; makes a `ModelArgs`.
+        layout: "meta", "hf" or "gguf".
+        n_shards: how many files the weights are split over (1 where files do not split weights).
+        tied: the output's weights are the embedding's.
+    """
+
+    path: Path
+    params: dict[str, Any]
+    layout: str
+    n_shards: int = 1
+    tied: bool = False
+
+    @abstractmethod
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{Meta's name: whole shape} of what the files hold, "output.weight" included if tied."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """What `read(name)` returns."""
+
+    @abstractmethod
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """Part `start`:`stop` along `dim` of the whole weight, a CPU tensor.
+
+        A view of the mapped file where that is possible; the caller must not write to it.
+        """
+
+    def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
+        """A weight that every rank has all of, as rank `rank` of `size` should have it."""
+        return self.read(name)
+
+    def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
+        """The tokenizer that the files carry: (rank file, sidecar), see `llama.tokenizer`."""
+        return None
+
+    def args(self, **build: int) -> ModelArgs:
+        """Sizes of the model; `build` gives max_seq_len and max_batch_size.
+
+        Raises:
+            ValueError: impossible sizes, or weights that do not fit them.
+        """
+        args = ModelArgs(**(self.params | build))
+        check_shapes(self.shapes(), weight_shapes(args), self.path)
+        return args
+
+
+def check_shapes(
+    found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path
+) -> None:
+    """Every weight is there, of its shape, and no other.
+
+    Raises:
+        ValueError: naming the first few that are not.
+    """
+    problems = {
+        "missing": [f"{n} {s}" for n, s in expected.items() if n not in found],
+        "unknown": [f"{n} {s}" for n, s in found.items() if n not in expected],
+        "misshapen": [
+            f"{n} {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s
+        ],
+    }
+    lines = [
+        f"{kind}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(f"the weights of {path} do not fit its sizes; " + "; ".join(lines))
