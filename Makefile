@@ -23,10 +23,8 @@ lint: $(VENV)/.dev
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) --disable-pip-version-check -q \
-		-c constraints.txt -e '.[demo$(if $(findstring .dev,$@),$(comma)dev)]'
+		-c constraints.txt -e '.[$(subst .,,$(@F))]'
 	touch $@
-
-comma := ,
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -49,7 +49,9 @@ def vocabulary_of(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     folder = source.path if source.path.is_dir() else source.path.parent
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if source.path.is_dir() and path.is_file():
-            return path.read_bytes(), read_sidecar(str(path))
+            data = path.read_bytes()
+            if source.layout == "meta" or data[:1].isalnum():  # SentencePiece's files are binary
+                return data, read_sidecar(str(path))
     return source.vocabulary()
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypedDict
 
 import tiktoken
 
-from llama.vocabulary import default_spec, parse_ranks, read_ranks, read_sidecar
+from llama.vocabulary import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 
 Role = Literal["system", "user", "assistant", "ipython"]
 
@@ -66,7 +66,7 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = spec["special_tokens"]
         self.chat_format: str | None = spec["chat_format"]
         self.default_system: str | None = spec["default_system"]
-        self._check(spec, ranks, where)
+        check_spec(spec, ranks, where)
         self.pat_str: str = spec["pat_str"]
         self.model = tiktoken.Encoding(
             name=Path(where).name,
@@ -74,7 +74,7 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens=self.special_tokens,
         )
-        self._ranks = ranks
+        self.ranks = ranks
         self._lacking = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab
 
@@ -87,24 +87,6 @@ class Tokenizer:
         self.eot_id: int = id_of("<|eot_id|>")
         self.eom_id: int = id_of("<|eom_id|>")
         self.stop_tokens: list[int] = [id_of(text) for text in spec["stop_tokens"]]
-
-    @staticmethod
-    def _check(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
-        special = spec["special_tokens"]
-        ids = [*ranks.values(), *special.values()]
-        if clash := set(special.values()) & set(ranks.values()):
-            raise ValueError(
-                f"{where} and its .json both give the ids {sorted(clash)[:3]}: they do not belong "
-                "together, or one is damaged; get both again"
-            )
-        if sorted(ids) != list(range(len(ids))):
-            gap = min(set(range(len(ids))) - set(ids), default=len(ids))
-            raise ValueError(f"{where} gives no token the id {gap}: it is damaged; get it again")
-        named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
-        if unknown := named - set(special) - {None}:
-            raise ValueError(f"{where}.json names special tokens it does not list: {unknown}")
-        if spec["chat_format"] not in (None, *_FORMATS):
-            raise ValueError(f"{where}.json: chat_format must be one of {list(_FORMATS)}")
 
     def encode(
         self,
@@ -146,7 +128,7 @@ class Tokenizer:
         if self._lacking.isdisjoint(s.encode(errors="replace")):
             return
         for piece in regex.findall(self.pat_str, s):
-            if piece.encode(errors="replace") in self._ranks:
+            if piece.encode(errors="replace") in self.ranks:
                 continue
             for character in piece:
                 if not self._lacking.isdisjoint(character.encode(errors="replace")):
@@ -170,7 +152,7 @@ class Tokenizer:
         one_piece = tiktoken.Encoding(
             name="one piece",
             pat_str=r"[\s\S]+",  # the whole text is one piece
-            mergeable_ranks=self._ranks,
+            mergeable_ranks=self.ranks,
             special_tokens={},
         )
         special = "|".join(re.escape(text) for text in sorted(allowed, key=len, reverse=True))

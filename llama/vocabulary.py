@@ -14,6 +14,7 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 N_SPECIAL_TOKENS = 256
+CHAT_FORMATS = ("llama3", "chatml")
 
 # The first special tokens of each release, in id order; None is the next "reserved" one.
 SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
@@ -112,3 +113,26 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     if not isinstance(sidecar, dict) or set(sidecar) - known:
         raise ValueError(f"{path} must be a JSON object with keys among {sorted(known)}")
     return sidecar
+
+
+def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
+    """Ranks and special tokens together give every id, 0 to the last, to one token.
+
+    Raises:
+        ValueError: they do not, or `spec` names what there is not.
+    """
+    special = spec["special_tokens"]
+    ids = [*ranks.values(), *special.values()]
+    if clash := set(special.values()) & set(ranks.values()):
+        raise ValueError(
+            f"{where} and its .json both give the ids {sorted(clash)[:3]}: they do not belong "
+            "together, or one is damaged; get both again"
+        )
+    if sorted(ids) != list(range(len(ids))):
+        gap = min(set(range(len(ids))) - set(ids), default=len(ids))
+        raise ValueError(f"{where} gives no token the id {gap}: it is damaged; get it again")
+    named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
+    if unknown := named - set(special) - {None}:
+        raise ValueError(f"{where}.json names special tokens it does not list: {unknown}")
+    if spec["chat_format"] not in (None, *CHAT_FORMATS):
+        raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")

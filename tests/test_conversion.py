@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama import Llama
 from llama.conversion import convert
 from llama.formats import open_checkpoint
 
@@ -60,6 +61,29 @@ def test_tokenizer_goes_along(demo_dir: Path, tmp_path: Path) -> None:
     assert_same(demo_dir, convert(dst, tmp_path / "back", mp=1))
     shard = torch.load(tmp_path / "back" / "consolidated.00.pth", weights_only=True, mmap=True)
     assert shard["output.weight"].data_ptr() == shard["tok_embeddings.weight"].data_ptr()
+
+
+def test_meta_to_hf_to_meta(tiny_checkpoint: Tiny, demo_dir: Path, tmp_path: Path) -> None:
+    """Bit by bit, the tokenizer too; the folder between is loaded as it is."""
+    folder = tiny_checkpoint(vocab_size=49152, ffn_dim_multiplier=1.1, use_scaled_rope=True)
+    for name in ("tokenizer.model", "tokenizer.model.json"):
+        (folder / name).write_bytes((demo_dir / name).read_bytes())
+    hf = convert(folder, tmp_path / "hf", to="hf")
+    back = convert(hf, tmp_path / "back", mp=1)
+    x, y = weights_of(folder), weights_of(back)
+    assert set(x) == set(y) and all(torch.equal(w, y[name]) for name, w in x.items())
+    a, b = open_checkpoint(folder).args(), open_checkpoint(back).args()
+    assert (a.hidden_dim, a.scale_factor, a.rope_theta) == (
+        b.hidden_dim,
+        b.scale_factor,
+        b.rope_theta,
+    )
+    assert (back / "tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+    ids = []
+    for path in (folder, hf, back):
+        llama = Llama.build(path, None, 32, 1, device="cpu", dtype=torch.float32)
+        ids.append(llama.chat_completion([[{"role": "user", "content": "Hi"}]], 0, 0, 8))
+    assert ids[0] == ids[1] == ids[2]
 
 
 @pytest.mark.filterwarnings("ignore:.*no tokenizer")
@@ -142,6 +166,7 @@ def test_write_that_fails_in_the_middle(folder: Path, tmp_path: Path) -> None:
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from llama import Llama
 from llama.conversion import convert
 try:
     convert({str(folder)!r}, {str(tmp_path / "out")!r})

@@ -30,8 +30,10 @@ from gguf_files import (
 )
 
 from llama import ModelArgs, Transformer
+from llama.checkpoint import load
 from llama.conversion import convert
 from llama.convert.gguf import GGUFSource
+from llama.formats import open_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -227,3 +229,21 @@ def test_convert_does_not_overwrite(plain: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="remove it or choose another"):
         convert(plain, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["keep"]
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.Q4_1, Q.Q6_K], ids=lambda kind: kind.name)
+def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) -> None:
+    """The file built directly, against its weights by the `gguf` package in Meta's names."""
+    raw = {name: (blocks_of(kind, w), kind) for name, w in weights(False).items() if w.ndim == 2}
+    norms = {name: w for name, w in weights(False).items() if w.ndim == 1}
+    path = write_gguf(tmp_path / "m.gguf", norms, raw=raw)
+    source = open_checkpoint(path)
+    model = load(source, source.args(max_seq_len=32), torch.device("cpu"), torch.float32)
+    oracle = Transformer(source.args(max_seq_len=32))
+    oracle.load_state_dict({
+        META_NAMES[t.name]: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
+        for t in gguf.GGUFReader(path).tensors
+    })  # fmt: skip
+    tokens = torch.arange(20).unsqueeze(0)
+    with torch.inference_mode():
+        assert torch.equal(model(tokens), oracle(tokens))

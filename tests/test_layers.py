@@ -18,10 +18,10 @@ ROWS = [
     {"llama.model", "llama.shards", "llama.inspection", "llama.verification"},
     {"llama.checkpoint", "llama.engine"},
     {"llama.convert"},  # what the converters share
-    {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_vocabulary",
+    {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",
      "llama.convert.meta"},
-    {"llama.convert.hf", "llama.convert.hf_tokenizer"},
-    {"llama.convert.hf_export"},
+    {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
+    {"llama.convert.hf"},
     {"llama.formats"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names

@@ -97,7 +97,7 @@ def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bo
     Raises:
         ValueError: tiktoken would tokenize otherwise; the message names a token.
     """
-    byte_of = _gpt2_bytes()
+    byte_of = gpt2_bytes()
 
     def to_bytes(text: str) -> bytes:
         if not set(text) <= set(byte_of):
@@ -121,7 +121,7 @@ def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bo
     return b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
 
 
-def _gpt2_bytes() -> dict[str, int]:
+def gpt2_bytes() -> dict[str, int]:
     """GPT-2 writes a byte as itself where that is visible, the others in turn from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in visible]

@@ -1,0 +1,105 @@
+"""What a checkpoint is, in a few lines for people. Reads sizes and names, not one weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+
+from llama.args import ModelArgs, rank_counts
+from llama.source import Source, rank_part, weight_shapes
+
+LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
+# Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
+CONTEXT, LONG_CONTEXT = 8192, 131072
+
+
+def parameter_count(args: ModelArgs, tied: bool) -> int:
+    """How many numbers the model has; an output tied to the embedding adds none."""
+    shapes = weight_shapes(args)
+    return sum(prod(shapes[name]) for name in _own_weights(shapes, tied))
+
+
+def cache_bytes(args: ModelArgs, batch: int, seq: int, dtype_bytes: int = 2) -> int:
+    """Bytes of the KV cache for `batch` rows of `seq` tokens, over all ranks together.
+
+    With more ranks than KV heads each head is cached on several ranks, which is not counted.
+    """
+    return batch * seq * 2 * args.n_layers * args.kv_heads * args.head_dim * dtype_bytes
+
+
+def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -> str:
+    """An aligned text: sizes, memory and rank counts of an open checkpoint.
+
+    Args:
+        max_batch_size: rows of the KV cache that is counted.
+        max_seq_len: tokens in each row.
+
+    Raises:
+        ValueError: impossible sizes, or weights that do not fit them; see `Source.args`.
+    """
+    args = source.args(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
+    weights = sum(_weight_bytes(source, args).values())
+    cache = cache_bytes(args, max_batch_size, max_seq_len)
+    scaled = f"scaled by {args.scale_factor:g}" if args.use_scaled_rope else "not scaled"
+    shards = f"{source.n_shards} shard" + "s" * (source.n_shards > 1)
+    rows = [
+        ("layout", f"{LAYOUTS.get(source.layout, source.layout)}, {shards}"),
+        ("shape", f"dim {args.dim}, {args.n_layers} layers, feed-forward {args.hidden_dim}"),
+        ("heads", f"{args.n_heads}, with {args.kv_heads} KV heads, of {args.head_dim}"),
+        ("vocabulary", f"{args.vocab_size} tokens"),
+        ("parameters", f"{parameter_count(args, source.tied):,}"),
+        ("output", "tied to the embedding" if source.tied else "weights of its own"),
+        ("stored as", _dtypes(source, args)),
+        ("weights", f"{_size(weights)} ({weights:,} bytes)"),
+        ("context", f"trained for {LONG_CONTEXT if args.use_scaled_rope else CONTEXT} tokens"),
+        ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),
+        ("KV cache", f"{_size(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
+        ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),
+    ]
+    for i, ranks in enumerate(rank_counts(args)):
+        each = _size(rank_bytes(source, args, ranks))
+        rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
+    return "\n".join(f"{label:<12}{text}" for label, text in rows)
+
+
+def rank_bytes(source: Source, args: ModelArgs, size: int) -> int:
+    """Bytes of the weights, in their stored dtypes, that each of `size` ranks holds."""
+    total, split = 0, {}
+    shapes = weight_shapes(args)
+    for name, n in _weight_bytes(source, args).items():
+        kind = name.split(".")[-2]
+        if kind not in split:  # every layer is split alike
+            split[kind] = rank_part(name, args, 0, size)
+        part = split[kind]
+        total += n if part is None else n * (part[2] - part[1]) // shapes[name][part[0]]
+    return total
+
+
+def _own_weights(shapes: dict[str, tuple[int, ...]], tied: bool) -> list[str]:
+    return [name for name in shapes if not (tied and name == "output.weight")]
+
+
+def _weight_bytes(source: Source, args: ModelArgs) -> dict[str, int]:
+    """{name: bytes} of every weight that takes memory of its own, in the dtype it is stored in."""
+    shapes = weight_shapes(args)
+    own = _own_weights(shapes, source.tied)
+    return {name: prod(shapes[name]) * source.dtype(name).itemsize for name in own}
+
+
+def _dtypes(source: Source, args: ModelArgs) -> str:
+    """The dtypes, the one of most bytes first; shares where there are several."""
+    count: Counter[str] = Counter()
+    for name, n in _weight_bytes(source, args).items():
+        count[str(source.dtype(name)).removeprefix("torch.")] += n
+    if len(count) == 1:
+        return next(iter(count))
+    total = sum(count.values())
+    return ", ".join(f"{dtype} ({n / total:.1%} of the bytes)" for dtype, n in count.most_common())
+
+
+def _size(n: int) -> str:
+    """`n` bytes in decimal units, as disks and the hub count."""
+    for unit, bytes_ in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if n >= bytes_:
+            return f"{n / bytes_:.2f} {unit}"
+    return f"{n} B"
