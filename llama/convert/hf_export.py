@@ -6,6 +6,7 @@ Knows Hugging Face's layout; `hf_tokenizer` writes tokenizer.json. Shapes: D dim
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ def plan_files(sizes: dict[str, int]) -> list[list[str]]:
 
 def write_weights(source: Source, args: ModelArgs, folder: Path, dtype: torch.dtype | None) -> None:
     """Write model.safetensors, or numbered files and their index."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     shapes = weight_shapes(args)
@@ -137,7 +139,12 @@ def write_weights(source: Source, args: ModelArgs, folder: Path, dtype: torch.dt
     for name in progress(shapes, "writing", total=len(shapes), unit="tensor"):
         weights[hf_name(name)] = read_hf(source, name, args.head_dim, dtype)
         if name in last:
-            save_file(weights, folder / file_of[name], metadata={"format": "pt"})
+            path = folder / file_of[name]
+            try:
+                save_file(weights, path, metadata={"format": "pt"})
+            except SafetensorError as e:
+                raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
+            shutil.copymode(folder / "config.json", path)  # the library makes it private
             weights.clear()
     if len(files) > 1:
         where = {hf_name(name): path for name, path in file_of.items()}

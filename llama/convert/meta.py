@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def write_meta(
         path = folder / f"consolidated.{rank:02}.pth"
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=folder) as spill:
             state = _shard(source, args, dtype, rank, mp, Path(spill))
+            print(f"writing {path.name}", file=sys.stderr)
             try:
                 torch.save(state, path)
             except RuntimeError as e:  # torch's word for a write that failed
