@@ -1,6 +1,6 @@
 """Llama 3: a faithful, readable port of Meta's inference code. See `Llama.build`."""
 
-from llama.generation import ChatPrediction, CompletionPrediction, Llama
+from llama.generation import ChatPrediction, CompletionPrediction, Llama, Piece
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "Llama",
     "Message",
     "ModelArgs",
+    "Piece",
     "Tokenizer",
     "Transformer",
 ]

@@ -40,14 +40,19 @@ class Commands:
         """
         from llama import Llama, parallel
         from llama.demo import checkpoint_or_demo
-        from llama.generation import check_sampling
+        from llama.sampling import Sampling
 
-        check_sampling(max_gen_len, temperature, top_p)  # before a long load
+        how = Sampling(temperature, top_p)  # checked before a long load
         folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
         llama = Llama.build(folder, tokenizer, max_seq_len, 1, seed=seed)
-        [result] = llama.text_completion([prompt], temperature, top_p, max_gen_len)
+        pieces = llama.text_stream(
+            prompt, temperature=how.temperature, top_p=how.top_p, max_gen_len=max_gen_len
+        )
+        for piece in pieces:
+            if parallel.rank() == 0:
+                print(piece.text, end="", flush=True)
         if parallel.rank() == 0:
-            print(result["generation"])
+            print()
 
     def convert(
         self,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llama import parallel
-from llama.model import Transformer
-from llama.sampling import sample
+from llama.model import ModelArgs, Transformer
+from llama.sampling import Sampling, sample
 
 FinishReason = Literal["stop", "length"]
 # Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
@@ -28,73 +29,149 @@ class Row:
     """
 
     prompt: list[int]
-    budget: int  # ids it may still generate
+    budget: int  # ids it may generate
+    generator: torch.Generator | None = None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
-    finish_reason: FinishReason = "length"
+    finish_reason: FinishReason | None = None  # None: it goes on
+
+    def __post_init__(self) -> None:
+        if self.budget <= 0:
+            self.finish_reason = "length"
 
     @property
     def length(self) -> int:
         return len(self.prompt) + len(self.ids)
 
-    def take(self, token: int, stop_tokens: Collection[int]) -> bool:
-        """Add a drawn id; whether the row goes on."""
+    def take(self, token: int, logprob: float | None, stop_tokens: Collection[int]) -> None:
+        """Add a drawn id, or end at a stop token."""
         if token in stop_tokens:
             self.finish_reason = "stop"
-            return False
+            return
         self.ids.append(token)
-        return len(self.ids) < self.budget
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        if len(self.ids) >= self.budget:
+            self.finish_reason = "length"
+
+
+def make_rows(
+    prompts: Sequence[Sequence[int]],
+    max_gen_len: int,
+    model: Transformer,
+    seed: int | Sequence[int] | None = None,
+) -> list[Row]:
+    """Rows for `stream`, after checking everything that a caller can get wrong.
+
+    Args:
+        seed: of each row's own generator: one for all rows, or one a row. None: no generators.
+
+    Raises:
+        TypeError, ValueError: saying which prompt is wrong and what to do.
+    """
+    params = model.params
+    if type(max_gen_len) is not int:
+        raise TypeError(f"max_gen_len must be an integer, not {max_gen_len!r}")
+    if max_gen_len < 0:
+        raise ValueError(f"max_gen_len must be 0 or more, not {max_gen_len}")
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
+    if not prompts:
+        raise ValueError("the batch is empty; give at least one prompt")
+    if len(prompts) > params.max_batch_size:
+        raise ValueError(
+            f"{len(prompts)} prompts are more than max_batch_size {params.max_batch_size}; "
+            "build with more, or send them in several batches"
+        )
+    for i, prompt in enumerate(prompts):
+        check_prompt(i, prompt, params)
+    generators = make_generators(seed, len(prompts), model.norm.weight.device)
+    return [
+        Row(list(prompt), min(max_gen_len, params.max_seq_len - len(prompt)), generator)
+        for prompt, generator in zip(prompts, generators, strict=True)
+    ]
+
+
+def make_generators(
+    seed: int | Sequence[int] | None, n: int, device: torch.device
+) -> list[torch.Generator | None]:
+    """A generator a row, of one seed for all or of one each; None for each if `seed` is None."""
+    if seed is None:
+        return [None] * n
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * n
+    if len(seeds) != n or not all(type(s) is int for s in seeds):
+        raise TypeError(f"seed must be one integer, or one a prompt, not {seed!r}")
+    return [torch.Generator(device).manual_seed(s) for s in seeds]
+
+
+def check_prompt(i: int, prompt: Sequence[int], params: ModelArgs) -> None:
+    """Raise a TypeError or ValueError for a prompt that the model cannot be given."""
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        raise TypeError(f"prompt {i} must be a list of token ids, not {type(prompt)}")
+    if not prompt:
+        raise ValueError(f"prompt {i} is empty; give at least one token")
+    if len(prompt) > params.max_seq_len:
+        raise ValueError(
+            f"prompt {i} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
+            "shorten it or build with more"
+        )
+    for token in prompt:
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise TypeError(f"prompt {i} holds {token!r}, which is not a token id")
+        if not 0 <= token < params.vocab_size:
+            raise ValueError(
+                f"prompt {i} holds the token id {token}; ids are 0 to {params.vocab_size - 1}"
+            )
 
 
 @torch.inference_mode()
-def generate(
+def stream(
     model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_gen_len: int,
+    rows: Sequence[Row],
     stop_tokens: Collection[int],
-    temperature: float = 0.6,
-    top_p: float = 0.9,
+    how: Sampling,
     logprobs: bool = False,
     score_prompts: bool = False,
-) -> list[Row]:
-    """Generate for a batch of prompts of any lengths.
+) -> Iterator[list[Row]]:
+    """Generate for a batch of prompts of any lengths, a token a row at a time.
 
     All prompts are prefilled in one pass. Each row then decodes at its own position until it draws
-    a stop token or has used its own budget, the smaller of `max_gen_len` and what max_seq_len
-    leaves; a finished row costs nothing more.
+    a stop token or has used its budget; a finished row costs nothing more. Who consumes this may
+    end a row early by setting its `finish_reason`.
 
     Args:
         model: with room in its cache for the rows.
-        prompts: non-empty lists of ids, none longer than max_seq_len.
+        rows: new ones, of non-empty prompts; a prompt and its budget fit max_seq_len together.
+            Either all have a generator or none has.
         logprobs: fill `Row.logprobs`.
         score_prompts: fill `Row.prompt_logprobs`.
+
+    Yields:
+        after each step the rows that took part in it.
     """
-    room = model.params.max_seq_len
-    rows = [Row(list(p), min(max_gen_len, room - len(p))) for p in prompts]
-    if max_gen_len == 0 and not score_prompts:
-        return rows
+    if not score_prompts and all(row.finish_reason for row in rows):
+        return
     h = prefill(model, [row.prompt for row in rows], max(r.length + r.budget for r in rows))
     if score_prompts:
         for i, row in enumerate(rows):
             row.prompt_logprobs = score_prompt(model, h[i], row.prompt)
     logits = last_logits(model, h, [len(row.prompt) for row in rows])
     del h
-    keep = [i for i, row in enumerate(rows) if row.budget > 0]
-    active = compact(model, rows, keep)  # active[i] owns row i of the cache
+    keep = [i for i, row in enumerate(rows) if row.finish_reason is None]
     logits = logits.index_select(0, torch.tensor(keep, dtype=torch.long, device=logits.device))
+    active = compact(model, rows, keep)  # active[i] owns row i of the cache
     while active:
-        drawn = parallel.broadcast(sample(logits, temperature, top_p))
-        scores = chosen_logprobs(logits, drawn).tolist() if logprobs else []
-        keep = [i for i, t in enumerate(drawn.tolist()) if active[i].take(t, stop_tokens)]
-        for row, score_ in zip(active, scores, strict=False):
-            row.logprobs.append(score_)
+        generators = [row.generator for row in active if row.generator is not None]
+        drawn = parallel.broadcast(sample(logits, how, generators or None))
+        scores = chosen_logprobs(logits, drawn).tolist() if logprobs else [None] * len(active)
+        for row, token, score in zip(active, drawn.tolist(), scores, strict=True):
+            row.take(token, score, stop_tokens)
+        yield active
+        keep = [i for i, row in enumerate(active) if row.finish_reason is None]
         active = compact(model, active, keep)
         if active:
             logits = decode_step(model, active)
-    for row in rows:
-        del row.logprobs[len(row.ids) :]  # the stop token's
-    return rows
 
 
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], furthest: int) -> Tensor:

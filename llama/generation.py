@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 
 from llama import checkpoint, engine, parallel
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.model import Transformer
-from llama.sampling import sample_top_p
+from llama.pieces import Piece, RowText, check_stop
+from llama.sampling import Sampling, sample_top_p
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "sample_top_p"]
+__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "Sampling", "sample_top_p"]
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -91,6 +92,7 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model = model
         self.tokenizer = tokenizer
+        self._in_use = threading.Lock()
         self.formatter: ChatFormat | None
         try:
             self.formatter = ChatFormat(tokenizer)
@@ -105,6 +107,10 @@ class Llama:
         top_p: float = 0.9,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | Sequence[int] | None = None,
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         """Generate ids for a batch of prompts of any lengths.
 
@@ -112,15 +118,19 @@ class Llama:
             prompt_tokens: non-empty lists of ids.
             max_gen_len: most ids to generate a row; 0 generates nothing (and with `echo` and
                 `logprobs` scores the prompts).
-            temperature: 0 is greedy.
-            top_p: mass of the nucleus, in [0, 1].
+            temperature, top_p, top_k, min_p: see `Sampling`; temperature 0 is greedy.
             logprobs: also return each id's natural log-probability under the raw distribution.
             echo: return the prompt's ids too. The first has the log-probability None.
+            seed: gives each row draws of its own, the same in any batch: one seed for all rows,
+                or one a row. None draws from torch's global generator.
 
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
-        rows = self._rows(prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo)
+        how = Sampling(temperature, top_p, top_k, min_p)
+        rows = engine.make_rows(prompt_tokens, max_gen_len, self.model, seed)
+        for _ in self._run(rows, how, logprobs, logprobs and echo):
+            pass
         ids = [row.prompt + row.ids if echo else row.ids for row in rows]
         if not logprobs:
             return ids, None
@@ -134,20 +144,33 @@ class Llama:
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | Sequence[int] | None = None,
     ) -> list[CompletionPrediction]:
-        """Continue each text. Arguments as in `generate`; max_gen_len None is all that fits."""
+        """Continue each text. Arguments as in `generate`, and
+
+        Args:
+            max_gen_len: None is all that fits.
+            stop: an answer ends before the first of these texts; `tokens` still holds theirs.
+        """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
+        how = Sampling(temperature, top_p, top_k, min_p)
         ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-        rows = self._rows(ids, max_gen_len, temperature, top_p, logprobs, echo)
+        rows = engine.make_rows(ids, self._most(max_gen_len), self.model, seed)
+        texts = self._texts(rows, how, logprobs, logprobs and echo, stop)
         predictions: list[CompletionPrediction] = []
-        for row in rows:
-            tokens = row.prompt + row.ids if echo else row.ids
+        for row, text in zip(rows, texts, strict=True):
+            prompt = self.tokenizer.decode(row.prompt) if echo else ""
             prediction: CompletionPrediction = {
-                "generation": self.tokenizer.decode(tokens),
-                "finish_reason": row.finish_reason,
+                "generation": prompt + text,
+                "finish_reason": row.finish_reason or "length",
             }
             if logprobs:
+                tokens = row.prompt + row.ids if echo else row.ids
                 prediction["tokens"] = [self.tokenizer.decode([t]) for t in tokens]
                 prediction["logprobs"] = [*row.prompt_logprobs, *row.logprobs]
             predictions.append(prediction)
@@ -160,18 +183,23 @@ class Llama:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
         logprobs: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | Sequence[int] | None = None,
     ) -> list[ChatPrediction]:
-        """Answer each dialog. Arguments as in `generate`; max_gen_len None is all that fits."""
-        if not isinstance(dialogs, Sequence):
+        """Answer each dialog. Arguments as in `text_completion`."""
+        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
             raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
-        formatter = self.formatter or ChatFormat(self.tokenizer)
-        ids = [formatter.encode_dialog_prompt(dialog) for dialog in dialogs]
-        rows = self._rows(ids, max_gen_len, temperature, top_p, logprobs, echo=False)
+        how = Sampling(temperature, top_p, top_k, min_p)
+        ids = [self._chat_prompt(dialog) for dialog in dialogs]
+        rows = engine.make_rows(ids, self._most(max_gen_len), self.model, seed)
         predictions: list[ChatPrediction] = []
-        for row in rows:
+        for row, text in zip(rows, self._texts(rows, how, logprobs, False, stop), strict=True):
             prediction: ChatPrediction = {
-                "generation": {"role": "assistant", "content": self.tokenizer.decode(row.ids)},
-                "finish_reason": row.finish_reason,
+                "generation": {"role": "assistant", "content": text},
+                "finish_reason": row.finish_reason or "length",
             }
             if logprobs:
                 prediction["tokens"] = [self.tokenizer.decode([t]) for t in row.ids]
@@ -179,72 +207,80 @@ class Llama:
             predictions.append(prediction)
         return predictions
 
-    def _rows(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-        logprobs: bool,
-        echo: bool,
-    ) -> list[engine.Row]:
-        """Check everything a caller can get wrong, then generate."""
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len - 1
-        check_sampling(max_gen_len, temperature, top_p)
-        self._check_prompts(prompts)
-        return engine.generate(
-            self.model,
-            prompts,
-            max_gen_len,
-            set(self.tokenizer.stop_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            logprobs=logprobs,
-            score_prompts=logprobs and echo,
-        )
+    def text_stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+        """Continue one text, piece by piece, as it is generated.
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        params = self.model.params
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
-        if not prompts:
-            raise ValueError("the batch is empty; give at least one prompt")
-        if len(prompts) > params.max_batch_size:
-            raise ValueError(
-                f"{len(prompts)} prompts are more than max_batch_size {params.max_batch_size}; "
-                "build with more, or send them in several batches"
+        Args:
+            options: those of `text_completion`, without `echo`.
+
+        Yields:
+            pieces whose texts together are the completion. Closing the iterator ends generation.
+        """
+        return self._pieces(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
+
+    def chat_stream(self, dialog: Dialog, **options: Any) -> Iterator[Piece]:
+        """Answer one dialog, piece by piece. As `text_stream`."""
+        return self._pieces(self._chat_prompt(dialog), **options)
+
+    def _chat_prompt(self, dialog: Dialog) -> list[int]:
+        formatter = self.formatter or ChatFormat(self.tokenizer)  # which says why there is none
+        return formatter.encode_dialog_prompt(dialog)
+
+    def _most(self, max_gen_len: int | None) -> int:
+        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
+
+    def _run(
+        self, rows: list[engine.Row], how: Sampling, logprobs: bool, score_prompts: bool
+    ) -> Iterator[list[engine.Row]]:
+        """The engine's steps, one caller at a time: there is one KV cache."""
+        if not self._in_use.acquire(blocking=False):
+            raise RuntimeError(
+                "this Llama is generating already; finish or close that stream, or build another"
             )
-        for i, prompt in enumerate(prompts):
-            if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-                raise TypeError(f"prompt {i} must be a list of token ids, not {type(prompt)}")
-            if not prompt:
-                raise ValueError(f"prompt {i} is empty; give at least one token")
-            if len(prompt) > params.max_seq_len:
-                raise ValueError(
-                    f"prompt {i} has {len(prompt)} tokens, more than max_seq_len "
-                    f"{params.max_seq_len}; shorten it or build with more"
-                )
-            for token in prompt:
-                if not isinstance(token, Integral) or isinstance(token, bool):
-                    raise TypeError(f"prompt {i} holds {token!r}, which is not a token id")
-                if not 0 <= token < params.vocab_size:
-                    raise ValueError(
-                        f"prompt {i} holds the token id {token}; ids are 0 to "
-                        f"{params.vocab_size - 1}"
-                    )
+        try:
+            stop_tokens = set(self.tokenizer.stop_tokens)
+            yield from engine.stream(self.model, rows, stop_tokens, how, logprobs, score_prompts)
+        finally:
+            self._in_use.release()
 
+    def _texts(
+        self,
+        rows: list[engine.Row],
+        how: Sampling,
+        logprobs: bool,
+        score_prompts: bool,
+        stop: Sequence[str],
+    ) -> list[str]:
+        """Run to the end; the text of each row."""
+        readers = {id(row): RowText(row, self.tokenizer, check_stop(stop)) for row in rows}
+        texts = dict.fromkeys(readers, "")
+        for active in self._run(rows, how, logprobs, score_prompts):
+            for row in active:
+                texts[id(row)] += readers[id(row)].read().text
+        return list(texts.values())
 
-def check_sampling(max_gen_len: int, temperature: float, top_p: float) -> None:
-    """Raise a TypeError or ValueError for what cannot be sampled with."""
-    if type(max_gen_len) is not int:
-        raise TypeError(f"max_gen_len must be an integer, not {max_gen_len!r}")
-    if max_gen_len < 0:
-        raise ValueError(f"max_gen_len must be 0 or more, not {max_gen_len}")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise TypeError(f"{name} must be a number, not {value!r}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 or more, not {temperature}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p must lie between 0 and 1, not {top_p}")
+    def _pieces(
+        self,
+        prompt: list[int],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        *,
+        stop: Sequence[str] = (),
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[Piece]:
+        """Check at once, generate when iterated."""
+        how = Sampling(temperature, top_p, top_k, min_p)
+        rows = engine.make_rows([prompt], self._most(max_gen_len), self.model, seed)
+        reader = RowText(rows[0], self.tokenizer, check_stop(stop))
+
+        def pieces() -> Iterator[Piece]:
+            if rows[0].finish_reason is not None:  # no room, or nothing asked for
+                yield reader.read()
+            for _ in self._run(rows, how, logprobs, False):
+                yield reader.read()
+
+        return pieces()

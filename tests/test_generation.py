@@ -174,6 +174,18 @@ def test_tiny_temperature_is_greedy(tiny: Llama) -> None:
     assert tiny.generate(PROMPTS[:1], 5, temperature=1e-42)[0] == greedy
 
 
+def test_seeded_rows_do_not_depend_on_their_batch(tiny: Llama) -> None:
+    together, _ = tiny.generate(PROMPTS, 10, temperature=1.0, seed=[1, 2, 3, 4])
+    for i, prompt in enumerate(PROMPTS):
+        torch.manual_seed(i * 7)  # the global generator has no say
+        assert tiny.generate([prompt], 10, temperature=1.0, seed=i + 1)[0] == [together[i]]
+    same, _ = tiny.generate([PROMPTS[0]] * 2, 10, temperature=1.0, seed=5)
+    assert same[0] == same[1]
+    for wrong in ("x", [1], 1.5):
+        with pytest.raises(TypeError, match="seed"):
+            tiny.generate(PROMPTS, 2, seed=wrong)  # type: ignore[arg-type]
+
+
 def test_predictions(tiny: Llama) -> None:
     [plain] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4)
     [full] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=4, logprobs=True, echo=True)

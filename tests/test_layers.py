@@ -22,7 +22,7 @@ ROWS = [
      "llama.convert.meta"},
     {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
     {"llama.convert.hf"},
-    {"llama.formats"},
+    {"llama.formats", "llama.pieces"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
     {"llama.demo"},

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer, engine
 from llama.model import grouped_attention, plain_attention
-from llama.sampling import sample
+from llama.sampling import Sampling, sample
 
 SHAPES = {
     "grouped": {},
@@ -164,9 +164,9 @@ def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
         h = engine.prefill(model, prompts, 4)
         logits = engine.last_logits(model, h, [3, 4, 1])
         for same_length in (False, True):
-            rows = [engine.Row([0] * (3 if same_length else len(p)), 1, [5]) for p in prompts]
+            rows = [engine.Row([0] * (3 if same_length else len(p)), 1, ids=[5]) for p in prompts]
             for temperature in (0, 0.6):
-                ids = sample(logits, temperature, 0.9)
+                ids = sample(logits, Sampling(temperature, 0.9, 20, 0.01))
                 assert ids.device.type == "cuda" and ids.shape == (3,)
             assert engine.chosen_logprobs(logits, ids).device.type == "cuda"
             logits = engine.decode_step(model, rows)

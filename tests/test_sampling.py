@@ -7,7 +7,7 @@ import reference
 import torch
 
 from llama.generation import sample_top_p
-from llama.sampling import sample
+from llama.sampling import Sampling, sample
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])  # in order: ids 1, 4, 2, 0, 3
 
@@ -51,7 +51,53 @@ def test_input_is_left_alone() -> None:
 
 def test_temperature() -> None:
     logits = torch.log(PROBS).repeat(4000, 1)
-    assert sample(logits, 0, 0.9).eq(1).all()
+    assert sample(logits, Sampling(0, 0.9)).eq(1).all()
     torch.manual_seed(0)
-    share = sample(logits, 0.5, 1.0).eq(1).float().mean().item()
+    share = sample(logits, Sampling(0.5, 1.0)).eq(1).float().mean().item()
     assert share == pytest.approx(0.16 / (PROBS**2).sum().item(), abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("how", "allowed"),
+    [
+        (Sampling(1.0, 1.0, top_k=2), {1, 4}),
+        (Sampling(1.0, 1.0, top_k=1), {1}),
+        (Sampling(1.0, 1.0, top_k=99), {0, 1, 2, 3, 4}),
+        (Sampling(1.0, 1.0, min_p=0.45), {1, 2, 4}),  # at least 0.18
+        (Sampling(1.0, 1.0, min_p=1.0), {1}),
+        (Sampling(1.0, 0.7, top_k=2), {1, 4}),  # of the two, 0.4 / 0.65 alone is below 0.7
+        (Sampling(1.0, 0.6, top_k=2), {1}),  # and above 0.6
+    ],
+)
+def test_top_k_and_min_p(how: Sampling, allowed: set[int]) -> None:
+    torch.manual_seed(0)
+    drawn = sample(torch.log(PROBS).repeat(4000, 1), how)
+    assert set(drawn.tolist()) == allowed
+    total = sum(PROBS[i].item() for i in allowed)
+    for i in allowed:
+        share = (drawn == i).float().mean().item()
+        assert share == pytest.approx(PROBS[i].item() / total, abs=0.04)
+
+
+def test_generators_make_rows_independent() -> None:
+    logits = torch.randn(4, 1000)
+    alone = [
+        sample(logits[i : i + 1], Sampling(), [torch.Generator().manual_seed(i)]) for i in range(4)
+    ]
+    together = sample(logits, Sampling(), [torch.Generator().manual_seed(i) for i in range(4)])
+    assert together.tolist() == [x.item() for x in alone]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"top_k": -1}, ValueError),
+        ({"top_k": 1.5}, ValueError),
+        ({"min_p": 1.1}, ValueError),
+        ({"min_p": "x"}, TypeError),
+        ({"temperature": True}, TypeError),
+    ],
+)
+def test_bad_sampling(arguments: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error, match=next(iter(arguments))):
+        Sampling(**arguments)  # type: ignore[arg-type]

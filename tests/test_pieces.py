@@ -1,0 +1,146 @@
+"""pieces.py: a stream is the completion, cut neither in a character nor in a stop string."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.engine import Row
+from llama.pieces import RowText
+from llama.tokenizer import Tokenizer
+
+ALPHABET = "abc déß漢字😀👩‍👩‍👧\n."
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama3_tokenizer_path: Path) -> Tokenizer:
+    return Tokenizer(llama3_tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> Llama:
+    folder = tiny_checkpoint()
+    return Llama.build(folder, llama3_tokenizer_path, 64, 4, device="cpu", dtype=torch.float32)
+
+
+def feed(tokenizer: Tokenizer, ids: list[int], stop: list[str]) -> tuple[str, str | None]:
+    """What a row of these ids yields, one id at a time as the engine adds them."""
+    row = Row([1], len(ids))
+    reader, text = RowText(row, tokenizer, stop), ""
+    for token in ids:
+        row.take(token, None, ())
+        piece = reader.read()
+        text += piece.text
+        assert "\ufffd" not in piece.text
+        if piece.finish_reason:
+            return text, piece.finish_reason
+    raise AssertionError("the row never finished")
+
+
+def random_pieces(rng: random.Random, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """A text, and ids that cut it anywhere, also within characters."""
+    text = "".join(rng.choices(ALPHABET, k=rng.randint(1, 30)))
+    data, ids = text.encode(), []
+    while data:
+        n = rng.randint(1, 5)
+        ids += tokenizer.model._encode_bytes(data[:n]) if n > 1 else [tokenizer.ranks[data[:1]]]
+        data = data[n:]
+    return text, ids
+
+
+def test_200_streams_equal_their_text_up_to_the_first_stop_string(tokenizer: Tokenizer) -> None:
+    rng, stopped = random.Random(0), 0
+    for _ in range(200):
+        text, ids = random_pieces(rng, tokenizer)
+        assert feed(tokenizer, ids, []) == (text, "length")
+        stop = ["".join(rng.choices(ALPHABET, k=rng.randint(1, 4))) for _ in range(3)]
+        if len(text) > 6:
+            at = rng.randrange(len(text) - 3)
+            stop.append(text[at : at + 3])
+        cut = min((at for s in stop if (at := text.find(s)) >= 0), default=None)
+        got, reason = feed(tokenizer, ids, stop)
+        if cut is None:
+            assert (got, reason) == (text, "length")
+        else:
+            stopped += 1
+            # The first to be complete ends the row; what was out before cannot overlap it.
+            assert reason == "stop" and text.startswith(got)
+            assert not any(s in got for s in stop)
+            assert any(text[len(got) :].startswith(s) for s in stop)
+    assert stopped > 100
+
+
+def test_incomplete_character_at_the_end(tokenizer: Tokenizer) -> None:
+    half = [tokenizer.ranks[bytes([b])] for b in "é".encode()[:1]]
+    row = Row([1], 1)
+    row.take(half[0], None, ())
+    assert RowText(row, tokenizer).read().text == "\ufffd"
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"seed": 3, "temperature": 1.0}])
+def test_stream_is_the_completion(tiny: Llama, options: dict[str, Any]) -> None:
+    [whole] = tiny.text_completion(["Hello"], max_gen_len=30, logprobs=True, **options)
+    pieces = list(tiny.text_stream("Hello", max_gen_len=30, logprobs=True, **options))
+    assert "".join(p.text for p in pieces) == whole["generation"]
+    tokens = [t for p in pieces for t in p.tokens]
+    assert [tiny.tokenizer.decode([t]) for t in tokens] == whole["tokens"]
+    assert [x for p in pieces for x in p.logprobs] == whole["logprobs"]
+    assert [p.finish_reason for p in pieces] == [None] * 29 + ["length"]
+
+
+def test_stop_string_of_a_completion(tiny: Llama) -> None:
+    [free] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=20)
+    stop = free["generation"][10:14]
+    before = free["generation"][: free["generation"].find(stop)]
+    options: dict[str, Any] = {"temperature": 0, "max_gen_len": 20, "stop": [stop]}
+    results = tiny.text_completion(["Hello", "Other text"], **options)
+    assert results[0] == {"generation": before, "finish_reason": "stop"}
+    assert results[1] == tiny.text_completion(["Other text"], **options)[0]
+    assert "".join(p.text for p in tiny.text_stream("Hello", **options)) == before
+
+
+def test_chat_stream_of_the_demo_model(demo: Llama) -> None:
+    dialog: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    [whole] = demo.chat_completion([dialog], temperature=0, max_gen_len=20)
+    pieces = list(demo.chat_stream(dialog, temperature=0, max_gen_len=20))
+    assert "".join(p.text for p in pieces) == whole["generation"]["content"]
+    assert pieces[-1].finish_reason == whole["finish_reason"]
+    assert "Paris" in whole["generation"]["content"]
+
+
+def test_one_stream_at_a_time(tiny: Llama) -> None:
+    stream = tiny.text_stream("Hello", temperature=0)
+    next(stream)
+    with pytest.raises(RuntimeError, match="generating already"):
+        tiny.generate([[1, 2]], 2)
+    stream.close()  # type: ignore[attr-defined]
+    assert tiny.generate([[1, 2]], 2, temperature=0)[0]
+
+
+def test_nothing_to_generate(tiny: Llama) -> None:
+    [piece] = tiny.text_stream("Hello", max_gen_len=0)
+    assert (piece.text, piece.tokens, piece.finish_reason) == ("", [], "length")
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"stop": "text"}, TypeError),
+        ({"stop": [1]}, TypeError),
+        ({"stop": [""]}, ValueError),
+        ({"temperature": -1}, ValueError),
+        ({"max_gen_len": -1}, ValueError),
+        ({"unknown": 1}, TypeError),
+    ],
+)
+def test_mistakes_are_told_at_the_call(
+    tiny: Llama, options: dict[str, Any], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        tiny.text_stream("Hello", **options)
