@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,21 +73,26 @@ class Commands:
         """
         from llama.conversion import convert
 
-        print(convert(str(src), str(dst), to, mp, dtype, force))
+        print(convert(src, dst, to, mp, dtype, force))
 
     def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int = 8192) -> None:
         """Tell what checkpoint PATH is and what it needs, with a cache of that batch and length."""
         from llama.formats import open_checkpoint
         from llama.inspection import describe
 
-        print(describe(open_checkpoint(str(path)), max_batch_size, max_seq_len))
+        print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
     def verify(self, path: str) -> None:
         """Check every file of checkpoint PATH; one line a problem, and exit code 1 if any."""
-        from llama.formats import open_checkpoint
+        from llama.formats import open_checkpoint, open_tokenizer
         from llama.verification import verify
 
-        problems = verify(str(path), open_checkpoint)
+        problems = verify(path, open_checkpoint)
+        if not problems:
+            try:
+                open_tokenizer(open_checkpoint(path))
+            except (ValueError, FileNotFoundError) as e:
+                problems = [str(e)]
         print("\n".join(problems) if problems else f"{path}: every check passed")
         if problems:
             raise SystemExit(1)
@@ -100,7 +105,7 @@ class Commands:
         """
         from llama.download import download
 
-        self.verify(str(download(repo, None if dst is None else Path(dst), include)))
+        self.verify(str(download(repo, Path(dst) if dst else None, include)))
 
     def demo(self) -> None:
         """Fetch and convert the demo model if need be, and print its folder."""
@@ -120,9 +125,17 @@ def run(component: Any, name: str) -> None:
 
     A mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
     """
+    # So that whatever is half-written is removed, as it is by Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        refuse_unknown_arguments(component, sys.argv[1:])
-        fire.Fire(component, name=name)
+        verb = [] if inspect.isfunction(component) else sys.argv[1:2]
+        function = component if inspect.isfunction(component) else None
+        if verb and not verb[0].startswith("-"):
+            function = getattr(component, verb[0], None)
+        arguments = sys.argv[1 + len(verb) :]
+        if callable(function) and "--help" not in arguments:
+            arguments = checked(inspect.signature(function), arguments)
+        fire.Fire(component, [*verb, *arguments], name)
         sys.stdout.flush()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -133,33 +146,47 @@ def run(component: Any, name: str) -> None:
         raise SystemExit(2) from None
 
 
-def refuse_unknown_arguments(component: Any, arguments: list[str]) -> None:
-    """Fire would run the whole command before it complains of an argument that was left over."""
-    function = component
-    if not inspect.isfunction(component):
-        function = getattr(component, arguments[0], None) if arguments else None
-        arguments = arguments[1:]
-    if not callable(function) or "--help" in arguments or "--" in arguments:
-        return
-    parameters = inspect.signature(function).parameters.values()
-    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    leading = list(itertools.takewhile(lambda a: not a.startswith("--"), arguments))
-    if len(leading) > len(positional):
-        raise ValueError(f"too many words: {leading[len(positional)]!r}; quote a text with spaces")
-    known = {p.name for p in parameters}
+def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:
+    """The arguments as Fire should have them.
+
+    Fire runs the whole command before it complains of an argument that was left over, and reads a
+    text such as 1e3 or a#b as something else.
+
+    Raises:
+        ValueError: an unknown flag, or more words than the command takes.
+    """
+    positional = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    result: list[str] = []
+    parameter: inspect.Parameter | None = None  # whose value comes next
+    leading = 0
     for argument in arguments:
-        flag = argument.split("=")[0]
-        name = flag[2:].replace("-", "_")
-        if flag.startswith("--") and not {name, name.removeprefix("no")} & known:
-            raise ValueError(f"unknown flag {flag}; the flags are {sorted(known)}")
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--"):
+            name = flag[2:].replace("-", "_")
+            known = signature.parameters
+            parameter = known.get(name)
+            if parameter is None and name.removeprefix("no") not in known:
+                raise ValueError(f"unknown flag {flag}; the flags are {sorted(known)}")
+            result.append(flag + (f"={_quoted(value, parameter)}" if equals else ""))
+            parameter = None if equals else parameter
+            continue
+        if parameter is None:
+            if leading == len(positional):
+                raise ValueError(f"too many words: {argument!r}; quote a text with spaces")
+            parameter, leading = positional[leading], leading + 1
+        result.append(_quoted(argument, parameter))
+        parameter = None
+    return result
+
+
+def _quoted(value: str, parameter: inspect.Parameter | None) -> str:
+    """As a Python literal, where a text is wanted."""
+    return repr(value) if parameter and "str" in str(parameter.annotation) else value
 
 
 def main() -> None:
     """The console script."""
-    arguments = sys.argv[1:]
-    if len(arguments) > 1 and arguments[0] == "complete" and not arguments[1].startswith("--"):
-        sys.argv[2] = repr(arguments[1])  # else Fire would read 1e3 as a number
-    if arguments == ["--version"]:
+    if sys.argv[1:] == ["--version"]:
         sys.argv[1] = "version"
     run(Commands(), "llama3")
 

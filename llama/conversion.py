@@ -40,21 +40,18 @@ def convert(
         FileNotFoundError, ValueError, ImportError: `src`, see `open_checkpoint`.
         OSError: the disk is full.
     """
-    if to not in ("meta", "hf"):
-        raise ValueError(f"cannot convert to {to!r}; use 'meta' or 'hf'")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {list(DTYPES)}")
-    if to == "hf" and mp is not None:
-        raise ValueError("mp is for --to meta: Hugging Face's files do not depend on ranks")
+    check_options(to, mp, dtype, force)
     src, dst = Path(src), Path(dst)
-    if dst.exists() and (dst.resolve() == src.resolve() or dst.resolve() in src.resolve().parents):
-        raise ValueError(f"{dst} holds the source itself; choose another folder")
     source = open_checkpoint(src)
+    if dst.resolve() in (source.path.resolve(), *source.path.resolve().parents):
+        raise ValueError(f"{dst} holds the source itself; choose another folder")
     chosen = DTYPES[dtype] if dtype else torch.bfloat16 if source.layout == "gguf" else None
     with new_folder(dst, force) as folder:
-        check_free_space(source, folder, chosen)
+        # A shard of the official layout stands on the disk twice while it is written.
+        shards = (mp or source.n_shards) if to == "meta" else 0
+        check_free_space(source, folder, chosen, 1 + 1 / shards if shards else 1)
         if to == "meta":
-            shards, vocabulary = source.n_shards if mp is None else mp, vocabulary_of(source)
+            vocabulary = vocabulary_of(source)
             if vocabulary is None:
                 warnings.warn(f"{src} has no tokenizer: add its tokenizer.model", stacklevel=2)
             write_meta(source, vocabulary, folder, chosen, shards)
@@ -65,15 +62,31 @@ def convert(
     return dst
 
 
-def check_free_space(source: Source, folder: Path, dtype: torch.dtype | None) -> None:
-    """Refuse to start what the disk has no room for."""
+def check_options(to: str, mp: int | None, dtype: str | None, force: bool) -> None:
+    """Raise a ValueError or TypeError for options that make no sense."""
+    if to not in ("meta", "hf"):
+        raise ValueError(f"cannot convert to {to!r}; use 'meta' or 'hf'")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {list(DTYPES)}")
+    if to == "hf" and mp is not None:
+        raise ValueError("mp is for --to meta: Hugging Face's files do not depend on ranks")
+    for name, value, kind in (("mp", mp, int), ("force", force, bool)):
+        if value is not None and type(value) is not kind:
+            raise TypeError(f"{name} must be of type {kind.__name__}, not {value!r}")
+
+
+def check_free_space(
+    source: Source, folder: Path, dtype: torch.dtype | None, copies: float
+) -> None:
+    """Refuse to start what the disk has no room for, `copies` times the weights."""
     needed = 0
     for name, shape in weight_shapes(source.args()).items():
         if not (name == "output.weight" and source.tied):
             needed += torch.Size(shape).numel() * (dtype or source.dtype(name)).itemsize
+    needed = int(needed * copies)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"the result needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB "
+            f"writing this needs {needed / 1e9:.1f} GB and {folder.parent} has {free / 1e9:.1f} GB "
             "free; free some or choose another disk"
         )

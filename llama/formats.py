@@ -46,12 +46,14 @@ def open_checkpoint(path: str | Path) -> Source:
 
 def vocabulary_of(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     """(tokenizer.model, its sidecar or {}) that belong to an open checkpoint, if it has any."""
+    from llama.convert.hf_vocabulary import is_rank_file
+
     folder = source.path if source.path.is_dir() else source.path.parent
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if source.path.is_dir() and path.is_file():
-            data = path.read_bytes()
-            if source.layout == "meta" or data[:1].isalnum():  # SentencePiece's files are binary
-                return data, read_sidecar(str(path))
+            if source.layout == "hf" and not is_rank_file(path):  # SentencePiece's have this name
+                continue
+            return path.read_bytes(), read_sidecar(str(path))
     return source.vocabulary()
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a few lines for people. Reads sizes and names, not one weight."""
+"""What a checkpoint is, in a few lines for people. Reads sizes and names."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
         ("vocabulary", f"{args.vocab_size} tokens"),
         ("parameters", f"{parameter_count(args, source.tied):,}"),
         ("output", "tied to the embedding" if source.tied else "weights of its own"),
-        ("stored as", _dtypes(source, args)),
+        ("read as" if source.layout == "gguf" else "stored as", _dtypes(source, args)),
         ("weights", f"{_size(weights)} ({weights:,} bytes)"),
         ("context", f"trained for {LONG_CONTEXT if args.use_scaled_rope else CONTEXT} tokens"),
         ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),

@@ -17,6 +17,7 @@ from torch import Tensor
 from llama.args import ModelArgs
 from llama.source import Source, shard_dim
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What inference itself decides; params.json may name it, and is not asked.
 DECIDED_AT_BUILD = {"max_batch_size", "max_seq_len"}
 # Tables that old checkpoints carry although they follow from params.json.
@@ -95,8 +96,11 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
-    if integers := [name for name, w in weights.items() if not w.is_floating_point()]:
-        raise ValueError(f"{path}: {integers[0]} is not floating-point: this is another format")
+    if quantized := [name for name, w in weights.items() if w.dtype not in DTYPES]:
+        raise ValueError(
+            f"{path}: {quantized[0]} is {weights[quantized[0]].dtype}; quantized checkpoints need "
+            "scales that this layout does not hold: get the bfloat16 release"
+        )
     return weights
 
 
@@ -140,22 +144,21 @@ class MetaShards(Source):
         16: then they are counted here as the 8 they are.
         """
         args = ModelArgs(**self.params)
-        wk = [shard.get("layers.0.attention.wk.weight") for shard in self.shards]
-        wv = [shard.get("layers.0.attention.wv.weight") for shard in self.shards]
-        if wk[0] is None or wv[0] is None:
-            return 1  # a missing weight: `args` will say so
-        stored = len(wk) * wk[0].shape[0] // args.head_dim
-        if stored > args.kv_heads and stored % args.kv_heads == 0:
-            return stored // args.kv_heads
-        if stored != args.kv_heads or stored != len(wk) or stored == 1:
-            return 1
-        copies = 1
-        while stored % (2 * copies) == 0 and all(
-            torch.equal(w[i], w[i + copies])  # type: ignore[arg-type]
-            for w in (wk, wv)
-            for i in range(0, stored, 2 * copies)
-        ):
-            copies *= 2
+        copies = len(self.shards) * args.n_heads  # more than there can be
+        for layer in (0, args.n_layers - 1):
+            for kind in ("wk", "wv"):
+                name = f"layers.{layer}.attention.{kind}.weight"
+                parts = [shard[name] for shard in self.shards if name in shard]
+                rows = sum(len(part) for part in parts)
+                stored = rows // args.head_dim
+                if len(parts) < len(self.shards) or rows % args.head_dim or stored < 2:
+                    return 1  # `args` will say what is missing
+                if stored <= args.kv_heads and len(parts) != stored:
+                    return 1  # only the release for more ranks than heads stores heads twice
+                heads = torch.cat(parts).view(stored, args.head_dim, -1)
+                copies = min(copies, _copies(heads))
+        if stored > args.kv_heads and stored // copies != args.kv_heads:
+            return 1  # different heads: `args` will say that there are too many
         self.params["n_kv_heads"] = stored // copies
         return copies
 
@@ -200,6 +203,17 @@ class MetaShards(Source):
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
         return self.shards[rank if size == self.n_shards else 0][name]
+
+
+def _copies(heads: Tensor) -> int:
+    """The greatest power of two c for which every c heads in a row are equal."""
+    copies = 1
+    while len(heads) % (2 * copies) == 0:
+        groups = heads.unflatten(0, (-1, 2 * copies))
+        if not all(torch.equal(groups[:, 0], groups[:, i]) for i in range(1, 2 * copies)):
+            break
+        copies *= 2
+    return copies
 
 
 def _range(parts: list[Tensor], dim: int, start: int, stop: int) -> Tensor:

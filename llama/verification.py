@@ -138,8 +138,6 @@ def _expected_files(folder: Path, report: Report) -> list[Path]:
     if layout == "meta":
         numbers = [int(m[1]) for f in folder.iterdir() if (m := SHARD.fullmatch(f.name))]
         shards = [f"consolidated.{i:02}.pth" for i in range(max(numbers, default=0) + 1)]
-        if not numbers and any(folder.glob("*.pth")):
-            shards = []  # of other names, which are read too
         return [folder / name for name in ("params.json", *shards, "tokenizer.model")]
     if layout == "hf":
         files = [folder / "config.json", *_indexed(folder, report)]
@@ -195,29 +193,30 @@ def _check_tokenizer(folder: Path, report: Report) -> None:
 
 
 def _check_sums(folder: Path, report: Report) -> None:
-    """The MD5 sums of checklist.chk, `md5  filename` a line."""
-    checklist = folder / "checklist.chk"
-    if not checklist.is_file() or checklist in report.files:
-        return
-    try:
-        lines = checklist.read_text("utf-8", errors="replace").splitlines()
-    except OSError as e:
-        report.add(checklist, f"cannot be read ({e.strerror})", "check its permissions")
-        return
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
+    """The MD5 sums of checklist.chk or a .md5 file, `md5  filename` or `filename md5` a line."""
+    for checklist in [*folder.glob("checklist.chk"), *folder.glob("*.md5")]:
+        if checklist in report.files:
             continue
-        match = SUM.fullmatch(line)
-        if match is None:
-            report.add(checklist, f"has no 'MD5 filename' on line {number}", AGAIN)
+        try:
+            lines = checklist.read_text("utf-8", errors="replace").splitlines()
+        except OSError as e:
+            report.add(checklist, f"cannot be read ({e.strerror})", "check its permissions")
             continue
-        file, published = folder / match[2], match[1].lower()
-        if not file.is_file():
-            report.add(file, "is missing and in checklist.chk", "download it")
-        elif file not in report.files:
-            found = _digest(file, "md5", report)
-            if found and found != published:
-                report.add(file, f"is not as published: MD5 {found}, not {published}", AGAIN)
+        for number, line in enumerate(lines, 1):
+            match = SUM.fullmatch(line) or SUM.fullmatch(" ".join(reversed(line.split())))
+            if match is not None:
+                _check_sum(folder / match[2], match[1].lower(), checklist.name, report)
+            elif line.strip():
+                report.add(checklist, f"has no 'MD5 filename' on line {number}", AGAIN)
+
+
+def _check_sum(file: Path, published: str, checklist: str, report: Report) -> None:
+    if not file.is_file():
+        report.add(file, f"is missing and in {checklist}", "download it")
+    elif file not in report.files:
+        found = _digest(file, "md5", report)
+        if found and found != published:
+            report.add(file, f"is not as published: MD5 {found}, not {published}", AGAIN)
 
 
 def _digest(path: Path, kind: str, report: Report) -> str | None:

@@ -142,7 +142,7 @@ BAD = {
     "missing": (ValueError, r"missing: layers\.1\.attention\.wq\.weight"),
     "extra": (ValueError, r"unknown: layers\.2\.attention\.wq\.weight"),
     "misshapen": (ValueError, r"norm\.weight \(63,\) instead of \(64,\)"),
-    "integers": (ValueError, r"norm\.weight is not floating-point"),
+    "integers": (ValueError, r"norm\.weight is torch\.int8"),
     "shards of two models": (ValueError, "not shards of one model"),
     "a shard too many": (ValueError, "misshapen"),
     "window=5": (ValueError, "'window'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,20 +97,33 @@ def test_dtype(folder: Path, tmp_path: Path) -> None:
 def test_existing_destination(folder: Path, tmp_path: Path) -> None:
     dst = tmp_path / "out"
     dst.mkdir()
-    (dst / "mine").write_text("keep")
+    (dst / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="exists already"):
         convert(folder, dst)
-    assert (dst / "mine").read_text() == "keep"
+    with pytest.raises(FileExistsError, match="not replaced"):  # it is more than a checkpoint
+        convert(folder, dst, force=True)
+    assert (dst / "mine.txt").read_text() == "keep"
+    (dst / "mine.txt").rename(dst / "params.json")
     convert(folder, dst, force=True)
-    assert not (dst / "mine").exists()
     assert_same(folder, dst)
+    link = tmp_path / "link"
+    link.symlink_to(dst)
+    with pytest.raises(FileExistsError):
+        convert(folder, link, force=True)
+    link.unlink()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_source_is_never_overwritten(folder: Path) -> None:
-    for dst in (folder, folder.parent):
+    outer = folder / "outer"
+    outer.mkdir()
+    shutil.copytree(folder, outer / "original", ignore=shutil.ignore_patterns("outer"))
+    for src, dst in [
+        (folder, folder), (folder, folder.parent), (outer, outer / "original"), (outer, outer)
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match="the source itself"):
-            convert(folder, dst, force=True)
+            convert(src, dst, force=True)
+    assert weights_of(outer)
     assert weights_of(folder)
 
 
@@ -120,12 +134,14 @@ def test_source_is_never_overwritten(folder: Path) -> None:
         ({"dtype": "int8"}, "int8"),
         ({"mp": 3}, r"use one of \[1, 2, 4, 8\]"),
         ({"to": "hf", "mp": 2}, "mp is for"),
+        ({"force": "false"}, "force must be of type bool"),
+        ({"mp": True}, "mp must be of type int"),
     ],
 )
 def test_bad_arguments(
     folder: Path, tmp_path: Path, arguments: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         convert(folder, tmp_path / "out", **arguments)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
@@ -151,10 +167,10 @@ def test_interruption_leaves_the_old_result(
 def test_full_disk_is_seen_before_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    weights = sum(w.nbytes for w in weights_of(folder).values())
+    # Each shard stands on the disk twice while it is written.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * weights - 1))
     with pytest.raises(OSError, match="free some or choose another disk"):
         convert(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -69,3 +69,31 @@ def test_a_mistake_in_an_example_is_one_line() -> None:
 def test_version_and_demo_folder(demo_dir: Path) -> None:
     assert run("-m", "llama.cli", "version").stdout.strip() == "0.1.0"
     assert run("-m", "llama.cli", "demo").stdout.strip() == str(demo_dir)
+
+
+@pytest.mark.parametrize("value", ["false", "no"])
+def test_a_flag_is_not_guessed(demo_dir: Path, tmp_path: Path, value: str) -> None:
+    dst = tmp_path / "3.10"
+    dst.mkdir()
+    command = ["-m", "llama.cli", "convert", str(demo_dir), str(dst), f"--force={value}"]
+    done = run(*command, code=2)
+    assert "force must be of type bool" in done.stderr and dst.is_dir()
+
+
+def test_paths_are_taken_as_they_are(demo_dir: Path, tmp_path: Path) -> None:
+    """Fire alone would read 3.10 as a number and a#b as a."""
+    for name in ("3.10", "a#b"):
+        command = [sys.executable, "-m", "llama.cli", "convert", str(demo_dir), name]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        done = run("-m", "llama.cli", "inspect", str(tmp_path / name))
+        assert "134,515,008" in done.stdout
+        done = run("-m", "llama.cli", "verify", str(tmp_path / name))
+        assert "every check passed" in done.stdout
+
+
+def test_verify_tells_a_damaged_copy(demo_dir: Path, tmp_path: Path) -> None:
+    for name in ("params.json", "tokenizer.model", "tokenizer.model.json"):
+        (tmp_path / name).write_bytes((demo_dir / name).read_bytes())
+    (tmp_path / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html><html>")
+    done = run("-m", "llama.cli", "verify", str(tmp_path), code=1)
+    assert "HTML" in done.stdout and "consolidated.00.pth" in done.stdout

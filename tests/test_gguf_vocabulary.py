@@ -160,3 +160,16 @@ def test_other_vocabularies_give_none(model: str | None, tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="no tokenizer"):
         folder = convert(path, tmp_path / "out")
     assert {f.name for f in folder.iterdir()} == {"consolidated.00.pth", "params.json"}
+
+
+@pytest.mark.parametrize("pre", ["llama3", "llama-v3"])
+def test_other_names_of_llama_3s_pre_tokenizer(pre: str, tmp_path: Path) -> None:
+    keys = vocabulary_keys("llama-bpe")
+    expected = read(write_gguf(tmp_path / "a.gguf", keys=keys))
+    keys["tokenizer.ggml.pre"] = pre
+    assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
+
+
+def test_padding_by_an_ordinary_token(tmp_path: Path) -> None:
+    keys = vocabulary_keys("smollm") | {"tokenizer.ggml.padding_token_id": 5}
+    assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1]["pad_token"] is None

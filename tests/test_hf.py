@@ -148,6 +148,7 @@ def test_reads_touch_only_their_pages(saved: Path, tmp_path: Path) -> None:
     big = torch.ones(2048, 2048)
     edit(tmp_path / "config.json", **json.loads((saved / "config.json").read_text()))
     edit(tmp_path / "config.json", hidden_size=2048, num_attention_heads=32, head_dim=64)
+    edit(tmp_path / "config.json", tie_word_embeddings=True)
     names = ("model.embed_tokens", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj")
     path = tmp_path / "model.safetensors"
     save_file({f"{name}.weight": big.clone() for name in names}, path)
@@ -189,8 +190,10 @@ def test_tied_by_content_or_contradiction(copied: Path) -> None:
         assert output.data_ptr() == embedding.data_ptr()
     del weights["lm_head.weight"]
     save_file(weights, path)
+    with pytest.raises(ValueError, match=r"no lm_head\.weight"):  # the last `said` was False
+        HFSource(copied)
+    edit(copied / "config.json", tie_word_embeddings=True)
     assert HFSource(copied).tied
-    source.args()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,23 @@ def test_sixteen_different_heads_are_not_merged(tmp_path: Path) -> None:
     assert MetaShards(folder).params["n_kv_heads"] == 16
 
 
+@pytest.mark.parametrize("counted", [4, 2, 1])
+def test_heads_are_never_dropped(tmp_path: Path, counted: int) -> None:
+    """More heads than params.json says, and different ones: refused, not cut."""
+    source = MetaShards(write(tmp_path / "c", whole_weights(False), 1, n_kv_heads=counted))
+    with pytest.raises(ValueError, match="misshapen"):
+        source.args()
+
+
+def test_merging_compares_every_head(tmp_path: Path) -> None:
+    folder = write(tmp_path / "c", whole_weights(False), 16, n_kv_heads=16)
+    path = folder / "consolidated.15.pth"
+    shard = torch.load(path, weights_only=True)
+    shard["layers.1.attention.wv.weight"] += 1
+    torch.save(shard, path)
+    assert MetaShards(folder).params["n_kv_heads"] == 16
+
+
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
     with torch.inference_mode():
         return model(tokens)

@@ -240,6 +240,16 @@ def test_checklist_lines(good: Path, line: str, said: str) -> None:
     assert said in only_problem(good)
 
 
+def test_sums_in_a_file_of_another_name_and_order(good: Path) -> None:
+    lines = [line.split() for line in (good / "checklist.chk").read_text().splitlines()]
+    (good / "checklist.chk").unlink()
+    swapped = "".join(f"{name} {md5}\n" for md5, name in lines)
+    (good / "model.md5").write_text(swapped)
+    assert verify(good, open_checkpoint) == []
+    (good / "model.md5").write_text(swapped.replace(lines[0][0], "0" * 32))
+    assert "not as published" in only_problem(good)
+
+
 def test_checklist_names_the_last_shard(good: Path) -> None:
     """Numbers without a gap cannot tell that the last one is missing."""
     split(good, 2)

@@ -45,6 +45,16 @@ def ffn_terms(dim: int, hidden: int) -> tuple[int, float | None]:
     return hidden, (hidden + 0.5) / int(2 * (4 * dim) / 3)
 
 
+def is_checkpoint_folder(path: Path) -> bool:
+    """Whether a folder holds nothing but files that a conversion writes."""
+    suffixes = {".pth", ".json", ".model", ".safetensors"}
+    return (
+        path.is_dir()
+        and not path.is_symlink()
+        and all(f.is_file() and f.suffix in suffixes for f in path.iterdir())
+    )
+
+
 @contextmanager
 def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
     """A temporary folder beside `dst` that takes its name when the block ends: all or nothing.
@@ -53,13 +63,17 @@ def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
     `dst` as it was.
 
     Args:
-        force: replace a `dst` that exists, once the new one is whole.
+        force: replace a `dst` that exists, once the new one is whole; it must hold nothing but a
+            checkpoint's files.
 
     Raises:
-        FileExistsError: `dst` exists, before the block or after it, and not `force`.
+        FileExistsError: `dst` exists, before the block or after it, and not `force`; or `force`
+            would delete something else.
     """
     remedy = f"{dst} exists already; remove it or choose another folder"
-    if dst.exists() and not force:
+    if os.path.lexists(dst) and not (force and is_checkpoint_folder(dst)):
+        if force:
+            remedy = f"{dst} is not a folder of a checkpoint alone: it is not replaced"
         raise FileExistsError(remedy)
     tmp, old = (dst.with_name(f".{dst.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:

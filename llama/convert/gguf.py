@@ -30,6 +30,8 @@ PATTERNS = {
     "smollm": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?=\p{N})|\s+(?!\S)|\s+",
 }
+ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+LLAMA3_ROWS = 128256  # the first Llama 3 files do not name their pre-tokenizer
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # `tokenizer.ggml.token_type`
 
 GGUF_NAMES = {  # Meta's: the file's
@@ -238,14 +240,19 @@ def _plan(file: _File, params: dict[str, Any]) -> dict[str, str]:
 def _tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
     if file.get("tokenizer.ggml.model") != "gpt2":
         return None
-    pre = file.need("tokenizer.ggml.pre")
+    rows = file.shape(EMBEDDING)[0]
+    unnamed = rows == LLAMA3_ROWS and file.get("tokenizer.ggml.pre") is None
+    pre = "llama-bpe" if unnamed else file.need("tokenizer.ggml.pre")
+    pre = ALIASES.get(pre, pre)
     if pre not in PATTERNS:
         raise ValueError(f"{file.path}: unknown pre-tokenizer {pre!r}; known: {list(PATTERNS)}")
     ordinary, special = _vocabulary(file)
-    llama3 = pre == "llama-bpe"
+    llama3 = PATTERNS[pre] == LLAMA3_PATTERN
     add_bos = file.get("tokenizer.ggml.add_bos_token", llama3)
     bos = file.need("tokenizer.ggml.bos_token_id") if add_bos else None
     eos, pad = file.need("tokenizer.ggml.eos_token_id"), file.get("tokenizer.ggml.padding_token_id")
+    if pad in ordinary.values():  # some files name an ordinary token, which pads nothing here
+        pad = None
     merges, template = file.need("tokenizer.ggml.merges"), file.get("tokenizer.chat_template", "")
     try:
         ranks = rank_file(ordinary, merges, whole_pieces=llama3)

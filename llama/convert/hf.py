@@ -96,6 +96,11 @@ class HFSource(Source):
         """Whether the output's weights are the embedding's, by config.json and by content."""
         embed, head = (self._weights.get(f"{n}.weight") for n in ("tok_embeddings", "output"))
         if embed is None or head is None:
+            if head is None and not said:
+                raise ValueError(
+                    f"{self.path} has no lm_head.weight, and config.json does not tie it to the "
+                    "embedding; download it again, or set tie_word_embeddings to true"
+                )
             return head is None
         embedding, output = embed.tensor(), head.tensor()
         # Nearly all that differ do in the first row, and then nothing else is read.

@@ -21,8 +21,6 @@ DIGITS_PATTERN = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
     r"|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
-# Where a folder may have a tiktoken rank file.
-RANK_FILES = ("tokenizer.model", "original/tokenizer.model")
 # Parts of a tokenizer.json's BPE that ranks cannot express, where they are not empty.
 OTHER_BPE = (
     "dropout",
@@ -41,9 +39,7 @@ def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
     Raises:
         ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
     """
-    if any(
-        _is_rank_file(folder / name) for name in ("tokenizer.model", "original/tokenizer.model")
-    ):
+    if any(is_rank_file(folder / name) for name in ("tokenizer.model", "original/tokenizer.model")):
         return None
     path = folder / "tokenizer.json"
     if not path.is_file():
@@ -57,7 +53,7 @@ def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
         raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
 
 
-def _is_rank_file(path: Path) -> bool:
+def is_rank_file(path: Path) -> bool:
     """Whether `path` is a tiktoken file: SentencePiece's has the same name."""
     if not path.is_file():
         return False
