@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import gguf
@@ -247,3 +248,15 @@ def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) ->
     tokens = torch.arange(20).unsqueeze(0)
     with torch.inference_mode():
         assert torch.equal(model(tokens), oracle(tokens))
+
+
+def test_llama_31_without_its_rope_scaling_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama.convert.gguf.LLAMA3_ROWS", VOCAB)
+    for context, warned in ((8192, 0), (131072, 1)):
+        path = write_gguf(tmp_path / f"{context}.gguf", keys={"llama.context_length": context})
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read_params(path)
+        assert sum("lacks its RoPE scaling" in str(w.message) for w in caught) == warned

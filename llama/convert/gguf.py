@@ -7,6 +7,7 @@ dimensions innermost first; shapes here are (out, in), as in torch.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,6 +207,12 @@ def _rope_factor(file: _File, head_dim: int, theta: float) -> float:
     the factor above 8192, and in between so that the result is a blend of the two.
     """
     if ROPE_FREQS not in file.tensors:
+        if file.shape(EMBEDDING)[0] == LLAMA3_ROWS and file.get("llama.context_length", 0) > 8192:
+            warnings.warn(
+                f"{file.path} looks like Llama 3.1 and lacks its RoPE scaling, as the first such "
+                "files did: answers to long prompts will be poor; get a newer conversion",
+                stacklevel=2,
+            )
         return 1.0
     divisors = torch.from_numpy(file.array(ROPE_FREQS))
     factor = float(divisors.max())
