@@ -26,6 +26,12 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same random inputs at each run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """The demo model in the official layout."""

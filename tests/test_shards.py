@@ -167,7 +167,10 @@ class Ranks:
 def test_logits_on_any_number_of_ranks(
     tmp_path: Path, n: int, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp64, because the ranks' partial sums are added in another order than one matrix product."""
+    """Near, because the ranks' partial sums are added in another order than one matrix product.
+
+    fp64 keeps that small; norms and logits are fp32 whatever the dtype.
+    """
     weights, tokens = whole_weights(False), torch.randint(0, 96, (2, 20))
     original = Transformer(ModelArgs(**PARAMS)).double()
     original.load_state_dict(weights)
@@ -188,7 +191,7 @@ def test_logits_on_any_number_of_ranks(
         return logits(checkpoint.load(source, args, torch.device("cpu"), torch.float64), tokens)
 
     for got in ranks.run(job):
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)  # logits are made fp32 last
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
 def test_norms_of_a_rank_are_its_own(tmp_path: Path) -> None:
