@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -160,6 +161,9 @@ def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:
     parameter: inspect.Parameter | None = None  # whose value comes next
     leading = 0
     for argument in arguments:
+        if re.fullmatch("-[a-zA-Z]", argument):  # short for the one flag that begins so
+            names = [name for name in signature.parameters if name[0] == argument[1]]
+            argument = f"--{names[0]}" if len(names) == 1 else f"-{argument}"
         flag, equals, value = argument.partition("=")
         if flag.startswith("--"):
             name = flag[2:].replace("-", "_")

@@ -36,6 +36,7 @@ def test_chat_completion_under_torchrun(demo_dir: Path) -> None:
 def test_complete(demo_dir: Path) -> None:
     command = ["-m", "llama.cli", "complete", "The capital of France is"]
     assert "Paris" in run(*command, "--temperature", "0", "--max_gen_len", "4").stdout
+    assert "Paris" in run(*command, "-c", str(demo_dir), "--temperature=0").stdout
     # A prompt that looks like a number stays text.
     run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
 
@@ -48,6 +49,7 @@ def test_complete(demo_dir: Path) -> None:
         (["--tokenizer_path", "x"], "tokenizer_path without ckpt_dir"),
         (["--max_seq_len", "2"], "more than max_seq_len 2"),
         (["--bogus", "2"], "unknown flag --bogus"),
+        (["-t", "2"], "unknown flag --t"),  # temperature, top_p, tokenizer_path
     ],
 )
 def test_a_mistake_is_one_line(demo_dir: Path, arguments: list[str], message: str) -> None:
