@@ -152,9 +152,9 @@ def check_free_space(folder: Path, sizes: dict[str, int]) -> None:
 @contextmanager
 def _plain_errors(repo: str, folder: Path) -> Iterator[None]:
     """The hub's errors in plain words, each with the next step."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
-    page = f"https://huggingface.co/{repo}"
+    page = f"{constants.ENDPOINT}/{repo}"
     try:
         yield
     except errors.GatedRepoError as e:

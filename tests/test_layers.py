@@ -1,4 +1,4 @@
-"""DESIGN: a file imports only from the rows above it; importing the package changes nothing."""
+"""A file imports only from the rows above it; importing the package changes nothing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ assert not {"gguf", "fire", "transformers"} & set(sys.modules), "heavy imports"
 
 
 def test_budgets() -> None:
-    """DESIGN: a file under 300 lines, a function under 50."""
+    """A file under 300 lines, a function under 50."""
     for path in FILES.values():
         text = path.read_text(encoding="utf-8")
         assert text.count("\n") <= 300, path

@@ -17,7 +17,7 @@ from llama import parallel
 
 Tiny = Callable[..., Path]
 SCRIPT = Path(__file__).with_name("two_ranks.py")
-# FACTS: split on dim 0 or 1; norms are replicated.
+# Split on dim 0 or 1; norms are replicated.
 SPLIT = {
     "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "tok_embeddings": 0, "wo": 1, "w2": 1
 }  # fmt: skip

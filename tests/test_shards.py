@@ -1,4 +1,4 @@
-"""shards.py: any number of shards on any number of ranks, by FACTS' split and nothing else."""
+"""shards.py: any number of shards on any number of ranks, by the split written out."""
 
 from __future__ import annotations
 
