@@ -6,6 +6,7 @@ which weights are split; `model.py` calls these where the communication happens.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -57,8 +58,16 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
         return
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(_leave)
     with contextlib.redirect_stdout(sys.stderr):  # fairscale announces itself
         fs_init.initialize_model_parallel(wanted)
+
+
+def _leave() -> None:
+    """Close the group that we opened: gloo's threads abort an interpreter that ends under them."""
+    if dist.is_initialized():
+        fs_init.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def size() -> int:
