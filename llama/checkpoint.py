@@ -7,9 +7,10 @@ from torch import Tensor
 
 from llama import parallel
 from llama.args import ModelArgs
+from llama.inspection import parameter_count
 from llama.model import Transformer
 from llama.progress import progress
-from llama.source import Source, rank_part, weight_shapes
+from llama.source import Source, rank_part
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -91,8 +92,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
 def summary(source: Source, model: Transformer, seconds: float) -> str:
     """One line on what was loaded; bytes are this rank's, without the KV cache."""
     distinct = {w.data_ptr(): w for w in model.parameters()}.values()
-    whole = [torch.Size(shape).numel() for shape in weight_shapes(model.params).values()]
-    parameters = sum(whole) - source.tied * whole[-1]
+    parameters = parameter_count(model.params, source.tied)
     size = sum(w.nbytes for w in distinct)
     w = model.norm.weight
     return (
