@@ -3,6 +3,8 @@
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, Piece
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tool_calls import ToolReply, parse_tool_calls
+from llama.tools import ToolCall
 
 __all__ = [
     "ChatFormat",
@@ -14,6 +16,9 @@ __all__ = [
     "ModelArgs",
     "Piece",
     "Tokenizer",
+    "ToolCall",
+    "ToolReply",
     "Transformer",
+    "parse_tool_calls",
 ]
 __version__ = "0.1.0"

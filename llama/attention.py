@@ -6,6 +6,7 @@ Shapes: B rows, T new positions a row, S positions read, D head_dim, H / K query
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +83,21 @@ def exact_grouped_attention(
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
 
 
+class CacheSlice(NamedTuple):
+    """Where new keys and values go, and what their queries read.
+
+    Attributes:
+        rows, positions: int64, (B, 1) and (B or 1, T): the index of each new position.
+        first_row: `rows` are this one and the B - 1 after it.
+        length: how many positions of those rows are read.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    first_row: int
+    length: int
+
+
 class KVCache(nn.Module):
     """Keys and values of one layer, (max_batch, max_seq_len, K, D) each.
 
@@ -98,25 +114,27 @@ class KVCache(nn.Module):
             zeros = torch.zeros(shape, dtype=like.dtype, device=like.device)
             self.register_buffer(name, zeros, persistent=False)
 
-    def update(
-        self, xk: Tensor, xv: Tensor, index: tuple[Tensor, Tensor], cache_len: int
-    ) -> tuple[Tensor, Tensor]:
-        """Write (B, T, K, D) at `index`; return the first `cache_len` positions, as views.
-
-        Args:
-            index: (B, 1) rows and (B, T) or (1, T) positions, int64.
-        """
-        self.k.index_put_(index, xk)
-        self.v.index_put_(index, xv)
-        k, v = (cache.narrow(0, 0, len(xk)).narrow(1, 0, cache_len) for cache in (self.k, self.v))
+    def update(self, xk: Tensor, xv: Tensor, at: CacheSlice) -> tuple[Tensor, Tensor]:
+        """Write (B, T, K, D) there; the positions to read, (B, at.length, K, D), as views."""
+        B = len(xk)
+        for cache, new in ((self.k, xk), (self.v, xv)):
+            cache.index_put_((at.rows, at.positions), new)
+        k, v = (c.narrow(0, at.first_row, B).narrow(1, 0, at.length) for c in (self.k, self.v))
         return k, v
 
-    def clear(self, rows: int, start: int, stop: int) -> None:
-        """Zero the positions `start`:`stop` of the first `rows` rows."""
+    def clear(self, row: int, start: int, stop: int) -> None:
+        """Zero the positions `start`:`stop` of a row."""
         for cache in (self.k, self.v):
-            cache.narrow(0, 0, rows).narrow(1, start, stop - start).zero_()
+            cache[row, start:stop] = 0
 
-    def move_row(self, source: int, target: int, length: int) -> None:
+    def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of row `source` to row `target`."""
         for cache in (self.k, self.v):
             cache[target, :length] = cache[source, :length]
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` positions of two rows."""
+        for cache in (self.k, self.v):
+            kept = cache[a, :length].clone()
+            cache[a, :length] = cache[b, :length]
+            cache[b, :length] = kept

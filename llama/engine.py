@@ -1,239 +1,272 @@
-"""Decode loop: ids in, ids out. Knows nothing about text."""
+"""Continuous batching: requests of ids in, ids out, a step at a time. Knows nothing about text.
+
+Every request has a slot, a row of the KV cache, and its own position, sampling, generator and
+budget. A step feeds each running request what is pending: a chunk of its prompt, or the id drawn
+last. Requests come and go between steps (continuous batching, as in Orca, OSDI 2022).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
-from typing import Literal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llama import parallel
-from llama.model import ModelArgs, Transformer
-from llama.sampling import Sampling, sample
-
-FinishReason = Literal["stop", "length"]
-# Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
-SCORE_CHUNK = 128
+from llama.model import Transformer
+from llama.passes import chosen_logprobs, draw, hidden_of_chunks, score_prompt
+from llama.request import FinishReason, Request
+from llama.slots import Slot, Slots
 
 
-@dataclass
-class Row:
-    """One prompt and what has been generated for it.
+@dataclass(frozen=True)
+class Event:
+    """What a step did for a request.
 
-    `logprobs` are natural logarithms of the raw distribution (before temperature and top_p), one
-    per generated id; `prompt_logprobs` likewise per prompt id, None for the first, which nothing
-    predicted. The stop token that ended a row is in neither list.
+    Attributes:
+        id: as `Engine.add` returned it.
+        token: the id generated; None for a stop token or where the request ended without one.
+        logprob: of `token`, if the request asked for it.
+        finish_reason: None while the request goes on.
     """
 
-    prompt: list[int]
-    budget: int  # ids it may generate
-    generator: torch.Generator | None = None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    prompt_logprobs: list[float | None] = field(default_factory=list)
-    finish_reason: FinishReason | None = None  # None: it goes on
+    id: int
+    token: int | None = None
+    logprob: float | None = None
+    finish_reason: FinishReason | None = None
 
-    def __post_init__(self) -> None:
-        if self.budget <= 0:
-            self.finish_reason = "length"
+
+class Engine:
+    """Generates for any number of requests, as many at once as the model's cache has rows.
+
+    Its methods may be called from any thread. What a request gets does not depend on the others,
+    up to the rounding of its dtype, if it is greedy or has a seed.
+
+    Args:
+        model: its cache belongs to the engine from here on; another user of the cache (such as
+            `model(tokens, start_pos)`) ends the requests that are running.
+        prefill_chunk: most prompt positions computed in a step, shared by all prompts. It bounds
+            the memory of a long prompt, and how long it holds up the others.
+    """
+
+    def __init__(self, model: Transformer, prefill_chunk: int = 512):
+        if type(prefill_chunk) is not int or prefill_chunk < 1:
+            raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
+        self.model = model
+        self.prefill_chunk = prefill_chunk
+        self._requests: dict[int, Request] = {}  # those not finished, by id
+        self._waiting: deque[Request] = deque()  # for a slot
+        self._slots: Slots | None = None
+        self._added = 0
+        self._changed = threading.Condition(threading.RLock())
+        self._stepping = False
+
+    def add(self, request: Request) -> int:
+        """Queue a request; it takes part from the next step on.
+
+        Returns:
+            its id.
+
+        Raises:
+            TypeError, ValueError: the request cannot be run. Others are not touched.
+        """
+        request.check(self.model.params)
+        with self._changed:
+            request.begin(self.model.params.max_seq_len, self.model.norm.weight.device)
+            self._added += 1
+            request.id = self._added
+            self._requests[request.id] = request
+            self._waiting.append(request)
+            return request.id
+
+    def cancel(self, id: int) -> bool:
+        """End a request and free its slot. False if it had ended already.
+
+        Raises:
+            ValueError: no request ever had this id.
+        """
+        with self._changed:
+            if type(id) is not int or not 1 <= id <= self._added:
+                raise ValueError(f"no request has the id {id!r}")
+            request = self._requests.get(id)
+            if request is None or request.finish_reason is not None:
+                return False
+            request.finish_reason = "cancelled"
+            if not self._stepping:  # else the end of the step frees it
+                self._sweep()
+            self._changed.notify_all()
+            return True
 
     @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.ids)
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
 
-    def take(self, token: int, logprob: float | None, stop_tokens: Collection[int]) -> None:
-        """Add a drawn id, or end at a stop token."""
-        if token in stop_tokens:
-            self.finish_reason = "stop"
-            return
-        self.ids.append(token)
-        if logprob is not None:
-            self.logprobs.append(logprob)
-        if len(self.ids) >= self.budget:
-            self.finish_reason = "length"
+    def step(self) -> list[Event]:
+        """Advance every request that has a slot; what happened, in no certain order.
 
+        A request that cannot go on ends with the finish_reason "error"; nothing is raised.
+        """
+        with self._turn(lambda: False):
+            return self._step()
 
-def make_rows(
-    prompts: Sequence[Sequence[int]],
-    max_gen_len: int,
-    model: Transformer,
-    seed: int | Sequence[int] | None = None,
-) -> list[Row]:
-    """Rows for `stream`, after checking everything that a caller can get wrong.
+    def wait(self, ready: Callable[[], object]) -> None:
+        """Return once `ready()` is true, stepping unless another thread does."""
+        while not ready():
+            with self._turn(ready) as mine:
+                if mine and not self.busy:
+                    raise RuntimeError("nothing is left to run, and what was waited for is not so")
+                if mine:
+                    self._step()
 
-    Args:
-        seed: of each row's own generator: one for all rows, or one a row. None: no generators.
+    def forget(self) -> None:
+        """Let no later request build upon what is cached now, as after a change of weights."""
+        with self._turn(lambda: False):
+            for slot in self._slots.rows if self._slots else ():
+                slot.cached = slot.cached if slot.request else []
 
-    Raises:
-        TypeError, ValueError: saying which prompt is wrong and what to do.
-    """
-    params = model.params
-    if type(max_gen_len) is not int:
-        raise TypeError(f"max_gen_len must be an integer, not {max_gen_len!r}")
-    if max_gen_len < 0:
-        raise ValueError(f"max_gen_len must be 0 or more, not {max_gen_len}")
-    if not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
-    if not prompts:
-        raise ValueError("the batch is empty; give at least one prompt")
-    if len(prompts) > params.max_batch_size:
-        raise ValueError(
-            f"{len(prompts)} prompts are more than max_batch_size {params.max_batch_size}; "
-            "build with more, or send them in several batches"
-        )
-    for i, prompt in enumerate(prompts):
-        check_prompt(i, prompt, params)
-    generators = make_generators(seed, len(prompts), model.norm.weight.device)
-    return [
-        Row(list(prompt), min(max_gen_len, params.max_seq_len - len(prompt)), generator)
-        for prompt, generator in zip(prompts, generators, strict=True)
-    ]
+    @contextmanager
+    def _turn(self, ready: Callable[[], object]) -> Iterator[bool]:
+        """Be the only thread that steps, or (False) find oneself ready through another's step."""
+        with self._changed:
+            self._changed.wait_for(lambda: ready() or not self._stepping)
+            mine = not ready()
+            if mine:
+                self._stepping = True
+        try:
+            yield mine
+        finally:
+            if mine:
+                with self._changed:
+                    self._stepping = False
+                    self._sweep()
+                    self._changed.notify_all()
 
+    def _sweep(self) -> None:
+        """Free the slots of requests that have ended."""
+        for slot in self._slots.rows if self._slots else ():
+            if slot.request is not None and slot.request.finish_reason is not None:
+                slot.release()
+        ended = [r for r in self._requests.values() if r.finish_reason is not None]
+        for request in ended:
+            del self._requests[request.id]
+            if request in self._waiting:
+                self._waiting.remove(request)
 
-def make_generators(
-    seed: int | Sequence[int] | None, n: int, device: torch.device
-) -> list[torch.Generator | None]:
-    """A generator a row, of one seed for all or of one each; None for each if `seed` is None."""
-    if seed is None:
-        return [None] * n
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * n
-    if len(seeds) != n or not all(type(s) is int for s in seeds):
-        raise TypeError(f"seed must be one integer, or one a prompt, not {seed!r}")
-    return [torch.Generator(device).manual_seed(s) for s in seeds]
+    @torch.inference_mode()
+    def _step(self) -> list[Event]:
+        slots = self._own_cache()
+        events = self._admit(slots)
+        self.model.cache_owner = None  # should an interrupt leave it half arranged
+        decoding, prefilling = slots.arrange()
+        self.model.cache_owner = self
+        if decoding:
+            events += self._advance(decoding, 0, 1)
+        if prefilling:
+            share = max(1, self.prefill_chunk // len(prefilling))
+            # The padding must not pass the end of the cache.
+            share = min(share, slots.room - max(len(slot.cached) for slot in prefilling))
+            events += self._advance(prefilling, len(decoding), share)
+        return events
 
+    def _own_cache(self) -> Slots:
+        """The slots; anew, and without the requests that ran, if the cache changed hands."""
+        if self._slots is None or self.model.cache_owner is not self:
+            for slot in self._slots.rows if self._slots else ():
+                if slot.request is not None:
+                    slot.request.fail(RuntimeError("another user of the cache wrote over this"))
+                    self._tell(slot.request)
+            if next(self.model.attentions()).cache is None:
+                params = self.model.params
+                self.model.setup_cache(params.max_batch_size, params.max_seq_len)
+            self._slots = Slots(self.model)
+        return self._slots
 
-def check_prompt(i: int, prompt: Sequence[int], params: ModelArgs) -> None:
-    """Raise a TypeError or ValueError for a prompt that the model cannot be given."""
-    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-        raise TypeError(f"prompt {i} must be a list of token ids, not {type(prompt)}")
-    if not prompt:
-        raise ValueError(f"prompt {i} is empty; give at least one token")
-    if len(prompt) > params.max_seq_len:
-        raise ValueError(
-            f"prompt {i} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
-            "shorten it or build with more"
-        )
-    for token in prompt:
-        if not isinstance(token, Integral) or isinstance(token, bool):
-            raise TypeError(f"prompt {i} holds {token!r}, which is not a token id")
-        if not 0 <= token < params.vocab_size:
-            raise ValueError(
-                f"prompt {i} holds the token id {token}; ids are 0 to {params.vocab_size - 1}"
-            )
+    def _admit(self, slots: Slots) -> list[Event]:
+        """Give free slots to those who wait, first come, first served."""
+        events = []
+        with self._changed:
+            while self._waiting:
+                request = self._waiting[0]
+                if request.budget == 0 and request.score_from is None:
+                    request.finish_reason = "length"
+                    events.append(self._tell(request))
+                elif slots.free():
+                    slots.place(request)
+                else:
+                    break
+                self._waiting.popleft()
+        return events
 
+    def _advance(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
+        """Feed neighbouring slots at most `most` pending ids each; draw where none is left."""
+        try:
+            return self._feed(slots, first_row, most)
+        except Exception as e:  # such as memory that ran out: the others need not suffer
+            for slot in slots:
+                slot.running.fail(e)
+            return [self._tell(slot.running) for slot in slots]
 
-@torch.inference_mode()
-def stream(
-    model: Transformer,
-    rows: Sequence[Row],
-    stop_tokens: Collection[int],
-    how: Sampling,
-    logprobs: bool = False,
-    score_prompts: bool = False,
-) -> Iterator[list[Row]]:
-    """Generate for a batch of prompts of any lengths, a token a row at a time.
+    def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
+        starts = [len(slot.cached) for slot in slots]
+        chunks = [
+            slot.running.tokens[start : start + most]
+            for slot, start in zip(slots, starts, strict=True)
+        ]
+        h = hidden_of_chunks(self.model, chunks, starts, first_row)
+        last: list[int] = []  # where in `h` the next ids are predicted
+        requests: list[Request] = []
+        events: list[Event] = []
+        for i, (slot, start, chunk) in enumerate(zip(slots, starts, chunks, strict=True)):
+            slot.cached += chunk
+            slot.written = max(slot.written, start + h.shape[1])
+            request = slot.running
+            score_prompt(self.model, request, h[i], start, len(chunk))
+            if slot.pending or request.finish_reason is not None:
+                continue
+            if request.budget == 0:  # it was scored
+                request.finish_reason = "length"
+                events.append(self._tell(request))
+            else:
+                last.append(i * h.shape[1] + len(chunk) - 1)
+                requests.append(request)
+        if requests:
+            index = torch.tensor(last, device=h.device)
+            logits = self.model.logits(h.flatten(0, 1).index_select(0, index))
+            events += self._draw(requests, logits)
+        return events
 
-    All prompts are prefilled in one pass. Each row then decodes at its own position until it draws
-    a stop token or has used its budget; a finished row costs nothing more. Who consumes this may
-    end a row early by setting its `finish_reason`.
+    def _draw(self, requests: Sequence[Request], logits: Tensor) -> list[Event]:
+        """The next id of each request. A row whose logits are not numbers fails alone."""
+        finite = logits.amax(-1).isfinite().tolist()
+        if not all(finite):
+            logits = logits.nan_to_num(0.0, 0.0)
+        drawn = draw(requests, logits)
+        scores = [0.0] * len(requests)
+        if any(request.logprobs for request in requests):
+            scores = chosen_logprobs(logits, drawn).tolist()
+        events = []
+        for row in zip(requests, drawn.tolist(), scores, finite, strict=True):
+            request, token, score, is_number = row
+            if is_number:
+                request.take(token, score)
+                events.append(self._tell(request, token, score))
+            else:
+                request.fail(ValueError(f"{request.name} made the model's logits not a number"))
+                events.append(self._tell(request))
+        return events
 
-    Args:
-        model: with room in its cache for the rows.
-        rows: new ones, of non-empty prompts; a prompt and its budget fit max_seq_len together.
-            Either all have a generator or none has.
-        logprobs: fill `Row.logprobs`.
-        score_prompts: fill `Row.prompt_logprobs`.
-
-    Yields:
-        after each step the rows that took part in it.
-    """
-    if not score_prompts and all(row.finish_reason for row in rows):
-        return
-    h = prefill(model, [row.prompt for row in rows], max(r.length + r.budget for r in rows))
-    if score_prompts:
-        for i, row in enumerate(rows):
-            row.prompt_logprobs = score_prompt(model, h[i], row.prompt)
-    logits = last_logits(model, h, [len(row.prompt) for row in rows])
-    del h
-    keep = [i for i, row in enumerate(rows) if row.finish_reason is None]
-    logits = logits.index_select(0, torch.tensor(keep, dtype=torch.long, device=logits.device))
-    active = compact(model, rows, keep)  # active[i] owns row i of the cache
-    while active:
-        generators = [row.generator for row in active if row.generator is not None]
-        drawn = parallel.broadcast(sample(logits, how, generators or None))
-        scores = chosen_logprobs(logits, drawn).tolist() if logprobs else [None] * len(active)
-        for row, token, score in zip(active, drawn.tolist(), scores, strict=True):
-            row.take(token, score, stop_tokens)
-        yield active
-        keep = [i for i, row in enumerate(active) if row.finish_reason is None]
-        active = compact(model, active, keep)
-        if active:
-            logits = decode_step(model, active)
-
-
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], furthest: int) -> Tensor:
-    """Fill cache rows 0, 1, ... with whole prompts; (B, longest prompt, dim) hidden states.
-
-    Shorter prompts are padded on the right. The padding's keys lie beyond the row's own position,
-    where the causal mask hides them until decoding overwrites them.
-
-    Args:
-        furthest: how far any row may get. Rows of different lengths read up to each other's
-            position, where an earlier call may have left what is not finite.
-    """
-    lengths = [len(p) for p in prompts]
-    padded = [list(p) + [0] * (max(lengths) - len(p)) for p in prompts]
-    device = model.norm.weight.device
-    h = model.hidden(torch.tensor(padded, device=device), 0)
-    if len(set(lengths)) > 1:
-        model.clear_cache(len(prompts), max(lengths), furthest)
-    return h
-
-
-def last_logits(model: Transformer, h: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Logits after the last of each row's `lengths`: (B, T, dim) -> (B, V)."""
-    last = [i * h.shape[1] + n - 1 for i, n in enumerate(lengths)]
-    return model.logits(h.flatten(0, 1).index_select(0, torch.tensor(last, device=h.device)))
-
-
-def decode_step(model: Transformer, active: Sequence[Row]) -> Tensor:
-    """Feed each row's last id at its own position -> logits of the next ids, (B, V)."""
-    tokens = torch.tensor([[row.ids[-1]] for row in active], device=model.norm.weight.device)
-    positions = [row.length - 1 for row in active]
-    if len(set(positions)) == 1:
-        h = model.hidden(tokens, positions[0])
-    else:
-        start_pos = torch.tensor(positions, device=tokens.device)
-        h = model.hidden(tokens, start_pos, cache_len=max(positions) + 1)
-    return model.logits(h.select(1, -1))
-
-
-def compact(model: Transformer, active: Sequence[Row], keep: Sequence[int]) -> list[Row]:
-    """Let the rows at `keep` (rising) own the first cache rows, in that order."""
-    longest = max((active[i].length for i in keep), default=0)  # how far rows read
-    for target, source in enumerate(keep):
-        if source != target:
-            model.move_row(source, target, longest)
-    return [active[i] for i in keep]
-
-
-def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each row's id: (B, V) and (B,) -> (B,)."""
-    return torch.log_softmax(logits, dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-
-
-def score_prompt(model: Transformer, hidden: Tensor, prompt: Sequence[int]) -> list[float | None]:
-    """Log-probability of each prompt id given those before it, a slice of logits at a time.
-
-    Args:
-        hidden: (at least len(prompt), dim) normed hidden states of the row.
-    """
-    scores: list[float | None] = [None]
-    targets = torch.tensor(prompt[1:], device=hidden.device)
-    for at in range(0, len(targets), SCORE_CHUNK):
-        chosen = targets[at : at + SCORE_CHUNK]
-        scores += chosen_logprobs(model.logits(hidden[at : at + len(chosen)]), chosen).tolist()
-    return scores
+    def _tell(self, request: Request, token: int | None = None, logprob: float = 0.0) -> Event:
+        """Let the request's watcher see it; the event of it."""
+        if request.watch is not None:
+            try:
+                request.watch()
+            except Exception as e:
+                request.fail(e)
+        if request.stop_token is not None:
+            token = None
+        score = logprob if request.logprobs and token is not None else None
+        return Event(request.id, token, score, request.finish_reason)

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
-from llama import checkpoint, engine, parallel
+from llama import checkpoint, parallel
+from llama.engine import Engine
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.model import Transformer
-from llama.pieces import Piece, RowText, check_stop
+from llama.pieces import Piece, Reader, Stream
+from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
+from llama.request import Request, check_seed
 from llama.sampling import Sampling, sample_top_p
+from llama.scoring import score_ids
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.tools import Tool, ToolForm
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "Sampling", "sample_top_p"]
-
-
-class CompletionPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there when log-probabilities were asked for."""
-
-    generation: str
-    tokens: list[str]
-    logprobs: list[float | None]
-    finish_reason: engine.FinishReason
-
-
-class ChatPrediction(TypedDict, total=False):
-    """`tokens` and `logprobs` are there when log-probabilities were asked for."""
-
-    generation: Message
-    tokens: list[str]
-    logprobs: list[float | None]
-    finish_reason: engine.FinishReason
+__all__ = [
+    "ChatPrediction", "CompletionPrediction", "Llama", "Piece", "Sampling", "Stream",
+    "sample_top_p",
+]  # fmt: skip
 
 
 class Llama:
@@ -61,7 +50,7 @@ class Llama:
                 Face's (`config.json`, `*.safetensors`), or a GGUF file.
             tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
             max_seq_len: most tokens a row may have, prompt and answer together.
-            max_batch_size: most rows at once. The KV cache reserves
+            max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
                 max_batch_size x max_seq_len positions.
             model_parallel_size: ranks that share the model; None takes all that run.
             seed: of torch's global generator, on every rank.
@@ -72,8 +61,7 @@ class Llama:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
         """
         start = time.time()
-        if type(seed) is not int or not -(2**63) <= seed < 2**64:
-            raise TypeError(f"seed must be an integer of 64 bits, not {seed!r}")
+        check_seed(seed)
         if model_parallel_size is not None and type(model_parallel_size) is not int:
             raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
         source = open_checkpoint(ckpt_dir)
@@ -92,7 +80,7 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model = model
         self.tokenizer = tokenizer
-        self._in_use = threading.Lock()
+        self.engine = Engine(model)
         self.formatter: ChatFormat | None
         try:
             self.formatter = ChatFormat(tokenizer)
@@ -111,8 +99,12 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | Sequence[int] | None = None,
+        reuse_prefix: bool = False,
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         """Generate ids for a batch of prompts of any lengths.
+
+        A prompt that cannot be run (say, too long) gets an empty row and a warning, and the others
+        run; if none can be run, its error is raised.
 
         Args:
             prompt_tokens: non-empty lists of ids.
@@ -123,18 +115,27 @@ class Llama:
             echo: return the prompt's ids too. The first has the log-probability None.
             seed: gives each row draws of its own, the same in any batch: one seed for all rows,
                 or one a row. None draws from torch's global generator.
+            reuse_prefix: do not compute again the beginning of a prompt that is still cached from
+                an earlier call. Off, a call gives the same digits whatever was called before.
 
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
-        how = Sampling(temperature, top_p, top_k, min_p)
-        rows = engine.make_rows(prompt_tokens, max_gen_len, self.model, seed)
-        for _ in self._run(rows, how, logprobs, logprobs and echo):
-            pass
-        ids = [row.prompt + row.ids if echo else row.ids for row in rows]
+        requests = make_requests(
+            prompt_tokens,
+            seed,
+            stop_tokens=set(self.tokenizer.stop_tokens),
+            max_gen_len=max_gen_len,
+            sampling=Sampling(temperature, top_p, top_k, min_p),
+            logprobs=logprobs,
+            score_from=0 if logprobs and echo else None,
+            reuse=reuse_prefix,
+        )
+        run(self.engine, requests)
+        ids = [r.tokens if echo else r.ids for r in requests]
         if not logprobs:
             return ids, None
-        return ids, [[*row.prompt_logprobs, *row.logprobs] for row in rows]
+        return ids, [[*r.prompt_logprobs, *r.generated_logprobs] for r in requests]
 
     def text_completion(
         self,
@@ -149,6 +150,7 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | Sequence[int] | None = None,
+        reuse_prefix: bool = False,
     ) -> list[CompletionPrediction]:
         """Continue each text. Arguments as in `generate`, and
 
@@ -158,22 +160,21 @@ class Llama:
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
-        how = Sampling(temperature, top_p, top_k, min_p)
-        ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-        rows = engine.make_rows(ids, self._most(max_gen_len), self.model, seed)
-        texts = self._texts(rows, how, logprobs, logprobs and echo, stop)
+        requests = make_requests(
+            [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts],
+            seed,
+            stop_tokens=set(self.tokenizer.stop_tokens),
+            max_gen_len=max_gen_len,
+            sampling=Sampling(temperature, top_p, top_k, min_p),
+            logprobs=logprobs,
+            score_from=0 if logprobs and echo else None,
+            reuse=reuse_prefix,
+        )
         predictions: list[CompletionPrediction] = []
-        for row, text in zip(rows, texts, strict=True):
-            prompt = self.tokenizer.decode(row.prompt) if echo else ""
-            prediction: CompletionPrediction = {
-                "generation": prompt + text,
-                "finish_reason": row.finish_reason or "length",
-            }
-            if logprobs:
-                tokens = row.prompt + row.ids if echo else row.ids
-                prediction["tokens"] = [self.tokenizer.decode([t]) for t in tokens]
-                prediction["logprobs"] = [*row.prompt_logprobs, *row.logprobs]
-            predictions.append(prediction)
+        for request, text in zip(requests, self._texts(requests, stop), strict=True):
+            prompt = self.tokenizer.decode(request.prompt) if echo else ""
+            prediction: CompletionPrediction = {"generation": prompt + text}
+            predictions.append(finish(prediction, request, self.tokenizer, logprobs, echo))
         return predictions
 
     def chat_completion(
@@ -188,78 +189,92 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | Sequence[int] | None = None,
+        reuse_prefix: bool = False,
+        tools: Sequence[Tool] | None = None,
+        tool_form: ToolForm = "json",
     ) -> list[ChatPrediction]:
-        """Answer each dialog. Arguments as in `text_completion`."""
+        """Answer each dialog. Arguments as in `text_completion`, and
+
+        Args:
+            tools, tool_form: see `ChatFormat.encode_dialog_prompt`.
+        """
         if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
             raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
-        how = Sampling(temperature, top_p, top_k, min_p)
-        ids = [self._chat_prompt(dialog) for dialog in dialogs]
-        rows = engine.make_rows(ids, self._most(max_gen_len), self.model, seed)
+        requests = make_requests(
+            [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
+            seed,
+            stop_tokens=set(self.tokenizer.stop_tokens),
+            max_gen_len=max_gen_len,
+            sampling=Sampling(temperature, top_p, top_k, min_p),
+            logprobs=logprobs,
+            reuse=reuse_prefix,
+        )
         predictions: list[ChatPrediction] = []
-        for row, text in zip(rows, self._texts(rows, how, logprobs, False, stop), strict=True):
-            prediction: ChatPrediction = {
-                "generation": {"role": "assistant", "content": text},
-                "finish_reason": row.finish_reason or "length",
-            }
-            if logprobs:
-                prediction["tokens"] = [self.tokenizer.decode([t]) for t in row.ids]
-                prediction["logprobs"] = [*row.logprobs]
-            predictions.append(prediction)
+        for request, text in zip(requests, self._texts(requests, stop), strict=True):
+            message: Message = {"role": "assistant", "content": text}
+            if request.stop_token is not None and request.stop_token == self.tokenizer.eom_id:
+                message["stop_reason"] = "end_of_message"
+            prediction: ChatPrediction = {"generation": message}
+            predictions.append(finish(prediction, request, self.tokenizer, logprobs))
         return predictions
 
-    def text_stream(self, prompt: str, **options: Any) -> Iterator[Piece]:
+    def text_stream(self, prompt: str, **options: Any) -> Stream:
         """Continue one text, piece by piece, as it is generated.
 
         Args:
-            options: those of `text_completion`, without `echo`.
+            options: those of `text_completion`, without `echo`; `reuse_prefix` is on.
 
-        Yields:
-            pieces whose texts together are the completion. Closing the iterator ends generation.
+        Returns:
+            an iterator of pieces whose texts together are the completion. Closing it ends
+            generation.
         """
-        return self._pieces(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
+        return self._stream(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
 
-    def chat_stream(self, dialog: Dialog, **options: Any) -> Iterator[Piece]:
-        """Answer one dialog, piece by piece. As `text_stream`."""
-        return self._pieces(self._chat_prompt(dialog), **options)
-
-    def _chat_prompt(self, dialog: Dialog) -> list[int]:
-        formatter = self.formatter or ChatFormat(self.tokenizer)  # which says why there is none
-        return formatter.encode_dialog_prompt(dialog)
-
-    def _most(self, max_gen_len: int | None) -> int:
-        return self.model.params.max_seq_len - 1 if max_gen_len is None else max_gen_len
-
-    def _run(
-        self, rows: list[engine.Row], how: Sampling, logprobs: bool, score_prompts: bool
-    ) -> Iterator[list[engine.Row]]:
-        """The engine's steps, one caller at a time: there is one KV cache."""
-        if not self._in_use.acquire(blocking=False):
-            raise RuntimeError(
-                "this Llama is generating already; finish or close that stream, or build another"
-            )
-        try:
-            stop_tokens = set(self.tokenizer.stop_tokens)
-            yield from engine.stream(self.model, rows, stop_tokens, how, logprobs, score_prompts)
-        finally:
-            self._in_use.release()
-
-    def _texts(
+    def chat_stream(
         self,
-        rows: list[engine.Row],
-        how: Sampling,
-        logprobs: bool,
-        score_prompts: bool,
-        stop: Sequence[str],
-    ) -> list[str]:
-        """Run to the end; the text of each row."""
-        readers = {id(row): RowText(row, self.tokenizer, check_stop(stop)) for row in rows}
-        texts = dict.fromkeys(readers, "")
-        for active in self._run(rows, how, logprobs, score_prompts):
-            for row in active:
-                texts[id(row)] += readers[id(row)].read().text
-        return list(texts.values())
+        dialog: Dialog,
+        tools: Sequence[Tool] | None = None,
+        tool_form: ToolForm = "json",
+        **options: Any,
+    ) -> Stream:
+        """Answer one dialog, piece by piece. As `text_stream`."""
+        return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
 
-    def _pieces(
+    def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
+        """Log-probability of each token of each text, given those before it.
+
+        A text longer than max_seq_len is read in windows, where each token has at least half of
+        max_seq_len before it.
+
+        Returns:
+            predictions as of `text_completion(..., echo=True, logprobs=True, max_gen_len=0)`.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError("prompts must be a list of texts; for one text give [text]")
+        ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
+        return [
+            {
+                "generation": self.tokenizer.decode(row),
+                "tokens": [self.tokenizer.decode([t]) for t in row],
+                "logprobs": score_ids(self.engine, row, self.tokenizer.bos_id),
+                "finish_reason": "length",
+            }
+            for row in ids
+        ]
+
+    def _chat_prompt(
+        self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
+    ) -> list[int]:
+        formatter = self.formatter or ChatFormat(self.tokenizer)  # which says why there is none
+        return formatter.encode_dialog_prompt(dialog, tools, tool_form)
+
+    def _texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
+        """Run to the end; the text of each answer."""
+        readers = [Reader(request, self.tokenizer, stop) for request in requests]
+        run(self.engine, requests)
+        return [reader.text() for reader in readers]
+
+    def _stream(
         self,
         prompt: list[int],
         temperature: float = 0.6,
@@ -271,16 +286,10 @@ class Llama:
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int | None = None,
-    ) -> Iterator[Piece]:
+        reuse_prefix: bool = True,
+    ) -> Stream:
         """Check at once, generate when iterated."""
         how = Sampling(temperature, top_p, top_k, min_p)
-        rows = engine.make_rows([prompt], self._most(max_gen_len), self.model, seed)
-        reader = RowText(rows[0], self.tokenizer, check_stop(stop))
-
-        def pieces() -> Iterator[Piece]:
-            if rows[0].finish_reason is not None:  # no room, or nothing asked for
-                yield reader.read()
-            for _ in self._run(rows, how, logprobs, False):
-                yield reader.read()
-
-        return pieces()
+        stop_tokens = set(self.tokenizer.stop_tokens)
+        request = Request(prompt, max_gen_len, how, seed, stop_tokens, logprobs, reuse=reuse_prefix)
+        return Stream(self.engine, request, Reader(request, self.tokenizer, stop))

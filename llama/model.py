@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llama import parallel
 from llama.args import ModelArgs, rank_counts
-from llama.attention import KVCache, grouped_attention, plain_attention, repeat_kv
+from llama.attention import CacheSlice, KVCache, grouped_attention, plain_attention, repeat_kv
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 __all__ = [
@@ -71,8 +71,7 @@ class Attention(nn.Module):
         x: Tensor,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
-        index: tuple[Tensor, Tensor] | None = None,
-        cache_len: int = 0,
+        at: CacheSlice | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
         x = parallel.copy(x)
@@ -80,9 +79,9 @@ class Attention(nn.Module):
         xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
-        if index is not None:
+        if at is not None:
             assert self.cache is not None
-            xk, xv = self.cache.update(xk, xv, index, cache_len)
+            xk, xv = self.cache.update(xk, xv, at)
         out = self.attend(xq, xk, xv, mask).reshape(B, T, -1)
         return parallel.reduce(self.wo(out))
 
@@ -119,10 +118,9 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
-        index: tuple[Tensor, Tensor] | None = None,
-        cache_len: int = 0,
+        at: CacheSlice | None = None,
     ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, index, cache_len)
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, at)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
@@ -148,6 +146,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = nn.Linear(params.dim, params.vocab_size // ranks, bias=False)
+        self.cache_owner: object = None  # who knows what the cache holds; see engine.py
         # Not a buffer: `.to(torch.bfloat16)` would cast it and lose the imaginary part.
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim,
@@ -167,22 +166,17 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"a cache of {max_seq} positions needs a model built with max_seq_len >= {max_seq}"
             )
+        self.cache_owner = None
         with torch.inference_mode(False):  # else nobody outside inference mode could write it
             for a in self.attentions():
                 shape = (max_batch, max_seq, a.n_local_kv_heads, a.head_dim)
                 a.cache = KVCache(shape, like=self.norm.weight)
 
-    def clear_cache(self, rows: int, start: int, stop: int) -> None:
-        """Zero the cached positions `start`:`stop` of the first `rows` rows."""
+    def caches(self) -> Iterator[KVCache]:
+        """The installed cache of every layer, in order."""
         for a in self.attentions():
             assert a.cache is not None
-            a.cache.clear(rows, start, stop)
-
-    def move_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` cached positions of row `source` to row `target`."""
-        for a in self.attentions():
-            assert a.cache is not None
-            a.cache.move_row(source, target, length)
+            yield a.cache
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, dim); each rank looks up its own part of the vocabulary."""
@@ -200,6 +194,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         start_pos: int | Tensor | None = None,
         cache_len: int | None = None,
+        first_row: int = 0,
     ) -> Tensor:
         """All layers and the final norm: (B, T) ids -> (B, T, dim).
 
@@ -208,16 +203,18 @@ class Transformer(nn.Module):
                 None: position 0 and no cache.
             cache_len: how many cached positions to read where `start_pos` is a tensor, at least
                 max(start_pos) + T; None reads the whole cache.
+            first_row: the cache row of `tokens[0]`; the next rows follow it.
         """
         B, T = tokens.shape
         if start_pos is not None and (not isinstance(start_pos, Tensor) or start_pos.dim() == 0):
             start_pos = int(start_pos)
         steps = torch.arange(T, device=tokens.device)
+        mask, at = None, None
         if start_pos is None:
             self._check_room(0, T, len(self.freqs_cis))
-            positions, mask, index, cache_len = steps, None, None, T
+            positions = steps
         else:
-            cache_len = self._span(start_pos, cache_len, B, T)
+            cache_len = self._span(start_pos, cache_len, first_row + B, T)
             if isinstance(start_pos, int):
                 positions = steps + start_pos
                 causal_or_single = start_pos == 0 or T == 1  # attention needs no mask for these
@@ -225,13 +222,13 @@ class Transformer(nn.Module):
                 positions = start_pos.unsqueeze(1) + steps  # (B, T)
                 causal_or_single = False
             mask = None if causal_or_single else self._mask(positions, cache_len)
-            rows = torch.arange(B, device=tokens.device).unsqueeze(1)
-            index = rows, positions.view(-1, T)
+            rows = torch.arange(first_row, first_row + B, device=tokens.device).unsqueeze(1)
+            at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
         h = self.embed(tokens)
         self.freqs_cis = self.freqs_cis.to(h.device)
         freqs_cis = F.embedding(positions, self.freqs_cis)
         for layer in self.layers:
-            h = layer(h, freqs_cis, mask, index, cache_len)
+            h = layer(h, freqs_cis, mask, at)
         out: Tensor = self.norm(h)
         return out
 
@@ -252,18 +249,20 @@ class Transformer(nn.Module):
         Returns:
             (B, T, V) fp32.
         """
+        if start_pos is not None:
+            self.cache_owner = None  # whoever else counted on the cache's contents
         with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
             return self.logits(self.hidden(tokens, start_pos))
 
-    def _span(self, start_pos: int | Tensor, cache_len: int | None, B: int, T: int) -> int:
+    def _span(self, start_pos: int | Tensor, cache_len: int | None, rows: int, T: int) -> int:
         """How many cached positions to read; refuses what the cache has no room for."""
         attention = next(self.attentions())
         if attention.cache is None:
             self.setup_cache(self.params.max_batch_size, self.params.max_seq_len)
         assert attention.cache is not None
         max_batch, max_seq = attention.cache.k.shape[:2]
-        if max_batch < B:
-            raise ValueError(f"{B} rows do not fit a cache of {max_batch}; setup_cache a larger")
+        if max_batch < rows:
+            raise ValueError(f"{rows} rows do not fit a cache of {max_batch}; setup_cache a larger")
         if isinstance(start_pos, int):
             cache_len = start_pos + T
             self._check_room(start_pos, cache_len, max_seq)

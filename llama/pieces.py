@@ -1,12 +1,14 @@
-"""Token ids -> text as it comes: no character is split, and no part of a stop string gets out."""
+"""Ids -> text as they come: no character is split, and no part of a stop string gets out."""
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llama.engine import FinishReason, Row
+from llama.engine import Engine
+from llama.request import FinishReason, Request
 from llama.tokenizer import Tokenizer
 
 
@@ -18,7 +20,7 @@ class Piece:
         text: may be empty while a character or a possible stop string is incomplete.
         tokens: the ids generated since the last piece.
         logprobs: of `tokens`, if they were asked for.
-        finish_reason: "stop" or "length" in the last piece, None before.
+        finish_reason: "stop", "length" or "cancelled" in the last piece, None before.
     """
 
     text: str
@@ -27,37 +29,97 @@ class Piece:
     finish_reason: FinishReason | None = None
 
 
-class RowText:
-    """The text of one row of the engine. Ends the row when a stop string appears.
+class Reader:
+    """The text of a request: watches it, and ends it when a stop string appears.
 
     Args:
         stop: the answer ends before the first of these texts.
+
+    Attributes:
+        pieces: what nobody has taken yet.
     """
 
-    def __init__(self, row: Row, tokenizer: Tokenizer, stop: Sequence[str] = ()):
-        self.row, self.tokenizer, self.stop = row, tokenizer, stop
+    def __init__(self, request: Request, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self.request, self.tokenizer, self.stop = request, tokenizer, check_stop(stop)
+        self.pieces: deque[Piece] = deque()
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.held = ""  # decoded, and may be the beginning of a stop string
-        self.seen = 0  # ids of the row that went through the decoder
+        self.seen = 0  # generated ids that went through the decoder
+        request.watch = self.read
 
-    def read(self) -> Piece:
-        """What is new since the last call."""
-        row = self.row
-        new = row.ids[self.seen :]
-        piece = Piece("", new, row.logprobs[self.seen :])
-        self.seen = len(row.ids)
-        last = row.finish_reason is not None
+    def read(self) -> None:
+        """Make a piece of what is new."""
+        request = self.request
+        new = request.tokens[len(request.prompt) + self.seen :]
+        piece = Piece("", new, request.generated_logprobs[self.seen :])
+        self.seen += len(new)
+        last = request.finish_reason is not None
         self.held += self.decoder.decode(self.tokenizer.decode_bytes(new), final=last)
         found = [at for at in (self.held.find(text) for text in self.stop) if at >= 0]
         if found:
             piece.text, self.held = self.held[: min(found)], ""
-            row.finish_reason = "stop"
+            request.finish_reason = "stop"
         else:
             keep = 0 if last else max((_overlap(self.held, text) for text in self.stop), default=0)
             cut = len(self.held) - keep
             piece.text, self.held = self.held[:cut], self.held[cut:]
-        piece.finish_reason = row.finish_reason
-        return piece
+        piece.finish_reason = request.finish_reason
+        self.pieces.append(piece)
+
+    def text(self) -> str:
+        """The text of all pieces that nobody has taken."""
+        return "".join(piece.text for piece in self.pieces)
+
+
+class Stream:
+    """An iterator over the pieces of one answer, which is generated as it is read.
+
+    Streams of one `Llama` may run at the same time, in one thread or in several: each step of the
+    engine advances all that have begun. `close`, the end of a `with` block, or no longer being
+    referred to ends the generation.
+
+    Attributes:
+        request: what was asked; `request.reused` tells how much of the prompt was cached.
+    """
+
+    def __init__(self, engine: Engine, request: Request, reader: Reader):
+        request.check(engine.model.params)
+        self.request = request
+        self._pieces = _pieces(engine, request, reader)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the slot at once."""
+        self._pieces.close()
+
+
+def _pieces(engine: Engine, request: Request, reader: Reader) -> Generator[Piece, None, None]:
+    engine.add(request)
+    try:
+        while True:
+            engine.wait(lambda: reader.pieces or request.finish_reason)
+            if reader.pieces:
+                piece = reader.pieces.popleft()
+            elif request.error is not None:
+                raise request.error
+            else:
+                piece = Piece("", finish_reason=request.finish_reason)
+            yield piece
+            if piece.finish_reason is not None:
+                return
+    finally:
+        engine.cancel(request.id)
 
 
 def _overlap(text: str, stop: str) -> int:

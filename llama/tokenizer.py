@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import tiktoken
 
+from llama.splitting import check_characters, encode_uncut
+from llama.tools import Tool, ToolCall, ToolForm, encode_tool_calls, is_code, with_tools
 from llama.vocabulary import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 
-Role = Literal["system", "user", "assistant", "ipython"]
+Role = Literal["system", "user", "assistant", "ipython", "tool"]
 
 
-class Message(TypedDict):
-    """One turn of a dialog."""
+class _OfAssistant(TypedDict, total=False):
+    tool_calls: list[ToolCall]
+    stop_reason: Literal["end_of_turn", "end_of_message"]
+
+
+class Message(_OfAssistant):
+    """One turn of a dialog.
+
+    A tool's result has the role "ipython", or "tool", which means the same. The assistant may
+    make `tool_calls`; its `stop_reason` is "end_of_message" where it then awaits their results.
+    """
 
     role: Role
     content: str
 
 
 Dialog = Sequence[Message]
-
-# tiktoken's regex engine runs out of stack on a whitespace run of somewhat under 10^6 characters.
-_LONG_WHITESPACE = re.compile(r"\s{100000}")
+_NO_TOOLS = "this vocabulary has no tokens for tools; they need Llama 3.1 or later"
 
 
 class Tokenizer:
@@ -112,57 +120,12 @@ class Tokenizer:
             raise TypeError(f"text to encode must be a str, not {type(s).__name__}")
         allowed = allowed_special or set()
         if self._lacking:
-            self._check_characters(s)
-        encode = self._encode_long_whitespace if _LONG_WHITESPACE.search(s) else self.model.encode
-        t = encode(s, allowed_special=allowed, disallowed_special=disallowed_special)
+            check_characters(s, self.pat_str, self.ranks, self._lacking)
+        t = encode_uncut(s, self.model, self.pat_str, self.ranks, allowed, disallowed_special)
         if bos and self.bos_id >= 0:
             t.insert(0, self.bos_id)
         if eos and self.eos_id >= 0:
             t.append(self.eos_id)
-        return t
-
-    def _check_characters(self, s: str) -> None:
-        """Name the first character that this vocabulary has no tokens for."""
-        import regex
-
-        if self._lacking.isdisjoint(s.encode(errors="replace")):
-            return
-        for piece in regex.findall(self.pat_str, s):
-            if piece.encode(errors="replace") in self.ranks:
-                continue
-            for character in piece:
-                if not self._lacking.isdisjoint(character.encode(errors="replace")):
-                    raise ValueError(f"this tokenizer's vocabulary lacks {character!r}; remove it")
-
-    def _encode_long_whitespace(
-        self,
-        s: str,
-        *,
-        allowed_special: Literal["all"] | AbstractSet[str],
-        disallowed_special: Literal["all"] | Collection[str],
-    ) -> list[int]:
-        """`tiktoken`'s algorithm with its regex engine replaced by one that does not overflow."""
-        import regex
-
-        allowed = set(self.special_tokens) if allowed_special == "all" else set(allowed_special)
-        refused = self.special_tokens if disallowed_special == "all" else disallowed_special
-        for text in set(refused) - allowed:
-            if text in s:
-                raise ValueError(f"the text contains the disallowed special token {text!r}")
-        one_piece = tiktoken.Encoding(
-            name="one piece",
-            pat_str=r"[\s\S]+",  # the whole text is one piece
-            mergeable_ranks=self.ranks,
-            special_tokens={},
-        )
-        special = "|".join(re.escape(text) for text in sorted(allowed, key=len, reverse=True))
-        t: list[int] = []
-        for part in re.split(f"({special})", s) if special else [s]:
-            if part in allowed:
-                t.append(self.special_tokens[part])
-            else:
-                for piece in regex.finditer(self.pat_str, part):
-                    t.extend(one_piece.encode_ordinary(piece.group()))
         return t
 
     def decode(self, t: Sequence[int]) -> str:
@@ -192,6 +155,8 @@ class Tokenizer:
 class ChatFormat:
     """Llama 3's chat prompt: BOS, then per message its header, content and end-of-turn token.
 
+    With the vocabulary of 3.1 and later also tools: their calls and their results.
+
     `ChatFormat(tokenizer)` gives the format that the tokenizer's vocabulary was trained with.
     """
 
@@ -211,41 +176,65 @@ class ChatFormat:
         self.tokenizer = tokenizer
         if lacking := [t for t in self.tokens if t not in tokenizer.special_tokens]:
             raise ValueError(f"this vocabulary has no {lacking}, which its chat format needs")
-        if "<|python_tag|>" in tokenizer.special_tokens:  # 3.1 and later: results of tools
-            self.roles = (*self.roles, "ipython")
+        # 3.1 and later; the ChatML of other models has conventions of its own.
+        self.takes_tools = type(self) is ChatFormat and {"<|python_tag|>", "<|eom_id|>"} <= set(
+            tokenizer.special_tokens
+        )
+        if self.takes_tools:
+            self.roles = (*self.roles, "ipython", "tool")
 
     def encode_header(self, message: Message) -> list[int]:
         """The tokens before a message's content."""
         special, encode = self.tokenizer.special_tokens, self.tokenizer.encode
+        role = "ipython" if message["role"] == "tool" else message["role"]
         return [
             special["<|start_header_id|>"],
-            *encode(message["role"], bos=False, eos=False),
+            *encode(role, bos=False, eos=False),
             special["<|end_header_id|>"],
             *encode("\n\n", bos=False, eos=False),
         ]
 
-    def encode_message(self, message: Message) -> list[int]:
-        """One whole turn."""
+    def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
+        """One whole turn: its content, then its calls; `<|python_tag|>` opens code."""
         self._check(message)
-        return [
-            *self.encode_header(message),
-            *self.tokenizer.encode(message["content"].strip(), bos=False, eos=False),
-            self.tokenizer.special_tokens["<|eot_id|>"],
-        ]
+        special, calls = self.tokenizer.special_tokens, message.get("tool_calls") or []
+        texts = encode_tool_calls(calls, tool_form)
+        tokens = self.encode_header(message)
+        tokens += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
+        if len(calls) == 1 and is_code(calls[0]):
+            tokens.append(special["<|python_tag|>"])
+        for text in texts:  # each on its own, as llama-models does
+            tokens += self.tokenizer.encode(text, bos=False, eos=False)
+        awaits = message.get("stop_reason") == "end_of_message"
+        return [*tokens, special["<|eom_id|>" if awaits else "<|eot_id|>"]]
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        """A dialog, and the header of the assistant's turn for the model to complete."""
-        self._check_dialog(dialog)
+    def encode_dialog_prompt(
+        self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
+    ) -> list[int]:
+        """A dialog, and the header of the assistant's turn for the model to complete.
+
+        Args:
+            tools: what the model may call: JSON-schema definitions, and names of Meta's built-in
+                tools. Llama 3.1 and later.
+            tool_form: how calls are written: "json" (3.1), "python_list" (3.2, 3.3), or
+                "function_tag". docs/chat.md shows the prompts.
+        """
+        self._check_dialog(dialog, tools)
+        if tools:
+            self._check(dialog[0])
+            dialog = cast(Dialog, with_tools(dialog, tools, tool_form))
         tokens = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
-            tokens.extend(self.encode_message(message))
+            tokens.extend(self.encode_message(message, tool_form))
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
-    def _check_dialog(self, dialog: Dialog) -> None:
+    def _check_dialog(self, dialog: Dialog, tools: Sequence[Tool] | None) -> None:
         if isinstance(dialog, (str, dict)) or not isinstance(dialog, Sequence):
             raise TypeError("a dialog is a list of {'role': ..., 'content': ...} messages")
         if not dialog:
             raise ValueError("the dialog is empty; give at least one message")
+        if tools and not self.takes_tools:
+            raise ValueError(f"tools: {_NO_TOOLS}")
 
     def _check(self, message: Message) -> None:
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
@@ -254,6 +243,16 @@ class ChatFormat:
             raise ValueError(f"unknown role {message['role']!r}; use one of {list(self.roles)}")
         if not isinstance(message["content"], str):
             raise TypeError(f"a message's content is a str, not {type(message['content'])}")
+        if unknown := set(message) - {"role", "content", "tool_calls", "stop_reason"}:
+            raise ValueError(f"unknown keys in a message: {sorted(unknown, key=str)}")
+        reason = message.get("stop_reason", "end_of_turn")
+        if reason not in ("end_of_turn", "end_of_message"):
+            raise ValueError(f"stop_reason {reason!r}; use 'end_of_turn' or 'end_of_message'")
+        keys = [key for key in ("tool_calls", "stop_reason") if message.get(key)]
+        if keys and message["role"] != "assistant":
+            raise ValueError(f"only an assistant's message has {keys[0]}")
+        if (message.get("tool_calls") or reason == "end_of_message") and not self.takes_tools:
+            raise ValueError(f"{keys[0]}: {_NO_TOOLS}")
 
 
 class ChatMLFormat(ChatFormat):
@@ -264,15 +263,17 @@ class ChatMLFormat(ChatFormat):
     def encode_header(self, message: Message) -> list[int]:
         return self._turn(message["role"] + "\n")
 
-    def encode_message(self, message: Message) -> list[int]:
+    def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
         self._check(message)
         # Encoded in one go, as the template's text was in training.
         text = f"{message['role']}\n{message['content']}"
         end = self.tokenizer.special_tokens["<|im_end|>"]
         return [*self._turn(text), end, *self.tokenizer.encode("\n", bos=False, eos=False)]
 
-    def encode_dialog_prompt(self, dialog: Dialog) -> list[int]:
-        self._check_dialog(dialog)
+    def encode_dialog_prompt(
+        self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
+    ) -> list[int]:
+        self._check_dialog(dialog, tools)
         tokens: list[int] = []
         self._check(dialog[0])
         if self.tokenizer.default_system and dialog[0]["role"] != "system":

@@ -166,6 +166,7 @@ def test_what_an_earlier_call_left_in_the_cache_does_not_matter(tiny: Llama) -> 
         assert attention.cache is not None
         attention.cache.k.fill_(float("nan"))
         attention.cache.v.fill_(float("nan"))
+    tiny.model.cache_owner = None  # as after any other use of the cache
     assert tiny.generate(PROMPTS, 6, temperature=0)[0] == want
 
 
@@ -201,8 +202,7 @@ def test_predictions(tiny: Llama) -> None:
     ("change", "error", "message"),
     [
         ({"prompt_tokens": []}, ValueError, "empty"),
-        ({"prompt_tokens": [[1], []]}, ValueError, "prompt 1 is empty"),
-        ({"prompt_tokens": [[1]] * 5}, ValueError, "max_batch_size 4"),
+        ({"prompt_tokens": [[]]}, ValueError, "prompt 0 is empty"),
         ({"prompt_tokens": [[1] * 65]}, ValueError, "max_seq_len 64"),
         ({"prompt_tokens": ["text"]}, TypeError, "token ids"),
         ({"prompt_tokens": [[1, "a"]]}, TypeError, "'a'"),
@@ -229,6 +229,29 @@ def test_bad_input(
     with pytest.raises(error, match=message):
         tiny.generate(**arguments)
     assert tiny.generate([[1, 2]], 1, temperature=0)[0]  # and it still works
+
+
+def test_one_bad_prompt_does_not_stop_the_others(tiny: Llama) -> None:
+    good = PROMPTS[0]
+    want, _ = tiny.generate([good], 5, temperature=0)
+    with pytest.warns(UserWarning, match="prompt 1 has 65 tokens, more than max_seq_len 64"):
+        got, scores = tiny.generate(
+            [good, [1] * 65, good], 5, temperature=0, logprobs=True, echo=True
+        )
+    assert got == [good + want[0], [], good + want[0]]
+    assert scores is not None and [len(row) for row in scores] == [9, 0, 9]
+    texts = ["Hello", "word " * 70]
+    with pytest.warns(UserWarning, match="prompt 1"):
+        fine, refused = tiny.text_completion(texts, temperature=0, max_gen_len=3)
+    assert (fine["finish_reason"], refused["finish_reason"]) == ("length", "error")
+    assert refused["generation"] == "" and "max_seq_len 64" in refused["error"]
+    assert "error" not in fine
+
+
+def test_more_prompts_than_slots_take_turns(tiny: Llama) -> None:
+    prompts = [[128000, i, i + 1] for i in range(11)]
+    got, _ = tiny.generate(prompts, 6, temperature=0)
+    assert got == [tiny.generate([prompt], 6, temperature=0)[0][0] for prompt in prompts]
 
 
 def test_bad_texts_and_dialogs(tiny: Llama) -> None:

@@ -13,16 +13,20 @@ ROOT = Path(__file__).parent.parent
 # Top to bottom; files of one row do not import each other. docs/architecture.md draws this.
 ROWS = [
     {"llama.args", "llama.damage", "llama.download", "llama.parallel", "llama.progress",
-     "llama.rope", "llama.sampling", "llama.vocabulary"},
-    {"llama.attention", "llama.source", "llama.tokenizer"},
-    {"llama.model", "llama.shards", "llama.inspection", "llama.verification"},
-    {"llama.checkpoint", "llama.engine"},
+     "llama.rope", "llama.sampling", "llama.splitting", "llama.tools", "llama.vocabulary"},
+    {"llama.attention", "llama.request", "llama.source", "llama.tokenizer",
+     "llama.python_list"},
+    {"llama.model", "llama.shards", "llama.inspection", "llama.verification",
+     "llama.tool_calls"},
+    {"llama.checkpoint", "llama.passes", "llama.slots"},
+    {"llama.engine"},
     {"llama.convert"},  # what the converters share
     {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",
      "llama.convert.meta"},
     {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
     {"llama.convert.hf"},
-    {"llama.formats", "llama.pieces"},
+    {"llama.formats", "llama.pieces", "llama.predictions"},
+    {"llama.scoring"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
     {"llama.demo"},

@@ -1,0 +1,76 @@
+"""What a step computes for neighbouring rows of the cache: hidden states, scores, draws."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama import parallel
+from llama.model import Transformer
+from llama.request import Request
+from llama.sampling import Sampling, sample
+
+# Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
+SCORE_CHUNK = 128
+
+
+def hidden_of_chunks(
+    model: Transformer, chunks: Sequence[Sequence[int]], starts: Sequence[int], first_row: int
+) -> Tensor:
+    """Feed rows of the cache the next ids of each: (B, longest chunk, dim) hidden states.
+
+    Shorter chunks are padded on the right. The padding's keys lie beyond the row's own position,
+    where the causal mask hides them until they are written over.
+
+    Args:
+        starts: the position of each chunk's first id.
+        first_row: of the cache.
+    """
+    T = max(len(chunk) for chunk in chunks)
+    padded = [[*chunk, *[chunk[-1]] * (T - len(chunk))] for chunk in chunks]
+    tokens = torch.tensor(padded, device=model.norm.weight.device)
+    if len(set(starts)) == 1:
+        return model.hidden(tokens, starts[0], first_row=first_row)
+    start_pos = torch.tensor(starts, device=tokens.device)
+    return model.hidden(tokens, start_pos, max(starts) + T, first_row)
+
+
+def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
+    """One id a request, (B, V) -> (B,): the same on all ranks."""
+    groups: dict[tuple[Sampling, bool], list[int]] = {}  # rows that can be drawn together
+    for i, request in enumerate(requests):
+        groups.setdefault((request.sampling, request.generator is None), []).append(i)
+    drawn = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
+    for (how, unseeded), rows in groups.items():
+        generators = None if unseeded else [requests[i].own_generator for i in rows]
+        index = torch.tensor(rows, device=logits.device)
+        some = logits if len(groups) == 1 else logits.index_select(0, index)
+        drawn.index_copy_(0, index, sample(some, how, generators))
+    return parallel.broadcast(drawn)
+
+
+def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each row's id: (B, V) and (B,) -> (B,)."""
+    return torch.log_softmax(logits, dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+
+def score_prompt(
+    model: Transformer, request: Request, hidden: Tensor, start: int, length: int
+) -> None:
+    """Log-probabilities of the prompt's ids that a chunk predicts, a slice of logits at a time.
+
+    Args:
+        hidden: (T, dim) normed hidden states of a chunk.
+        start: its position.
+        length: how much of it is not padding.
+    """
+    if request.score_from is None:
+        return
+    end = min(start + length + 1, len(request.prompt))
+    for at in range(max(start + 1, request.score_from), end, SCORE_CHUNK):
+        chosen = request.tokens[at : min(at + SCORE_CHUNK, end)]
+        logits = model.logits(hidden.narrow(0, at - 1 - start, len(chosen)))
+        index = torch.tensor(chosen, device=hidden.device)
+        request.prompt_logprobs += chosen_logprobs(logits, index).tolist()

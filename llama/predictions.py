@@ -1,0 +1,104 @@
+"""The requests of one call, and what its caller gets for them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypedDict, TypeVar
+
+from llama.engine import Engine
+from llama.request import FinishReason, Request
+from llama.tokenizer import Message, Tokenizer
+
+
+class CompletionPrediction(TypedDict, total=False):
+    """`tokens` and `logprobs` are there when log-probabilities were asked for.
+
+    `error` says what is wrong with a prompt where `finish_reason` is "error".
+    """
+
+    generation: str
+    tokens: list[str]
+    logprobs: list[float | None]
+    finish_reason: FinishReason
+    error: str
+
+
+class ChatPrediction(TypedDict, total=False):
+    """As `CompletionPrediction`. The message has a `stop_reason` if it ended with `<|eom_id|>`."""
+
+    generation: Message
+    tokens: list[str]
+    logprobs: list[float | None]
+    finish_reason: FinishReason
+    error: str
+
+
+Prediction = TypeVar("Prediction", CompletionPrediction, ChatPrediction)
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]], seed: int | Sequence[int] | None, **options: Any
+) -> list[Request]:
+    """A request a prompt.
+
+    Args:
+        seed: of each request's own generator: one for all, or one each. None: no generators.
+        options: of every `Request`.
+
+    Raises:
+        TypeError, ValueError: there is no such batch.
+    """
+    if not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
+    if not prompts:
+        raise ValueError("the batch is empty; give at least one prompt")
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise TypeError(f"seed must be one integer, or one a prompt, not {seed!r}")
+    return [
+        Request(prompt, seed=seed, name=f"prompt {i}", **options)
+        for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+    ]
+
+
+def run(engine: Engine, requests: Sequence[Request]) -> None:
+    """Run to the end.
+
+    A request that is refused or fails ends with finish_reason "error" and a warning, and the
+    others run. If there is no other, its error is raised.
+    """
+    try:
+        for request in requests:
+            try:
+                engine.add(request)
+            except ValueError as e:
+                request.fail(e)
+        engine.wait(lambda: all(request.finish_reason for request in requests))
+    finally:
+        for request in requests:
+            if request.id:
+                engine.cancel(request.id)
+    errors = [request.error for request in requests if request.error is not None]
+    if len(errors) == len(requests):
+        raise errors[0]
+    for error in errors:
+        warnings.warn(str(error), stacklevel=4)
+
+
+def finish(
+    prediction: Prediction,
+    request: Request,
+    tokenizer: Tokenizer,
+    logprobs: bool,
+    echo: bool = False,
+) -> Prediction:
+    """Add to a prediction what those of texts and of dialogs have in common."""
+    prediction["finish_reason"] = request.finish_reason or "length"
+    if request.error is not None:
+        prediction["error"] = str(request.error)
+    if logprobs:
+        tokens = request.tokens if echo else request.ids
+        prediction["tokens"] = [tokenizer.decode([t]) for t in tokens]
+        prediction["logprobs"] = [*request.prompt_logprobs, *request.generated_logprobs]
+    return prediction

@@ -1,0 +1,299 @@
+"""Tool use of Llama 3.1 and later: definitions -> prompt text, calls -> text.
+
+Knows neither ids nor tensors. `llama.tool_calls` reads what a model answers.
+"""
+
+from __future__ import annotations
+
+import json
+import keyword
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict, get_args
+
+ToolForm = Literal["json", "function_tag", "python_list"]
+TOOL_FORMS: tuple[str, ...] = get_args(ToolForm)
+# Tools that Meta trained the models to call without a definition.
+BUILTIN_TOOLS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
+
+# A JSON schema, with or without {"type": "function", "function": ...} around it, or a built-in.
+Tool = Mapping[str, Any] | str
+
+
+class ToolCall(TypedDict):
+    """A model's wish that a tool be run. The arguments are JSON's types only."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+MAX_DEPTH = 32  # of lists and objects within a call's arguments
+_MAX_BITS = 2048  # of a number: beyond, Python may refuse to write it in decimal
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+
+
+def check_call(call: Mapping[str, Any]) -> None:
+    """A call is a name and arguments, of plain names and JSON's types.
+
+    Raises:
+        TypeError: a part is of another type.
+        ValueError: a name is not plain (`__import__`), a number is not finite, or nesting too deep.
+    """
+    if not isinstance(call, Mapping) or set(call) != {"name", "arguments"}:
+        raise TypeError(f"a tool call is {{'name': ..., 'arguments': {{...}}}}, not {call!r:.200}")
+    name, arguments = call["name"], call["arguments"]
+    _check_name(name)
+    if not isinstance(arguments, dict):
+        raise TypeError(f"the arguments of {name} are an object (a dict), not {arguments!r:.200}")
+    _check_data(arguments, MAX_DEPTH)
+    if hidden := [key for key in arguments if key.startswith("__")]:
+        raise ValueError(f"{hidden[0]!r:.80} is not the name of an argument")
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"a tool's name is a str, not {name!r:.200}")
+    if not _NAME.fullmatch(name) or any(part.startswith("__") for part in name.split(".")):
+        raise ValueError(
+            f"{name!r:.80} is not a tool's name: use up to 64 letters, digits, '_', '-' and '.', "
+            "and no leading '__'"
+        )
+
+
+def _check_data(value: object, depth: int) -> None:
+    """`value` is of JSON's types, and can be written and read back."""
+    if depth < 0:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    if isinstance(value, dict):
+        if strange := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"keys must be text, not {strange[0]!r:.80}")
+        for item in value.values():
+            _check_data(item, depth - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_data(item, depth - 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no JSON number")
+    elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ValueError("a number of over 600 digits")
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise TypeError(f"{type(value).__name__} is not one of JSON's types")
+
+
+# Definitions -> prompt
+
+
+def check_tools(tools: Sequence[Tool], form: str) -> tuple[list[str], list[dict[str, Any]]]:
+    """The names of built-in tools, and the bare definitions; TypeError or ValueError if bad."""
+    check_form(form)
+    if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
+        raise TypeError("tools are a list of definitions and names of Meta's built-in tools")
+    builtin: list[str] = []
+    functions: list[dict[str, Any]] = []
+    for tool in tools:
+        if isinstance(tool, str):
+            if tool not in BUILTIN_TOOLS:
+                raise ValueError(f"no built-in tool {tool!r}; define it, or use {BUILTIN_TOOLS}")
+            builtin.append(tool)
+        else:
+            functions.append(_function(tool, form))
+    names = [*builtin, *(function["name"] for function in functions)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"tools named twice: {sorted(twice)}")
+    return builtin, functions
+
+
+def check_form(form: str) -> None:
+    if form not in TOOL_FORMS:
+        raise ValueError(f"unknown tool_form {form!r}; use one of {list(TOOL_FORMS)}")
+
+
+def _function(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """The bare definition, checked."""
+    if not isinstance(tool, Mapping):
+        raise TypeError(f"a tool is a dict or the name of a built-in one, not {type(tool)}")
+    function = dict(tool)
+    if "function" in tool:
+        function = tool["function"]
+        if tool.get("type") != "function" or len(tool) > 2 or not isinstance(function, dict):
+            raise ValueError('a wrapped tool is {"type": "function", "function": {...}}')
+    if set(function) != {"name", "description", "parameters"}:
+        raise ValueError(
+            f"a tool has a name, a description and parameters, no more; one has {sorted(function)}"
+        )
+    name, parameters = function["name"], function["parameters"]
+    _check_name(name)
+    if name in BUILTIN_TOOLS:
+        raise ValueError(f"{name} is a built-in tool: give its name alone, or choose another name")
+    if not isinstance(function["description"], str):
+        raise TypeError(f"the description of {name} is a str")
+    _check_data(function, MAX_DEPTH)
+    kinds = ("object", "dict")  # JSON schema's word, and the one in Meta's examples for 3.2
+    if not isinstance(parameters, dict) or parameters.get("type") not in kinds:
+        raise ValueError(f'parameters of {name} are {{"type": "object", "properties": {{...}}}}')
+    properties, required = parameters.get("properties", {}), parameters.get("required", [])
+    if not isinstance(properties, dict) or not isinstance(required, list):
+        raise ValueError(f"parameters of {name}: properties are an object, required is a list")
+    if unknown := [key for key in required if key not in list(properties)]:
+        raise ValueError(f"{name} requires {unknown}, which its properties lack")
+    odd = [word for word in (name, *properties) if not _is_identifier(word)]
+    if odd and form == "python_list":
+        raise ValueError(f"{odd} cannot be written in Python; rename, or use another tool_form")
+    return function
+
+
+def with_tools(
+    dialog: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: str = "json"
+) -> list[Mapping[str, Any]]:
+    """The dialog with the tools told to the model, where Meta's documentation puts them.
+
+    `Environment: ipython` and the built-in tools head the system message, which is made where
+    there is none. Definitions follow in a user message of their own (json, function_tag: as for
+    3.1) or in the system message (python_list: as for 3.2 and 3.3), before its own text.
+    """
+    builtin, functions = check_tools(tools, form)
+    head = []
+    if builtin or form != "python_list":
+        head.append("Environment: ipython")
+    if searching := [name for name in builtin if name != "code_interpreter"]:
+        head.append(f"Tools: {', '.join(searching)}")
+    parts = ["\n".join(head)]
+    rest, described = list(dialog), describe_tools(functions, form) if functions else ""
+    if form == "python_list":
+        parts.append(described)
+    if rest and rest[0]["role"] == "system":
+        parts.append(rest.pop(0)["content"].strip())
+    if functions and form != "python_list":
+        rest.insert(0, {"role": "user", "content": described})
+    return [{"role": "system", "content": "\n\n".join(filter(None, parts))}, *rest]
+
+
+def describe_tools(functions: Sequence[Mapping[str, Any]], form: str) -> str:
+    """Definitions in the words that Meta documents for `form`."""
+    if form == "json":
+        listed = "\n".join(_dump({"type": "function", "function": f}, 4) for f in functions)
+        return (
+            "Answer the user's question by making use of the following functions if needed.\n"
+            "If none of the function can be used, please say so.\n"
+            f"Here is a list of functions in JSON format:\n{listed}\n\n"
+            "Return function calls in JSON format."
+        )
+    if form == "function_tag":
+        listed = "\n\n".join(
+            f"Use the function '{f['name']}' to '{f['description']}':\n{_dump(f)}"
+            for f in functions
+        )
+        return (
+            f"You have access to the following functions:\n\n{listed}\n\n"
+            "Think very carefully before calling functions.\n"
+            "If you choose to call a function ONLY reply in the following format with no prefix "
+            'or suffix:\n\n<function=example_function_name>{"example_name": "example_value"}'
+            "</function>\n\nReminder:\n"
+            "- If looking for real time information use relevant functions before falling back to "
+            "brave_search\n"
+            "- Function calls MUST follow the specified format, start with <function= and end with "
+            "</function>\n- Required parameters MUST be specified\n"
+            "- Only call one function at a time\n- Put the entire function call reply on one line"
+        )
+    return (
+        "You are an expert in composing functions. You are given a question and a set of possible "
+        "functions.\nBased on the question, you will need to make one or more function/tool calls "
+        "to achieve the purpose.\nIf none of the function can be used, point it out. If the given "
+        "question lacks the parameters required by the function,\nalso point it out. You should "
+        "only return the function call in tools call sections.\n\nIf you decide to invoke any of "
+        "the function(s), you MUST put it in the format of [func_name1(params_name1=params_value1, "
+        "params_name2=params_value2...), func_name2(params)]\nYou SHOULD NOT include any other "
+        "text in the response.\n\nHere is a list of functions in JSON format that you can invoke."
+        f"\n\n{_dump(list(functions), 4)}"
+    )
+
+
+def _dump(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+# Calls -> text
+
+
+def encode_tool_call(call: ToolCall, form: str = "json") -> str:
+    """A call as the model would write it, after Meta's `ToolUtils.encode_tool_call`.
+
+    Calls of built-in tools have a form of their own. A call that Python cannot write (an argument
+    named "a-b") is written as JSON in the form python_list. Unlike Meta's, all text reads back:
+    quotes, backslashes and line ends are escaped where the form needs it, dicts in Python are
+    {"key": value}, and built-in calls with other arguments than Meta's get the general form.
+
+    Raises:
+        TypeError, ValueError: it is not a call (`check_call`), or there is no such form.
+    """
+    check_call(call)
+    name, arguments = call["name"], call["arguments"]
+    if is_code(call):
+        return str(arguments["code"])
+    query = arguments.get("query")
+    if name in BUILTIN_TOOLS and list(arguments) == ["query"] and isinstance(query, str):
+        # Backslashes stay as they are (LaTeX), but for those before a quote.
+        escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + (m[2] and r"\""), query)
+        return f'{name}.call(query="{escaped}")'
+    return _general(call, form)
+
+
+def encode_tool_calls(calls: Sequence[ToolCall], form: str = "json") -> list[str]:
+    """The texts of one message's calls; the prompt holds them one after the other.
+
+    Several calls all get the general form, and in Python are one list, so that they read back.
+    """
+    if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
+        raise TypeError("tool_calls are a list of {'name': ..., 'arguments': {...}}")
+    check_form(form)
+    if len(calls) == 1:
+        return [encode_tool_call(calls[0], form)]
+    for call in calls:
+        check_call(call)
+    if form == "python_list" and all(map(_fits_python, calls)) and calls:
+        return [f"[{', '.join(map(_python_call, calls))}]"]
+    return [_general(call, "json" if form == "python_list" else form) for call in calls]
+
+
+def is_code(call: ToolCall) -> bool:
+    """Whether a call is code to run, which `<|python_tag|>` opens."""
+    arguments = call["arguments"]
+    return (
+        call["name"] == "code_interpreter"
+        and list(arguments) == ["code"]
+        and isinstance(arguments["code"], str)
+    )
+
+
+def _general(call: ToolCall, form: str) -> str:
+    check_form(form)
+    name, arguments = call["name"], call["arguments"]
+    if form == "function_tag":
+        return f"<function={name}>{json.dumps(arguments)}</function>"
+    if form == "python_list" and _fits_python(call):
+        return f"[{_python_call(call)}]"
+    return json.dumps({"type": "function", "name": name, "parameters": arguments})
+
+
+def _is_identifier(word: str) -> bool:
+    return word.isascii() and word.isidentifier() and not keyword.iskeyword(word)
+
+
+def _fits_python(call: ToolCall) -> bool:
+    return all(map(_is_identifier, (call["name"], *call["arguments"])))
+
+
+def _python_call(call: ToolCall) -> str:
+    arguments = (f"{key}={_python(value)}" for key, value in call["arguments"].items())
+    return f"{call['name']}({', '.join(arguments)})"
+
+
+def _python(value: object) -> str:
+    if isinstance(value, str):  # JSON's escapes are Python's, and a quote is Meta's: "
+        return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", _dump(value))
+    if isinstance(value, list):
+        return f"[{', '.join(map(_python, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_python(k)}: {_python(v)}' for k, v in value.items())}}}"
+    return str(value)

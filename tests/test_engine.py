@@ -1,0 +1,426 @@
+"""engine.py, slots.py, passes.py: every request gets what it would get alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama.engine import Engine
+from llama.model import ModelArgs, Transformer
+from llama.request import Request
+from llama.sampling import Sampling, sample
+from tests.conftest import random_weights
+
+SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60}
+SHAPE |= {"max_seq_len": 48, "max_batch_size": 3, "multiple_of": 16}
+NAN = 59  # an id whose embedding a test may spoil; the others do not draw it
+GREEDY = Sampling(0.0)
+
+
+def make_model(**changes: Any) -> Transformer:
+    args = SHAPE | changes
+    model = Transformer(ModelArgs(**args))
+    model.load_state_dict(random_weights(**args))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Transformer:
+    return make_model()
+
+
+def by_hand(model: Transformer, request: Request) -> tuple[list[int], list[float]]:
+    """No cache, no batch: the whole sequence through the model for each id."""
+    ids, scores = [*request.prompt], []
+    generator = None
+    if request.seed is not None:
+        generator = torch.Generator().manual_seed(request.seed)
+    room = SHAPE["max_seq_len"] - len(ids)
+    for _ in range(room if request.max_gen_len is None else min(room, request.max_gen_len)):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[:, -1]
+        token = int(sample(logits, request.sampling, [generator] if generator else None))
+        if token in request.stop_tokens:
+            break
+        ids.append(token)
+        scores.append(float(torch.log_softmax(logits, -1)[0, token]))
+    return ids[len(request.prompt) :], scores
+
+
+def run(engine: Engine, *requests: Request) -> list[list[int]]:
+    for request in requests:
+        engine.add(request)
+    engine.wait(lambda: all(request.finish_reason for request in requests))
+    return [request.ids for request in requests]
+
+
+def assert_right(model: Transformer, *requests: Request) -> None:
+    """Ids as by hand; log-probabilities too, which show what argmax forgives."""
+    for request in requests:
+        want, scores = by_hand(model, request)
+        assert request.ids == want
+        if request.logprobs:
+            assert request.generated_logprobs == pytest.approx(scores, abs=1e-4)
+
+
+SHARED = [7, 3, 9, 9, 1, 4, 2, 8, 5, 6, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+ids = st.integers(0, NAN - 1)
+prompts = st.builds(
+    lambda shared, own: SHARED[:shared] + own,
+    st.integers(0, len(SHARED)),
+    st.lists(ids, min_size=1, max_size=28),
+)
+asked = st.builds(
+    dict,
+    prompt=prompts,
+    max_gen_len=st.none() | st.integers(0, 12),
+    sampling=st.sampled_from([GREEDY, Sampling(0.8, 0.9), Sampling(1.2, 1.0, top_k=9)]),
+    seed=st.integers(0, 99),
+    stop_tokens=st.sets(ids, max_size=3),
+    logprobs=st.booleans(),
+    score_from=st.none() | st.integers(0, 30),
+    reuse=st.booleans(),
+)
+# A request, the step before which it joins, and the step before which it is cancelled.
+visits = st.lists(
+    st.tuples(asked, st.integers(0, 12), st.none() | st.integers(0, 20)), min_size=1, max_size=9
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(visits=visits, chunk=st.integers(1, 70))
+def test_joins_leaves_and_cancels_do_not_show(
+    model: Transformer, visits: list[tuple[dict[str, Any], int, int | None]], chunk: int
+) -> None:
+    engine = Engine(model, chunk)
+    requests = [Request(**asked) for asked, _, _ in visits]
+    told: dict[int, list[int]] = {}
+    for step in range(1000):
+        for request, (_, joins, leaves) in zip(requests, visits, strict=True):
+            if step == joins:
+                told[engine.add(request)] = []
+            if step == leaves and joins < step:
+                engine.cancel(request.id)
+        for event in engine.step():
+            if event.token is not None:
+                told[event.id].append(event.token)
+        if step > 20 and not engine.busy:
+            break
+    for request in requests:
+        want, scores = by_hand(model, request)
+        if request.finish_reason == "cancelled":
+            want = want[: len(request.ids)]
+        assert request.ids == told[request.id] == want
+        if request.logprobs:
+            assert request.generated_logprobs == pytest.approx(scores[: len(want)], abs=1e-4)
+        if request.score_from is not None and request.finish_reason != "cancelled":
+            with torch.no_grad():
+                raw = torch.log_softmax(model(torch.tensor([request.prompt]))[0], -1)
+            first = min(max(1, request.score_from), len(request.prompt))
+            scored = [raw[i - 1, request.prompt[i]].item() for i in range(first, len(raw))]
+            assert request.prompt_logprobs[:first] == [None] * first
+            assert request.prompt_logprobs[first:] == pytest.approx(scored, abs=1e-4)
+
+
+def shapes_of(monkeypatch: pytest.MonkeyPatch, model: Transformer) -> list[tuple[int, ...]]:
+    """What the model is called with from now on."""
+    shapes: list[tuple[int, ...]] = []
+    hidden = model.hidden
+
+    def spy(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        shapes.append(tuple(tokens.shape))
+        return hidden(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", spy)
+    return shapes
+
+
+def greedy(prompt: list[int], n: int, **options: Any) -> Request:
+    return Request(prompt, n, GREEDY, logprobs=True, **options)
+
+
+def test_second_turn_prefills_only_what_is_new(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    first = greedy(SHARED, 5)
+    run(engine, first)
+    turn = [*first.tokens, 30, 31, 32]
+    shapes = shapes_of(monkeypatch, model)
+    second = greedy(turn, 4)
+    run(engine, second)
+    assert second.reused == len(first.tokens) - 1  # the id drawn last was never fed
+    assert shapes == [(1, 4), (1, 1), (1, 1), (1, 1)]
+    again, shorter, afresh = greedy(turn, 4), greedy(turn[:-5], 4), greedy(turn, 4, reuse=False)
+    for request, reused in [(again, len(turn) - 1), (shorter, len(turn) - 6), (afresh, 0)]:
+        run(engine, request)
+        assert request.reused == reused
+    engine.forget()
+    forgotten = greedy(turn, 4)
+    run(engine, forgotten)
+    assert forgotten.reused == 0
+    assert_right(model, first, second, again, shorter, afresh, forgotten)
+
+
+def test_a_prefix_is_copied_from_a_busy_slot_and_from_one_worth_keeping() -> None:
+    model = make_model()  # whose cache is empty
+    engine = Engine(model)
+    busy = greedy(SHARED, 20)
+    engine.add(busy)
+    engine.step()
+    beside = greedy([*SHARED, 40], 3)
+    run(engine, beside)
+    assert beside.reused == len(SHARED)
+    engine.wait(lambda: busy.finish_reason)
+    # The long cached row keeps what it has: half its ids are not of this prompt.
+    short, longer = greedy([*SHARED[:16], 41], 3), greedy([*busy.tokens, 42], 2)
+    run(engine, short)
+    run(engine, longer)
+    assert short.reused == 16 and longer.reused == len(busy.tokens) - 1
+    assert_right(model, busy, beside, short, longer)
+
+
+def test_padding_stays_within_the_cache(model: Transformer) -> None:
+    engine = Engine(model)
+    first = greedy(list(range(44)), 1)
+    run(engine, first)
+    at_the_end, beside = greedy([*range(44), 50], 2), greedy(SHARED, 2)
+    run(engine, at_the_end, beside)
+    assert at_the_end.reused == 44
+    assert_right(model, first, at_the_end, beside)
+
+
+def test_a_long_prompt_comes_in_chunks_and_holds_nobody_up(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model, prefill_chunk=8)
+    shapes = shapes_of(monkeypatch, model)
+    talking, long = Request([1, 2], 12, GREEDY), Request(list(range(40)), 3, GREEDY)
+    engine.add(talking)
+    engine.step()
+    engine.add(long)
+    short = Request([5, 6], 2, GREEDY)
+    engine.step()
+    engine.add(short)
+    engine.wait(lambda: short.finish_reason)
+    assert not long.ids and len(talking.ids) >= 4  # the long one is still reading
+    engine.wait(lambda: long.finish_reason and talking.finish_reason)
+    assert max(rows * width for rows, width in shapes) <= 8
+    for request in (talking, long, short):
+        assert request.ids == by_hand(model, request)[0]
+
+
+def test_finished_rows_cost_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = shapes_of(monkeypatch, model)
+    run(Engine(model), *(Request([i, 1], n, GREEDY) for i, n in enumerate((2, 6, 4))))
+    assert shapes == [(3, 2), (3, 1), (2, 1), (2, 1), (1, 1), (1, 1)]
+
+
+def test_cancel(model: Transformer) -> None:
+    engine = Engine(model)
+    requests = [Request([i, 1], 9, GREEDY) for i in range(4)]
+    first, *others = [engine.add(request) for request in requests]
+    engine.step()
+    assert requests[0].ids and not requests[3].ids  # the last one waits for a slot
+    assert engine.cancel(first) and requests[0].finish_reason == "cancelled"
+    assert not engine.cancel(first)
+    engine.step()
+    assert requests[3].ids and len(requests[0].ids) == 1
+    for id in others:
+        engine.cancel(id)
+    assert not engine.busy and engine.step() == []
+    for unknown in (99, 0, -1, "x", None):
+        with pytest.raises(ValueError, match="no request has the id"):
+            engine.cancel(unknown)  # type: ignore[arg-type]
+
+
+def test_bad_requests_leave_the_others_alone(model: Transformer) -> None:
+    engine = Engine(model)
+    good = Request(SHARED, 6, GREEDY)
+    engine.add(good)
+    for bad, error in [
+        (Request([]), "is empty"),
+        (Request([1] * 49), "max_seq_len 48"),
+        (Request([60]), "ids are 0 to 59"),
+        (Request([1], -1), "max_gen_len"),
+    ]:
+        with pytest.raises(ValueError, match=error):
+            engine.add(bad)
+    with pytest.raises(TypeError, match="seed"):
+        engine.add(Request([1], seed="x"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="runs once"):
+        engine.add(good)
+    engine.wait(lambda: good.finish_reason)
+    assert good.ids == by_hand(model, good)[0]
+    with pytest.raises(RuntimeError, match="nothing is left"):
+        engine.wait(lambda: False)
+    with pytest.raises(ValueError, match="prefill_chunk"):
+        Engine(model, 0)
+
+
+def test_a_row_that_is_not_a_number_fails_alone() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[NAN] = float("nan")
+    engine = Engine(model)
+    good = [Request([1, 2, 3], 6, GREEDY), Request([4, 5], 6, Sampling(0.8), seed=1)]
+    bad = Request([6, NAN, 7], 6, Sampling(0.8), seed=2)
+    run(engine, good[0], bad, good[1])
+    assert bad.finish_reason == "error" and "not a number" in str(bad.error)
+    assert [r.ids for r in good] == [by_hand(model, r)[0] for r in good]
+    with torch.no_grad():
+        model.tok_embeddings.weight[NAN] = 1.0
+    same = greedy([6, NAN, 7], 6)
+    run(engine, same)
+    assert same.reused == 0
+    assert_right(model, same)
+
+
+def test_nothing_of_a_failed_row_is_left_in_its_slot() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[NAN] = float("nan")
+    engine = Engine(model)
+    run(engine, *(greedy([NAN, *SHARED], 6) for _ in range(3)))
+    short, long = greedy([8], 9), greedy(SHARED, 9)
+    engine.add(short)  # takes a slot full of NaNs
+    engine.step()
+    run(engine, long)  # and reads as far as this one
+    assert_right(model, short, long)
+
+
+def test_a_watcher_that_raises_ends_its_own_request(model: Transformer) -> None:
+    def watch() -> None:
+        raise KeyError("mine")
+
+    engine = Engine(model)
+    good, bad = Request([1], 4, GREEDY), Request([2], 4, GREEDY, watch=watch)
+    run(engine, good, bad)
+    assert isinstance(bad.error, KeyError) and good.ids == by_hand(model, good)[0]
+
+
+def test_a_pass_that_fails_ends_those_in_it(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    good = Request([1, 2], 6, GREEDY)
+    engine.add(good)
+    engine.step()
+    hidden = model.hidden
+
+    def scarce(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if tokens.shape[1] > 9:
+            raise torch.OutOfMemoryError("no memory for so many")
+        return hidden(tokens, *args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", scarce)
+    big = Request(SHARED, 3, GREEDY)
+    run(engine, big)
+    assert isinstance(big.error, torch.OutOfMemoryError)
+    engine.wait(lambda: good.finish_reason)
+    assert good.ids == by_hand(model, good)[0]
+
+
+def test_an_interrupt_loses_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, prefill_chunk=6)
+    requests = [Request(SHARED, 5, GREEDY), Request([1, 2], 9, GREEDY)]
+    for request in requests:
+        engine.add(request)
+    hidden, calls = model.hidden, 0
+
+    def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        h = hidden(*args, **kwargs)
+        if calls % 3 == 0:
+            raise KeyboardInterrupt
+        return h
+
+    monkeypatch.setattr(model, "hidden", interrupted)
+    interrupts = 0
+    while engine.busy:
+        try:
+            engine.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts > 2
+    monkeypatch.undo()
+    assert [r.ids for r in requests] == [by_hand(model, r)[0] for r in requests]
+
+
+def test_another_user_of_the_cache_is_noticed(model: Transformer) -> None:
+    engine = Engine(model)
+    kept, running = Request(SHARED, 4, GREEDY), Request([3, 2, 1], 9, GREEDY)
+    run(engine, kept)
+    engine.add(running)
+    engine.step()
+    model(torch.randint(0, 50, (3, 40)), 0)
+    after = Request([*kept.tokens, 5], 4, GREEDY)
+    assert run(engine, after) == [by_hand(model, after)[0]] and after.reused == 0
+    assert isinstance(running.error, RuntimeError)
+
+
+def in_threads(jobs: list[Callable[[], None]]) -> None:
+    errors: list[BaseException] = []
+
+    def guarded(job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as e:
+            errors.append(e)
+
+    threads = [threading.Thread(target=guarded, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not errors
+
+
+def test_threads_share_one_engine(model: Transformer) -> None:
+    engine = Engine(model, prefill_chunk=8)
+    requests = [Request(SHARED[: i + 1], 10, Sampling(0.9), seed=i) for i in range(12)]
+
+    def job(mine: list[Request]) -> Callable[[], None]:
+        return lambda: [run(engine, request) for request in mine] and None
+
+    in_threads([job(requests[i::4]) for i in range(4)])
+    assert [r.ids for r in requests] == [by_hand(model, r)[0] for r in requests]
+    assert not engine.busy
+
+
+def test_cancel_from_another_thread_in_mid_step(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    requests = [Request([i, 1], 9, GREEDY) for i in range(2)]
+    for request in requests:
+        engine.add(request)
+    hidden = model.hidden
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if len(requests[1].ids) == 3:
+            in_threads([lambda: engine.cancel(requests[0].id) and None])
+        return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(model, "hidden", spy)
+    engine.wait(lambda: requests[1].finish_reason)
+    assert requests[0].finish_reason == "cancelled" and len(requests[0].ids) == 3
+    assert requests[1].ids == by_hand(model, requests[1])[0]
+
+
+def test_unseeded_rows_draw_from_the_global_generator(model: Transformer) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        engine = Engine(model)
+        mixed = [Request([1, 2], 8, Sampling(1.0)), Request([3], 8, Sampling(1.0), seed=5)]
+        runs.append(run(engine, *mixed))
+    assert runs[0] == runs[1] and runs[0][0] != runs[2][0] and runs[0][1] == runs[2][1]

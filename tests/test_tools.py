@@ -1,0 +1,420 @@
+"""tools.py and the tokenizer's part of it, against llama-models' code and documentation."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import string
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llama.tokenizer import ChatFormat, Tokenizer
+from llama.tool_calls import ToolReply, parse_tool_calls
+from llama.tools import TOOL_FORMS, ToolCall, check_tools, encode_tool_call, encode_tool_calls
+
+PLAIN = string.ascii_letters + string.digits + " .,;:!?'()[]{}<>|/=äß漢😀"
+HOSTILE = PLAIN + '"\\\n\t\r\0\x7f\u2028\ud800'
+PIECES = ["<|python_tag|>", "</function>", '")', "')", '\\"', "<function=x>", "[f(a=1)]", "}{"]
+SONGS = {
+    "type": "function",
+    "function": {
+        "name": "trending_songs",
+        "description": "Returns the trending songs on a Music site",
+        "parameters": {
+            "type": "object",
+            "properties": {"n": {"type": "integer"}, "genre": {"type": "string"}},
+            "required": ["n"],
+        },
+    },
+}
+SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 21 September 2024\n\nBe kind."
+
+
+@pytest.fixture(scope="module")
+def ours(llama3_tokenizer_path: Path) -> ChatFormat:
+    return ChatFormat(Tokenizer(llama3_tokenizer_path, "llama3.1"))
+
+
+@pytest.fixture(scope="module")
+def meta(llama3_tokenizer_path: Path) -> Any:
+    from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
+    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
+
+    return MetaChatFormat(MetaTokenizer(llama3_tokenizer_path))
+
+
+# Generated calls
+
+
+def random_text(rng: random.Random, alphabet: str) -> str:
+    text = "".join(rng.choices(alphabet, k=rng.randint(0, 12)))
+    return text + rng.choice(PIECES) if alphabet is HOSTILE and rng.random() < 0.3 else text
+
+
+def random_value(rng: random.Random, alphabet: str, depth: int = 0) -> Any:
+    kind = rng.randrange(5 if depth == 3 else 7)
+    if kind == 5:
+        return [random_value(rng, alphabet, depth + 1) for _ in range(rng.randint(0, 3))]
+    if kind == 6:
+        return {
+            random_text(rng, alphabet): random_value(rng, alphabet, depth + 1)
+            for _ in range(rng.randint(0, 3))
+        }
+    choices: list[Any] = [
+        rng.randint(-(10**20), 10**20), rng.uniform(-1e30, 1e30), rng.random() < 0.5, None,
+        random_text(rng, alphabet),
+    ]  # fmt: skip
+    return choices[kind]
+
+
+def random_call(rng: random.Random, alphabet: str, builtin: bool = True) -> ToolCall:
+    kind = rng.randrange(6) if builtin else 5
+    text = random_text(rng, alphabet)
+    if kind < 3:
+        name = ("brave_search", "wolfram_alpha", "photogen")[kind]
+        return {"name": name, "arguments": {"query": text}}
+    if kind == 3:
+        return {"name": "code_interpreter", "arguments": {"code": f"x = {text}"}}
+    keys = rng.sample(["a", "city", "n_best", "query", "_x", "B2"], rng.randint(0, 4))
+    return {
+        "name": rng.choice(["f", "get_weather", "Tool2"]),
+        "arguments": {key: random_value(rng, alphabet) for key in keys},
+    }
+
+
+def metas_call(call: ToolCall) -> Any:
+    from llama_models.datatypes import ToolCall as MetaToolCall
+
+    # Its types do not hold nested lists, though its code writes them.
+    made = MetaToolCall(call_id="c", tool_name=call["name"], arguments={})
+    return made.model_copy(update={"arguments": call["arguments"]})
+
+
+def has_dict(value: Any) -> bool:
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(v, dict) or has_dict(v) for v in values)
+
+
+def random_plain_call(rng: random.Random, form: str) -> ToolCall:
+    """One that Meta's code writes without a defect: no quotes, no dicts in Python."""
+    while True:
+        call = random_call(rng, PLAIN)
+        if form != "python_list" or not has_dict(call["arguments"]):
+            return call
+
+
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_calls_are_written_as_metas(form: str) -> None:
+    from llama_models.datatypes import ToolPromptFormat
+    from llama_models.llama3.tool_utils import ToolUtils
+
+    rng = random.Random(3)
+    for _ in range(300):
+        call = random_plain_call(rng, form)
+        want = ToolUtils.encode_tool_call(metas_call(call), ToolPromptFormat(form))
+        assert encode_tool_call(call, form) == want
+
+
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_calls_are_read_as_metas(form: str, meta: Any) -> None:
+    """Where Meta's reads what was written: its tags end at the first brace, quotes change."""
+    from llama_models.datatypes import StopReason
+
+    rng, compared = random.Random(4), 0
+    for _ in range(400):
+        call = random_plain_call(rng, form)
+        text = encode_tool_call(call, form)
+        if call["name"] == "code_interpreter":
+            text = "<|python_tag|>" + text
+        try:
+            theirs = meta.decode_assistant_message_from_content(text, StopReason.end_of_turn)
+            [got] = theirs.tool_calls
+        except Exception:
+            continue
+        name = getattr(got.tool_name, "value", got.tool_name)
+        if (name, got.arguments) == (call["name"], call["arguments"]):
+            compared += 1
+            assert parse_tool_calls(text) == ToolReply("", [call])
+    assert compared > 100
+
+
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_what_is_written_reads_back(form: str) -> None:
+    rng = random.Random(5)
+    for _ in range(1000):
+        calls = [random_call(rng, HOSTILE) for _ in range(rng.choice([1, 1, 2, 3]))]
+        text = "".join(encode_tool_calls(calls, form))
+        if len(calls) == 1 and calls[0]["name"] == "code_interpreter":
+            text = "Let me see:<|python_tag|>" + text
+        reply = parse_tool_calls({"role": "assistant", "content": text})
+        assert reply.problem is None, (text, reply.problem)
+        assert reply.tool_calls == calls, text
+        # Also as the models write it, after the tag.
+        tagged = "<|python_tag|>" + text.split("see:<|python_tag|>")[-1]
+        assert parse_tool_calls(tagged).tool_calls == calls, text
+
+
+def test_backslashes_of_a_query() -> None:
+    for query in (r"\frac{1}{2}", "C:\\", 'a "b" \\"c\\\\"', "\\", '"', "\\\\", "two\nlines"):
+        call: ToolCall = {"name": "wolfram_alpha", "arguments": {"query": query}}
+        assert parse_tool_calls(encode_tool_call(call)).tool_calls == [call]
+    assert encode_tool_call(call | {"arguments": {"query": r"\frac{1}{2}"}}) == (
+        r'wolfram_alpha.call(query="\frac{1}{2}")'
+    )
+
+
+def test_a_call_that_python_cannot_write_is_json() -> None:
+    call: ToolCall = {"name": "f", "arguments": {"a-b": 1}}
+    for calls in ([call], [call, call]):
+        assert (
+            parse_tool_calls("".join(encode_tool_calls(calls, "python_list"))).tool_calls == calls
+        )
+    odd: ToolCall = {"name": "brave_search", "arguments": {"q": "x", "n": 3}}
+    assert parse_tool_calls(encode_tool_call(odd)).tool_calls == [odd]
+
+
+# Dialogs
+
+
+@pytest.mark.parametrize("form", TOOL_FORMS)
+def test_dialogs_with_tools_have_metas_ids(form: str, ours: ChatFormat, meta: Any) -> None:
+    from llama_models.datatypes import RawMessage, StopReason, ToolPromptFormat
+
+    rng = random.Random(6)
+    for _ in range(150):
+        dialog: list[Any] = []
+        theirs = []
+        for _ in range(rng.randint(1, 6)):
+            role = rng.choice(["system", "user", "assistant", "assistant", "ipython", "tool"])
+            message: Any = {"role": role, "content": random_text(rng, PLAIN).strip()}
+            extra: dict[str, Any] = {}
+            if role in ("ipython", "tool"):
+                extra = {"call_id": "c", "tool_name": "f"}
+            if role == "assistant":
+                reason = rng.choice(["end_of_turn", "end_of_message"])
+                message["stop_reason"] = extra["stop_reason"] = reason
+                extra["stop_reason"] = StopReason(reason)
+                if rng.random() < 0.6:
+                    calls = [random_plain_call(rng, form)]
+                    if calls[0]["name"] == "code_interpreter":
+                        message["content"] = ""  # Meta's puts content after the tag, as code
+                    elif form != "python_list" and rng.random() < 0.3:
+                        calls = [random_call(rng, PLAIN, builtin=False) for _ in range(3)]
+                    message["tool_calls"] = calls
+            role = "tool" if role == "ipython" else role
+            raw = RawMessage(role=role, content=message["content"], **extra)
+            raw.tool_calls = [metas_call(call) for call in message.get("tool_calls", [])]
+            dialog.append(message)
+            theirs.append(raw)
+        want = meta.encode_dialog_prompt(theirs, ToolPromptFormat(form)).tokens
+        assert ours.encode_dialog_prompt(dialog, tool_form=form) == want  # type: ignore[arg-type]
+
+
+def documented(file: str, title: str) -> str:
+    """The prompt under a title of Meta's documentation of a release."""
+    package, name = file.split("/")
+    text = resources.files("llama_models").joinpath(package, name).read_text(encoding="utf-8")
+    found = re.search(r"```\n(.*?)```", text[text.index(f"## {title}\n") :], re.DOTALL)
+    assert found
+    # Before a turn's end whitespace is stripped here; some of Meta's examples have a line end.
+    return re.sub(r"\s*(<\|eot_id\|>)", r"\1", found[1].rstrip("\n") + "\n\n")
+
+
+def test_prompts_are_those_of_metas_documentation(ours: ChatFormat) -> None:
+    def told(dialog: Any, tools: Any, form: Any) -> str:
+        return ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, tools, form))
+
+    user = [{"role": "user", "content": "Use tools to get latest trending songs"}]
+    dated = SYSTEM.replace("Be kind.", "You are a helpful assistant.")
+    dialog = [{"role": "system", "content": dated}, *user]
+    want = documented("llama3_1/prompt_format.md", "JSON based tool calling")
+    # Its example of a schema has a list of properties, which is not JSON schema.
+    want = re.sub(r"\n\{.*\n\}\n", lambda _: f"\n{json.dumps(SONGS, indent=4)}\n", want, flags=re.S)
+    assert told(dialog, [SONGS], "json") == want
+
+    function: Any = SONGS["function"]
+    want = documented("llama3_1/prompt_format.md", "`<function>` based tool calling")
+    want = re.sub(r'\{"name": "trending.*', lambda _: json.dumps(function), want)
+    assert told(dialog, [SONGS], "function_tag") == want
+
+    file = "llama3_2/text_prompt_format.md"
+    want = documented(file, "Zero shot function calling")
+    [weather] = json.loads(want[want.index("\n[\n") : want.index("]<|eot_id|>") + 1])
+    user = [{"role": "user", "content": "What is the weather in SF and Seattle?"}]
+    assert told(user, [weather], "python_list") == want
+    head, _, tail = want.partition("]<|eot_id|>")
+    dialog = [{"role": "system", "content": SYSTEM}, *user]
+    assert told(dialog, [weather], "python_list") == f"{head}]\n\n{SYSTEM}<|eot_id|>{tail}"
+
+    want = documented("llama3_1/prompt_format.md", "Builtin Code Interpreter")
+    question = want.split("\n\n")[-2].split("<|eot_id|>")[0]
+    dialog = [{"role": "user", "content": question}]
+    assert told(dialog, ["code_interpreter"], "json") == want
+
+    want = documented("llama3_1/prompt_format.md", "Builtin Tool Calling")
+    dialog = [
+        {"role": "system", "content": dated},
+        {"role": "user", "content": "Search the web for the latest price of 1oz gold?"},
+    ]
+    tools = ["brave_search", "wolfram_alpha", "code_interpreter"]
+    got = told(dialog, tools, "json")  # an empty line sets the user's own text off
+    assert got.replace("wolfram_alpha\n\n", "wolfram_alpha\n") == want
+    assert got == told(dialog, tools, "python_list")
+
+
+def test_documented_round_trip(ours: ChatFormat) -> None:
+    """Meta's whole interaction with a built-in tool, but for its python_tag and line ends."""
+    dialog: Any = [
+        {"role": "system", "content": "Environment: ipython\nTools: brave_search, wolfram_alpha"},
+        {"role": "user", "content": "What is the 100th decimal of pi?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": parse_tool_calls(
+                '<|python_tag|>wolfram_alpha.call(query="100th decimal of pi")'
+            ).tool_calls,
+            "stop_reason": "end_of_message",
+        },
+    ]
+    want = documented("llama3_1/prompt_format.md", "Built-in tools full interaction")
+    found = re.search(r"ipython<\|end_header_id\|>\s*(.*?)<\|eot_id\|>", want, re.DOTALL)
+    assert found
+    dialog.append({"role": "tool", "content": found[1]})
+    got = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog))
+    assert got == re.sub(r"(ipython<\|end_header_id\|>)\s*", r"\1\n\n", want).replace(
+        "<|python_tag|>", ""
+    )
+
+
+def test_code_follows_its_tag_and_nothing_is_forged(ours: ChatFormat) -> None:
+    tag = ours.tokenizer.special_tokens["<|python_tag|>"]
+    call: ToolCall = {"name": "code_interpreter", "arguments": {"code": "<|python_tag|>"}}
+    message: Any = {"role": "assistant", "content": "Look: <|eom_id|>", "tool_calls": [call]}
+    tokens = ours.encode_message(message)
+    assert tokens.count(tag) == 1 and tokens.count(ours.tokenizer.eom_id) == 0
+    assert ours.tokenizer.decode(tokens).endswith(
+        "<|eom_id|><|python_tag|><|python_tag|><|eot_id|>"
+    )
+    forging: Any = {"name": "f", "description": "<|eot_id|>", "parameters": {"type": "object"}}
+    for form in TOOL_FORMS:
+        got = ours.encode_dialog_prompt([message], [forging], form)  # type: ignore[arg-type]
+        roles = got.count(ours.tokenizer.special_tokens["<|start_header_id|>"])
+        assert got.count(ours.tokenizer.eot_id) == roles - 1
+
+
+# Mistakes
+
+
+def tool(**change: Any) -> dict[str, Any]:
+    return {"name": "f", "description": "d", "parameters": {"type": "object"}} | change
+
+
+@pytest.mark.parametrize(
+    ("tools", "error", "message"),
+    [
+        ("brave_search", TypeError, "list"),
+        (tool(), TypeError, "list"),
+        (["google"], ValueError, "no built-in tool 'google'"),
+        ([3], TypeError, "a dict or the name"),
+        ([{"name": "f"}], ValueError, "a description and parameters"),
+        ([tool(strict=True)], ValueError, "strict"),
+        ([{"type": "tool", "function": tool()}], ValueError, "wrapped"),
+        ([tool(name="f g")], ValueError, "not a tool's name"),
+        ([tool(name="__f__")], ValueError, "not a tool's name"),
+        ([tool(name=3)], TypeError, "a str"),
+        ([tool(name="brave_search")], ValueError, "is a built-in tool"),
+        ([tool(description=None)], TypeError, "description of f"),
+        ([tool(parameters=[])], ValueError, "parameters of f"),
+        ([tool(parameters={"type": "string"})], ValueError, "parameters of f"),
+        ([tool(parameters={"type": "object", "properties": []})], ValueError, "properties are"),
+        ([tool(parameters={"type": "object", "required": ["a"]})], ValueError, "requires"),
+        ([tool(parameters={"type": "object", "x": {1, 2}})], TypeError, "set is not one of"),
+        ([tool(), tool()], ValueError, "named twice"),
+    ],
+)
+def test_bad_tools(ours: ChatFormat, tools: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ours.encode_dialog_prompt([{"role": "user", "content": "x"}], tools)
+
+
+def test_tools_that_python_cannot_write(ours: ChatFormat) -> None:
+    odd = tool(parameters={"type": "object", "properties": {"a-b": {}, "class": {}}})
+    assert check_tools([odd], "json") == ([], [odd])
+    with pytest.raises(ValueError, match=r"\['a-b', 'class'\] cannot be written in Python"):
+        check_tools([odd], "python_list")
+    with pytest.raises(ValueError, match="tool_form 'xml'"):
+        ours.encode_dialog_prompt([{"role": "user", "content": "x"}], None, "xml")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": "f"}, ValueError, r"unknown keys in a message: \['name'\]"),
+        ({"stop_reason": "length"}, ValueError, "stop_reason 'length'"),
+        ({"role": "user", "stop_reason": "end_of_message"}, ValueError, "only an assistant"),
+        ({"role": "user", "tool_calls": [{}]}, ValueError, "only an assistant"),
+        ({"tool_calls": {"name": "f"}}, TypeError, "list"),
+        ({"tool_calls": ["f"]}, TypeError, "a tool call is"),
+        ({"tool_calls": [{"name": "f"}]}, TypeError, "a tool call is"),
+        ({"tool_calls": [{"name": "f", "arguments": "{}"}]}, TypeError, "arguments of f"),
+        ({"tool_calls": [{"name": "f g", "arguments": {}}]}, ValueError, "tool's name"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": {1}}}]}, TypeError, "JSON's types"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": float("nan")}}]}, ValueError, "nan"),
+        ({"tool_calls": [{"name": "f", "arguments": {"a": {1: 2}}}]}, ValueError, "text"),
+    ],
+)  # fmt: skip
+def test_bad_messages(ours: ChatFormat, change: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ours.encode_dialog_prompt([{"role": "assistant", "content": "x"} | change])
+
+
+def test_models_without_tools_refuse_them(llama3_tokenizer_path: Path, demo_dir: Path) -> None:
+    call = {"name": "f", "arguments": {}}
+    for path, version in ((llama3_tokenizer_path, "llama3"), (demo_dir / "tokenizer.model", None)):
+        chat = ChatFormat(Tokenizer(path, version))
+        message: Any = {"role": "assistant", "content": "x"}
+        plain = chat.encode_dialog_prompt([message])
+        assert chat.encode_dialog_prompt([message], []) == plain
+        ended = message | {"stop_reason": "end_of_turn", "tool_calls": []}
+        assert chat.encode_dialog_prompt([ended]) == plain
+        with pytest.raises(ValueError, match=r"tools: .* need Llama 3\.1"):
+            chat.encode_dialog_prompt([message], ["brave_search"])
+        with pytest.raises(ValueError, match=r"tool_calls: .* need Llama 3\.1"):
+            chat.encode_dialog_prompt([message | {"tool_calls": [call]}])
+        with pytest.raises(ValueError, match=r"stop_reason: .* need Llama 3\.1"):
+            chat.encode_dialog_prompt([message | {"stop_reason": "end_of_message"}])
+
+
+def test_example_of_the_documentation(ours: ChatFormat, capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/chat.md's round trip, with a model that answers by a script."""
+
+    class Scripted:
+        answers = (
+            '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Lisbon"}}',
+            '[weather(x=1), get_weather(town="Lisbon")]',
+            "No: it is 21 degrees.",
+        )
+        prompts: tuple[str, ...] = ()
+
+        def chat_completion(self, dialogs: Any, tools: Any, temperature: float) -> Any:
+            tokens = ours.encode_dialog_prompt(dialogs[0], tools)
+            message = {"role": "assistant", "content": self.answers[len(self.prompts)]}
+            if not self.prompts:
+                message["stop_reason"] = "end_of_message"
+            self.prompts += (ours.tokenizer.decode(tokens),)
+            return [{"generation": message}]
+
+    text = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    section = text.split("## A round trip with a tool")[1]
+    [code] = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
+    llama = Scripted()
+    exec(code, {"llama": llama})
+    assert capsys.readouterr().out == "No: it is 21 degrees.\n"
+    last = llama.prompts[-1].split("<|start_header_id|>")
+    assert '"parameters": {"city": "Lisbon"}}<|eom_id|>' in last[4]
+    assert last[5].endswith('{"city": "Lisbon", "temperature": 21}<|eot_id|>')
+    assert "there is no tool weather" in last[7] and "unexpected keyword" in last[8]
