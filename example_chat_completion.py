@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from llama import Dialog, Llama, parallel
-from llama.cli import run
+from llama.command_line import run
 from llama.demo import checkpoint_or_demo
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from llama import Llama, parallel
-from llama.cli import run
+from llama.command_line import run
 from llama.demo import checkpoint_or_demo
 
 

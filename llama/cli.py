@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
-import re
-import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import fire
+from llama.command_line import run
+
+if TYPE_CHECKING:
+    from llama import Llama
+    from llama.pieces import Stream
 
 
 class Commands:
@@ -24,9 +27,14 @@ class Commands:
         tokenizer_path: str | None = None,
         temperature: float = 0.6,
         top_p: float = 0.9,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        stop: str | None = None,
         max_gen_len: int = 64,
         max_seq_len: int = 2048,
         seed: int = 1,
+        json: bool = False,
+        logprobs: bool = False,
     ) -> None:
         """Print the continuation of PROMPT (one quoted argument).
 
@@ -35,25 +43,97 @@ class Commands:
             tokenizer_path: its tokenizer.model; by default the one that came with it.
             temperature: randomness; 0 always takes the most probable token.
             top_p: draw from the most probable tokens that hold this much of the mass.
+            top_k: draw from so many most probable tokens; 0 is no limit.
+            min_p: draw from tokens at least this times as probable as the most probable one.
+            stop: a text that ends the continuation.
             max_gen_len: most tokens to generate.
             max_seq_len: most tokens of prompt and answer together.
             seed: the same seed draws the same tokens.
+            json: print one JSON object, when all is done.
+            logprobs: with --json, also the log-probability of each token.
         """
-        from llama import Llama, parallel
-        from llama.demo import checkpoint_or_demo
         from llama.sampling import Sampling
 
-        how = Sampling(temperature, top_p)  # checked before a long load
-        folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
-        llama = Llama.build(folder, tokenizer, max_seq_len, 1, seed=seed)
-        pieces = llama.text_stream(
-            prompt, temperature=how.temperature, top_p=how.top_p, max_gen_len=max_gen_len
+        if logprobs and not json:
+            raise ValueError("--logprobs needs --json")
+        how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed)
+        stops = [] if stop is None else [stop]
+        _print_completion(
+            llama.text_stream(
+                prompt, max_gen_len=max_gen_len, stop=stops, logprobs=logprobs, **how
+            ),
+            prompt if json else None,
         )
-        for piece in pieces:
-            if parallel.rank() == 0:
-                print(piece.text, end="", flush=True)
-        if parallel.rank() == 0:
-            print()
+
+    def chat(
+        self,
+        *,
+        ckpt_dir: str | None = None,
+        tokenizer_path: str | None = None,
+        system: str | None = None,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        max_gen_len: int | None = None,
+        max_seq_len: int = 4096,
+        seed: int = 1,
+    ) -> None:
+        """Talk with the model; /help there lists commands. Without a terminal, a line a message.
+
+        Args:
+            ckpt_dir: an instruct checkpoint of any layout; by default the demo model.
+            tokenizer_path: its tokenizer.model; by default the one that came with it.
+            system: tells the model how to behave.
+            temperature: randomness; 0 always takes the most probable token.
+            top_p: draw from the most probable tokens that hold this much of the mass.
+            top_k: draw from so many most probable tokens; 0 is no limit.
+            min_p: draw from tokens at least this times as probable as the most probable one.
+            max_gen_len: most tokens of an answer; by default all that fits.
+            max_seq_len: most tokens of the whole dialog.
+            seed: the same seed draws the same tokens.
+        """
+        from llama.chat import Chat, lines_of_stdin
+        from llama.sampling import Sampling
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise ValueError("chat runs in one process; start it without torchrun")
+        how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
+        lines = lines_of_stdin()
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed)
+        if not Chat(llama, {**how, "max_gen_len": max_gen_len}, system).run(lines):
+            raise SystemExit(0 if sys.stdin.isatty() else 1)
+
+    def perplexity(
+        self,
+        file: str,
+        *,
+        ckpt_dir: str | None = None,
+        tokenizer_path: str | None = None,
+        context: int = 2048,
+        stride: int | None = None,
+        max_batch_size: int = 1,
+        json: bool = False,
+    ) -> None:
+        """Tell how well a model predicts the text in FILE, to compare checkpoints by.
+
+        Args:
+            ckpt_dir: a checkpoint of any layout; by default the demo model.
+            tokenizer_path: its tokenizer.model; by default the one that came with it.
+            context: tokens of the sliding window.
+            stride: tokens it moves on each time; by default half of it. Each token is predicted
+                from at least context - stride tokens before it (but for the first ones).
+            max_batch_size: windows computed at once.
+            json: print one JSON object.
+        """
+        from llama.scoring import check_windows, read_text
+
+        text = read_text(file)
+        stride = check_windows(context, stride)
+        llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1)
+        result = llama.perplexity(text, stride=stride)
+        print(result.as_json() if json else result)
 
     def convert(
         self,
@@ -121,71 +201,39 @@ class Commands:
         print(__version__)
 
 
-def run(component: Any, name: str) -> None:
-    """Run a function or an object's methods as a command line.
+def _build(
+    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, batch: int, seed: int
+) -> Llama:
+    """Of a checkpoint, or the demo model."""
+    from llama import Llama
+    from llama.demo import checkpoint_or_demo
 
-    A mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
-    """
-    # So that whatever is half-written is removed, as it is by Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        verb = [] if inspect.isfunction(component) else sys.argv[1:2]
-        function = component if inspect.isfunction(component) else None
-        if verb and not verb[0].startswith("-"):
-            function = getattr(component, verb[0], None)
-        arguments = sys.argv[1 + len(verb) :]
-        if callable(function) and "--help" not in arguments:
-            arguments = checked(inspect.signature(function), arguments)
-        fire.Fire(component, [*verb, *arguments], name)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+    folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
+    return Llama.build(folder, tokenizer, max_seq_len, batch, seed=seed)
 
 
-def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:
-    """The arguments as Fire should have them.
+def _print_completion(stream: Stream, prompt: str | None) -> None:
+    """As it comes; or, if the prompt is given, all of it as one JSON object."""
+    from llama import parallel
+    from llama.chat import say
 
-    Fire runs the whole command before it complains of an argument that was left over, and reads a
-    text such as 1e3 or a#b as something else.
-
-    Raises:
-        ValueError: an unknown flag, or more words than the command takes.
-    """
-    positional = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    result: list[str] = []
-    parameter: inspect.Parameter | None = None  # whose value comes next
-    leading = 0
-    for argument in arguments:
-        if re.fullmatch("-[a-zA-Z]", argument):  # short for the one flag that begins so
-            names = [name for name in signature.parameters if name[0] == argument[1]]
-            argument = f"--{names[0]}" if len(names) == 1 else f"-{argument}"
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--"):
-            name = flag[2:].replace("-", "_")
-            known = signature.parameters
-            parameter = known.get(name)
-            if parameter is None and name.removeprefix("no") not in known:
-                raise ValueError(f"unknown flag {flag}; the flags are {sorted(known)}")
-            result.append(flag + (f"={_quoted(value, parameter)}" if equals else ""))
-            parameter = None if equals else parameter
-            continue
-        if parameter is None:
-            if leading == len(positional):
-                raise ValueError(f"too many words: {argument!r}; quote a text with spaces")
-            parameter, leading = positional[leading], leading + 1
-        result.append(_quoted(argument, parameter))
-        parameter = None
-    return result
-
-
-def _quoted(value: str, parameter: inspect.Parameter | None) -> str:
-    """As a Python literal, where a text is wanted."""
-    return repr(value) if parameter and "str" in str(parameter.annotation) else value
+    text = ""
+    for piece in stream:
+        text += piece.text
+        if parallel.rank() == 0 and prompt is None:
+            say(piece.text)
+    request = stream.request
+    result: dict[str, Any] = {
+        "prompt": prompt,
+        "generation": text,
+        "finish_reason": request.finish_reason,
+        "prompt_tokens": len(request.prompt),
+        "tokens": request.ids,
+    }
+    if request.logprobs:
+        result["logprobs"] = request.generated_logprobs
+    if parallel.rank() == 0:
+        print("" if prompt is None else json.dumps(result, ensure_ascii=False), flush=True)
 
 
 def main() -> None:

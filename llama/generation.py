@@ -18,14 +18,11 @@ from llama.pieces import Piece, Reader, Stream
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
 from llama.request import Request, check_seed
 from llama.sampling import Sampling, sample_top_p
-from llama.scoring import score_ids
+from llama.scoring import Perplexity, perplexity, score_ids
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 from llama.tools import Tool, ToolForm
 
-__all__ = [
-    "ChatPrediction", "CompletionPrediction", "Llama", "Piece", "Sampling", "Stream",
-    "sample_top_p",
-]  # fmt: skip
+__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "sample_top_p"]
 
 
 class Llama:
@@ -225,8 +222,7 @@ class Llama:
             options: those of `text_completion`, without `echo`; `reuse_prefix` is on.
 
         Returns:
-            an iterator of pieces whose texts together are the completion. Closing it ends
-            generation.
+            an iterator of pieces, whose texts together are the completion.
         """
         return self._stream(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
 
@@ -241,26 +237,35 @@ class Llama:
         return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
 
     def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
-        """Log-probability of each token of each text, given those before it.
+        """Log-probability of each token of each text given those before it.
 
-        A text longer than max_seq_len is read in windows, where each token has at least half of
-        max_seq_len before it.
+        Of a text longer than max_seq_len each token sees at least half of max_seq_len before it.
 
         Returns:
-            predictions as of `text_completion(..., echo=True, logprobs=True, max_gen_len=0)`.
+            what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
         ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
+        decode, bos_id = self.tokenizer.decode, self.tokenizer.bos_id
         return [
             {
-                "generation": self.tokenizer.decode(row),
-                "tokens": [self.tokenizer.decode([t]) for t in row],
-                "logprobs": score_ids(self.engine, row, self.tokenizer.bos_id),
+                "generation": decode(row),
+                "tokens": [decode([t]) for t in row],
+                "logprobs": score_ids(self.engine, row, bos_id),
                 "finish_reason": "length",
             }
             for row in ids
         ]
+
+    def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
+        """How well the model predicts a text, in windows of max_seq_len tokens.
+
+        Args:
+            stride: tokens a window moves on by; None is half of it.
+        """
+        ids = self.tokenizer.encode(text, bos=True, eos=False)
+        return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
 
     def _chat_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm

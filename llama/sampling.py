@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Logits divided by less than this may overflow, and nothing but the most probable id has a chance.
 GREEDY_BELOW = 1e-6
+# How many of the most probable ids to look for the nucleus among, before sorting them all.
+NUCLEUS_GUESSES = (256, 4096)
 
 
 @dataclass(frozen=True)
@@ -71,33 +74,65 @@ def sample(
         probs = probs / probs.sum(-1, keepdim=True)
     if generators is None:
         return sample_top_p(probs, how.top_p).reshape(-1)
-    rows = zip(probs.split(1), generators, strict=True)
-    return torch.cat([sample_top_p(row, how.top_p, generator) for row, generator in rows]).view(-1)
+    weights, ids = nucleus(probs, how.top_p, stable=True)
+    # In vocabulary order: a last digit that depends on the batch cannot permute the ids.
+    ids, order = ids.sort()
+    mass = weights.gather(-1, order).cumsum(-1)
+    uniform = [torch.rand(1, generator=g, device=g.device) for g in generators]
+    aim = torch.stack(uniform) * mass.narrow(-1, mass.shape[-1] - 1, 1)
+    chosen = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[-1] - 1)
+    return ids.gather(-1, chosen).reshape(-1)
 
 
-def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+def sample_top_p(probs: Tensor, p: float) -> Tensor:
     """Nucleus sampling, arXiv:1904.09751: draw from the most probable ids that hold mass `p`.
 
     The id that crosses `p` belongs to the nucleus, so `p` = 0 is the most probable id alone. The
-    draw is one `torch.multinomial` over the sorted row, by default from the global generator, as
-    in the reference: with the same seed, one row gives the same id.
+    draw is one `torch.multinomial` over the sorted row from the global generator, as in the
+    reference: with the same seed, one row gives the same id.
 
     Args:
         probs: (B, vocab), rows that sum to 1.
         p: in [0, 1].
-        generator: draws from this one, and then ids that are about equally probable do not change
-            places.
 
     Returns:
         (B, 1) int64.
     """
-    probs_sort, probs_idx = torch.sort(probs, dim=-1, descending=True)
-    before = torch.cumsum(probs_sort, dim=-1) - probs_sort  # mass of the more probable ids
-    probs_sort = torch.where(before > p, 0.0, probs_sort)
-    probs_sort /= probs_sort.sum(dim=-1, keepdim=True)
-    if generator is not None:
-        # In vocabulary order: a last digit that depends on the batch cannot permute the ids.
-        nucleus = torch.zeros_like(probs).scatter(-1, probs_idx, probs_sort)
-        return torch.multinomial(nucleus, num_samples=1, generator=generator)
-    choice = torch.multinomial(probs_sort, num_samples=1)
-    return torch.gather(probs_idx, -1, choice)
+    weights, ids = nucleus(probs, p)
+    weights = weights / weights.sum(dim=-1, keepdim=True)
+    # The reference draws as many random numbers as there are ids, also for those left out.
+    weights = F.pad(weights, (0, probs.shape[-1] - weights.shape[-1]))
+    return ids.gather(-1, torch.multinomial(weights, num_samples=1))
+
+
+def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tensor]:
+    """(weights, ids), (B, n) each, the most probable first; ids outside the nucleus weigh 0.
+
+    On the CPU a full sort takes longer than a small model's decode step, and the nucleus is nearly
+    always within a few hundred ids.
+
+    Args:
+        stable: equally probable ids stand in rising order. Otherwise as `torch.sort` leaves them,
+            which is the reference's order.
+    """
+    for k in NUCLEUS_GUESSES if probs.device.type == "cpu" else ():
+        if k >= probs.shape[-1]:
+            break
+        ids = torch.topk(probs, k, dim=-1, sorted=False).indices.sort().values
+        weights, order = torch.sort(probs.gather(-1, ids), dim=-1, descending=True, stable=True)
+        least = weights.narrow(-1, k - 1, 1)
+        weights = _cut(weights, p)
+        # Ids as probable as the least of these may lie beyond the k.
+        unsure = weights == least
+        if not stable:
+            unsure = unsure | (weights == F.pad(weights, (1, 0)).narrow(-1, 0, k))
+        if not bool((unsure & (weights > 0)).any()):
+            return weights, ids.gather(-1, order)
+    weights, ids = torch.sort(probs, dim=-1, descending=True, stable=stable)
+    return _cut(weights, p), ids
+
+
+def _cut(weights: Tensor, p: float) -> Tensor:
+    """Sorted weights, with 0 for those that begin beyond mass `p`."""
+    before = torch.cumsum(weights, dim=-1) - weights  # mass of the more probable ids
+    return torch.where(before > p, 0.0, weights)

@@ -1,14 +1,17 @@
-"""Log-probabilities of given ids, and the perplexity they make. Knows nothing about text."""
+"""Log-probabilities of given ids, and the perplexity they make. Knows no tokenizer."""
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from llama.engine import Engine
 from llama.predictions import run
+from llama.progress import progress
 from llama.request import Request
 
 
@@ -38,6 +41,46 @@ class Perplexity:
         """Compares models with any tokenizers."""
         return self.nats / math.log(2) / self.size
 
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.4f}, {self.bits_per_byte:.4f} bits per byte "
+            f"({self.tokens} tokens, {self.size} bytes, {self.tokens / self.seconds:.1f} tokens/s)"
+        )
+
+    def as_json(self) -> str:
+        """One object: the attributes, `perplexity` and `bits_per_byte`."""
+        ratios = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        return json.dumps(ratios | asdict(self))
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text.
+
+    Raises:
+        ValueError, OSError: it is none.
+    """
+    try:
+        text = Path(path).read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text in UTF-8: {e.reason} at byte {e.start}") from None
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
+
+
+def check_windows(context: int, stride: int | None) -> int:
+    """The stride: half of the context if None.
+
+    Raises:
+        ValueError: there are no such windows.
+    """
+    if type(context) is not int or context < 2:
+        raise ValueError(f"context must be 2 or more tokens, not {context!r}")
+    stride = context // 2 if stride is None else stride
+    if type(stride) is not int or not 1 <= stride < context:
+        raise ValueError(f"stride must be 1 to {context - 1} (context - 1), not {stride!r}")
+    return stride
+
 
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, first scored, end) of windows of at most `context` ids that score each id once.
@@ -56,63 +99,50 @@ def score_ids(
     engine: Engine,
     ids: Sequence[int],
     bos_id: int = -1,
-    context: int | None = None,
     stride: int | None = None,
-    progress: Callable[[int], object] = lambda n: None,
+    show: bool = False,
 ) -> list[float | None]:
-    """Log-probability of each id given those before it, in its window; None for the first.
+    """Log-probability of each id given those before it in its window; None for the first.
 
     Args:
         bos_id: if `ids` begin with it, every window does.
-        context: ids of a window; None is the model's max_seq_len.
-        stride: ids that each later window adds, at most context - 1; None is half of context.
-        progress: called with the number of ids that became known.
+        stride: ids that each window of max_seq_len adds to the one before; None is half of it.
+        show: a progress bar, if it takes over two seconds.
 
     Raises:
-        ValueError: there is nothing to score, or windows cannot be made so.
+        ValueError: there is nothing to score, or no such windows.
     """
     params = engine.model.params
-    context = params.max_seq_len if context is None else context
-    stride = max(1, context // 2) if stride is None else stride
-    if not 2 <= context <= params.max_seq_len:
-        raise ValueError(f"context must be 2 to max_seq_len {params.max_seq_len}, not {context}")
-    if not 1 <= stride < context:
-        raise ValueError(f"stride must be 1 to {context - 1} (context - 1), not {stride}")
+    stride = check_windows(params.max_seq_len, stride)
     if not ids:
         raise ValueError("there are no tokens to score")
     requests = []
-    for begin, scored, end in windows(len(ids), context, stride):
+    for begin, scored, end in windows(len(ids), params.max_seq_len, stride):
         window = list(ids[begin:end])
         if begin and ids[0] == bos_id:
             window[0] = bos_id
         requests.append(Request(window, 0, score_from=scored - begin))
     scores: list[float | None] = []
-    at_once = params.max_batch_size
-    for i in range(0, len(requests), at_once):
-        running = requests[i : i + at_once]
-        run(engine, running)
-        for request in running:
+    batches = [
+        requests[i : i + params.max_batch_size]
+        for i in range(0, len(requests), params.max_batch_size)
+    ]
+    for batch in progress(batches, "scoring", unit="batch") if show else batches:
+        run(engine, batch)
+        for request in batch:
             if request.error is not None:
                 raise request.error
-            new = request.prompt_logprobs[request.score_from or 0 :]
-            scores += new
-            progress(len(new))
+            scores += request.prompt_logprobs[request.score_from or 0 :]
     return scores
 
 
 def perplexity(
-    engine: Engine,
-    ids: Sequence[int],
-    size: int,
-    bos_id: int = -1,
-    context: int | None = None,
-    stride: int | None = None,
-    progress: Callable[[int], object] = lambda n: None,
+    engine: Engine, ids: Sequence[int], size: int, bos_id: int = -1, stride: int | None = None
 ) -> Perplexity:
-    """Score `ids`, the tokens of a text of `size` bytes. Arguments as in `score_ids`."""
+    """Of `ids`, the tokens of a text of `size` bytes; with a progress bar. See `score_ids`."""
     start = time.perf_counter()
-    scores = score_ids(engine, ids, bos_id, context, stride, progress)
+    scores = score_ids(engine, ids, bos_id, stride, show=True)
     known = [score for score in scores if score is not None]
     if not known:
-        raise ValueError("the text is too short: no token of it is predicted by another")
+        raise ValueError("the text is too short: no token of it has one before it")
     return Perplexity(len(known), -math.fsum(known), size, time.perf_counter() - start)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,16 @@ def test_complete(demo_dir: Path) -> None:
     assert "Paris" in run(*command, "-c", str(demo_dir), "--temperature=0").stdout
     # A prompt that looks like a number stays text.
     run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
+
+
+def test_complete_as_json(demo_dir: Path) -> None:
+    command = ["-m", "llama.cli", "complete", "The capital of France is", "--temperature", "0"]
+    done = run(*command, "--max_gen_len", "30", "--stop", "\n", "--json", "--logprobs")
+    result = json.loads(done.stdout)
+    assert result["prompt"] == "The capital of France is" and result["generation"] == " Paris."
+    assert result["finish_reason"] == "stop" and result["prompt_tokens"] == 5
+    assert len(result["tokens"]) == len(result["logprobs"]) and max(result["logprobs"]) < 0
+    assert "--logprobs needs --json" in run(*command, "--logprobs", code=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import reference
 import torch
 
 from llama.generation import sample_top_p
-from llama.sampling import Sampling, sample
+from llama.sampling import Sampling, nucleus, sample
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])  # in order: ids 1, 4, 2, 0, 3
 
@@ -41,6 +41,34 @@ def test_draws_equal_a_full_sort_and_multinomial() -> None:
         torch.manual_seed(seed)
         got = sample_top_p(probs, 0.9)
         assert got.shape == (1, 1) and got.item() == want
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.3, 1.0, 3.0, 9.0])
+@pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("stable", [False, True])
+def test_nucleus_equals_a_full_sort(sharpness: float, p: float, stable: bool) -> None:
+    """Also where many ids are equally probable, as bfloat16 makes them."""
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = (torch.randn(4, 9000) * sharpness).to(dtype).float()
+        probs = torch.softmax(logits, -1)
+        for rows in (probs, probs.where(probs >= probs.topk(40).values[:, -1:], 0.0)):
+            weights, ids = nucleus(rows, p, stable)
+            for row, weight, id in zip(rows, weights, ids, strict=True):
+                values, order = row.sort(descending=True, stable=stable)
+                n = int((values.cumsum(-1) - values <= p).sum())
+                positive = values[:n] > 0
+                assert weight[weight > 0].tolist() == values[:n][positive].tolist()
+                assert id[weight > 0].tolist() == order[:n][positive].tolist()
+
+
+def test_seeded_draws_follow_the_nucleus() -> None:
+    logits = torch.log(PROBS).repeat(4000, 1)
+    drawn = sample(
+        logits, Sampling(1.0, 0.7), [torch.Generator().manual_seed(i) for i in range(4000)]
+    )
+    assert set(drawn.tolist()) == {1, 4, 2}
+    for i, prob in ((1, 0.4), (4, 0.25), (2, 0.2)):
+        assert drawn.eq(i).float().mean().item() == pytest.approx(prob / 0.85, abs=0.04)
 
 
 def test_input_is_left_alone() -> None:

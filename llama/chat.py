@@ -1,0 +1,203 @@
+"""A dialog in the terminal, or over a pipe: `llama3 chat`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llama.generation import Llama
+from llama.pieces import Stream
+from llama.request import Request
+from llama.tokenizer import Message
+
+HELP = """\
+/system TEXT  tell the model how to behave (without TEXT: show what it was told)
+/reset        begin a new dialog; what /system told stays
+/save FILE    write the dialog as JSON
+/load FILE    go on with a saved dialog
+/quit         end, as Ctrl-D does; Ctrl-C stops an answer
+A message that begins with "/" is sent if a space stands before it."""
+# A model may write anything; only text may reach a terminal, not what moves its cursor.
+CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
+
+
+class Chat:
+    """A dialog and the commands that change it. Answers go to stdout, all else to stderr.
+
+    Args:
+        options: of `Llama.chat_stream`.
+    """
+
+    def __init__(self, llama: Llama, options: dict[str, Any], system: str | None = None):
+        if llama.formatter is None:
+            raise ValueError("this is a base model, without a chat format; use `llama3 complete`")
+        self.llama, self.options = llama, options
+        self.formatter = llama.formatter
+        self.dialog: list[Message] = []
+        self.commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: tell(HELP),
+            "/system": self.system,
+            "/reset": self.reset,
+            "/save": self.save,
+            "/load": self.load,
+        }
+        if system:
+            self.system(system)
+
+    def run(self, lines: Iterator[str]) -> bool:
+        """Answer line by line until they end; whether all of them could be served."""
+        served = True
+        for line in lines:
+            if not line.strip():
+                continue
+            command, _, argument = line.strip().partition(" ")
+            try:
+                if not line.startswith("/"):
+                    self.answer(line.strip())
+                elif command in ("/quit", "/exit"):
+                    break
+                elif command in self.commands:
+                    self.commands[command](argument.strip())
+                else:
+                    raise ValueError(f"no command {command}; /help lists them")
+            except BrokenPipeError:  # nobody reads the answers any more
+                raise
+            except (ValueError, TypeError, OSError, RuntimeError) as e:
+                served = False
+                tell(str(e))
+        return served
+
+    def answer(self, text: str) -> None:
+        """Stream the answer, and keep it and the question in the dialog, also if it is stopped.
+
+        Raises:
+            ValueError: the dialog no longer fits; it stays as it was.
+        """
+        answer, start, first, n = "", time.perf_counter(), 0.0, 0
+        stream: Stream | None = None
+        asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
+        try:
+            stream = self.llama.chat_stream(asked, **self.options)
+            for piece in stream:
+                first = first or time.perf_counter()
+                n += len(piece.tokens)
+                answer += piece.text
+                say(piece.text)
+            reason = stream.request.finish_reason
+        except KeyboardInterrupt:
+            reason = "cancelled"
+        except ValueError as e:
+            raise ValueError(f"{e}; or /reset" if stream is None else str(e)) from None
+        finally:
+            if stream is not None:
+                stream.close()
+        if answer or reason != "cancelled":
+            self.dialog = [*asked, {"role": "assistant", "content": answer}]
+        say("\n")
+        if stream is not None and stream.request.tokens:
+            rate = (n - 1) / (time.perf_counter() - first) if n > 1 else 0.0
+            tell(_status(stream.request, reason, first - start if first else 0.0, rate))
+
+    def system(self, text: str) -> None:
+        """Set the system message, or show it."""
+        told = bool(self.dialog) and self.dialog[0]["role"] == "system"
+        if not text:
+            tell(self.dialog[0]["content"] if told else "nothing was told; /system TEXT does")
+            return
+        self.dialog[: int(told)] = [{"role": "system", "content": text}]
+
+    def reset(self, _: str = "") -> None:
+        """Forget all but the system message."""
+        self.dialog = [message for message in self.dialog[:1] if message["role"] == "system"]
+
+    def save(self, name: str) -> None:
+        """Write the dialog, whole or not at all; over nothing but a saved dialog."""
+        path = _path(name)
+        if path.exists():
+            try:
+                self._read(path)
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"{path} is there and is no saved dialog; use another name"
+                ) from None
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as f:
+            try:
+                json.dump(self.dialog, f, ensure_ascii=False, indent=1)
+                f.close()
+                os.replace(f.name, path)
+            except BaseException:
+                os.unlink(f.name)
+                raise
+        tell(f"{len(self.dialog)} messages written to {path}")
+
+    def load(self, name: str) -> None:
+        """Go on with a saved dialog; the present one is given up if it can be read."""
+        self.dialog = self._read(_path(name))
+        tell(f"{len(self.dialog)} messages read")
+
+    def _read(self, path: Path) -> list[Message]:
+        try:
+            dialog = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError):
+            raise ValueError(f"{path} is not a saved dialog") from None
+        if not isinstance(dialog, list):
+            raise ValueError(f"{path} is not a list of messages")
+        for message in dialog:
+            self.formatter.encode_message(message)  # which says what is wrong with it
+        return dialog
+
+
+def _status(request: Request, reason: str | None, first: float, rate: float) -> str:
+    prompt, n = len(request.prompt), len(request.ids)
+    parts = [
+        f"{prompt} prompt tokens: {request.reused} reused, {prompt - request.reused} prefilled",
+        f"first token {first:.2f} s" if first else "",
+        f"{n} tokens" + (f", {rate:.1f} tok/s" if rate else ""),
+        {"cancelled": "stopped", "length": "cut at its greatest length"}.get(reason or "", ""),
+    ]
+    return " | ".join(filter(None, parts))
+
+
+def _path(name: str) -> Path:
+    if not name:
+        raise ValueError("name a file after the command")
+    return Path(name).expanduser()
+
+
+def say(text: str) -> None:
+    """To stdout, now."""
+    print(text.translate(CONTROL) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def tell(text: str) -> None:
+    """To stderr, dim in a terminal, so that it does not look like an answer."""
+    text = text.translate(CONTROL)
+    print(f"\x1b[2m{text}\x1b[0m" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def lines_of_stdin() -> Iterator[str]:
+    """What the user types, line by line, with history and editing; or a pipe's lines."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    try:
+        from prompt_toolkit import PromptSession
+    except ImportError as e:
+        raise ImportError("chat in a terminal needs: pip install 'llama3[chat]'") from e
+    session: PromptSession[str] = PromptSession("> ")
+    tell("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    while True:
+        try:
+            yield session.prompt()
+        except KeyboardInterrupt:
+            tell("Ctrl-D ends")
+        except EOFError:
+            return

@@ -1,0 +1,167 @@
+"""chat.py: `llama3 chat` as a user meets it, in a terminal and over a pipe."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pexpect
+import pytest
+
+from llama import Llama
+from llama.chat import Chat
+
+COMMAND = ["-m", "llama.cli", "chat", "--temperature", "0", "--max_seq_len", "512"]
+READY = r">.*\x1b\[\?25h"  # the prompt, and the cursor shown
+OPTIONS: dict[str, Any] = {"temperature": 0, "max_gen_len": 12}
+
+
+def piped(text: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *COMMAND, "--max_gen_len", "12", *flags]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=240)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def contents(chat: Chat) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in chat.dialog]
+
+
+def test_pipe(demo_dir: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "dialog.json"
+    done = piped(f"What is the capital of France?\n\nAnd of Italy?\n/save {saved}\n")
+    assert len(done.stdout.splitlines()) == 2 and "Paris" in done.stdout.splitlines()[0]
+    dialog = json.loads(saved.read_text("utf-8"))
+    assert [message["role"] for message in dialog] == ["user", "assistant"] * 2
+    assert [m["content"] for m in dialog[1::2]] == done.stdout.splitlines()
+    # The second turn began where the first one ended.
+    first, second = [line for line in done.stderr.splitlines() if "prompt tokens" in line]
+    assert "0 reused" in first and "first token" in first and "tok/s" in first
+    prompt, reused = (int(second.split(word)[0].split()[-1]) for word in ("prompt", "reused"))
+    assert prompt > reused >= int(first.split()[0])
+    # Another process goes on with it.
+    done = piped(f"/load {saved}\nAnd of Spain?\n/bogus\nStill there?\n", code=1)
+    assert "4 messages read" in done.stderr and len(done.stdout.splitlines()) == 2
+    assert "no command /bogus; /help lists them" in done.stderr
+
+
+def test_terminal(demo_dir: Path) -> None:
+    env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    child = pexpect.spawn(sys.executable, COMMAND, encoding="utf-8", timeout=60, env=env)
+    try:
+        child.expect("Ctrl-D ends")
+        child.expect(READY)
+        child.send("Write a long story about a cat and a dog.\r")
+        child.expect(r"\x1b\[\?2004l.*\w\w\w")  # the line is read, and the answer is coming
+        child.sendintr()
+        child.expect("prompt tokens: 0 reused.*stopped")
+        child.expect(READY)
+        child.sendintr()  # at the prompt it ends nothing either
+        child.expect("Ctrl-D ends")
+        child.expect(READY)
+        child.send("/system Answer in one word.\r")
+        child.expect(READY)
+        child.send("/system\r")
+        child.expect(r"\x1b\[2mAnswer in one word")
+        child.expect(READY)
+        child.send("What is the capital of France?\r")
+        child.expect("Paris")
+        child.expect(r"prompt tokens: \d+ reused")
+        child.expect(READY)
+        child.sendeof()
+        child.expect(pexpect.EOF)
+        child.close()
+        assert child.exitstatus == 0
+    finally:
+        child.close(force=True)
+
+
+def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    chat = Chat(demo, OPTIONS, system="Be brief.")
+    saved = tmp_path / "a dialog.json"
+    assert chat.run(iter(["Hi\n", " /not a command\n", f"/save {saved}\n"]))
+    before = contents(chat)
+    assert [role for role, _ in before] == ["system", *["user", "assistant"] * 2]
+    assert before[3][1] == "/not a command"
+    assert chat.run(iter(["/system Be long.\n", "/reset\n"]))
+    assert contents(chat) == [("system", "Be long.")]
+    assert chat.run(iter([f"/load {saved}\n", f"/save {saved}\n", "/quit\n", "never read\n"]))
+    assert contents(chat) == before
+    assert list(tmp_path.iterdir()) == [saved]  # nothing temporary is left
+    assert "Be brief." not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/load", "name a file"),
+        ("/load {folder}/absent.json", "No such file"),
+        ("/load {folder}/bad.json", "not a saved dialog"),
+        ("/load {folder}/object.json", "not a list of messages"),
+        ("/load {folder}/robot.json", "unknown role 'robot'"),
+        ("/save {folder}/bad.json", "use another name"),
+        ("/save {folder}/none/x.json", "No such file"),
+        ("/restart", "no command /restart"),
+        ("word " * 600, "more than max_seq_len 256; .* or /reset"),
+    ],
+)
+def test_mistakes_leave_the_dialog_as_it_was(
+    demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    import re
+
+    files = {"bad": "{", "object": "{}", "robot": '[{"role": "robot", "content": ""}]'}
+    for name, text in files.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    chat = Chat(demo, OPTIONS)
+    assert chat.run(iter(["Hi\n"]))
+    before = contents(chat)
+    assert not chat.run(iter([line.format(folder=tmp_path)]))
+    assert re.search(message, capfd.readouterr().err)
+    assert contents(chat) == before
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
+        f"{name}.json": text for name, text in files.items()
+    }
+
+
+def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chat, hidden = Chat(demo, OPTIONS), demo.model.hidden
+    for passes, messages in [(0, 0), (4, 2)]:
+        left = passes
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            return hidden(*args, **kwargs)
+
+        monkeypatch.setattr(demo.model, "hidden", interrupted)
+        assert chat.run(iter(["What is the capital of France?\n"]))
+        monkeypatch.undo()
+        assert len(chat.dialog) == messages and not demo.engine.busy
+        assert "stopped" in capfd.readouterr().err
+    assert contents(chat)[1][1].startswith("The capital")
+
+
+def test_control_characters_do_not_reach_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from llama.chat import say
+
+    say("a\x1b[2Jb\n")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    say("a\x1b[2Jb\t\x9b\n")
+    assert capsys.readouterr().out == "a\x1b[2Jb\na\ufffd[2Jb\t\ufffd\n"
+
+
+def test_base_model_is_refused(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "formatter", None)
+    with pytest.raises(ValueError, match="llama3 complete"):
+        Chat(demo, OPTIONS)
