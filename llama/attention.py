@@ -49,10 +49,19 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
     Returns:
         (B, T, H, D).
     """
+    B, T, H, _ = xq.shape
+    if B * H * T * keys.shape[1] <= EXACT_SCORES:
+        return exact_grouped_attention(xq, keys, values, mask)
+    return fused_grouped_attention(xq, keys, values, mask)
+
+
+def fused_grouped_attention(
+    xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+) -> Tensor:
+    """By torch's kernel, which holds no scores; same arguments as `grouped_attention`."""
     B, T, H, D = xq.shape
-    S, K = keys.shape[1:3]
-    # On MPS the fused kernel has given wrong results in several releases of torch.
-    if B * H * T * S <= EXACT_SCORES or xq.device.type == "mps":
+    K = keys.shape[2]
+    if xq.device.type == "mps":  # where it has given wrong results in several releases of torch
         return exact_grouped_attention(xq, keys, values, mask)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     if T == 1:  # a group's query heads become the queries of their key-value head

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llama import parallel
+from llama import kernels, parallel
 from llama.args import ModelArgs
+from llama.attention import fused_grouped_attention
 from llama.inspection import parameter_count
+from llama.linears import exchange, quantized, with_kernels
 from llama.model import Transformer
 from llama.progress import progress
 from llama.source import Source, rank_part
@@ -89,14 +91,40 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     return model.eval()
 
 
-def summary(source: Source, model: Transformer, seconds: float) -> str:
+def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
+    """Exchange modules of a loaded model for faster ones.
+
+    Args:
+        quantize: "int8", "int4" or None; see `linears.quantized`.
+        exact: otherwise keep torch's products and the reference's arithmetic.
+
+    Raises:
+        ValueError: it cannot be quantized so.
+    """
+    if quantize is not None:
+        if parallel.size() > 1:
+            raise ValueError("a quantized model runs on one rank; use one, or do without")
+        if not isinstance(model.output, torch.nn.Linear):
+            raise ValueError("this model is quantized already; build it anew from its checkpoint")
+        exchange(model, quantized(quantize))
+    if exact:
+        return
+    if model.norm.weight.device.type == "cpu" and kernels.load():
+        exchange(model, with_kernels)
+    if model.norm.weight.dtype in (torch.bfloat16, torch.float16):
+        for attention in model.attentions():
+            attention.attend = fused_grouped_attention
+
+
+def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:
     """One line on what was loaded; bytes are this rank's, without the KV cache."""
-    distinct = {w.data_ptr(): w for w in model.parameters()}.values()
+    distinct = {w.data_ptr(): w for w in model.state_dict().values()}.values()
     parameters = parameter_count(model.params, source.tied)
     size = sum(w.nbytes for w in distinct)
     w = model.norm.weight
+    kind = str(w.dtype).removeprefix("torch.") + (f" and {quantize}" if quantize else "")
     return (
-        f"Loaded {source.path}: {parameters:,} parameters, {str(w.dtype).removeprefix('torch.')} "
+        f"Loaded {source.path}: {parameters:,} parameters, {kind} "
         f"on {w.device}, {source.n_shards} shard(s) -> {parallel.size()} rank(s), "
         f"{size / 1e9:.2f} GB, {seconds:.1f} s"
     )

@@ -33,6 +33,7 @@ class Commands:
         max_gen_len: int = 64,
         max_seq_len: int = 2048,
         seed: int = 1,
+        quantize: str | None = None,
         json: bool = False,
         logprobs: bool = False,
     ) -> None:
@@ -49,6 +50,7 @@ class Commands:
             max_gen_len: most tokens to generate.
             max_seq_len: most tokens of prompt and answer together.
             seed: the same seed draws the same tokens.
+            quantize: int8 or int4 holds the layers' weights so.
             json: print one JSON object, when all is done.
             logprobs: with --json, also the log-probability of each token.
         """
@@ -57,7 +59,7 @@ class Commands:
         if logprobs and not json:
             raise ValueError("--logprobs needs --json")
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
-        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed)
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize)
         stops = [] if stop is None else [stop]
         _print_completion(
             llama.text_stream(
@@ -79,6 +81,7 @@ class Commands:
         max_gen_len: int | None = None,
         max_seq_len: int = 4096,
         seed: int = 1,
+        quantize: str | None = None,
     ) -> None:
         """Talk with the model; /help there lists commands. Without a terminal, a line a message.
 
@@ -93,6 +96,7 @@ class Commands:
             max_gen_len: most tokens of an answer; by default all that fits.
             max_seq_len: most tokens of the whole dialog.
             seed: the same seed draws the same tokens.
+            quantize: int8 or int4 holds the layers' weights so.
         """
         from llama.chat import Chat, lines_of_stdin
         from llama.sampling import Sampling
@@ -101,7 +105,7 @@ class Commands:
             raise ValueError("chat runs in one process; start it without torchrun")
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
         lines = lines_of_stdin()
-        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed)
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize)
         if not Chat(llama, {**how, "max_gen_len": max_gen_len}, system).run(lines):
             raise SystemExit(0 if sys.stdin.isatty() else 1)
 
@@ -114,6 +118,7 @@ class Commands:
         context: int = 2048,
         stride: int | None = None,
         max_batch_size: int = 1,
+        quantize: str | None = None,
         json: bool = False,
     ) -> None:
         """Tell how well a model predicts the text in FILE, to compare checkpoints by.
@@ -125,13 +130,14 @@ class Commands:
             stride: tokens it moves on each time; by default half of it. Each token is predicted
                 from at least context - stride tokens before it (but for the first ones).
             max_batch_size: windows computed at once.
+            quantize: int8 or int4 holds the layers' weights so.
             json: print one JSON object.
         """
         from llama.scoring import check_windows, read_text
 
         text = read_text(file)
         stride = check_windows(context, stride)
-        llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1)
+        llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1, quantize)
         result = llama.perplexity(text, stride=stride)
         print(result.as_json() if json else result)
 
@@ -202,14 +208,19 @@ class Commands:
 
 
 def _build(
-    ckpt_dir: str | None, tokenizer_path: str | None, max_seq_len: int, batch: int, seed: int
+    ckpt_dir: str | None,
+    tokenizer_path: str | None,
+    max_seq_len: int,
+    batch: int,
+    seed: int,
+    quantize: str | None,
 ) -> Llama:
     """Of a checkpoint, or the demo model."""
     from llama import Llama
     from llama.demo import checkpoint_or_demo
 
     folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
-    return Llama.build(folder, tokenizer, max_seq_len, batch, seed=seed)
+    return Llama.build(folder, tokenizer, max_seq_len, batch, seed=seed, quantize=quantize)
 
 
 def _print_completion(stream: Stream, prompt: str | None) -> None:

@@ -13,6 +13,7 @@ import torch
 from llama import checkpoint, parallel
 from llama.engine import Engine
 from llama.formats import open_checkpoint, open_tokenizer
+from llama.linears import check_scheme
 from llama.model import Transformer
 from llama.pieces import Piece, Reader, Stream
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
@@ -39,6 +40,8 @@ class Llama:
         *,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        quantize: str | None = None,
+        exact: bool = False,
     ) -> Llama:
         """Load a checkpoint. May be called any number of times in a process.
 
@@ -53,15 +56,18 @@ class Llama:
             seed: of torch's global generator, on every rank.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
+            quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`.
+            exact: the reference's arithmetic, digit for digit, instead of what is fastest.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
         """
-        start = time.time()
         check_seed(seed)
         if model_parallel_size is not None and type(model_parallel_size) is not int:
             raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
-        source = open_checkpoint(ckpt_dir)
+        if quantize is not None:
+            check_scheme(quantize)
+        start, source = time.time(), open_checkpoint(ckpt_dir)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         tokenizer = open_tokenizer(source, tokenizer_path)
         device = checkpoint.pick_device(device)
@@ -69,15 +75,14 @@ class Llama:
         parallel.initialize(model_parallel_size, device)
         torch.manual_seed(seed)
         model = checkpoint.load(source, args, device, dtype)
+        checkpoint.tune(model, quantize, exact)
         model.setup_cache(max_batch_size, max_seq_len)
         if parallel.rank() == 0:
-            print(checkpoint.summary(source, model, time.time() - start), file=sys.stderr)
+            print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
         return Llama(model, tokenizer)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.engine = Engine(model)
+        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
         self.formatter: ChatFormat | None
         try:
             self.formatter = ChatFormat(tokenizer)
@@ -216,13 +221,10 @@ class Llama:
         return predictions
 
     def text_stream(self, prompt: str, **options: Any) -> Stream:
-        """Continue one text, piece by piece, as it is generated.
+        """An iterator of pieces, generated as it is read; their texts are the completion.
 
         Args:
             options: those of `text_completion`, without `echo`; `reuse_prefix` is on.
-
-        Returns:
-            an iterator of pieces, whose texts together are the completion.
         """
         return self._stream(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
 
@@ -259,11 +261,7 @@ class Llama:
         ]
 
     def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
-        """How well the model predicts a text, in windows of max_seq_len tokens.
-
-        Args:
-            stride: tokens a window moves on by; None is half of it.
-        """
+        """How well the model predicts a text, in windows that move on by `stride` tokens."""
         ids = self.tokenizer.encode(text, bos=True, eos=False)
         return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
 

@@ -120,14 +120,13 @@ def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tens
             break
         ids = torch.topk(probs, k, dim=-1, sorted=False).indices.sort().values
         weights, order = torch.sort(probs.gather(-1, ids), dim=-1, descending=True, stable=True)
-        least = weights.narrow(-1, k - 1, 1)
-        weights = _cut(weights, p)
+        kept = _cut(weights, p)
         # Ids as probable as the least of these may lie beyond the k.
-        unsure = weights == least
-        if not stable:
-            unsure = unsure | (weights == F.pad(weights, (1, 0)).narrow(-1, 0, k))
-        if not bool((unsure & (weights > 0)).any()):
-            return weights, ids.gather(-1, order)
+        unsure = weights == weights.narrow(-1, k - 1, 1)
+        if not stable:  # which of two equals comes first, or is cut, is known of a full sort only
+            unsure = unsure | (weights == F.pad(weights, (0, 1)).narrow(-1, 1, k))
+        if not bool((unsure & (kept > 0)).any()):
+            return kept, ids.gather(-1, order)
     weights, ids = torch.sort(probs, dim=-1, descending=True, stable=stable)
     return _cut(weights, p), ids
 

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 # Top to bottom; files of one row do not import each other. docs/architecture.md draws this.
 ROWS = [
     {"llama.args", "llama.command_line", "llama.damage", "llama.download", "llama.parallel",
-     "llama.progress", "llama.rope", "llama.sampling", "llama.splitting", "llama.tools",
-     "llama.vocabulary"},
-    {"llama.attention", "llama.request", "llama.source", "llama.tokenizer",
-     "llama.python_list"},
-    {"llama.model", "llama.shards", "llama.inspection", "llama.verification",
+     "llama.kernels", "llama.progress", "llama.rope", "llama.sampling", "llama.splitting",
+     "llama.tools", "llama.vocabulary"},
+    {"llama.attention", "llama.python_list", "llama.quantize", "llama.request", "llama.source",
+     "llama.tokenizer"},
+    {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
     {"llama.checkpoint", "llama.passes", "llama.slots"},
     {"llama.engine"},

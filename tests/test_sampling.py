@@ -61,6 +61,18 @@ def test_nucleus_equals_a_full_sort(sharpness: float, p: float, stable: bool) ->
                 assert id[weight > 0].tolist() == order[:n][positive].tolist()
 
 
+def test_equals_at_the_edge_of_the_nucleus_are_cut_as_by_a_full_sort() -> None:
+    for seed in range(20):
+        probs = torch.full((1, 5000), 1e-5)
+        probs[0, torch.randperm(5000)[:8]] = 0.1
+        probs /= probs.sum()
+        for p in (0.0, 0.35):
+            torch.manual_seed(seed)
+            want = reference.draw(probs[0].clone(), p)
+            torch.manual_seed(seed)
+            assert sample_top_p(probs, p).item() == want
+
+
 def test_seeded_draws_follow_the_nucleus() -> None:
     logits = torch.log(PROBS).repeat(4000, 1)
     drawn = sample(

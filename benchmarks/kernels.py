@@ -1,0 +1,135 @@
+"""How fast the CPU kernels read weights, beside torch's own operators and reading alone.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --rows 1,2,4,8 --shapes 8192x2048 --threads 1
+
+Prints GB/s of weights (with scales), x bf16, the weights cold: enough copies of each matrix to
+fill no cache. All of one line are timed in alternation, because machines drift; each figure is
+the fastest tenth of its calls. "read" sums a tensor of 1 GiB in the same rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import fire
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import kernels
+from llama.quantize import dequantize_int8
+
+SHAPES = "576x576,1536x576,576x1536,49152x576,2048x2048,8192x2048,2048x8192,128256x2048"
+COLD_BYTES = 128 << 20  # more than the last cache holds
+Calls = dict[str, tuple[list[Callable[[], Tensor]], int]]  # name: functions, bytes of weights
+Contender = tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]  # operator, new weights
+
+
+def int4_weights(N: int, K: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random codes and scales, packed as `quantize_int4` does."""
+    tiles = -(-N // 16)
+    packed = torch.randint(-(2**31), 2**31, (tiles, K // 8, 16), dtype=torch.int64)
+    scale, zero = torch.rand(2, tiles, K // group, 16).bfloat16()
+    return packed.to(torch.int32), scale, zero
+
+
+def torch_int4_weights(N: int, K: int, group: int) -> tuple[Tensor, Tensor]:
+    """The same for torch's operator: its packing, scales and zeros (K / group, N, 2)."""
+    codes = torch.randint(0, 16, (N, K), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return packed, torch.rand(K // group, N, 2).bfloat16()
+
+
+def contenders(x: Tensor, N: int, K: int, group: int = 32) -> dict[str, Contender]:
+    """Ours and torch's. A new set of weights a call; scales of int8 are too few to count."""
+    ops, scale = torch.ops.llama3, torch.rand(N)
+    half = scale.bfloat16()
+    torch_int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
+
+    def bf16() -> tuple[Tensor]:
+        return (torch.empty(N, K, dtype=torch.bfloat16).normal_(),)
+
+    def int8() -> tuple[Tensor]:
+        return (torch.randint(-127, 128, (N, K), dtype=torch.int8),)
+
+    found: dict[str, Contender] = {
+        "bf16": (lambda w: ops.linear(x, w), bf16),
+        "F.linear": (lambda w: F.linear(x, w), bf16),
+        "int8": (lambda q: ops.linear_int8(x, q, scale), int8),
+        "int8pack": (lambda q: torch._weight_int8pack_mm(x, q, half), int8),
+        "dequant8": (lambda q: F.linear(x, dequantize_int8(q, scale).bfloat16()), int8),
+        "int4": (lambda *w: ops.linear_int4(x, *w, N), lambda: int4_weights(N, K, group)),
+        "int4pack": (
+            lambda w, s: torch_int4(x, w, group, s),
+            lambda: torch_int4_weights(N, K, group),
+        ),
+    }
+    if len(x) == 1:
+        found["torch.mv"] = (lambda w: torch.mv(w, x[0]), bf16)
+    if N % 64:  # torch packs int4 in blocks of rows
+        del found["int4pack"]
+    return found
+
+
+def measure(
+    calls: dict[str, tuple[list[Callable[[], Tensor]], int]], seconds: float
+) -> Iterator[tuple[str, float]]:
+    """(name, GB/s) of each, from the bytes of a call: rounds of all, for about `seconds` each."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end, rounds = time.perf_counter() + seconds * len(calls), 0
+    while rounds < 3 or time.perf_counter() < end:
+        rounds += 1
+        for name, (functions, _) in calls.items():
+            for function in functions:
+                start = time.perf_counter()
+                function()
+                times[name].append(time.perf_counter() - start)
+    for name, (_, size) in calls.items():
+        yield name, size / sorted(times[name])[len(times[name]) // 10] / 1e9
+
+
+def items(text: object) -> list[str]:
+    """ "1,2" -> ["1", "2"]; fire has made numbers and tuples of some."""
+    parts = text if isinstance(text, (list, tuple)) else str(text).split(",")
+    return [str(part) for part in parts]
+
+
+def main(
+    rows: str = "1", shapes: str = SHAPES, only: str = "", threads: int = 0, seconds: float = 0.5
+) -> None:
+    """Print the table.
+
+    Args:
+        rows: of x, separated by commas.
+        shapes: NxK, separated by commas.
+        only: names of columns; all if empty.
+    """
+    if not kernels.load():
+        raise SystemExit("the kernels cannot be compiled here")
+    if threads:
+        torch.set_num_threads(threads)
+    print(f"{torch.get_num_threads()} threads, {torch.ops.llama3.variants()[0]}")
+    big = torch.arange(1 << 27)
+    for M in items(rows):
+        for shape in items(shapes):
+            N, K = (int(n) for n in shape.split("x"))
+            x = torch.randn(int(M), K).bfloat16()
+            calls: Calls = {"read": ([big.sum], big.nbytes)}
+            for name, (operator, new) in contenders(x, N, K).items():
+                if only and name not in items(only):
+                    continue
+                size = sum(t.nbytes for t in new())
+                sets = [new() for _ in range(min(200, max(1, COLD_BYTES // size)))]
+                functions: list[Callable[[], Tensor]] = [
+                    partial(operator, *weights) for weights in sets
+                ]
+                calls[name] = (functions, size)
+            cells = [f"{name} {speed:5.1f}" for name, speed in measure(calls, seconds)]
+            print(f"{shape:>12} x {M:<2}  " + "  ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)

@@ -1,0 +1,158 @@
+"""Optional CPU kernels for decoding: y = x W^T for a few rows of x, at the speed of reading W.
+
+`load()` compiles linear.cpp at first use and registers its torch operators; without a compiler it
+says so once and returns False, and callers keep to torch's own. Knows nothing about models.
+
+    llama3::linear(x, w)                            w (N, K) fp32 or bf16
+    llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
+    llama3::linear_int4(x, packed, scale, zero, n)  as `quantize_int4` of llama/quantize.py packs
+    llama3::widen_int8(q)                           q in bf16
+    llama3::unpack_int4(x, packed, scale, zero, n)  the weight itself, (n, K), in x's dtype
+
+x is (..., K), fp32 or bf16; y is (..., N) in x's dtype; sums are fp32. They have no gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent
+SOURCES = [HERE / "linear.cpp", HERE / "rows.h"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
+
+# Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
+# dequantizing), whatever the matrix's size; beyond it arithmetic takes longer than reading W, and
+# torch's blocked products win. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
+MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
+KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x, and of plain weights
+
+_lock = threading.Lock()
+_loaded: bool | None = None
+
+
+def use(kind: str, x: Tensor) -> bool:
+    """Whether the operator for weights of `kind` takes x and is the fastest; loads it if so."""
+    return x.numel() <= MAX_ROWS[kind] * x.shape[-1] and takes(x)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the operators can serve x; loads them if so."""
+    if x.device.type != "cpu" or x.dtype not in KIND:
+        return False
+    if torch.is_grad_enabled() and x.requires_grad:
+        return False
+    return load() if _loaded is None else _loaded  # a constant to torch.compile once it is known
+
+
+def linear(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear(x, w), by the kernel where that is faster and no gradient is wanted."""
+    fits = w.dtype in KIND and w.is_contiguous()
+    if fits and not (torch.is_grad_enabled() and w.requires_grad) and use(KIND[w.dtype], x):
+        y: Tensor = torch.ops.llama3.linear(x, w)
+        return y
+    return F.linear(x, w)
+
+
+def load() -> bool:
+    """Have the operators: compiled once per user, source and version of torch.
+
+    False where that is impossible, or where the environment says LLAMA3_KERNELS=0. Never raises;
+    the reason is logged once.
+    """
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            try:
+                _loaded = _load()
+            except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+                log.warning("no CPU kernels, using torch's own operators: %s", e)
+                _loaded = False
+        return _loaded
+
+
+def _load() -> bool:
+    if os.environ.get("LLAMA3_KERNELS") == "0":
+        log.info("LLAMA3_KERNELS=0: no CPU kernels")
+        return False
+    if sys.platform != "linux":
+        log.info("no CPU kernels on %s, only on Linux", sys.platform)
+        return False
+    library = library_path()
+    if not library.exists():
+        _compile(library)
+    torch.ops.load_library(library)
+    torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
+    torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
+    torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
+    torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
+    torch.library.register_fake(
+        "llama3::unpack_int4", lambda x, p, scale, zero, n: x.new_empty(n, p.shape[1] * 8)
+    )
+    return True
+
+
+def _fake(x: Tensor, n: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def library_path() -> Path:
+    """Where the compiled kernels are or would be, in TORCH_EXTENSIONS_DIR or the user's cache."""
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not folder:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = str(Path(cache) / "torch_extensions")
+    made_of = [path.read_bytes() for path in SOURCES]
+    made_of += [text.encode() for text in (*FLAGS, torch.__version__, platform.machine())]
+    digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
+    return Path(folder) / f"llama3_kernels_{digest}.so"
+
+
+def compiler() -> list[str]:
+    """The C++ compiler: CXX as the environment says, or g++, or what the system calls c++."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0]):
+        return command
+    if "CXX" not in os.environ and shutil.which("c++"):
+        return ["c++"]
+    raise FileNotFoundError(f"no C++ compiler {command[0]!r}; install g++ or set CXX")
+
+
+def _compile(library: Path) -> None:
+    """Compile to a temporary folder and move: another process sees all of the file or none."""
+    command = compiler()
+    print("compiling CPU kernels, once (about 15 seconds)", file=sys.stderr)
+    torch_dir = Path(torch.__file__).parent
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="llama3_kernels_") as folder:
+        made, linked = f"{folder}/linear.o", f"{folder}/linear.so"
+        source = ["-c", str(SOURCES[0]), f"-I{torch_dir / 'include'}"]
+        _run([*command, *FLAGS, abi, *source, "-o", made])
+        # Linked without -fopenmp: the threads must be those of the OpenMP that torch has loaded.
+        libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
+        _run([*command, "-shared", made, *libraries, "-o", linked])
+        os.replace(linked, library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        why = next((line for line in said if "error" in line), said[-1])
+        raise RuntimeError(f"{command[0]} failed: {why}")

@@ -1,0 +1,304 @@
+// y = x W^T for a few rows of x (decoding), at the speed of reading W: torch operators for weights
+// of fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group.
+// Knows nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h.
+//
+// Letters: M rows of x, N rows of W (outputs), K columns of both.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using c10::BFloat16;
+using std::memcpy;
+
+constexpr int64_t AHEAD = 2048;   // bytes to prefetch ahead of the multiplication
+constexpr int64_t SHARE = 32768;  // bytes of W below which one more thread does not pay
+
+// What a kernel reads and writes. Rows of x are padded with zeros to a multiple of 16.
+struct Job {
+  int64_t M = 0, N = 0, K = 0, x_stride = 0, group = 0;
+  std::vector<float> x, x_sums;  // (M, x_stride); int4: (M, K / group), the sum of each group
+  const void* w = nullptr;
+  const float* scales = nullptr;                                 // int8: (N,)
+  const BFloat16 *int4_scales = nullptr, *int4_zeros = nullptr;  // (N / 16, K / group, 16)
+  void* y = nullptr;
+  bool y_bf16 = false;
+
+  void put(int64_t m, int64_t n, float value) const {
+    if (y_bf16)
+      static_cast<BFloat16*>(y)[m * N + n] = value;
+    else
+      static_cast<float*>(y)[m * N + n] = value;
+  }
+};
+
+// LANES and TARGET as rows.h says; WIDEN_8 and WIDEN_16 read LANES int8 or uint16 into int32, which
+// gcc 12's own vector conversion does lane by lane.
+#if defined(__x86_64__)
+#define LANES 16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
+#define WIDEN_8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p)))
+#define WIDEN_16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p)))
+namespace avx512 {
+#include "rows.h"
+}
+#undef LANES
+#undef TARGET
+#undef WIDEN_8
+#undef WIDEN_16
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma")))
+#define WIDEN_8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p)))
+#define WIDEN_16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p)))
+namespace avx2 {
+#include "rows.h"
+}
+#undef LANES
+#undef TARGET
+#undef WIDEN_8
+#undef WIDEN_16
+#endif
+#define LANES 4
+#define TARGET
+#define WIDEN_8(p) (Ints{(p)[0], (p)[1], (p)[2], (p)[3]})
+#define WIDEN_16(p) (Words{(p)[0].x, (p)[1].x, (p)[2].x, (p)[3].x})
+namespace plain {  // what every x86-64 (SSE2) or ARM (NEON) has; elsewhere, plain loops
+#include "rows.h"
+}
+
+using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+struct Variant {
+  const char* name;
+  Kernel fp32, bf16, int8, int4, unpack_fp32, unpack_bf16, widen;
+};
+#define VARIANT(ns)                                                              \
+  {#ns,       ns::rows<float>,   ns::rows<BFloat16>,   ns::rows<int8_t>, \
+   ns::tiles, ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
+
+// Those this processor can run, the fastest first.
+const std::vector<Variant>& variants() {
+  static const std::vector<Variant> found = [] {
+    std::vector<Variant> list;
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      list.push_back(VARIANT(avx512));
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      list.push_back(VARIANT(avx2));
+#endif
+    list.push_back(VARIANT(plain));
+    return list;
+  }();
+  return found;
+}
+
+std::atomic<const Variant*> chosen{nullptr};
+
+const Variant& variant() {
+  const Variant* v = chosen.load();
+  return v ? *v : variants().front();
+}
+
+std::vector<std::string> variant_names() {
+  std::vector<std::string> names;
+  for (const Variant& v : variants()) names.emplace_back(v.name);
+  return names;
+}
+
+// For tests: "" goes back to the fastest.
+void use_variant(std::string name) {
+  const Variant* found = nullptr;
+  for (const Variant& v : variants())
+    if (name == v.name) found = &v;
+  TORCH_CHECK(found || name.empty(), "this processor has no variant ", std::string(name));
+  chosen.store(found);
+}
+
+void check_cpu(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, not on ", t.device());
+  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+template <class T>
+void widen(Job& job, const Tensor& x) {
+  const T* from = x.const_data_ptr<T>();
+  for (int64_t m = 0; m < job.M; m++)
+    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
+}
+
+// Checks x (..., K), copies it to fp32, and makes y (..., N) of the same dtype.
+void prepare(Job& job, const Tensor& x_any, Tensor& y) {
+  TORCH_CHECK(x_any.dim() >= 1 && x_any.size(-1) == job.K, "x must be (..., ", job.K,
+              "), as wide as w; got ", x_any.sizes());
+  const auto dtype = x_any.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
+  const Tensor x = x_any.contiguous();
+  check_cpu("x", x);
+  auto sizes = x.sizes().vec();
+  sizes.back() = job.N;
+  y = at::empty(sizes, x.options());
+
+  job.M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) job.M *= x.size(i);
+  job.x_stride = (job.K + 63) / 64 * 64;
+  job.x.resize(job.M * job.x_stride);
+  job.y = y.mutable_data_ptr();
+  job.y_bf16 = dtype == at::kBFloat16;
+  job.y_bf16 ? widen<BFloat16>(job, x) : widen<float>(job, x);
+}
+
+void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block) {
+  if (job.M == 0 || blocks == 0) return;
+  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_per_block));
+  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+}
+
+void check_matrix(const char* name, const Tensor& w) {
+  check_cpu(name, w);
+  TORCH_CHECK(w.dim() == 2, name, " must be a matrix (N, K), not ", w.sizes());
+}
+
+// x (..., K), w (N, K) fp32 or bf16 -> (..., N) of x's dtype.
+Tensor linear(const Tensor& x, const Tensor& w) {
+  check_matrix("w", w);
+  const bool bf16 = w.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || w.scalar_type() == at::kFloat, "w must be fp32 or bf16, not ", w.scalar_type());
+  Tensor y;
+  Job job;
+  job.N = w.size(0), job.K = w.size(1);
+  prepare(job, x, y);
+  job.w = w.const_data_ptr();
+  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, job.K * w.element_size());
+  return y;
+}
+
+// x (..., K), q (N, K) int8, scale (N,) fp32 -> x (q * scale)^T, of x's dtype.
+Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
+  check_matrix("q", q);
+  check_cpu("scale", scale);
+  TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
+  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == q.size(0),
+              "scale must be fp32 (", q.size(0), "), one an output; got ", scale.sizes());
+  Tensor y;
+  Job job;
+  job.N = q.size(0), job.K = q.size(1);
+  prepare(job, x, y);
+  job.w = q.const_data_ptr();
+  job.scales = scale.const_data_ptr<float>();
+  run(job, variant().int8, job.N, job.K);
+  return y;
+}
+
+// q, any int8, in bf16.
+Tensor widen_int8(const Tensor& q) {
+  check_cpu("q", q);
+  TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
+  Tensor w = at::empty(q.sizes(), q.options().dtype(at::kBFloat16));
+  Job job;
+  job.M = 1;
+  job.w = q.const_data_ptr();
+  job.y = w.mutable_data_ptr();
+  run(job, variant().widen, q.numel(), 1);
+  return w;
+}
+
+// x as tile_part wants it, divided by the place of its code in the word, and its sum in each group.
+void prepare_int4(Job& job) {
+  const int64_t groups = job.K / job.group;
+  job.x_sums.resize(job.M * groups);
+  for (int64_t m = 0; m < job.M; m++)
+    for (int64_t g = 0; g < groups; g++) {
+      float* x = job.x.data() + m * job.x_stride + g * job.group;
+      float sum = 0;
+      for (int64_t k = 0; k < job.group; k += 8) {
+        float place = 1;
+        for (int i = 0; i < 8; i++, place /= 16) {
+          sum += x[k + i];
+          if (i < 7) x[k + i] *= place;  // the last one is shifted down
+        }
+      }
+      job.x_sums[m * groups + g] = sum;
+    }
+}
+
+// packed (T, K / 8, 16) int32, scale and zero (T, K / group, 16) bf16, for T tiles of 16 outputs.
+// In a tile, code k of output n is bits 4 (k % 8) to 4 (k % 8) + 3 of packed[n / 16, k / 8, n % 16].
+void set_int4(Job& job, const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N) {
+  TORCH_CHECK(packed.scalar_type() == at::kInt && packed.dim() == 3 && packed.size(2) == 16 &&
+                  packed.size(0) == (N + 15) / 16,
+              "packed must be int32 (", (N + 15) / 16, ", K / 8, 16) for ", N, " outputs; got ",
+              packed.sizes());
+  TORCH_CHECK(N > 0 && packed.size(1) > 0, "packed must not be empty");
+  const int64_t K = packed.size(1) * 8, groups = scale.dim() == 3 ? scale.size(1) : 0;
+  for (const auto* t : {&scale, &zero})
+    TORCH_CHECK(t->scalar_type() == at::kBFloat16 && t->dim() == 3 && groups > 0 &&
+                    K % (groups * 8) == 0 && t->sizes().equals({packed.size(0), groups, 16}),
+                "scale and zero must be bf16 (", packed.size(0), ", K / group, 16); got ",
+                t->sizes());
+  check_cpu("packed", packed), check_cpu("scale", scale), check_cpu("zero", zero);
+  job.N = N, job.K = K, job.group = K / groups;
+  job.w = packed.const_data_ptr();
+  job.int4_scales = scale.const_data_ptr<BFloat16>();
+  job.int4_zeros = zero.const_data_ptr<BFloat16>();
+}
+
+// x (..., K) -> the first N columns of x (q * scale + zero)^T, of x's dtype.
+Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
+                   int64_t N) {
+  Tensor y;
+  Job job;
+  set_int4(job, packed, scale, zero, N);
+  prepare(job, x, y);
+  prepare_int4(job);
+  run(job, variant().int4, packed.size(0), job.K * 8 + job.K / job.group * 64);
+  return y;
+}
+
+// The weight itself, (N, K), of x's dtype.
+Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
+                   int64_t N) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
+              "x must be fp32 or bf16, not ", x.scalar_type());
+  Job job;
+  set_int4(job, packed, scale, zero, N);
+  Tensor w = at::empty({N, job.K}, x.options());
+  job.M = 1;
+  job.y = w.mutable_data_ptr();
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  run(job, bf16 ? variant().unpack_bf16 : variant().unpack_fp32, packed.size(0), job.K * 8);
+  return w;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(llama3, m) {
+  m.def("linear(Tensor x, Tensor w) -> Tensor");
+  m.def("linear_int8(Tensor x, Tensor q, Tensor scale) -> Tensor");
+  m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
+  m.def("widen_int8(Tensor q) -> Tensor");
+  m.def("unpack_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
+  m.def("variants() -> str[]", &variant_names);
+  m.def("use_variant(str name) -> ()", &use_variant);
+}
+
+TORCH_LIBRARY_IMPL(llama3, CPU, m) {
+  m.impl("linear", &linear);
+  m.impl("linear_int8", &linear_int8);
+  m.impl("linear_int4", &linear_int4);
+  m.impl("widen_int8", &widen_int8);
+  m.impl("unpack_int4", &unpack_int4);
+}

@@ -1,0 +1,185 @@
+// The arithmetic of linear.cpp, written once and compiled once per instruction set: this file is
+// included inside a namespace with LANES (floats in a vector) and TARGET (the attribute that
+// allows its instructions) defined. No #include, no #pragma once: both would break that.
+//
+// Vectors are those of gcc and clang (`vector_size`), so the same lines become AVX-512, AVX2,
+// SSE2 or NEON. Activations stay fp32: a weight is widened to fp32 and multiplied, nothing is
+// rounded but the sums. Reading memory takes longer than that, at least for one row.
+//
+// Letters: M rows of x, N rows of W (outputs), K columns of both.
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+
+TARGET inline void load(Vec& to, const float* from) { memcpy(&to, from, sizeof(Vec)); }
+
+TARGET inline void load(Vec& to, const BFloat16* from) {
+  to = (Vec)((Words)WIDEN_16(from) << 16);  // bf16 is the upper half of an fp32
+}
+
+TARGET inline void load(Vec& to, const int8_t* from) {
+  to = __builtin_convertvector((Ints)WIDEN_8(from), Vec);
+}
+
+TARGET inline float sum(const Vec& v) {
+  float t[LANES];
+  memcpy(t, &v, sizeof t);
+  for (int half = LANES / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) t[i] += t[i + half];
+  return t[0];
+}
+
+// U vectors of R neighbouring rows of W times those of M rows of x, added to acc.
+template <class W, int R, int M, int U>
+TARGET inline void multiply(Vec (&acc)[R][M][U], const W* w, int64_t w_stride, const float* x,
+                            int64_t x_stride) {
+  for (int u = 0; u < U; u++) {
+    Vec ws, xs[M];
+    for (int j = 0; j < M; j++) load(xs[j], x + j * x_stride + u * LANES);
+    for (int r = 0; r < R; r++) {
+      load(ws, w + r * w_stride + u * LANES);
+      for (int j = 0; j < M; j++) acc[r][j][u] += ws * xs[j];
+    }
+  }
+}
+
+// y[m, n] for M rows of x and R rows of W: 4 M independent sums, enough to hide their latency.
+template <class W, int R, int M>
+TARGET inline void dots(const Job& job, int64_t m, int64_t n) {
+  constexpr int U = 4 / R, STEP = U * LANES;
+  const int64_t K = job.K, stride = job.x_stride;
+  const float* x = job.x.data() + m * stride;
+  const W* w = static_cast<const W*>(job.w) + n * K;
+  Vec acc[R][M][U] = {};
+  int64_t k = 0;
+  for (; k + STEP <= K; k += STEP) {
+    for (int r = 0; r < R; r++)
+      for (int line = 0; line < STEP * (int)sizeof(W); line += 64)
+        __builtin_prefetch((const char*)(w + r * K + k) + AHEAD + line);
+    multiply(acc, w + k, K, x + k, stride);
+  }
+  if (k < K) {  // x is padded with zeros, W is not
+    W tail[R][STEP] = {};
+    for (int r = 0; r < R; r++) memcpy(tail[r], w + r * K + k, (K - k) * sizeof(W));
+    multiply(acc, tail[0], STEP, x + k, stride);
+  }
+  for (int r = 0; r < R; r++) {
+    const float scale = job.scales ? job.scales[n + r] : 1.0f;
+    for (int j = 0; j < M; j++) {
+      for (int u = 1; u < U; u++) acc[r][j][0] += acc[r][j][u];
+      job.put(m + j, n + r, scale * sum(acc[r][j][0]));
+    }
+  }
+}
+
+template <class W, int R>
+TARGET void block(const Job& job, int64_t n) {
+  int64_t m = 0;  // beyond four rows of x, this block of W comes from the cache
+  for (; m + 4 <= job.M; m += 4) dots<W, R, 4>(job, m, n);
+  for (; m + 2 <= job.M; m += 2) dots<W, R, 2>(job, m, n);
+  for (; m < job.M; m++) dots<W, R, 1>(job, m, n);
+}
+
+// Rows begin to end of y = x W^T * scales, for W of fp32, bf16 or int8.
+template <class W>
+TARGET void rows(const Job& job, int64_t begin, int64_t end) {
+  constexpr int R = LANES / 4;  // as many as there are registers for 4 rows of x
+  int64_t n = begin;
+  if (job.M > 1)  // for one row, memory is the limit, and gives one long run faster than several
+    for (; n + R <= end; n += R) block<W, R>(job, n);
+  for (; n < end; n++) block<W, 1>(job, n);
+}
+
+// LANES of the 16 outputs of a tile of int4 weights, for M rows of x. A word holds 8 neighbouring
+// weights of one output, so a lane is an output: no sum across lanes, and a group's scales are one
+// vector. Code i of a word is used where it lies, as q * 16^i; x comes divided by 16^i (exactly).
+template <int M>
+TARGET inline void tile_part(const Job& job, int64_t m, int64_t tile, int part) {
+  const int64_t groups = job.K / job.group;
+  const auto* w = static_cast<const uint32_t*>(job.w) + tile * job.K / 8 * 16 + part;
+  const auto* scales = job.int4_scales + tile * groups * 16 + part;
+  const auto* zeros = job.int4_zeros + tile * groups * 16 + part;
+  Vec acc[M] = {};
+  for (int64_t g = 0; g < groups; g++) {
+    Vec sums[M][4] = {};
+    const float* x = job.x.data() + m * job.x_stride + g * job.group;
+    for (int k = 0; k < job.group; k += 8, w += 16) {
+      Words codes;
+      memcpy(&codes, w, sizeof codes);
+      __builtin_prefetch(w + AHEAD / 4);
+      for (int i = 0; i < 8; i++) {
+        const Words code = i < 7 ? codes & (15u << (4 * i)) : codes >> 28;
+        const Vec q = __builtin_convertvector((Ints)code, Vec);
+        for (int j = 0; j < M; j++) sums[j][i % 4] += q * x[j * job.x_stride + k + i];
+      }
+    }
+    Vec scale, zero;
+    load(scale, scales + g * 16);
+    load(zero, zeros + g * 16);
+    for (int j = 0; j < M; j++) {
+      acc[j] += scale * ((sums[j][0] + sums[j][1]) + (sums[j][2] + sums[j][3]));
+      acc[j] += zero * job.x_sums[(m + j) * groups + g];
+    }
+  }
+  for (int j = 0; j < M; j++)
+    for (int i = 0; i < LANES; i++)
+      if (tile * 16 + part + i < job.N) job.put(m + j, tile * 16 + part + i, acc[j][i]);
+}
+
+// Tiles begin to end of y = x W^T for int4 weights.
+TARGET void tiles(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; tile++)
+    for (int part = 0; part < 16; part += LANES) {
+      int64_t m = 0;
+      for (; m + 4 <= job.M; m += 4) tile_part<4>(job, m, tile, part);
+      for (; m + 2 <= job.M; m += 2) tile_part<2>(job, m, tile, part);
+      for (; m < job.M; m++) tile_part<1>(job, m, tile, part);
+    }
+}
+
+typedef float Vec8 __attribute__((vector_size(32)));  // the codes of one word
+typedef int32_t Ints8 __attribute__((vector_size(32)));
+typedef uint32_t Words8 __attribute__((vector_size(32)));
+typedef uint16_t Halves8 __attribute__((vector_size(16)));
+
+TARGET inline void store(float* to, const Vec8& v) { memcpy(to, &v, sizeof v); }
+
+TARGET inline void store(BFloat16* to, const Vec8& v) {  // to the nearest, ties to even
+  const Words8 bits = (Words8)v;
+  const Halves8 rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves8);
+  memcpy((void*)to, &rounded, sizeof rounded);
+}
+
+// Tiles begin to end of the weight itself, (N, K), for more rows of x than pay here.
+template <class T>
+TARGET void unpack(const Job& job, int64_t begin, int64_t end) {
+  const int64_t groups = job.K / job.group, words = job.K / 8;
+  const Words8 places = {0, 4, 8, 12, 16, 20, 24, 28};
+  for (int64_t n = begin * 16; n < std::min(end * 16, job.N); n++) {
+    const auto* w = static_cast<const uint32_t*>(job.w) + n / 16 * words * 16 + n % 16;
+    T* y = static_cast<T*>(job.y) + n * job.K;
+    for (int64_t g = 0; g < groups; g++) {
+      const int64_t at = (n / 16 * groups + g) * 16 + n % 16;
+      const float scale = job.int4_scales[at], zero = job.int4_zeros[at];
+      for (int64_t k = 0; k < job.group; k += 8, w += 16, y += 8) {
+        const Ints8 codes = (Ints8)((Words8{} + *w) >> places & 15);
+        store(y, __builtin_convertvector(codes, Vec8) * scale + zero);
+      }
+    }
+  }
+}
+
+// Numbers begin to end of an int8 weight in bf16, exactly.
+TARGET void widen(const Job& job, int64_t begin, int64_t end) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  const auto* w = static_cast<const int8_t*>(job.w);
+  auto* y = static_cast<BFloat16*>(job.y);
+  for (; begin + LANES <= end; begin += LANES) {
+    Vec v;
+    load(v, w + begin);
+    const Halves upper = __builtin_convertvector((Words)v >> 16, Halves);
+    memcpy((void*)(y + begin), &upper, sizeof upper);
+  }
+  for (; begin < end; begin++) y[begin] = w[begin];
+}

@@ -1,0 +1,102 @@
+"""Weights of 8 and 4 bits: matrix -> codes and scales, and back. Knows nothing about models.
+
+Shapes: N rows (outputs) and K columns of a weight matrix, T tiles of 16 rows, G columns a group.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama import kernels
+
+TILE = 16  # rows of an int4 weight that lie together
+GROUPS = (32, 64, 128)
+# Rows that are made plain at once where x has many rows: those of common widths stay in the cache.
+BLOCK = 512
+
+
+def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale a row: (N, K) -> codes (N, K) int8 and scales (N,) fp32."""
+    w = w.float()
+    scale = w.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (w / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
+    """(N, K) fp32."""
+    return q.float() * scale.unsqueeze(1)
+
+
+def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """x (..., K) times the transpose of a `quantize_int8` weight: (..., N) in x's dtype."""
+    if kernels.use("int8", x):
+        y: Tensor = torch.ops.llama3.linear_int8(x, q, scale)
+        return y
+    if x.dtype == torch.float16:  # whose range unscaled products may leave
+        return F.linear(x, dequantize_int8(q, scale).to(x.dtype))
+    parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
+    return torch.cat([F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts], dim=-1)
+
+
+def widen_int8(x: Tensor, q: Tensor) -> Tensor:
+    """Codes in x's dtype; in bf16 too they are exact."""
+    if x.dtype == torch.bfloat16 and kernels.takes(x):
+        w: Tensor = torch.ops.llama3.widen_int8(q)
+        return w
+    return q.to(x.dtype)
+
+
+def quantize_int4(w: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric, in groups along K: w is about code * scale + zero, codes 0 to 15.
+
+    Rows are padded with zeros to whole tiles.
+
+    Returns:
+        packed: (T, K / 8, 16) int32; bits 4i to 4i + 3 of packed[t, b, r] are the code of row
+            16t + r, column 8b + i: a tile is read front to back, 16 rows side by side.
+        scale, zero: (T, K / G, 16) bf16. Codes are rounded to these, not to what they were before
+            their own rounding.
+    """
+    N, K = w.shape
+    if group not in GROUPS or K % group:
+        raise ValueError(f"groups of {group} do not divide {K} columns; use one of {GROUPS}")
+    w = F.pad(w.float(), (0, 0, 0, -N % TILE)).view(-1, TILE, K // group, group)
+    low, high = w.amin(dim=3), w.amax(dim=3)
+    scale = ((high - low) / 15).bfloat16()
+    zero = low.bfloat16()
+    step = scale.float().where(scale > 0, 1).unsqueeze(3)
+    codes = ((w - zero.float().unsqueeze(3)) / step).round().clamp(0, 15).to(torch.int64)
+    codes = codes.view(-1, TILE, K // 8, 8).transpose(1, 2)
+    packed = (codes << torch.arange(0, 32, 4, device=w.device)).sum(dim=3).to(torch.int32)
+    return packed, scale.transpose(1, 2).contiguous(), zero.transpose(1, 2).contiguous()
+
+
+def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
+    """The first n rows: (n, K) fp32."""
+    T, blocks, _ = packed.shape
+    groups = scale.shape[1]
+    codes = (packed.unsqueeze(3) >> torch.arange(0, 32, 4, device=packed.device)) & 15
+    codes = codes.transpose(1, 2).reshape(T, TILE, groups, -1)
+    scale, zero = (t.float().transpose(1, 2).unsqueeze(3) for t in (scale, zero))
+    return (codes * scale + zero).view(T * TILE, blocks * 8)[:n]
+
+
+def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
+    """x (..., K) times the transpose of a `quantize_int4` weight of n rows: (..., n)."""
+    if kernels.use("int4", x):
+        y: Tensor = torch.ops.llama3.linear_int4(x, packed, scale, zero, n)
+        return y
+    parts = zip(*(t.split(BLOCK // TILE) for t in (packed, scale, zero)), strict=True)
+    rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
+    weights = (unpack_int4(x, p, s, z, m) for (p, s, z), m in zip(parts, rows, strict=True))
+    return torch.cat([F.linear(x, w) for w in weights], dim=-1)
+
+
+def unpack_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
+    """`dequantize_int4` in x's dtype."""
+    if kernels.takes(x):
+        w: Tensor = torch.ops.llama3.unpack_int4(x, packed, scale, zero, n)
+        return w
+    return dequantize_int4(packed, scale, zero, n).to(x.dtype)

@@ -1,0 +1,293 @@
+"""The CPU kernels against fp64 arithmetic, for every instruction set of this processor."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama import kernels
+from llama.quantize import (
+    dequantize_int4,
+    dequantize_int8,
+    linear_int4,
+    linear_int8,
+    quantize_int4,
+    quantize_int8,
+)
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def ops() -> Iterator[object]:
+    if not kernels.load():
+        pytest.skip("the kernels cannot be compiled here (no C++ compiler, or LLAMA3_KERNELS=0)")
+    yield torch.ops.llama3
+    torch.ops.llama3.use_variant("")
+
+
+@pytest.fixture(params=["avx512", "avx2", "plain"])
+def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
+    if request.param not in torch.ops.llama3.variants():
+        pytest.skip(f"this processor has no {request.param}")
+    torch.ops.llama3.use_variant(request.param)
+    yield request.param
+    torch.ops.llama3.use_variant("")
+
+
+def shapes(seed: int, count: int, multiple: int = 1) -> list[tuple[int, int, int]]:
+    """(M, N, K) of every size class, K a multiple of `multiple`."""
+    draw = random.Random(seed)
+    fixed = [(1, 1, 1), (1, 576, 576), (3, 17, 64), (16, 5, 100), (2, 3, 4097), (7, 1, 63)]
+    drawn = [(draw.randint(1, 17), draw.randint(1, 90), draw.randint(1, 700)) for _ in range(count)]
+    return [(M, N, -(-K // multiple) * multiple) for M, N, K in fixed + drawn]
+
+
+def inputs(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(M * N + K)
+    x = torch.randn(M, K, generator=generator).to(dtype)
+    return x, torch.randn(N, K, generator=generator) * 0.05
+
+
+def check(y: Tensor, x: Tensor, w: Tensor) -> None:
+    """fp32 sums, in whatever order, then one rounding to x's dtype."""
+    exact = x.double() @ w.double().T
+    size = x.double().abs() @ w.double().abs().T  # a sum's error is relative to its terms
+    rounding = torch.finfo(x.dtype).eps * exact.abs()
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert bool(((y - exact).abs() <= rounding + 2e-6 * size + 1e-30).all())
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+@DTYPES
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["w_fp32", "w_bf16"])
+def test_linear(variant: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    for M, N, K in shapes(1, 30):
+        x, w = inputs(M, N, K, dtype)
+        w = w.to(weights)
+        check(torch.ops.llama3.linear(x, w), x, w)
+
+
+@DTYPES
+def test_linear_int8(variant: str, dtype: torch.dtype) -> None:
+    for M, N, K in shapes(2, 30):
+        x, w = inputs(M, N, K, dtype)
+        q, scale = quantize_int8(w)
+        check(torch.ops.llama3.linear_int8(x, q, scale), x, q.double() * scale.double()[:, None])
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_linear_int4(variant: str, dtype: torch.dtype, group: int) -> None:
+    for M, N, K in shapes(3, 15, multiple=group):
+        x, w = inputs(M, N, K, dtype)
+        packed, scale, zero = quantize_int4(w, group)
+        y = torch.ops.llama3.linear_int4(x, packed, scale, zero, N)
+        # The kernel sums codes and the zero apart; each is larger than the weight they make.
+        size = dequantize_int4(packed, scale, zero.abs(), N).double()
+        exact = x.double() @ dequantize_int4(packed, scale, zero, N).double().T
+        bound = 2e-6 * (x.double().abs() @ size.T) + torch.finfo(dtype).eps * exact.abs()
+        assert bool(((y - exact).abs() <= bound).all())
+
+
+def test_extreme_weights(variant: str) -> None:
+    x = torch.ones(1, 64)
+    w = torch.full((2, 64), -127, dtype=torch.int8)
+    assert torch.ops.llama3.linear_int8(x, w, torch.ones(2)).tolist() == [[-8128.0] * 2]
+    codes = torch.full((1, 8, 16), -1, dtype=torch.int32)  # all 15
+    one, none = torch.ones(1, 2, 16).bfloat16(), torch.zeros(1, 2, 16).bfloat16()
+    assert torch.ops.llama3.linear_int4(x, codes, one, none, 16).tolist() == [[960.0] * 16]
+    inf = torch.tensor([[1.0, float("inf")]])  # the next row is not read
+    assert torch.ops.llama3.linear(torch.tensor([[1.0]]), inf.T.contiguous()).tolist() == [
+        [1.0, float("inf")]
+    ]
+
+
+def test_many_dimensions_views_and_nothing(ops: object) -> None:
+    linear = torch.ops.llama3.linear
+    w = torch.randn(6, 8)
+    x = torch.randn(8, 3, 2).transpose(0, 2)  # (2, 3, 8), not contiguous
+    torch.testing.assert_close(linear(x, w), F.linear(x, w))
+    torch.testing.assert_close(linear(x[0, 0], w), F.linear(x[0, 0], w))
+    assert linear(torch.empty(0, 8), w).shape == (0, 6)
+    assert linear(torch.empty(2, 8), torch.empty(0, 8)).shape == (2, 0)
+    assert linear(torch.empty(2, 0), torch.empty(3, 0)).tolist() == [[0.0] * 3] * 2
+
+
+def test_mistakes_are_named(ops: object) -> None:
+    linear, w = torch.ops.llama3.linear, torch.randn(6, 8)
+    with pytest.raises(RuntimeError, match="as wide as w"):
+        linear(torch.randn(2, 7), w)
+    with pytest.raises(RuntimeError, match="x must be fp32 or bf16"):
+        linear(torch.randn(2, 8).half(), w)
+    with pytest.raises(RuntimeError, match="w must be contiguous"):
+        linear(torch.randn(2, 6), w.T)
+    with pytest.raises(RuntimeError, match="scale must be fp32"):
+        torch.ops.llama3.linear_int8(torch.randn(8), w.to(torch.int8), torch.ones(5))
+    packed, scale, zero = quantize_int4(torch.randn(16, 64))
+    with pytest.raises(RuntimeError, match="packed must be int32"):
+        torch.ops.llama3.linear_int4(torch.randn(64), packed, scale, zero, 17)
+    with pytest.raises(RuntimeError, match="scale and zero"):
+        torch.ops.llama3.linear_int4(torch.randn(64), packed, scale, zero[:, :1], 16)
+    with pytest.raises(RuntimeError, match="no variant"):
+        torch.ops.llama3.use_variant("abacus")
+    with pytest.raises(ValueError, match="do not divide 48 columns"):
+        quantize_int4(torch.randn(4, 48))
+
+
+def test_quantizing_and_back() -> None:
+    w = torch.randn(37, 256)
+    q, scale = quantize_int8(w)
+    assert bool(((dequantize_int8(q, scale) - w).abs() <= scale[:, None] * 0.501).all())
+    assert not dequantize_int8(*quantize_int8(torch.zeros(2, 8))).any()
+    packed, steps, zero = quantize_int4(w, 64)
+    assert packed.shape == (3, 32, 16) and steps.shape == zero.shape == (3, 4, 16)
+    # Half a step, and at the ends what rounding scale and zero to bf16 moves.
+    step = steps.float().transpose(1, 2).reshape(48, 4)[:37].repeat_interleave(64, dim=1)
+    back = dequantize_int4(packed, steps, zero, 37)
+    assert bool(((back - w).abs() <= 0.6 * step).all())
+    grid = torch.arange(16).repeat(4, 4) * 0.25 - 2  # on a grid already: exact
+    torch.testing.assert_close(dequantize_int4(*quantize_int4(grid), 4), grid, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpack_int4(variant: str, dtype: torch.dtype) -> None:
+    for N, K, group in [(1, 32, 32), (16, 64, 64), (37, 384, 128), (130, 96, 32)]:
+        packed, scale, zero = quantize_int4(torch.randn(N, K), group)
+        x = torch.empty(2, K, dtype=dtype)
+        got = torch.ops.llama3.unpack_int4(x, packed, scale, zero, N)
+        want = dequantize_int4(packed, scale, zero, N).to(dtype)
+        assert got.dtype == dtype
+        # One rounding less where multiplication and addition are fused.
+        torch.testing.assert_close(
+            got, want, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
+        )
+        assert (got == want).float().mean() > 0.95
+
+
+def test_widen_int8(variant: str) -> None:
+    q = torch.arange(-128, 128, dtype=torch.int8)
+    for n in (0, 1, 17, 256):
+        assert torch.equal(torch.ops.llama3.widen_int8(q[:n]), q[:n].to(torch.bfloat16))
+
+
+def test_dispatch_by_rows(ops: object) -> None:
+    """More rows than MAX_ROWS, or a gradient: torch's own operators, to the same numbers."""
+    w = torch.randn(24, 64)
+    q, scale = quantize_int8(w)
+    packed, steps, zero = quantize_int4(w)
+    for M in (1, 40):
+        x = torch.randn(M, 64, requires_grad=True)
+        for y, oracle in (
+            (kernels.linear(x, w), w),
+            (linear_int8(x, q, scale), dequantize_int8(q, scale)),
+            (linear_int4(x, packed, steps, zero, 24), dequantize_int4(packed, steps, zero, 24)),
+        ):
+            assert y.requires_grad
+            torch.testing.assert_close(y, F.linear(x, oracle))
+        with torch.inference_mode():
+            assert kernels.use("bf16", x) == (M == 1)
+            torch.testing.assert_close(linear_int8(x, q, scale), x @ dequantize_int8(q, scale).T)
+    assert kernels.linear(torch.randn(1, 64, requires_grad=True), w).requires_grad
+    assert kernels.linear(torch.randn(1, 64), w.clone().requires_grad_()).requires_grad
+
+
+def test_fake_tensors_have_the_shape(ops: object) -> None:
+    with FakeTensorMode():
+        x = torch.empty(2, 3, 64, dtype=torch.bfloat16)
+        y = torch.ops.llama3.linear(x, torch.empty(5, 64))
+        assert y.shape == (2, 3, 5) and y.dtype == torch.bfloat16
+        q = torch.empty(5, 64, dtype=torch.int8)
+        assert torch.ops.llama3.linear_int8(x, q, torch.empty(5)).shape == (2, 3, 5)
+        packed, scale, zero = quantize_int4(torch.empty(21, 64))
+        assert torch.ops.llama3.linear_int4(x, packed, scale, zero, 21).shape == (2, 3, 21)
+
+
+def test_torch_compile_calls_them(ops: object) -> None:
+    w = torch.randn(24, 64)
+    q, scale = quantize_int8(w)
+    packed = quantize_int4(w)
+
+    def step(x: Tensor) -> Tensor:
+        y = F.silu(kernels.linear(x, w)) * linear_int8(x, q, scale)
+        return y + linear_int4(x, *packed, 24)
+
+    seen: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> object:
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    x = torch.randn(1, 64)
+    with torch.inference_mode():
+        compiled = torch.compile(step, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x), step(x))
+        for name in ("linear", "linear_int8", "linear_int4"):
+            assert any(f"llama3.{name}" in str(target).replace("::", ".") for target in seen), seen
+        through_inductor = torch.compile(step, fullgraph=True)
+        torch.testing.assert_close(through_inductor(x), step(x))
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+LOAD = """
+import logging; logging.basicConfig(level=logging.INFO)
+import torch; from llama import kernels
+print(kernels.load(), kernels.load(), kernels.linear(torch.ones(1, 8), torch.ones(2, 8)).tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    "environment, reason",
+    [
+        ({"CXX": "false"}, "false failed"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler'"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler 'g++'"),
+        ({"LLAMA3_KERNELS": "0"}, "LLAMA3_KERNELS=0"),
+    ],
+)
+def test_without_kernels_torch_serves(
+    tmp_path: Path, environment: dict[str, str], reason: str
+) -> None:
+    done = run(LOAD, TORCH_EXTENSIONS_DIR=str(tmp_path), **environment)
+    assert done.stdout == "False False [[8.0, 8.0]]\n", done.stderr
+    assert done.stderr.count(reason) == 1 and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run(LOAD, TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "below"))
+    assert done.stdout.startswith("False False") and "Traceback" not in done.stderr
+
+
+def test_two_processes_at_once(ops: object, tmp_path: Path) -> None:
+    """Both compile, both load; one library is left, and a third process compiles nothing."""
+    start = [sys.executable, "-c", LOAD]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    both = [subprocess.Popen(start, env=env, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate()
+        assert out.startswith("True True"), err
+    assert [path.name for path in tmp_path.iterdir()] == [kernels.library_path().name]
+    again = run(LOAD, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert again.stdout.startswith("True True") and again.stderr == ""

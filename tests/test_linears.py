@@ -1,0 +1,154 @@
+"""linears.py and checkpoint.tune: exchanged modules compute what the plain ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from llama import Llama, ModelArgs, Transformer, kernels
+from llama.checkpoint import tune
+from llama.linears import Int4Linear, Int8Linear, KernelLinear
+from llama.quantize import dequantize_int4, dequantize_int8
+from tests.conftest import random_weights
+
+SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
+SHAPE |= {"vocab_size": 200, "max_seq_len": 64, "max_batch_size": 3, "multiple_of": 32}
+TOKENS = torch.arange(80).view(2, 40)
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> Transformer:
+    model = Transformer(ModelArgs(**SHAPE))
+    model.load_state_dict(random_weights(**SHAPE))
+    return model.eval().to(dtype)
+
+
+def with_dequantized_weights(model: Transformer) -> Transformer:
+    """A plain model with the weights that a quantized one stands for."""
+    plain = make_model()
+    for name, module in model.named_modules():
+        if isinstance(module, Int8Linear):
+            w = dequantize_int8(module.q, module.scale)
+        elif isinstance(module, Int4Linear):
+            w = dequantize_int4(module.packed, module.scale, module.zero, module.n)
+        else:
+            continue
+        linear = plain.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        linear.weight.data = w
+    return plain
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@torch.inference_mode()
+def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
+    model = make_model()
+    tune(model, scheme, exact=False)
+    plain, untouched = with_dequantized_weights(model), make_model()
+    for tokens in (TOKENS, TOKENS[:1, :3]):  # more rows than the kernels take, and fewer
+        want = plain(tokens)
+        torch.testing.assert_close(model(tokens), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(tokens, 0), want, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(want, untouched(tokens), atol=1e-3)
+    kinds = [Int8Linear if scheme == "int8" else Int4Linear] * 7 * 2 + [Int8Linear]
+    found = [type(m) for m in model.modules() if isinstance(m, (Int8Linear, Int4Linear))]
+    assert found == kinds and not any(isinstance(m, nn.Linear) for m in model.modules())
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
+def test_quantized_weights_are_near(scheme: str, most: float) -> None:
+    model = make_model()
+    tune(model, scheme, exact=False)
+    near = dict(with_dequantized_weights(model).named_parameters())
+    for name, w in make_model().named_parameters():
+        if "norm" not in name:
+            assert (near[name] - w).norm() / w.norm() < most, name
+
+
+@pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
+def test_kernels_share_the_weights_and_names() -> None:
+    model = make_model(torch.bfloat16)
+    model.output.weight = model.tok_embeddings.weight  # tied
+    before = {name: w.data_ptr() for name, w in model.state_dict().items()}
+    tune(model, None, exact=False)
+    assert {name: w.data_ptr() for name, w in model.state_dict().items()} == before
+    assert sum(isinstance(m, KernelLinear) for m in model.modules()) == 15
+    exact = make_model(torch.bfloat16)
+    exact.output.weight = exact.tok_embeddings.weight
+    tune(exact, None, exact=True)
+    assert not any(isinstance(m, KernelLinear) for m in exact.modules())
+    with torch.inference_mode():
+        torch.testing.assert_close(model(TOKENS, 0), exact(TOKENS, 0), atol=0.1, rtol=0.1)
+        step = model(TOKENS[:, :1], 40), exact(TOKENS[:, :1], 40)
+        torch.testing.assert_close(*step, atol=0.1, rtol=0.1)
+
+
+def test_a_tuned_model_still_trains() -> None:
+    model = make_model()
+    tune(model, None, exact=False)
+    model(TOKENS[:, :2]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_float16_does_not_overflow() -> None:
+    """Codes up to 127 times many inputs leave its range before the scale brings them back."""
+    linear = Int8Linear(torch.full((4, 4096), 0.01))
+    x = torch.ones(3, 4096, dtype=torch.float16)
+    torch.testing.assert_close(linear(x), torch.full((3, 4), 40.96).half())
+
+
+@pytest.fixture(scope="module")
+def build(
+    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path
+) -> Callable[..., Llama]:
+    folder = tiny_checkpoint(dim=64, multiple_of=32)
+
+    def build(**options: Any) -> Llama:
+        path = llama3_tokenizer_path
+        return Llama.build(folder, path, 64, 4, device="cpu", dtype=torch.float32, **options)
+
+    return build
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_rows_of_a_quantized_model_are_independent(
+    build: Callable[..., Llama], scheme: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama = build(quantize=scheme)
+    assert f"float32 and {scheme}" in capfd.readouterr().err
+    prompts = [[128000, 9, 8, 7], [128000, *range(500, 520)], [128000], [128000, *range(40)]]
+    for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 7}):
+        together, _ = llama.generate(prompts, 12, **options)  # type: ignore[arg-type]
+        alone = [llama.generate([p], 12, **options)[0][0] for p in prompts]  # type: ignore[arg-type]
+        assert together == alone
+
+
+def test_bad_quantization(
+    build: Callable[..., Llama], tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"unknown scheme 'int5'; use one of \['int8', 'int4'\]"):
+        build(quantize="int5")
+    odd = tiny_checkpoint(dim=48)
+    with pytest.raises(ValueError, match=r"layers.0.attention.wq: groups of 32 do not divide 48"):
+        Llama.build(odd, llama3_tokenizer_path, 8, 1, device="cpu", quantize="int4")
+    model = make_model()
+    tune(model, "int8", exact=False)
+    with pytest.raises(ValueError, match="quantized already"):
+        tune(model, "int8", exact=False)
+
+
+@pytest.mark.parametrize(("scheme", "most"), [("int8", 1.01), ("int4", 1.03)])
+def test_perplexity_of_the_demo_model(
+    demo: Llama, demo_dir: Path, scheme: str, most: float
+) -> None:
+    """docs/performance.md has it on 20,000 tokens."""
+    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")[:3000]
+    quantized = Llama.build(
+        demo_dir, None, 256, 8, device="cpu", dtype=torch.float32, quantize=scheme
+    )
+    ratio = quantized.perplexity(text).perplexity / demo.perplexity(text).perplexity
+    assert 1 / most < ratio < most
