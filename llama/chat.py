@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama.generation import Llama
 from llama.pieces import Stream
 from llama.request import Request
 from llama.tokenizer import Message
 
+if TYPE_CHECKING:
+    from prompt_toolkit import PromptSession
+
 HELP = """\
 /system TEXT  tell the model how to behave (without TEXT: show what it was told)
+/undo         drop the last message and its answer
 /reset        begin a new dialog; what /system told stays
-/save FILE    write the dialog as JSON
+/save FILE    write the dialog as JSON, to a new file or the one it was in
 /load FILE    go on with a saved dialog
 /quit         end, as Ctrl-D does; Ctrl-C stops an answer
 A message that begins with "/" is sent if a space stands before it."""
@@ -32,17 +35,26 @@ class Chat:
 
     Args:
         options: of `Llama.chat_stream`.
+        interactive: Ctrl-C stops an answer; otherwise it ends the program.
     """
 
-    def __init__(self, llama: Llama, options: dict[str, Any], system: str | None = None):
+    def __init__(
+        self,
+        llama: Llama,
+        options: dict[str, Any],
+        system: str | None = None,
+        interactive: bool = True,
+    ):
         if llama.formatter is None:
             raise ValueError("this is a base model, without a chat format; use `llama3 complete`")
-        self.llama, self.options = llama, options
+        self.llama, self.options, self.interactive = llama, options, interactive
         self.formatter = llama.formatter
         self.dialog: list[Message] = []
+        self.file: Path | None = None  # where this dialog was saved or came from
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: tell(HELP),
             "/system": self.system,
+            "/undo": self.undo,
             "/reset": self.reset,
             "/save": self.save,
             "/load": self.load,
@@ -91,9 +103,17 @@ class Chat:
                 say(piece.text)
             reason = stream.request.finish_reason
         except KeyboardInterrupt:
+            if not self.interactive:
+                raise
             reason = "cancelled"
         except ValueError as e:
-            raise ValueError(f"{e}; or /reset" if stream is None else str(e)) from None
+            if "more than max_seq_len" not in str(e):
+                raise
+            room = self.llama.model.params.max_seq_len
+            raise ValueError(
+                f"the dialog would be longer than {room} tokens: /undo drops its last message, "
+                "/reset all; or start with a larger --max_seq_len"
+            ) from None
         finally:
             if stream is not None:
                 stream.close()
@@ -111,36 +131,44 @@ class Chat:
             tell(self.dialog[0]["content"] if told else "nothing was told; /system TEXT does")
             return
         self.dialog[: int(told)] = [{"role": "system", "content": text}]
+        tell("the model is told so")
+
+    def undo(self, _: str = "") -> None:
+        """Drop the last of the user's messages and what follows it."""
+        asked = [i for i, message in enumerate(self.dialog) if message["role"] == "user"]
+        if not asked:
+            raise ValueError("there is no message to drop")
+        del self.dialog[asked[-1] :]
+        tell(f"dropped; {len(self.dialog)} messages are left")
 
     def reset(self, _: str = "") -> None:
         """Forget all but the system message."""
         self.dialog = [message for message in self.dialog[:1] if message["role"] == "system"]
+        self.file = None
+        tell("a new dialog")
 
     def save(self, name: str) -> None:
-        """Write the dialog, whole or not at all; over nothing but a saved dialog."""
-        path = _path(name)
-        if path.exists():
-            try:
-                self._read(path)
-            except (ValueError, TypeError):
-                raise ValueError(
-                    f"{path} is there and is no saved dialog; use another name"
-                ) from None
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as f:
-            try:
-                json.dump(self.dialog, f, ensure_ascii=False, indent=1)
-                f.close()
-                os.replace(f.name, path)
-            except BaseException:
-                os.unlink(f.name)
-                raise
+        """Write the dialog, whole or not at all, and over no file that is not its own."""
+        path = _path(name).resolve()
+        if not self.dialog:
+            raise ValueError("there is nothing to save yet")
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {path.parent}")
+        if path.exists() and path != self.file:
+            raise FileExistsError(f"{path} is there already; use another name")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.dialog, ensure_ascii=False, indent=1), "utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self.file = path
         tell(f"{len(self.dialog)} messages written to {path}")
 
     def load(self, name: str) -> None:
         """Go on with a saved dialog; the present one is given up if it can be read."""
-        self.dialog = self._read(_path(name))
+        path = _path(name).resolve()
+        self.dialog, self.file = self._read(path), path
         tell(f"{len(self.dialog)} messages read")
 
     def _read(self, path: Path) -> list[Message]:
@@ -184,20 +212,31 @@ def tell(text: str) -> None:
 
 
 def lines_of_stdin() -> Iterator[str]:
-    """What the user types, line by line, with history and editing; or a pipe's lines."""
+    """What the user types, line by line, with history and editing; or a pipe's lines.
+
+    Raises:
+        ImportError: at once, if the package for it is missing.
+    """
     if not sys.stdin.isatty():
-        yield from sys.stdin
-        return
+        return (line.decode("utf-8", "replace") for line in sys.stdin.buffer)
     try:
         from prompt_toolkit import PromptSession
     except ImportError as e:
         raise ImportError("chat in a terminal needs: pip install 'llama3[chat]'") from e
-    session: PromptSession[str] = PromptSession("> ")
+    return _typed_lines(PromptSession("> "))
+
+
+def _typed_lines(session: PromptSession[str]) -> Iterator[str]:
     tell("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
-    while True:
+    failures = 0
+    while failures < 3:
         try:
-            yield session.prompt()
+            line = session.prompt()
+            failures = 0
+            yield line
         except KeyboardInterrupt:
             tell("Ctrl-D ends")
+        except RuntimeError:  # Ctrl-C while its event loop began or ended
+            failures += 1
         except EOFError:
             return

@@ -106,8 +106,10 @@ class Commands:
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
         lines = lines_of_stdin()
         llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize)
-        if not Chat(llama, {**how, "max_gen_len": max_gen_len}, system).run(lines):
-            raise SystemExit(0 if sys.stdin.isatty() else 1)
+        how["max_gen_len"] = max_gen_len
+        terminal = sys.stdin.isatty()
+        if not Chat(llama, how, system, terminal).run(lines) and not terminal:
+            raise SystemExit(1)
 
     def perplexity(
         self,
@@ -133,13 +135,17 @@ class Commands:
             quantize: int8 or int4 holds the layers' weights so.
             json: print one JSON object.
         """
+        from llama import parallel
         from llama.scoring import check_windows, read_text
 
         text = read_text(file)
         stride = check_windows(context, stride)
+        context = min(context, len(text.encode()) + 2)  # more than its tokens are never needed
+        stride = min(stride, context - 1)
         llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1, quantize)
         result = llama.perplexity(text, stride=stride)
-        print(result.as_json() if json else result)
+        if parallel.rank() == 0:
+            print(result.as_json() if json else result)
 
     def convert(
         self,

@@ -17,6 +17,9 @@ def run(component: Any, name: str) -> None:
 
     A mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
     """
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed by who started us
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 - as long as the process
     # So that whatever is half-written is removed, as it is by Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -45,13 +48,15 @@ def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:
     text such as 1e3 or a#b as something else.
 
     Raises:
-        ValueError: an unknown flag, or more words than the command takes.
+        ValueError: an unknown flag, more words than the command takes, or one that is not text.
     """
     positional = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     result: list[str] = []
     parameter: inspect.Parameter | None = None  # whose value comes next
     leading = 0
     for argument in arguments:
+        if not argument.isascii() and re.search("[\ud800-\udfff]", argument):
+            raise ValueError(f"{argument!a} is not text in UTF-8")
         if re.fullmatch("-[a-zA-Z]", argument):  # short for the one flag that begins so
             names = [name for name in signature.parameters if name[0] == argument[1]]
             argument = f"--{names[0]}" if len(names) == 1 else f"-{argument}"
@@ -63,7 +68,12 @@ def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:
             if parameter is None and name.removeprefix("no") not in known:
                 raise ValueError(f"unknown flag {flag}; the flags are {sorted(known)}")
             result.append(flag + (f"={_quoted(value, parameter)}" if equals else ""))
-            parameter = None if equals else parameter
+            is_switch = parameter is None or parameter.annotation in (bool, "bool")
+            if is_switch and not equals:  # else Fire takes the next word for its value
+                result[-1] = f"--{name}=True" if parameter else f"--{name.removeprefix('no')}=False"
+            if is_switch and equals and value not in ("True", "False"):
+                raise ValueError(f"{flag} must be of type bool: give it alone, or =True or =False")
+            parameter = None if equals or is_switch else parameter
             continue
         if parameter is None:
             if leading == len(positional):

@@ -7,6 +7,7 @@ last. Requests come and go between steps (continuous batching, as in Orca, OSDI 
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from llama import parallel
 from llama.model import Transformer
-from llama.passes import chosen_logprobs, draw, hidden_of_chunks, score_prompt
+from llama.passes import draw_at, hidden_of_chunks, score_prompt
 from llama.request import FinishReason, Request
 from llama.slots import Slot, Slots
 
@@ -42,8 +43,9 @@ class Event:
 class Engine:
     """Generates for any number of requests, as many at once as the model's cache has rows.
 
-    Its methods may be called from any thread. What a request gets does not depend on the others,
-    up to the rounding of its dtype, if it is greedy or has a seed.
+    Its methods may be called from any thread; with several ranks from one, alike on each. What a
+    request gets does not depend on the others, up to the rounding of its dtype, if it is greedy or
+    has a seed.
 
     Args:
         model: its cache belongs to the engine from here on; another user of the cache (such as
@@ -62,7 +64,10 @@ class Engine:
         self._slots: Slots | None = None
         self._added = 0
         self._changed = threading.Condition(threading.RLock())
-        self._stepping = False
+        self._ended: list[Request] = []  # whose slots are to be freed
+        self._stepper = 0  # the thread that steps
+        self._telling = False  # a watcher runs
+        self._thread = 0  # the only one, with several ranks
 
     def add(self, request: Request) -> int:
         """Queue a request; it takes part from the next step on.
@@ -73,14 +78,24 @@ class Engine:
         Raises:
             TypeError, ValueError: the request cannot be run. Others are not touched.
         """
-        request.check(self.model.params)
+        self.check(request)
         with self._changed:
-            request.begin(self.model.params.max_seq_len, self.model.norm.weight.device)
+            request.begin(self._room(), self.model.norm.weight.device)
             self._added += 1
             request.id = self._added
             self._requests[request.id] = request
             self._waiting.append(request)
             return request.id
+
+    def check(self, request: Request) -> None:
+        """Raise the TypeError or ValueError that `add` would."""
+        if not isinstance(request, Request):
+            raise TypeError(f"add takes a Request, not {type(request)}")
+        request.check(self.model.params.vocab_size, self._room())
+
+    def _room(self) -> int:
+        cache = next(self.model.attentions()).cache
+        return self.model.params.max_seq_len if cache is None else cache.k.shape[1]
 
     def cancel(self, id: int) -> bool:
         """End a request and free its slot. False if it had ended already.
@@ -95,7 +110,8 @@ class Engine:
             if request is None or request.finish_reason is not None:
                 return False
             request.finish_reason = "cancelled"
-            if not self._stepping:  # else the end of the step frees it
+            self._ended.append(request)
+            if not self._stepper:  # else the end of the step frees it
                 self._sweep()
             self._changed.notify_all()
             return True
@@ -108,7 +124,8 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance every request that has a slot; what happened, in no certain order.
 
-        A request that cannot go on ends with the finish_reason "error"; nothing is raised.
+        A request that cannot go on ends with the finish_reason "error"; nothing is raised. What
+        another thread's steps, or those of `wait`, do is seen by the requests' watchers only.
         """
         with self._turn(lambda: False):
             return self._step()
@@ -125,41 +142,54 @@ class Engine:
     def forget(self) -> None:
         """Let no later request build upon what is cached now, as after a change of weights."""
         with self._turn(lambda: False):
-            for slot in self._slots.rows if self._slots else ():
-                slot.cached = slot.cached if slot.request else []
+            for slot in self._rows():
+                slot.stale = True
+                if slot.request is None:
+                    slot.cached = []
 
     @contextmanager
     def _turn(self, ready: Callable[[], object]) -> Iterator[bool]:
         """Be the only thread that steps, or (False) find oneself ready through another's step."""
+        me = threading.get_ident()
+        if parallel.size() > 1 and self._thread not in (0, me):
+            raise RuntimeError("with several ranks, one thread makes all calls, alike on each rank")
         with self._changed:
-            self._changed.wait_for(lambda: ready() or not self._stepping)
+            self._thread = me
+            if self._telling and self._stepper == me:
+                raise RuntimeError("a watcher cannot make a step within a step")
+            # A step of this thread that an interrupt ended may not have said so.
+            self._changed.wait_for(lambda: ready() or self._stepper in (0, me))
             mine = not ready()
             if mine:
-                self._stepping = True
+                self._stepper = me
         try:
             yield mine
         finally:
             if mine:
                 with self._changed:
-                    self._stepping = False
-                    self._sweep()
+                    self._stepper = 0
                     self._changed.notify_all()
+                    self._sweep()
 
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
-        for slot in self._slots.rows if self._slots else ():
-            if slot.request is not None and slot.request.finish_reason is not None:
+        while self._ended:
+            request = self._ended.pop()
+            self._requests.pop(request.id, None)
+            held = [slot for slot in self._rows() if slot.request is request]
+            for slot in held:
                 slot.release()
-        ended = [r for r in self._requests.values() if r.finish_reason is not None]
-        for request in ended:
-            del self._requests[request.id]
-            if request in self._waiting:
+            if not held and request in self._waiting:
                 self._waiting.remove(request)
+
+    def _rows(self) -> list[Slot]:
+        return self._slots.rows if self._slots else []
 
     @torch.inference_mode()
     def _step(self) -> list[Event]:
-        slots = self._own_cache()
-        events = self._admit(slots)
+        events: list[Event] = []
+        slots = self._own_cache(events)
+        events += self._admit(slots)
         self.model.cache_owner = None  # should an interrupt leave it half arranged
         decoding, prefilling = slots.arrange()
         self.model.cache_owner = self
@@ -172,13 +202,13 @@ class Engine:
             events += self._advance(prefilling, len(decoding), share)
         return events
 
-    def _own_cache(self) -> Slots:
+    def _own_cache(self, events: list[Event]) -> Slots:
         """The slots; anew, and without the requests that ran, if the cache changed hands."""
         if self._slots is None or self.model.cache_owner is not self:
-            for slot in self._slots.rows if self._slots else ():
+            for slot in self._rows():
                 if slot.request is not None:
                     slot.request.fail(RuntimeError("another user of the cache wrote over this"))
-                    self._tell(slot.request)
+                    events.append(self._tell(slot.request))
             if next(self.model.attentions()).cache is None:
                 params = self.model.params
                 self.model.setup_cache(params.max_batch_size, params.max_seq_len)
@@ -194,10 +224,10 @@ class Engine:
                 if request.budget == 0 and request.score_from is None:
                     request.finish_reason = "length"
                     events.append(self._tell(request))
-                elif slots.free():
+                elif all(slot.request is not request for slot in slots.rows):
+                    if not slots.free():
+                        break
                     slots.place(request)
-                else:
-                    break
                 self._waiting.popleft()
         return events
 
@@ -206,67 +236,61 @@ class Engine:
         try:
             return self._feed(slots, first_row, most)
         except Exception as e:  # such as memory that ran out: the others need not suffer
+            if parallel.size() > 1:  # nor may this rank go on without the others
+                raise
             for slot in slots:
                 slot.running.fail(e)
             return [self._tell(slot.running) for slot in slots]
 
     def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
+        """Compute all, then note it: what an interrupt keeps from being noted is done again."""
         starts = [len(slot.cached) for slot in slots]
         chunks = [
             slot.running.tokens[start : start + most]
             for slot, start in zip(slots, starts, strict=True)
         ]
         h = hidden_of_chunks(self.model, chunks, starts, first_row)
-        last: list[int] = []  # where in `h` the next ids are predicted
-        requests: list[Request] = []
-        events: list[Event] = []
-        for i, (slot, start, chunk) in enumerate(zip(slots, starts, chunks, strict=True)):
-            slot.cached += chunk
-            slot.written = max(slot.written, start + h.shape[1])
-            request = slot.running
-            score_prompt(self.model, request, h[i], start, len(chunk))
-            if slot.pending or request.finish_reason is not None:
-                continue
-            if request.budget == 0:  # it was scored
-                request.finish_reason = "length"
-                events.append(self._tell(request))
-            else:
-                last.append(i * h.shape[1] + len(chunk) - 1)
-                requests.append(request)
-        if requests:
-            index = torch.tensor(last, device=h.device)
-            logits = self.model.logits(h.flatten(0, 1).index_select(0, index))
-            events += self._draw(requests, logits)
-        return events
-
-    def _draw(self, requests: Sequence[Request], logits: Tensor) -> list[Event]:
-        """The next id of each request. A row whose logits are not numbers fails alone."""
-        finite = logits.amax(-1).isfinite().tolist()
-        if not all(finite):
-            logits = logits.nan_to_num(0.0, 0.0)
-        drawn = draw(requests, logits)
-        scores = [0.0] * len(requests)
-        if any(request.logprobs for request in requests):
-            scores = chosen_logprobs(logits, drawn).tolist()
+        scored = [
+            score_prompt(self.model, slot.running, h[i], starts[i], len(chunks[i]))
+            for i, slot in enumerate(slots)
+        ]
+        last = [  # where in `h` the next ids are predicted
+            (slot.running, i * h.shape[1] + len(chunks[i]) - 1)
+            for i, slot in enumerate(slots)
+            if slot.pending == len(chunks[i]) and slot.running.budget > 0
+        ]
+        drawn = draw_at(self.model, h, last) if last else {}
         events = []
-        for row in zip(requests, drawn.tolist(), scores, finite, strict=True):
-            request, token, score, is_number = row
-            if is_number:
-                request.take(token, score)
-                events.append(self._tell(request, token, score))
-            else:
+        for slot, start, chunk, scores in zip(slots, starts, chunks, scored, strict=True):
+            request = slot.running
+            slot.written = max(slot.written, start + h.shape[1])
+            whole = slot.pending == len(chunk)
+            token, logprob = drawn.get(request.id, (None, 0.0))
+            before = len(request.tokens)
+            if not all(map(math.isfinite, [*scores, logprob])):
                 request.fail(ValueError(f"{request.name} made the model's logits not a number"))
-                events.append(self._tell(request))
+            elif token is not None:
+                request.take(token, logprob)
+            elif whole and request.finish_reason is None:  # it was to be scored
+                request.finish_reason = "length"
+            request.prompt_logprobs += scores
+            slot.cached += chunk
+            if whole or request.finish_reason is not None:
+                new = len(request.tokens) > before
+                events.append(self._tell(request, token if new else None, logprob))
         return events
 
     def _tell(self, request: Request, token: int | None = None, logprob: float = 0.0) -> Event:
         """Let the request's watcher see it; the event of it."""
         if request.watch is not None:
+            self._telling = True
             try:
                 request.watch()
             except Exception as e:
                 request.fail(e)
-        if request.stop_token is not None:
-            token = None
+            finally:
+                self._telling = False
+        if request.finish_reason is not None:
+            self._ended.append(request)
         score = logprob if request.logprobs and token is not None else None
         return Event(request.id, token, score, request.finish_reason)

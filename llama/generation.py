@@ -133,7 +133,7 @@ class Llama:
             score_from=0 if logprobs and echo else None,
             reuse=reuse_prefix,
         )
-        run(self.engine, requests)
+        run(self.engine, requests, stacklevel=3)
         ids = [r.tokens if echo else r.ids for r in requests]
         if not logprobs:
             return ids, None
@@ -249,6 +249,8 @@ class Llama:
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
         ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
+        if [] in ids:
+            raise ValueError(f"prompt {ids.index([])} is empty; give at least one token")
         decode, bos_id = self.tokenizer.decode, self.tokenizer.bos_id
         return [
             {

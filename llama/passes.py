@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,29 @@ def hidden_of_chunks(
     return model.hidden(tokens, start_pos, max(starts) + T, first_row)
 
 
+def draw_at(
+    model: Transformer, h: Tensor, last: Sequence[tuple[Request, int]]
+) -> dict[int, tuple[int, float]]:
+    """By request id, the id drawn and its log-probability, not a number where the logits are none.
+
+    Args:
+        h: (B, T, dim) hidden states.
+        last: where each request's next id is predicted, in h as (B T, dim).
+    """
+    requests = [request for request, _ in last]
+    index = torch.tensor([at for _, at in last], device=h.device)
+    logits = model.logits(h.flatten(0, 1).index_select(0, index))
+    finite = logits.amax(-1).isfinite().tolist()
+    if not all(finite):  # drawing would fail, and for all
+        logits = logits.nan_to_num(0.0, 0.0)
+    drawn = draw(requests, logits)
+    scores = [0.0] * len(requests)
+    if any(request.logprobs for request in requests):
+        scores = chosen_logprobs(logits, drawn).tolist()
+    rows = zip(requests, drawn.tolist(), scores, finite, strict=True)
+    return {r.id: (token, score if known else math.nan) for r, token, score, known in rows}
+
+
 def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
     """One id a request, (B, V) -> (B,): the same on all ranks."""
     groups: dict[tuple[Sampling, bool], list[int]] = {}  # rows that can be drawn together
@@ -58,7 +82,7 @@ def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 def score_prompt(
     model: Transformer, request: Request, hidden: Tensor, start: int, length: int
-) -> None:
+) -> list[float]:
     """Log-probabilities of the prompt's ids that a chunk predicts, a slice of logits at a time.
 
     Args:
@@ -67,10 +91,12 @@ def score_prompt(
         length: how much of it is not padding.
     """
     if request.score_from is None:
-        return
+        return []
+    scores: list[float] = []
     end = min(start + length + 1, len(request.prompt))
     for at in range(max(start + 1, request.score_from), end, SCORE_CHUNK):
         chosen = request.tokens[at : min(at + SCORE_CHUNK, end)]
         logits = model.logits(hidden.narrow(0, at - 1 - start, len(chosen)))
         index = torch.tensor(chosen, device=hidden.device)
-        request.prompt_logprobs += chosen_logprobs(logits, index).tolist()
+        scores += chosen_logprobs(logits, index).tolist()
+    return scores

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import threading
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llama.engine import Engine
@@ -50,6 +51,8 @@ class Reader:
     def read(self) -> None:
         """Make a piece of what is new."""
         request = self.request
+        if request.error is not None:  # which is raised, after what came before it
+            return
         new = request.tokens[len(request.prompt) + self.seen :]
         piece = Piece("", new, request.generated_logprobs[self.seen :])
         self.seen += len(new)
@@ -75,23 +78,46 @@ class Stream:
     """An iterator over the pieces of one answer, which is generated as it is read.
 
     Streams of one `Llama` may run at the same time, in one thread or in several: each step of the
-    engine advances all that have begun. `close`, the end of a `with` block, or no longer being
-    referred to ends the generation.
+    engine advances all that have begun. `close` (from any thread), the end of a `with` block, or
+    no longer being referred to ends the generation.
 
     Attributes:
         request: what was asked; `request.reused` tells how much of the prompt was cached.
     """
 
     def __init__(self, engine: Engine, request: Request, reader: Reader):
-        request.check(engine.model.params)
-        self.request = request
-        self._pieces = _pieces(engine, request, reader)
+        self._ended = True  # until it is known that it can run
+        engine.check(request)
+        self.request, self._engine, self._reader = request, engine, reader
+        self._begin = threading.Lock()
+        self._ended = False
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        return next(self._pieces)
+        request, pieces = self.request, self._reader.pieces
+        with self._begin:
+            if not request.id and not self._ended:
+                self._engine.add(request)
+        try:
+            while not self._ended:
+                self._engine.wait(lambda: pieces or request.finish_reason or self._ended)
+                try:
+                    piece = pieces.popleft()
+                except IndexError:  # cancelled, failed, or another thread has taken it
+                    if request.finish_reason is None:
+                        continue
+                    self._ended = True
+                    if request.error is not None:
+                        raise request.error from None
+                    return Piece("", finish_reason=request.finish_reason)
+                self._ended = piece.finish_reason is not None
+                return piece
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
 
     def __enter__(self) -> Stream:
         return self
@@ -99,27 +125,15 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Free the slot at once."""
-        self._pieces.close()
-
-
-def _pieces(engine: Engine, request: Request, reader: Reader) -> Generator[Piece, None, None]:
-    engine.add(request)
-    try:
-        while True:
-            engine.wait(lambda: reader.pieces or request.finish_reason)
-            if reader.pieces:
-                piece = reader.pieces.popleft()
-            elif request.error is not None:
-                raise request.error
-            else:
-                piece = Piece("", finish_reason=request.finish_reason)
-            yield piece
-            if piece.finish_reason is not None:
-                return
-    finally:
-        engine.cancel(request.id)
+        if not self._ended:
+            self._ended = True
+            if self.request.id:
+                self._engine.cancel(self.request.id)
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -130,7 +144,8 @@ def _overlap(text: str, stop: str) -> int:
 
 def check_stop(stop: Sequence[str]) -> Sequence[str]:
     """`stop`, if it is a list of non-empty texts."""
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+    is_list = isinstance(stop, Collection) and not isinstance(stop, str)
+    if not is_list or not all(isinstance(text, str) for text in stop):
         raise TypeError(f"stop must be a list of texts, not {stop!r}")
     if "" in stop:
         raise ValueError("an empty stop text would end every answer at once; leave it out")

@@ -53,7 +53,9 @@ def make_requests(
         raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
     if not prompts:
         raise ValueError("the batch is empty; give at least one prompt")
-    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    seeds = [seed] * len(prompts)  # type: list[Any]
+    if isinstance(seed, Sequence) and not isinstance(seed, (str, bytes)):
+        seeds = list(seed)
     if len(seeds) != len(prompts):
         raise TypeError(f"seed must be one integer, or one a prompt, not {seed!r}")
     return [
@@ -62,11 +64,14 @@ def make_requests(
     ]
 
 
-def run(engine: Engine, requests: Sequence[Request]) -> None:
+def run(engine: Engine, requests: Sequence[Request], stacklevel: int = 4) -> None:
     """Run to the end.
 
     A request that is refused or fails ends with finish_reason "error" and a warning, and the
     others run. If there is no other, its error is raised.
+
+    Args:
+        stacklevel: of the warnings; 3 is the line that called this function's caller.
     """
     try:
         for request in requests:
@@ -83,7 +88,7 @@ def run(engine: Engine, requests: Sequence[Request]) -> None:
     if len(errors) == len(requests):
         raise errors[0]
     for error in errors:
-        warnings.warn(str(error), stacklevel=4)
+        warnings.warn(str(error), stacklevel=stacklevel)
 
 
 def finish(
@@ -97,7 +102,7 @@ def finish(
     prediction["finish_reason"] = request.finish_reason or "length"
     if request.error is not None:
         prediction["error"] = str(request.error)
-    if logprobs:
+    elif logprobs:
         tokens = request.tokens if echo else request.ids
         prediction["tokens"] = [tokenizer.decode([t]) for t in tokens]
         prediction["logprobs"] = [*request.prompt_logprobs, *request.generated_logprobs]

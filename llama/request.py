@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from llama.args import ModelArgs
 from llama.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -78,46 +77,55 @@ class Request:
         assert self.generator is not None
         return self.generator
 
-    def check(self, params: ModelArgs) -> None:
+    def check(self, vocab_size: int, room: int) -> None:
         """Raise a TypeError or ValueError for what the engine cannot run, saying what to do."""
-        if self.max_gen_len is not None:
-            if type(self.max_gen_len) is not int:
-                raise TypeError(f"max_gen_len must be an integer, not {self.max_gen_len!r}")
-            if self.max_gen_len < 0:
-                raise ValueError(f"max_gen_len must be 0 or more, not {self.max_gen_len}")
+        for name in ("max_gen_len", "score_from"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be an integer, not {value!r}")
+            if value is not None and int(value) < 0:
+                raise ValueError(f"{name} must be 0 or more, not {value}")
+        if not isinstance(self.sampling, Sampling):
+            raise TypeError(f"sampling must be a Sampling, not {self.sampling!r}")
+        if not isinstance(self.stop_tokens, Collection):
+            raise TypeError(f"stop_tokens must be a set of ids, not {self.stop_tokens!r}")
         check_seed(self.seed)
         prompt, name = self.prompt, self.name
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
             raise TypeError(f"{name} must be a list of token ids, not {type(prompt)}")
         if not prompt:
             raise ValueError(f"{name} is empty; give at least one token")
-        if len(prompt) > params.max_seq_len:
+        if len(prompt) > room:
             raise ValueError(
-                f"{name} has {len(prompt)} tokens, more than max_seq_len {params.max_seq_len}; "
+                f"{name} has {len(prompt)} tokens, more than max_seq_len {room}; "
                 "shorten it or build with more"
             )
         for token in prompt:
             if not isinstance(token, Integral) or isinstance(token, bool):
                 raise TypeError(f"{name} holds {token!r}, which is not a token id")
-            if not 0 <= token < params.vocab_size:
+            if not 0 <= token < vocab_size:
                 raise ValueError(
-                    f"{name} holds the token id {token}; ids are 0 to {params.vocab_size - 1}"
+                    f"{name} holds the token id {token}; ids are 0 to {vocab_size - 1}"
                 )
 
     def begin(self, room: int, device: torch.device) -> None:
         """Make ready to run in a cache row of `room` positions."""
         if self.tokens or self.finish_reason:
             raise ValueError("a request runs once; make another")
-        self.tokens = [int(token) for token in self.prompt]
+        self.prompt = [int(token) for token in self.prompt]  # the caller's list may change
+        self.stop_tokens = frozenset(self.stop_tokens)
+        self.tokens = list(self.prompt)
         room -= len(self.tokens)
-        self.budget = room if self.max_gen_len is None else min(self.max_gen_len, room)
+        self.budget = room if self.max_gen_len is None else min(int(self.max_gen_len), room)
         if self.score_from is not None:
             self.prompt_logprobs = [None] * min(max(1, self.score_from), len(self.tokens))
         if self.seed is not None:
             self.generator = torch.Generator(device).manual_seed(self.seed)
 
     def take(self, token: int, logprob: float) -> None:
-        """Add a drawn id, or end at a stop token."""
+        """Add a drawn id, or end at a stop token; nothing if it has ended (was cancelled)."""
+        if self.finish_reason is not None:
+            return
         if token in self.stop_tokens:
             self.stop_token = token
             self.finish_reason = "stop"

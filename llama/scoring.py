@@ -60,7 +60,7 @@ def read_text(path: str | Path) -> str:
         ValueError, OSError: it is none.
     """
     try:
-        text = Path(path).read_text("utf-8")
+        text = Path(path).read_bytes().decode("utf-8")  # line ends as they are
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8: {e.reason} at byte {e.start}") from None
     if not text:
@@ -116,20 +116,20 @@ def score_ids(
     stride = check_windows(params.max_seq_len, stride)
     if not ids:
         raise ValueError("there are no tokens to score")
-    requests = []
-    for begin, scored, end in windows(len(ids), params.max_seq_len, stride):
+
+    def request_of(begin: int, scored: int, end: int) -> Request:
         window = list(ids[begin:end])
         if begin and ids[0] == bos_id:
             window[0] = bos_id
-        requests.append(Request(window, 0, score_from=scored - begin))
+        return Request(window, 0, score_from=scored - begin)
+
     scores: list[float | None] = []
-    batches = [
-        requests[i : i + params.max_batch_size]
-        for i in range(0, len(requests), params.max_batch_size)
-    ]
+    found, at_once = windows(len(ids), params.max_seq_len, stride), params.max_batch_size
+    batches = [found[i : i + at_once] for i in range(0, len(found), at_once)]
     for batch in progress(batches, "scoring", unit="batch") if show else batches:
-        run(engine, batch)
-        for request in batch:
+        requests = [request_of(*window) for window in batch]
+        run(engine, requests)
+        for request in requests:
             if request.error is not None:
                 raise request.error
             scores += request.prompt_logprobs[request.score_from or 0 :]

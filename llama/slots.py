@@ -21,12 +21,14 @@ class Slot:
             request, for the next one that begins alike.
         written: positions from here on are zero.
         used: when it was last given to a request, in requests.
+        stale: nothing that comes later may build upon `cached`.
     """
 
     request: Request | None = None
     cached: list[int] = field(default_factory=list)
     written: int = 0
     used: int = 0
+    stale: bool = False
 
     @property
     def running(self) -> Request:
@@ -41,7 +43,7 @@ class Slot:
 
     def release(self) -> None:
         """Free it. What a failed request computed is not built upon."""
-        if self.request is not None and self.request.error is not None:
+        if self.stale or (self.request is not None and self.request.error is not None):
             self.cached = []
         self.request = None
 
@@ -69,24 +71,25 @@ class Slots:
         tokens, free = request.tokens, self.free()
         kept, source = 0, free[0]
         if request.reuse and request.score_from is None:
-            for slot in self.rows:
+            for slot in (slot for slot in self.rows if not slot.stale):
                 n = min(common_prefix(slot.cached, tokens), len(tokens) - 1)
                 if n > kept and (n >= WORTH_COPYING or slot.request is None):
                     kept, source = n, slot
         target = free[0]
         if source.request is None and 2 * kept >= len(source.cached):
             target = source  # most of what it holds goes on being used
+        target.cached = []  # should an interrupt come, or memory run out
         if target is not source:
             kept = kept if kept >= WORTH_COPYING else 0
             for cache in self.model.caches():
                 cache.copy_row(self.rows.index(source), self.rows.index(target), kept)
-        target.cached = tokens[:kept]
         row = self.rows.index(target)
         # Rows of different lengths read up to each other's position: nothing there may be NaN.
         for cache in self.model.caches():
             cache.clear(row, kept, target.written)
         self.uses += 1
-        target.request, target.written, target.used = request, kept, self.uses
+        target.cached, target.written, target.stale = tokens[:kept], kept, False
+        target.request, target.used = request, self.uses
         request.reused = kept
 
     def arrange(self) -> tuple[list[Slot], list[Slot]]:

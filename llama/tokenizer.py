@@ -10,7 +10,15 @@ from typing import Any, Literal, TypedDict, cast
 import tiktoken
 
 from llama.splitting import check_characters, encode_uncut
-from llama.tools import Tool, ToolCall, ToolForm, encode_tool_calls, is_code, with_tools
+from llama.tools import (
+    Tool,
+    ToolCall,
+    ToolForm,
+    check_form,
+    encode_tool_calls,
+    is_code,
+    with_tools,
+)  # fmt: skip
 from llama.vocabulary import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
@@ -219,7 +227,7 @@ class ChatFormat:
             tool_form: how calls are written: "json" (3.1), "python_list" (3.2, 3.3), or
                 "function_tag". docs/chat.md shows the prompts.
         """
-        self._check_dialog(dialog, tools)
+        self._check_dialog(dialog, tools, tool_form)
         if tools:
             self._check(dialog[0])
             dialog = cast(Dialog, with_tools(dialog, tools, tool_form))
@@ -228,11 +236,12 @@ class ChatFormat:
             tokens.extend(self.encode_message(message, tool_form))
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
-    def _check_dialog(self, dialog: Dialog, tools: Sequence[Tool] | None) -> None:
+    def _check_dialog(self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: str) -> None:
         if isinstance(dialog, (str, dict)) or not isinstance(dialog, Sequence):
             raise TypeError("a dialog is a list of {'role': ..., 'content': ...} messages")
         if not dialog:
             raise ValueError("the dialog is empty; give at least one message")
+        check_form(tool_form)
         if tools and not self.takes_tools:
             raise ValueError(f"tools: {_NO_TOOLS}")
 
@@ -273,7 +282,7 @@ class ChatMLFormat(ChatFormat):
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
     ) -> list[int]:
-        self._check_dialog(dialog, tools)
+        self._check_dialog(dialog, tools, tool_form)
         tokens: list[int] = []
         self._check(dialog[0])
         if self.tokenizer.default_system and dialog[0]["role"] != "system":

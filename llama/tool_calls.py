@@ -121,7 +121,7 @@ def _read_builtin(text: str) -> list[ToolCall]:
         if not found or found[1] not in BUILTIN_TOOLS:
             raise ValueError('a built-in call is name.call(query="..."), with nothing after it')
         # Backslashes escape a quote, and each other before one; else they are themselves.
-        query = re.sub(r'(\\+)("|\Z)', lambda m: m[1][: len(m[1]) // 2] + m[2], found[2])
+        query = re.sub(r'(?<!\\)(\\+)("|\Z)', lambda m: m[1][: len(m[1]) // 2] + m[2], found[2])
         calls.append({"name": found[1], "arguments": {"query": query}})
         return found.end()
 
@@ -156,9 +156,11 @@ def _read_json(text: str, tagged: bool) -> list[ToolCall] | None:
 
 
 def _is_attempt(value: object) -> bool:
+    if isinstance(value, dict) and value.get("type") == "function":
+        return True
     if not isinstance(value, dict) or "name" not in value:
         return False  # data
-    return "parameters" in value or "arguments" in value or value.get("type") == "function"
+    return "parameters" in value or "arguments" in value
 
 
 def _from_json(value: object) -> ToolCall:

@@ -234,7 +234,7 @@ def encode_tool_call(call: ToolCall, form: str = "json") -> str:
     query = arguments.get("query")
     if name in BUILTIN_TOOLS and list(arguments) == ["query"] and isinstance(query, str):
         # Backslashes stay as they are (LaTeX), but for those before a quote.
-        escaped = re.sub(r'(\\*)("|\Z)', lambda m: m[1] * 2 + (m[2] and r"\""), query)
+        escaped = re.sub(r'(?<!\\)(\\*)("|\Z)', lambda m: m[1] * 2 + (m[2] and r"\""), query)
         return f'{name}.call(query="{escaped}")'
     return _general(call, form)
 

@@ -87,6 +87,7 @@ def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     before = contents(chat)
     assert [role for role, _ in before] == ["system", *["user", "assistant"] * 2]
     assert before[3][1] == "/not a command"
+    assert chat.run(iter(["/undo\n"])) and contents(chat) == before[:3]
     assert chat.run(iter(["/system Be long.\n", "/reset\n"]))
     assert contents(chat) == [("system", "Be long.")]
     assert chat.run(iter([f"/load {saved}\n", f"/save {saved}\n", "/quit\n", "never read\n"]))
@@ -104,9 +105,9 @@ def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
         ("/load {folder}/object.json", "not a list of messages"),
         ("/load {folder}/robot.json", "unknown role 'robot'"),
         ("/save {folder}/bad.json", "use another name"),
-        ("/save {folder}/none/x.json", "No such file"),
+        ("/save {folder}/none/x.json", "there is no folder"),
         ("/restart", "no command /restart"),
-        ("word " * 600, "more than max_seq_len 256; .* or /reset"),
+        ("word " * 600, "longer than 256 tokens: /undo"),
     ],
 )
 def test_mistakes_leave_the_dialog_as_it_was(
@@ -126,6 +127,38 @@ def test_mistakes_leave_the_dialog_as_it_was(
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
         f"{name}.json": text for name, text in files.items()
     }
+
+
+def test_a_saved_dialog_is_not_written_over_by_another(
+    demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    chat, saved = Chat(demo, OPTIONS), tmp_path / "saved.json"
+    assert not chat.run(iter([f"/save {saved}\n", "/undo\n"]))
+    err = capfd.readouterr().err
+    assert "nothing to save" in err and "no message to drop" in err and not saved.exists()
+    assert chat.run(iter(["Hi\n", f"/save {saved}\n", "Again\n", f"/save {saved}\n"]))
+    before = saved.read_text()
+    assert len(json.loads(before)) == 4
+    assert not chat.run(iter(["/reset\n", "New\n", f"/save {saved}\n"]))
+    assert "use another name" in capfd.readouterr().err and saved.read_text() == before
+
+
+def test_interrupt_over_a_pipe_ends_the_program(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.model, "hidden", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Chat(demo, OPTIONS, interactive=False).run(iter(["Hi\n", "Again\n"]))
+    assert not demo.engine.busy
+
+
+def test_a_line_that_is_not_text(demo_dir: Path) -> None:
+    command = [sys.executable, *COMMAND, "--max_gen_len", "2"]
+    done = subprocess.run(command, input=b"caf\xe9\nHi\n", capture_output=True, timeout=240)
+    assert done.returncode == 0 and done.stderr.count(b"prompt tokens") == 2
 
 
 def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(

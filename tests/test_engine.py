@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llama import passes
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.request import Request
@@ -93,7 +94,13 @@ visits = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(visits=visits, chunk=st.integers(1, 70))
 def test_joins_leaves_and_cancels_do_not_show(
     model: Transformer, visits: list[tuple[dict[str, Any], int, int | None]], chunk: int
@@ -252,8 +259,17 @@ def test_bad_requests_leave_the_others_alone(model: Transformer) -> None:
     ]:
         with pytest.raises(ValueError, match=error):
             engine.add(bad)
-    with pytest.raises(TypeError, match="seed"):
-        engine.add(Request([1], seed="x"))  # type: ignore[arg-type]
+    for options, error in [
+        ({"seed": "x"}, "seed"),
+        ({"sampling": None}, "sampling"),
+        ({"stop_tokens": None}, "stop_tokens"),
+        ({"score_from": "a"}, "score_from"),
+        ({"max_gen_len": 1.5}, "max_gen_len"),
+    ]:
+        with pytest.raises(TypeError, match=error):
+            engine.add(Request([1], **options))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a Request"):
+        engine.add("x")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="runs once"):
         engine.add(good)
     engine.wait(lambda: good.finish_reason)
@@ -327,22 +343,25 @@ def test_a_pass_that_fails_ends_those_in_it(
     assert good.ids == by_hand(model, good)[0]
 
 
-def test_an_interrupt_loses_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["hidden", "logits", "chosen_logprobs"])
+def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    model = make_model()
     engine = Engine(model, prefill_chunk=6)
-    requests = [Request(SHARED, 5, GREEDY), Request([1, 2], 9, GREEDY)]
+    requests = [greedy(SHARED, 5), greedy([1, 2], 9)]
     for request in requests:
         engine.add(request)
-    hidden, calls = model.hidden, 0
+    owner = passes if where == "chosen_logprobs" else model
+    function, calls = getattr(owner, where), 0
 
     def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        h = hidden(*args, **kwargs)
+        out: torch.Tensor = function(*args, **kwargs)
         if calls % 3 == 0:
             raise KeyboardInterrupt
-        return h
+        return out
 
-    monkeypatch.setattr(model, "hidden", interrupted)
+    monkeypatch.setattr(owner, where, interrupted)
     interrupts = 0
     while engine.busy:
         try:
@@ -351,7 +370,89 @@ def test_an_interrupt_loses_nothing(model: Transformer, monkeypatch: pytest.Monk
             interrupts += 1
     assert interrupts > 2
     monkeypatch.undo()
-    assert [r.ids for r in requests] == [by_hand(model, r)[0] for r in requests]
+    assert_right(model, *requests)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, torch.OutOfMemoryError("no memory")])
+def test_a_copy_that_fails_is_not_built_upon(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    model = make_model(max_batch_size=2)
+    engine = Engine(model)
+    old, busy = greedy([*SHARED[:18], 40, 41], 1), greedy(SHARED, 20)
+    run(engine, old)
+    engine.add(busy)
+    engine.step()
+    engine.step()
+
+    def failing(*args: Any) -> None:
+        raise error
+
+    copy = model.layers[1].attention.cache
+    monkeypatch.setattr(copy, "copy_row", failing)
+    beside = greedy([*SHARED, 42], 3)
+    engine.add(beside)
+    with pytest.raises(type(error) if isinstance(error, Exception) else KeyboardInterrupt):
+        engine.step()
+    monkeypatch.undo()
+    again = greedy([*SHARED[:18], 40, 43], 3)
+    run(engine, again)
+    engine.wait(lambda: busy.finish_reason and beside.finish_reason)
+    assert_right(model, old, busy, beside, again)
+
+
+def test_forget_counts_for_those_that_run(model: Transformer) -> None:
+    engine = Engine(model)
+    running = greedy(SHARED, 5)
+    engine.add(running)
+    engine.step()
+    engine.forget()
+    beside = greedy([*SHARED, 1], 2)
+    run(engine, beside)
+    engine.wait(lambda: running.finish_reason)
+    after = greedy([*SHARED, 2], 2)
+    run(engine, after)
+    assert beside.reused == 0 and after.reused == len(SHARED)  # of `beside`, which came later
+    assert_right(model, running, beside, after)
+
+
+def test_the_callers_lists_are_its_own(model: Transformer) -> None:
+    engine, prompt, stops = Engine(model), [1, 2, 3], {58}
+    request = Request(prompt, 6, GREEDY, stop_tokens=stops)
+    engine.add(request)
+    while engine.busy:
+        for event in engine.step():
+            prompt.append(event.token or 0)
+            stops.add(event.token or 0)
+    assert request.ids == by_hand(model, Request([1, 2, 3], 6, GREEDY))[0] == prompt[3:]
+
+
+def test_a_watcher_cannot_step(model: Transformer) -> None:
+    engine = Engine(model)
+    request = Request([1], 3, GREEDY, watch=engine.step)
+    run(engine, request)
+    assert isinstance(request.error, RuntimeError) and "watcher" in str(request.error)
+
+
+def test_scores_that_are_no_numbers_are_an_error() -> None:
+    model = make_model()
+    with torch.no_grad():
+        model.tok_embeddings.weight[NAN] = float("nan")
+    bad, good = Request([1, NAN, 2], 0, score_from=0), Request([1, 3, 2], 0, score_from=0)
+    run(Engine(model), bad, good)
+    assert bad.finish_reason == "error" and "not a number" in str(bad.error)
+    assert good.finish_reason == "length" and len(good.prompt_logprobs) == 3
+
+
+def test_a_cache_shorter_than_the_model(model: Transformer) -> None:
+    short = make_model()
+    short.setup_cache(2, 24)
+    engine = Engine(short)
+    request = Request(SHARED, None, GREEDY)
+    run(engine, request)
+    assert len(request.ids) == 4 and request.finish_reason == "length"
+    with pytest.raises(ValueError, match="max_seq_len 24"):
+        engine.add(Request([1] * 25))
 
 
 def test_another_user_of_the_cache_is_noticed(model: Transformer) -> None:

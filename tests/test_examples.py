@@ -84,6 +84,18 @@ def test_version_and_demo_folder(demo_dir: Path) -> None:
     assert run("-m", "llama.cli", "demo").stdout.strip() == str(demo_dir)
 
 
+def test_a_switch_takes_no_word(demo_dir: Path) -> None:
+    command = ["-m", "llama.cli", "complete", "--json", "The capital of France is"]
+    done = run(*command, "--max_gen_len", "2", "--temperature", "0")
+    assert json.loads(done.stdout)["generation"] == " Paris."
+    assert "too many words" in run(*command, "nonsense", code=2).stderr
+
+
+def test_output_that_is_closed(demo_dir: Path) -> None:
+    command = f"{sys.executable} -m llama.cli complete Hi --max_gen_len 2 >&-"
+    assert subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=240).returncode == 0
+
+
 @pytest.mark.parametrize("value", ["false", "no"])
 def test_a_flag_is_not_guessed(demo_dir: Path, tmp_path: Path, value: str) -> None:
     dst = tmp_path / "3.10"

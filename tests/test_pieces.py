@@ -198,6 +198,34 @@ def test_a_token_without_text_ends_its_own_stream(
     assert text + "".join(piece.text for piece in other) == want["generation"]
 
 
+def test_a_fault_of_the_engine_is_raised(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = tiny.text_stream("Hello", temperature=0, max_gen_len=9)
+    first = next(stream)
+
+    def failing(*args: Any, **kwargs: Any) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(tiny.model, "hidden", failing)
+    with pytest.raises(torch.OutOfMemoryError, match="no memory left"):
+        next(stream)
+    with pytest.raises(StopIteration):
+        next(stream)
+    assert first.finish_reason is None and not tiny.engine.busy
+
+
+def test_close_from_another_thread(tiny: Llama) -> None:
+    """As a server does when its client has left."""
+    stream = tiny.text_stream("Hello", temperature=0)
+    next(stream)
+    thread = threading.Thread(target=stream.close)
+    for i, _ in enumerate(stream):
+        if i == 3:
+            thread.start()
+            thread.join(60)
+    assert i <= 4 and stream.request.finish_reason == "cancelled" and not tiny.engine.busy
+    assert list(stream) == []
+
+
 def test_nothing_to_generate(tiny: Llama) -> None:
     [piece] = tiny.text_stream("Hello", max_gen_len=0)
     assert (piece.text, piece.tokens, piece.finish_reason) == ("", [], "length")
@@ -208,6 +236,8 @@ def test_nothing_to_generate(tiny: Llama) -> None:
     [
         ({"stop": "text"}, TypeError),
         ({"stop": [1]}, TypeError),
+        ({"stop": None}, TypeError),
+        ({"stop": iter(["x"])}, TypeError),
         ({"stop": [""]}, ValueError),
         ({"temperature": -1}, ValueError),
         ({"max_gen_len": -1}, ValueError),

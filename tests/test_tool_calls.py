@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llama.tool_calls import MAX_LENGTH, ToolReply, parse_tool_calls
-from llama.tools import TOOL_FORMS, ToolCall, encode_tool_calls
+from llama.tools import TOOL_FORMS, ToolCall, encode_tool_call, encode_tool_calls
 
 
 @pytest.mark.parametrize(
@@ -235,3 +235,16 @@ def test_what_is_no_message() -> None:
     for wrong in (None, 3, {"content": None}):
         with pytest.raises(TypeError, match="a message or its text"):
             parse_tool_calls(wrong)  # type: ignore[arg-type]
+
+
+def test_a_definition_is_no_call() -> None:
+    """Models that saw other APIs may answer in the shape of a definition."""
+    text = '{"type": "function", "function": {"name": "f", "parameters": {}}}'
+    reply = parse_tool_calls(text)
+    assert reply.content == text and not reply.tool_calls and "with a name" in (reply.problem or "")
+
+
+def test_half_a_million_backslashes_take_no_time() -> None:
+    text = 'brave_search.call(query="' + "\\" * 400_000 + 'x")'
+    [call] = parse_tool_calls(text).tool_calls
+    assert len(encode_tool_call(call)) >= 400_000
