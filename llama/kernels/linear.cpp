@@ -20,7 +20,6 @@
 #endif
 
 namespace {
-
 using at::Tensor;
 using c10::BFloat16;
 using std::memcpy;
@@ -151,7 +150,6 @@ void prepare(Job& job, const Tensor& x_any, Tensor& y) {
   auto sizes = x.sizes().vec();
   sizes.back() = job.N;
   y = at::empty(sizes, x.options());
-
   job.M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) job.M *= x.size(i);
   job.x_stride = (job.K + 63) / 64 * 64;
@@ -271,18 +269,16 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
 // The weight itself, (N, K), of x's dtype.
 Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
                    int64_t N) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16,
-              "x must be fp32 or bf16, not ", x.scalar_type());
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
   Job job;
   set_int4(job, packed, scale, zero, N);
   Tensor w = at::empty({N, job.K}, x.options());
   job.M = 1;
   job.y = w.mutable_data_ptr();
-  const bool bf16 = x.scalar_type() == at::kBFloat16;
   run(job, bf16 ? variant().unpack_bf16 : variant().unpack_fp32, packed.size(0), job.K * 8);
   return w;
 }
-
 }  // namespace
 
 TORCH_LIBRARY(llama3, m) {
