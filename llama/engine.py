@@ -219,6 +219,9 @@ class Engine:
         """Give free slots to those who wait, first come, first served."""
         events = []
         with self._changed:
+            for slot in slots.rows:  # an interrupt may have kept an end from being noted
+                if slot.request is not None and slot.request.finish_reason is not None:
+                    slot.release()
             while self._waiting:
                 request = self._waiting[0]
                 if request.budget == 0 and request.score_from is None:
