@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,9 @@ class Llama:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
-        self.formatter: ChatFormat | None
-        try:
+        self.formatter: ChatFormat | None = None
+        with suppress(ValueError):  # a base model's vocabulary: chat_completion alone is refused
             self.formatter = ChatFormat(tokenizer)
-        except ValueError:  # a base model's vocabulary: chat_completion alone is refused
-            self.formatter = None
 
     def generate(
         self,
@@ -126,7 +125,7 @@ class Llama:
         requests = make_requests(
             prompt_tokens,
             seed,
-            stop_tokens=set(self.tokenizer.stop_tokens),
+            stop_tokens=self.tokenizer.stop_tokens,
             max_gen_len=max_gen_len,
             sampling=Sampling(temperature, top_p, top_k, min_p),
             logprobs=logprobs,
@@ -160,12 +159,10 @@ class Llama:
             max_gen_len: None is all that fits.
             stop: an answer ends before the first of these texts; `tokens` still holds theirs.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError("prompts must be a list of texts; for one text give [text]")
         requests = make_requests(
-            [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts],
+            self._encode(prompts),
             seed,
-            stop_tokens=set(self.tokenizer.stop_tokens),
+            stop_tokens=self.tokenizer.stop_tokens,
             max_gen_len=max_gen_len,
             sampling=Sampling(temperature, top_p, top_k, min_p),
             logprobs=logprobs,
@@ -205,7 +202,7 @@ class Llama:
         requests = make_requests(
             [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
             seed,
-            stop_tokens=set(self.tokenizer.stop_tokens),
+            stop_tokens=self.tokenizer.stop_tokens,
             max_gen_len=max_gen_len,
             sampling=Sampling(temperature, top_p, top_k, min_p),
             logprobs=logprobs,
@@ -246,9 +243,7 @@ class Llama:
         Returns:
             what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError("prompts must be a list of texts; for one text give [text]")
-        ids = [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
+        ids = self._encode(prompts)
         if [] in ids:
             raise ValueError(f"prompt {ids.index([])} is empty; give at least one token")
         decode, bos_id = self.tokenizer.decode, self.tokenizer.bos_id
@@ -266,6 +261,11 @@ class Llama:
         """How well the model predicts a text, in windows that move on by `stride` tokens."""
         ids = self.tokenizer.encode(text, bos=True, eos=False)
         return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError("prompts must be a list of texts; for one text give [text]")
+        return [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
 
     def _chat_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
@@ -295,6 +295,6 @@ class Llama:
     ) -> Stream:
         """Check at once, generate when iterated."""
         how = Sampling(temperature, top_p, top_k, min_p)
-        stop_tokens = set(self.tokenizer.stop_tokens)
+        stop_tokens = self.tokenizer.stop_tokens
         request = Request(prompt, max_gen_len, how, seed, stop_tokens, logprobs, reuse=reuse_prefix)
         return Stream(self.engine, request, Reader(request, self.tokenizer, stop))

@@ -89,7 +89,8 @@ class Request:
             raise TypeError(f"sampling must be a Sampling, not {self.sampling!r}")
         if not isinstance(self.stop_tokens, Collection):
             raise TypeError(f"stop_tokens must be a set of ids, not {self.stop_tokens!r}")
-        check_seed(self.seed)
+        if self.seed is not None:
+            check_seed(self.seed)
         prompt, name = self.prompt, self.name
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
             raise TypeError(f"{name} must be a list of token ids, not {type(prompt)}")
@@ -142,6 +143,6 @@ class Request:
 
 
 def check_seed(seed: object) -> None:
-    """Raise a TypeError unless it is None or an integer that torch's generators take."""
-    if seed is not None and (type(seed) is not int or not -(2**63) <= seed < 2**64):
+    """Raise a TypeError unless it is an integer that torch's generators take."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
         raise TypeError(f"seed must be an integer of 64 bits, not {seed!r}")

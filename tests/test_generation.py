@@ -279,6 +279,7 @@ def test_empty_text_without_bos(demo: Llama) -> None:
         ({"max_batch_size": -1}, ValueError),
         ({"max_batch_size": 1.5}, ValueError),
         ({"seed": "x"}, TypeError),
+        ({"seed": None}, TypeError),
         ({"model_parallel_size": 2}, ValueError),
         ({"dtype": "fp16"}, TypeError),
         ({"dtype": torch.float8_e4m3fn}, TypeError),
