@@ -9,7 +9,7 @@ from llama import kernels, parallel
 from llama.args import ModelArgs
 from llama.attention import fused_grouped_attention
 from llama.inspection import parameter_count
-from llama.linears import exchange, quantized, with_kernels
+from llama.linears import check_scheme, exchange, quantized, with_kernels
 from llama.model import Transformer
 from llama.progress import progress
 from llama.source import Source, rank_part
@@ -55,13 +55,25 @@ def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
+def check_quantize(source: Source, quantize: str | None) -> None:
+    """Raise a ValueError unless the model can be built with its weights held so."""
+    if quantize is not None:
+        check_scheme(quantize)
+    stored = source.quantization
+    if stored and quantize not in (None, stored[0]):
+        raise ValueError(
+            f"{source.path} is quantized already, to {stored[0]}; quantize={quantize!r} needs the "
+            "original checkpoint"
+        )
+
+
 def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) -> Tensor:
     """What rank `rank` of `size` holds of the weight `name`; a view of the file if it can be."""
+    if size == 1:
+        return source.read(name)
     part = rank_part(name, args, rank, size)
     if part is None:
         return source.read_replicated(name, rank, size)
-    if size == 1:
-        return source.read(name)
     dim, start, stop = part
     return source.read(name, dim, start, stop)
 
@@ -71,7 +83,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
 
     The model is laid out on the meta device, and the files' tensors become its parameters: on the
     CPU, in the stored dtype, they are the mapped file itself; on another device each tensor goes
-    straight there. Tied weights are one tensor.
+    straight there. Tied weights are one tensor. Codes and scales keep their own dtypes.
 
     Raises:
         ValueError: the ranks that run cannot share a model of these sizes.
@@ -79,6 +91,10 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     rank, size = parallel.rank(), parallel.size()
     with torch.device("meta"):
         model = Transformer(args)
+    if source.quantization is not None:
+        if size > 1:
+            raise ValueError("a quantized model runs on one rank; use one, or do without")
+        exchange(model, quantized(*source.quantization))
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     for name in progress(names, f"loading on {device}", len(names), "tensor"):
@@ -86,7 +102,8 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
             weights[name] = weights["tok_embeddings.weight"]
         else:
             part = read_part(source, name, args, rank, size)
-            weights[name] = part.to(device=device, dtype=dtype).contiguous()
+            kept = dtype if name.endswith(".weight") else part.dtype
+            weights[name] = part.to(device=device, dtype=kept).contiguous()
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
 
@@ -122,7 +139,8 @@ def summary(source: Source, model: Transformer, seconds: float, quantize: str | 
     parameters = parameter_count(model.params, source.tied)
     size = sum(w.nbytes for w in distinct)
     w = model.norm.weight
-    kind = str(w.dtype).removeprefix("torch.") + (f" and {quantize}" if quantize else "")
+    held = source.quantization[0] if source.quantization else quantize
+    kind = str(w.dtype).removeprefix("torch.") + (f" and {held}" if held else "")
     return (
         f"Loaded {source.path}: {parameters:,} parameters, {kind} "
         f"on {w.device}, {source.n_shards} shard(s) -> {parallel.size()} rank(s), "

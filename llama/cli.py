@@ -168,6 +168,17 @@ class Commands:
 
         print(convert(src, dst, to, mp, dtype, force))
 
+    def quantize(self, src: str, dst: str, scheme: str, group: int | None = None) -> None:
+        """Write checkpoint SRC, of any layout, as folder DST with weights of 8 or 4 bits.
+
+        Args:
+            scheme: int8, or int4 (the output layer in int8).
+            group: 32, 64 or 128 inputs share a scale in int4; by default 32.
+        """
+        from llama.conversion import quantize
+
+        print(quantize(src, dst, scheme, group))
+
     def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int = 8192) -> None:
         """Tell what checkpoint PATH is and what it needs, with a cache of that batch and length."""
         from llama.formats import open_checkpoint

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llama.shards import MetaShards
+from llama.quantized_shard import QuantizedShard
+from llama.shards import QUANTIZATION, MetaShards, read_params
 from llama.source import Source
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import read_sidecar
@@ -40,8 +41,8 @@ def open_checkpoint(path: str | Path) -> Source:
         if len(ggufs) == 1:
             return open_checkpoint(ggufs[0])
         if (path / "original" / "params.json").is_file():
-            return MetaShards(path / "original")
-    return MetaShards(path)
+            return open_checkpoint(path / "original")
+    return (QuantizedShard if QUANTIZATION in read_params(path) else MetaShards)(path)
 
 
 def vocabulary_of(source: Source) -> tuple[bytes, dict[str, Any]] | None:

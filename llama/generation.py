@@ -14,7 +14,6 @@ import torch
 from llama import checkpoint, parallel
 from llama.engine import Engine
 from llama.formats import open_checkpoint, open_tokenizer
-from llama.linears import check_scheme
 from llama.model import Transformer
 from llama.pieces import Piece, Reader, Stream
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
@@ -57,7 +56,8 @@ class Llama:
             seed: of torch's global generator, on every rank.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
-            quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`.
+            quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`, or as the
+                checkpoint does if it is quantized.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
 
         Raises:
@@ -66,9 +66,8 @@ class Llama:
         check_seed(seed)
         if model_parallel_size is not None and type(model_parallel_size) is not int:
             raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
-        if quantize is not None:
-            check_scheme(quantize)
         start, source = time.time(), open_checkpoint(ckpt_dir)
+        checkpoint.check_quantize(source, quantize)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         tokenizer = open_tokenizer(source, tokenizer_path)
         device = checkpoint.pick_device(device)
@@ -76,7 +75,7 @@ class Llama:
         parallel.initialize(model_parallel_size, device)
         torch.manual_seed(seed)
         model = checkpoint.load(source, args, device, dtype)
-        checkpoint.tune(model, quantize, exact)
+        checkpoint.tune(model, None if source.quantization else quantize, exact)
         model.setup_cache(max_batch_size, max_seq_len)
         if parallel.rank() == 0:
             print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)

@@ -38,9 +38,10 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
         ValueError: impossible sizes, or weights that do not fit them; see `Source.args`.
     """
     args = source.args(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
-    weights = sum(_weight_bytes(source, args).values())
+    weights = sum(_stored_bytes(source).values())
     cache = cache_bytes(args, max_batch_size, max_seq_len)
     scaled = f"scaled by {args.scale_factor:g}" if args.use_scaled_rope else "not scaled"
+    tied = "quantized from the embedding" if source.quantization else "tied to the embedding"
     shards = f"{source.n_shards} shard" + "s" * (source.n_shards > 1)
     rows = [
         ("layout", f"{LAYOUTS.get(source.layout, source.layout)}, {shards}"),
@@ -48,15 +49,16 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
         ("heads", f"{args.n_heads}, with {args.kv_heads} KV heads, of {args.head_dim}"),
         ("vocabulary", f"{args.vocab_size} tokens"),
         ("parameters", f"{parameter_count(args, source.tied):,}"),
-        ("output", "tied to the embedding" if source.tied else "weights of its own"),
-        ("read as" if source.layout == "gguf" else "stored as", _dtypes(source, args)),
+        ("output", tied if source.tied else "weights of its own"),
+        ("read as" if source.layout == "gguf" else "stored as", _kind(source, args)),
+        *[("", f"embedding and norms in {_dtypes(source)}")] * (source.quantization is not None),
         ("weights", f"{_size(weights)} ({weights:,} bytes)"),
         ("context", f"trained for {LONG_CONTEXT if args.use_scaled_rope else CONTEXT} tokens"),
         ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),
         ("KV cache", f"{_size(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
         ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),
     ]
-    for i, ranks in enumerate(rank_counts(args)):
+    for i, ranks in enumerate(rank_counts(args) if source.quantization is None else [1]):
         each = _size(rank_bytes(source, args, ranks))
         rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
@@ -66,11 +68,11 @@ def rank_bytes(source: Source, args: ModelArgs, size: int) -> int:
     """Bytes of the weights, in their stored dtypes, that each of `size` ranks holds."""
     total, split = 0, {}
     shapes = weight_shapes(args)
-    for name, n in _weight_bytes(source, args).items():
+    for name, n in _stored_bytes(source).items():
         kind = name.split(".")[-2]
-        if kind not in split:  # every layer is split alike
+        if size > 1 and kind not in split:  # every layer is split alike
             split[kind] = rank_part(name, args, 0, size)
-        part = split[kind]
+        part = split.get(kind)
         total += n if part is None else n * (part[2] - part[1]) // shapes[name][part[0]]
     return total
 
@@ -79,17 +81,32 @@ def _own_weights(shapes: dict[str, tuple[int, ...]], tied: bool) -> list[str]:
     return [name for name in shapes if not (tied and name == "output.weight")]
 
 
-def _weight_bytes(source: Source, args: ModelArgs) -> dict[str, int]:
-    """{name: bytes} of every weight that takes memory of its own, in the dtype it is stored in."""
-    shapes = weight_shapes(args)
+def _stored_bytes(source: Source) -> dict[str, int]:
+    """{name: bytes} of every tensor that takes memory of its own, in the dtype it is stored in."""
+    shapes = source.shapes()
     own = _own_weights(shapes, source.tied)
     return {name: prod(shapes[name]) * source.dtype(name).itemsize for name in own}
 
 
-def _dtypes(source: Source, args: ModelArgs) -> str:
-    """The dtypes, the one of most bytes first; shares where there are several."""
+def _kind(source: Source, args: ModelArgs) -> str:
+    """The dtypes; of quantized weights the scheme, and their bits with the scales."""
+    if source.quantization is None:
+        return _dtypes(source)
+    scheme, group = source.quantization
+    plain = prod(weight_shapes(args)["tok_embeddings.weight"]) + (2 * args.n_layers + 1) * args.dim
+    stored = _stored_bytes(source)
+    codes = sum(n for name, n in stored.items() if not name.endswith(".weight"))
+    bits = 8 * codes / (parameter_count(args, tied=False) - plain)
+    how = "int8" if scheme == "int8" else f"int4 in groups of {group}, the output in int8"
+    return f"{how}: {bits:.2f} bits a weight"
+
+
+def _dtypes(source: Source) -> str:
+    """The dtypes of plain weights, the one of most bytes first; shares where there are several."""
     count: Counter[str] = Counter()
-    for name, n in _weight_bytes(source, args).items():
+    for name, n in _stored_bytes(source).items():
+        if not name.endswith(".weight"):
+            continue
         count[str(source.dtype(name)).removeprefix("torch.")] += n
     if len(count) == 1:
         return next(iter(count))

@@ -30,7 +30,7 @@ class KernelLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A byte a weight, and a scale an output."""
+    """A byte a weight, and a scale an output. A weight on the meta device gives empty ones."""
 
     q: Tensor
     scale: Tensor
@@ -46,7 +46,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Half a byte a weight, and a scale and a zero for each group of inputs."""
+    """Half a byte a weight, and a scale and a zero for each group of inputs. As `Int8Linear`."""
 
     packed: Tensor
     scale: Tensor
@@ -107,5 +107,5 @@ def check_scheme(scheme: object, group: object = 32) -> None:
     """Raise a ValueError unless `quantized` takes them."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; use one of {list(SCHEMES)}")
-    if group not in GROUPS:
+    if type(group) is not int or group not in GROUPS:
         raise ValueError(f"groups of {group!r} weights are not possible; use one of {GROUPS}")

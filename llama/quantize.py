@@ -5,6 +5,8 @@ Shapes: N rows (outputs) and K columns of a weight matrix, T tiles of 16 rows, G
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,12 +15,24 @@ from llama import kernels
 
 TILE = 16  # rows of an int4 weight that lie together
 GROUPS = (32, 64, 128)
-# Rows that are made plain at once where x has many rows: those of common widths stay in the cache.
+# Rows that are quantized, or made plain where x has many rows, at once: those of common widths
+# stay in the cache.
 BLOCK = 512
+
+
+def _by_rows(quantize: Callable[[Tensor], tuple[Tensor, ...]], w: Tensor) -> tuple[Tensor, ...]:
+    """`quantize(w)` in blocks of rows: what it needs in fp32 and int64 is never as large as w."""
+    blocks = w.split(len(w) if w.is_meta else BLOCK)
+    return tuple(torch.cat(parts) for parts in zip(*map(quantize, blocks), strict=True))
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric, one scale a row: (N, K) -> codes (N, K) int8 and scales (N,) fp32."""
+    q, scale = _by_rows(_quantize_int8, w)
+    return q, scale
+
+
+def _quantize_int8(w: Tensor) -> tuple[Tensor, ...]:
     w = w.float()
     scale = w.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (w / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
@@ -59,9 +73,17 @@ def quantize_int4(w: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tensor]:
         scale, zero: (T, K / G, 16) bf16. Codes are rounded to these, not to what they were before
             their own rounding.
     """
-    N, K = w.shape
+    K = w.shape[1]
     if group not in GROUPS or K % group:
-        raise ValueError(f"groups of {group} do not divide {K} columns; use one of {GROUPS}")
+        raise ValueError(
+            f"groups of {group} do not divide {K} columns; use another of {GROUPS}, or int8"
+        )
+    packed, scale, zero = _by_rows(lambda rows: _quantize_int4(rows, group), w)
+    return packed, scale, zero
+
+
+def _quantize_int4(w: Tensor, group: int) -> tuple[Tensor, ...]:
+    N, K = w.shape
     w = F.pad(w.float(), (0, 0, 0, -N % TILE)).view(-1, TILE, K // group, group)
     low, high = w.amin(dim=3), w.amax(dim=3)
     scale = ((high - low) / 15).bfloat16()

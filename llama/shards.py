@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from llama.source import Source, shard_dim
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What inference itself decides; params.json may name it, and is not asked.
 DECIDED_AT_BUILD = {"max_batch_size", "max_seq_len"}
+# What this library adds for quantized weights; see `llama.quantized_shard`.
+QUANTIZATION = "quantization"
 # Tables that old checkpoints carry although they follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
 
 def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
-    """The checked contents of `params.json`.
+    """The contents of `params.json`, checked but for QUANTIZATION, if it has that.
 
     Raises:
         FileNotFoundError: no folder, or no params.json in it.
@@ -47,16 +50,16 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
     if not isinstance(params, dict):
         raise ValueError(f"{path} holds no JSON object; download it again")
     known = {field.name for field in dataclasses.fields(ModelArgs)}
-    if unknown := sorted(set(params) - known):
+    if unknown := sorted(set(params) - known - {QUANTIZATION}):
         raise ValueError(
             f"{path} has keys this library does not know: {unknown}. It loads the text models of "
-            "Llama 3 to 3.3; vision, quantized and LoRA checkpoints are other architectures"
+            "Llama 3 to 3.3; vision, LoRA and Meta's quantized checkpoints are other architectures"
         )
     if missing := [key for key in ("dim", "n_layers", "n_heads") if key not in params]:
         raise ValueError(f"{path} lacks {missing}; download it again")
     params = {key: value for key, value in params.items() if key not in DECIDED_AT_BUILD}
     try:
-        ModelArgs(**params)
+        ModelArgs(**{key: value for key, value in params.items() if key != QUANTIZATION})
     except ValueError as e:
         raise ValueError(f"{path}: {e}; download it again") from None
     return params
@@ -75,8 +78,8 @@ def find_shards(ckpt_dir: str | Path) -> list[Path]:
     return shards
 
 
-def read_shard(path: Path) -> dict[str, Tensor]:
-    """Map one `.pth` into memory; no code in it is run.
+def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str, Tensor]:
+    """Map one `.pth` of tensors of `dtypes` into memory; no code in it is run.
 
     Raises:
         ValueError: the file is truncated, is no checkpoint, or tries to run code.
@@ -96,7 +99,7 @@ def read_shard(path: Path) -> dict[str, Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
-    if quantized := [name for name, w in weights.items() if w.dtype not in DTYPES]:
+    if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
         raise ValueError(
             f"{path}: {quantized[0]} is {weights[quantized[0]].dtype}; quantized checkpoints need "
             "scales that this layout does not hold: get the bfloat16 release"

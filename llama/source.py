@@ -72,6 +72,7 @@ class Source(ABC):
         layout: "meta", "hf" or "gguf".
         n_shards: how many files the weights are split over (1 where files do not split weights).
         tied: the output's weights are the embedding's.
+        quantization: (scheme, group) of the linears' weights, see `linears.quantized`; None: plain.
     """
 
     path: Path
@@ -79,6 +80,7 @@ class Source(ABC):
     layout: str
     n_shards: int = 1
     tied: bool = False
+    quantization: tuple[str, int] | None = None
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

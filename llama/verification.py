@@ -277,9 +277,10 @@ def _listed(names: list[str]) -> str:
 def _is_finite(source: Source, name: str) -> bool:
     """Whether every number of a weight is finite, in each shard that stores it."""
     n, dim = source.n_shards, shard_dim(name) if "." in name else None
-    if dim is None:
+    shape = source.shapes()[name]
+    if dim is None or dim >= len(shape):
         return all(_all_finite(source.read_replicated(name, rank, n)) for rank in range(n))
-    size = source.shapes()[name][dim]
+    size = shape[dim]
     # A shard's part is read without a copy; KV heads may be fewer than the shards, and are small.
     whole = size % n or name.split(".")[-2] in ("wk", "wv")
     step = size if whole else size // n

@@ -19,7 +19,7 @@ ROWS = [
      "llama.tokenizer"},
     {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
-    {"llama.checkpoint", "llama.passes", "llama.slots"},
+    {"llama.checkpoint", "llama.passes", "llama.quantized_shard", "llama.slots"},
     {"llama.engine"},
     {"llama.convert"},  # what the converters share
     {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",

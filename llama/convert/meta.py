@@ -14,6 +14,7 @@ from torch import Tensor
 from llama.args import ModelArgs, rank_counts
 from llama.checkpoint import read_part
 from llama.progress import progress
+from llama.quantized_shard import held, params_of
 from llama.source import Source, weight_shapes
 
 
@@ -23,21 +24,24 @@ def write_meta(
     folder: Path,
     dtype: torch.dtype | None = None,
     mp: int = 1,
+    quantization: tuple[str, int] | None = None,
 ) -> None:
     """Write params.json, `mp` shards and the tokenizer into an existing folder.
 
     Args:
         vocabulary: tokenizer.model and its sidecar (empty: none is written); None writes neither.
         dtype: of all weights; None keeps what is stored.
+        quantization: (scheme, group) that the linears' weights get from there, in one shard.
 
     Raises:
-        ValueError: `mp` ranks cannot share this model.
+        ValueError: `mp` ranks cannot share this model, or it cannot be quantized so.
         OSError: the disk is full.
     """
     args = source.args()
     if mp not in rank_counts(args):
         raise ValueError(f"this model cannot be split over {mp}; use one of {rank_counts(args)}")
-    _write_json(folder / "params.json", source.params)
+    params = params_of(source, *quantization) if quantization else source.params
+    _write_json(folder / "params.json", params)
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
         if vocabulary[1]:
@@ -45,7 +49,10 @@ def write_meta(
     for rank in range(mp):
         path = folder / f"consolidated.{rank:02}.pth"
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=folder) as spill:
-            state = _shard(source, args, dtype, rank, mp, Path(spill))
+            if quantization is None:
+                state = _shard(source, args, dtype, rank, mp, Path(spill))
+            else:
+                state = _quantized(source, args, dtype, quantization, Path(spill))
             print(f"writing {path.name}", file=sys.stderr)
             try:
                 torch.save(state, path)
@@ -71,6 +78,27 @@ def _shard(
         else:
             part = read_part(source, name, args, rank, mp)
             state[name] = _on_disk(part.to(dtype or part.dtype), spill / str(len(state)))
+    return state
+
+
+def _quantized(
+    source: Source,
+    args: ModelArgs,
+    dtype: torch.dtype | None,
+    quantization: tuple[str, int],
+    spill: Path,
+) -> dict[str, Tensor]:
+    """The state dict of a quantized checkpoint, in files rather than in memory."""
+    state: dict[str, Tensor] = {}
+    names = list(weight_shapes(args))
+    for name in progress(names, "quantizing", len(names), "tensor"):
+        w = source.read(name)
+        for key, tensor in held(name, w.to(dtype or w.dtype), *quantization).items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(
+                    f"{name} of {source.path} has NaN or infinite numbers; `llama3 verify` it"
+                )
+            state[key] = _on_disk(tensor, spill / str(len(state)))
     return state
 
 
