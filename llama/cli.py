@@ -34,6 +34,7 @@ class Commands:
         max_seq_len: int = 2048,
         seed: int = 1,
         quantize: str | None = None,
+        compile: bool = False,
         json: bool = False,
         logprobs: bool = False,
     ) -> None:
@@ -51,6 +52,7 @@ class Commands:
             max_seq_len: most tokens of prompt and answer together.
             seed: the same seed draws the same tokens.
             quantize: int8 or int4 holds the layers' weights so.
+            compile: decode by a compiled step.
             json: print one JSON object, when all is done.
             logprobs: with --json, also the log-probability of each token.
         """
@@ -59,7 +61,7 @@ class Commands:
         if logprobs and not json:
             raise ValueError("--logprobs needs --json")
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
-        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize)
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize, compile)
         stops = [] if stop is None else [stop]
         _print_completion(
             llama.text_stream(
@@ -82,6 +84,7 @@ class Commands:
         max_seq_len: int = 4096,
         seed: int = 1,
         quantize: str | None = None,
+        compile: bool = False,
     ) -> None:
         """Talk with the model; /help there lists commands. Without a terminal, a line a message.
 
@@ -97,6 +100,7 @@ class Commands:
             max_seq_len: most tokens of the whole dialog.
             seed: the same seed draws the same tokens.
             quantize: int8 or int4 holds the layers' weights so.
+            compile: decode by a compiled step.
         """
         from llama.chat import Chat, lines_of_stdin
         from llama.sampling import Sampling
@@ -105,7 +109,7 @@ class Commands:
             raise ValueError("chat runs in one process; start it without torchrun")
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
         lines = lines_of_stdin()
-        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize)
+        llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize, compile)
         how["max_gen_len"] = max_gen_len
         terminal = sys.stdin.isatty()
         if not Chat(llama, how, system, terminal).run(lines) and not terminal:
@@ -231,13 +235,18 @@ def _build(
     batch: int,
     seed: int,
     quantize: str | None,
+    compile: bool = False,
 ) -> Llama:
     """Of a checkpoint, or the demo model."""
     from llama import Llama
-    from llama.demo import checkpoint_or_demo
+    from llama.demo import cache_dir, checkpoint_or_demo
 
     folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
-    return Llama.build(folder, tokenizer, max_seq_len, batch, seed=seed, quantize=quantize)
+    if compile:  # torch's own place is emptied when the machine starts
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "inductor"))
+    return Llama.build(
+        folder, tokenizer, max_seq_len, batch, seed=seed, quantize=quantize, compile=compile
+    )
 
 
 def _print_completion(stream: Stream, prompt: str | None) -> None:

@@ -5,28 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from llama import checkpoint, parallel
-from llama.engine import Engine
+from llama.args import ModelArgs
+from llama.compilation import compile_decoding
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.model import Transformer
-from llama.pieces import Piece, Reader, Stream
+from llama.pieces import Piece, Reader
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
 from llama.request import Request, check_seed
 from llama.sampling import Sampling, sample_top_p
-from llama.scoring import Perplexity, perplexity, score_ids
-from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+from llama.source import Source
+from llama.streaming import Streaming
+from llama.tokenizer import Dialog, Message
 from llama.tools import Tool, ToolForm
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "sample_top_p"]
 
 
-class Llama:
+class Llama(Streaming):
     """A model and its tokenizer, ready to generate."""
 
     @staticmethod
@@ -42,6 +42,7 @@ class Llama:
         dtype: torch.dtype | None = None,
         quantize: str | None = None,
         exact: bool = False,
+        compile: bool = False,
     ) -> Llama:
         """Load a checkpoint. May be called any number of times in a process.
 
@@ -59,6 +60,7 @@ class Llama:
             quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`, or as the
                 checkpoint does if it is quantized.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
+            compile: decode by a compiled step; where there is no compiler, warn and do without.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
@@ -66,26 +68,17 @@ class Llama:
         check_seed(seed)
         if model_parallel_size is not None and type(model_parallel_size) is not int:
             raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
-        start, source = time.time(), open_checkpoint(ckpt_dir)
+        if exact and compile:
+            raise ValueError("a compiled step does not keep the reference's digits; choose one")
+        source = open_checkpoint(ckpt_dir)
         checkpoint.check_quantize(source, quantize)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         tokenizer = open_tokenizer(source, tokenizer_path)
         device = checkpoint.pick_device(device)
-        dtype = checkpoint.pick_dtype(dtype, device)
         parallel.initialize(model_parallel_size, device)
         torch.manual_seed(seed)
-        model = checkpoint.load(source, args, device, dtype)
-        checkpoint.tune(model, None if source.quantization else quantize, exact)
-        model.setup_cache(max_batch_size, max_seq_len)
-        if parallel.rank() == 0:
-            print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
-        return Llama(model, tokenizer)
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
-        self.formatter: ChatFormat | None = None
-        with suppress(ValueError):  # a base model's vocabulary: chat_completion alone is refused
-            self.formatter = ChatFormat(tokenizer)
+        dtype = checkpoint.pick_dtype(dtype, device)
+        return Llama(load(source, args, device, dtype, quantize, exact, compile), tokenizer)
 
     def generate(
         self,
@@ -216,84 +209,29 @@ class Llama:
             predictions.append(finish(prediction, request, self.tokenizer, logprobs))
         return predictions
 
-    def text_stream(self, prompt: str, **options: Any) -> Stream:
-        """An iterator of pieces, generated as it is read; their texts are the completion.
-
-        Args:
-            options: those of `text_completion`, without `echo`; `reuse_prefix` is on.
-        """
-        return self._stream(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
-
-    def chat_stream(
-        self,
-        dialog: Dialog,
-        tools: Sequence[Tool] | None = None,
-        tool_form: ToolForm = "json",
-        **options: Any,
-    ) -> Stream:
-        """Answer one dialog, piece by piece. As `text_stream`."""
-        return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
-
-    def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
-        """Log-probability of each token of each text given those before it.
-
-        Of a text longer than max_seq_len each token sees at least half of max_seq_len before it.
-
-        Returns:
-            what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
-        """
-        ids = self._encode(prompts)
-        if [] in ids:
-            raise ValueError(f"prompt {ids.index([])} is empty; give at least one token")
-        decode, bos_id = self.tokenizer.decode, self.tokenizer.bos_id
-        return [
-            {
-                "generation": decode(row),
-                "tokens": [decode([t]) for t in row],
-                "logprobs": score_ids(self.engine, row, bos_id),
-                "finish_reason": "length",
-            }
-            for row in ids
-        ]
-
-    def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
-        """How well the model predicts a text, in windows that move on by `stride` tokens."""
-        ids = self.tokenizer.encode(text, bos=True, eos=False)
-        return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
-
-    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise TypeError("prompts must be a list of texts; for one text give [text]")
-        return [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-
-    def _chat_prompt(
-        self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
-    ) -> list[int]:
-        formatter = self.formatter or ChatFormat(self.tokenizer)  # which says why there is none
-        return formatter.encode_dialog_prompt(dialog, tools, tool_form)
-
     def _texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
         """Run to the end; the text of each answer."""
         readers = [Reader(request, self.tokenizer, stop) for request in requests]
         run(self.engine, requests)
         return [reader.text() for reader in readers]
 
-    def _stream(
-        self,
-        prompt: list[int],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
-        max_gen_len: int | None = None,
-        logprobs: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        reuse_prefix: bool = True,
-    ) -> Stream:
-        """Check at once, generate when iterated."""
-        how = Sampling(temperature, top_p, top_k, min_p)
-        stop_tokens = self.tokenizer.stop_tokens
-        request = Request(prompt, max_gen_len, how, seed, stop_tokens, logprobs, reuse=reuse_prefix)
-        return Stream(self.engine, request, Reader(request, self.tokenizer, stop))
+
+def load(
+    source: Source,
+    args: ModelArgs,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    exact: bool,
+    compile: bool,
+) -> Transformer:
+    """A model with its cache, ready to generate; a line on stderr says what it is."""
+    start = time.time()
+    model = checkpoint.load(source, args, device, dtype)
+    checkpoint.tune(model, None if source.quantization else quantize, exact)
+    model.setup_cache(args.max_batch_size, args.max_seq_len)
+    if parallel.rank() == 0:
+        print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
+    if compile:
+        compile_decoding(model)
+    return model

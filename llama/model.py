@@ -6,7 +6,7 @@ H / K this rank's query / key-value heads. Names are those of Meta's checkpoints
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -147,6 +147,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = nn.Linear(params.dim, params.vocab_size // ranks, bias=False)
         self.cache_owner: object = None  # who knows what the cache holds; see engine.py
+        # `hidden` for one position of each of the cache's first rows; see compilation.py
+        self.compiled: Callable[[Tensor, Tensor, int], Tensor] | None = None
         # Not a buffer: `.to(torch.bfloat16)` would cast it and lose the imaginary part.
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim,
@@ -195,6 +197,7 @@ class Transformer(nn.Module):
         start_pos: int | Tensor | None = None,
         cache_len: int | None = None,
         first_row: int = 0,
+        block: Callable[..., Tensor] = TransformerBlock.__call__,
     ) -> Tensor:
         """All layers and the final norm: (B, T) ids -> (B, T, dim).
 
@@ -204,6 +207,7 @@ class Transformer(nn.Module):
             cache_len: how many cached positions to read where `start_pos` is a tensor, at least
                 max(start_pos) + T; None reads the whole cache.
             first_row: the cache row of `tokens[0]`; the next rows follow it.
+            block: runs a layer: block(layer, h, freqs_cis, mask, at).
         """
         B, T = tokens.shape
         if start_pos is not None and (not isinstance(start_pos, Tensor) or start_pos.dim() == 0):
@@ -228,7 +232,7 @@ class Transformer(nn.Module):
         self.freqs_cis = self.freqs_cis.to(h.device)
         freqs_cis = F.embedding(positions, self.freqs_cis)
         for layer in self.layers:
-            h = layer(h, freqs_cis, mask, at)
+            h = block(layer, h, freqs_cis, mask, at)
         out: Tensor = self.norm(h)
         return out
 

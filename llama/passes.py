@@ -32,9 +32,12 @@ def hidden_of_chunks(
     T = max(len(chunk) for chunk in chunks)
     padded = [[*chunk, *[chunk[-1]] * (T - len(chunk))] for chunk in chunks]
     tokens = torch.tensor(padded, device=model.norm.weight.device)
-    if len(set(starts)) == 1:
+    compiled = model.compiled if T == 1 and first_row == 0 else None
+    if len(set(starts)) == 1 and compiled is None:
         return model.hidden(tokens, starts[0], first_row=first_row)
     start_pos = torch.tensor(starts, device=tokens.device)
+    if compiled is not None:
+        return compiled(tokens, start_pos, max(starts) + 1)
     return model.hidden(tokens, start_pos, max(starts) + T, first_row)
 
 

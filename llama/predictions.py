@@ -107,3 +107,15 @@ def finish(
         prediction["tokens"] = [tokenizer.decode([t]) for t in tokens]
         prediction["logprobs"] = [*request.prompt_logprobs, *request.generated_logprobs]
     return prediction
+
+
+def scored(
+    ids: Sequence[int], logprobs: list[float | None], tokenizer: Tokenizer
+) -> CompletionPrediction:
+    """Of a text that was only scored."""
+    return {
+        "generation": tokenizer.decode(ids),
+        "tokens": [tokenizer.decode([t]) for t in ids],
+        "logprobs": logprobs,
+        "finish_reason": "length",
+    }

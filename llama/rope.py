@@ -46,8 +46,11 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
 
     Args:
         xq, xk: (B, T, heads, D).
-        freqs_cis: (T, D / 2), or (B, T, D / 2) where rows stand at different positions.
+        freqs_cis: (T, D / 2), or (B, T, D / 2) where rows stand at different positions; or
+            `torch.view_as_real` of it, for compilers, which know no complex numbers.
     """
+    if not freqs_cis.is_complex():
+        return rotate_pairs(xq, freqs_cis), rotate_pairs(xk, freqs_cis)
     freqs_cis = freqs_cis.unsqueeze(-2)  # the same for all heads
 
     def turn(x: Tensor) -> Tensor:
@@ -55,3 +58,10 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
         return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
 
     return turn(xq), turn(xk)
+
+
+def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """`apply_rotary_emb` of x (B, T, heads, D) by (T or B x T, D / 2, 2) cosines and sines."""
+    cos, sin = cos_sin.unsqueeze(-3).unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)

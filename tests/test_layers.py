@@ -19,7 +19,8 @@ ROWS = [
      "llama.tokenizer"},
     {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
-    {"llama.checkpoint", "llama.passes", "llama.quantized_shard", "llama.slots"},
+    {"llama.checkpoint", "llama.compilation", "llama.passes", "llama.quantized_shard",
+     "llama.slots"},
     {"llama.engine"},
     {"llama.convert"},  # what the converters share
     {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",
@@ -28,6 +29,7 @@ ROWS = [
     {"llama.convert.hf"},
     {"llama.formats", "llama.pieces", "llama.predictions"},
     {"llama.scoring"},
+    {"llama.streaming"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
     {"llama.chat", "llama.demo"},

@@ -1,0 +1,65 @@
+"""Run by test_compilation.py in a process of its own: inductor wants to be the first to import
+distutils. Prints one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from llama import Llama
+from llama.passes import hidden_of_chunks
+
+PROMPTS = ["one two three", "a", "some more words than the others have", "b c", "d"]
+
+
+def build(folder: Path, tokenizer: Path, **options: Any) -> Llama:
+    return Llama.build(folder, tokenizer, 300, 3, device="cpu", dtype=torch.float32, **options)
+
+
+def difference(a: Llama, b: Llama) -> float:
+    """Largest between the logits of a decoding step, rows at different positions, one past 256."""
+    starts, step = [260, 3, 17], [[5], [6], [7]]
+    logits = []
+    with torch.inference_mode():
+        for llama in (a, b):
+            tokens = torch.arange(3 * 260).view(3, 260) % 1000
+            llama.model.hidden(tokens, 0)
+            llama.model.cache_owner = None
+            logits.append(llama.model.logits(hidden_of_chunks(llama.model, step, starts, 0)))
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def answers(llama: Llama) -> list[list[int]]:
+    """Greedy ids of prompts of different lengths that come and go, and of one past 256."""
+    prompts = [llama.tokenizer.encode(text, bos=True, eos=False) for text in PROMPTS]
+    rows = [*prompts, list(range(100, 350))]
+    return llama.generate(rows, max_gen_len=12, temperature=0.0)[0]
+
+
+def main(folder: Path, tokenizer: Path, quantize: str | None) -> None:
+    torch.manual_seed(0)
+    plain = build(folder, tokenizer, quantize=quantize)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = build(folder, tokenizer, quantize=quantize, compile=True)
+    at_build = counters["stats"]["unique_graphs"]
+    result = {
+        "warnings": [str(w.message) for w in caught if "not compiled" in str(w.message)],
+        "compiled": compiled.model.compiled is not None,
+        "left_in_cache": max(float(c.k.abs().max()) for c in compiled.model.caches()),
+        "graphs": at_build,
+        "same_ids": answers(plain) == answers(compiled),
+        "difference": difference(plain, compiled),
+        "graphs_later": counters["stats"]["unique_graphs"] - at_build,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)

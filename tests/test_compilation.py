@@ -1,0 +1,131 @@
+"""A compiled decoding step gives what the plain one gives, and compiles a few times only."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import Llama, ModelArgs, Transformer
+from llama.compilation import CompiledStep, Graph
+from llama.model import TransformerBlock
+from llama.rope import apply_rotary_emb, precompute_freqs_cis
+
+SCRIPT = Path(__file__).parent / "compiled_decoding.py"
+
+
+def run(*arguments: object, **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_compiled_agrees(
+    quantize: str | None,
+    tiny_checkpoint: Callable[..., Path],
+    llama3_tokenizer_path: Path,
+) -> None:
+    folder = tiny_checkpoint(n_layers=3, multiple_of=32)
+    found = run(folder, llama3_tokenizer_path, *([quantize] if quantize else []))
+    assert found["compiled"] and found["warnings"] == []
+    assert found["same_ids"] and found["difference"] < 1e-4
+    assert found["left_in_cache"] == 0.0
+    # Not one a layer, nor one a length: one row, several rows, and a whole cache of several rows.
+    assert 2 <= found["graphs"] <= 4 and found["graphs_later"] == 0
+
+
+def test_without_a_compiler_it_warns_and_does_without(
+    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    found = run(
+        tiny_checkpoint(),
+        llama3_tokenizer_path,
+        CXX="no-such-compiler",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+        LLAMA3_KERNELS="0",
+    )
+    assert not found["compiled"] and len(found["warnings"]) == 1
+    assert "no-such-compiler" in found["warnings"][0] or "compiler" in found["warnings"][0]
+    assert found["same_ids"] and found["difference"] == 0.0 and found["left_in_cache"] == 0.0
+
+
+def test_exact_and_compile_exclude_each_other(
+    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="choose one"):
+        Llama.build(tiny_checkpoint(), llama3_tokenizer_path, 32, 1, exact=True, compile=True)
+
+
+def test_real_rotation_is_the_complex_one() -> None:
+    xq, xk = torch.randn(2, 3, 4, 16), torch.randn(2, 3, 2, 16)
+    freqs_cis = precompute_freqs_cis(16, 32)
+    for some in (freqs_cis[5:8], freqs_cis[torch.tensor([[0, 1, 2], [9, 10, 11]])]):
+        expected = apply_rotary_emb(xq, xk, some)
+        for found, wanted in zip(
+            apply_rotary_emb(xq, xk, torch.view_as_real(some)), expected, strict=True
+        ):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What surrounds CUDA's graph; capturing itself needs a GPU."""
+
+    def step(tokens: Tensor, start_pos: Tensor) -> Tensor:
+        return 100 * tokens + start_pos.unsqueeze(1)
+
+    class Replaying:
+        def replay(self) -> None:
+            graph.out.copy_(step(graph.tokens, graph.start_pos))
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Replaying)
+    for name in ("graph", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda of: nullcontext())
+    for name in ("Stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: stream)
+    tokens = torch.tensor([[1], [2]])
+    graph = Graph(step, tokens, torch.tensor([3, 4]))
+    tokens.zero_()  # the caller's own are not the graph's
+    assert graph(torch.tensor([[1], [2]]), torch.tensor([3, 4])).tolist() == [[103], [204]]
+    assert graph(torch.tensor([[5], [6]]), torch.tensor([7, 8])).tolist() == [[507], [608]]
+
+
+def test_a_graph_for_each_shape_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=600))
+    model.setup_cache(2, 600)
+    made: list[Callable[[Tensor, Tensor], Tensor]] = []
+
+    def graph(run: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> object:
+        made.append(run)
+        return run
+
+    monkeypatch.setattr("llama.compilation.Graph", graph)
+    step = CompiledStep(model)
+    step.graphed, step.forward = True, TransformerBlock.forward
+    for rows, length in ((1, 3), (1, 256), (2, 4), (2, 257), (2, 600), (1, 200)):
+        start_pos = torch.full((rows,), length - 1)
+        tokens = torch.ones(rows, 1, dtype=torch.long)
+        found = step(tokens, start_pos, length)
+        with torch.inference_mode():
+            torch.testing.assert_close(found, model.hidden(tokens, start_pos, length))
+    assert sorted(step.graphs) == [(1, 256), (2, 256), (2, 512), (2, 600)] and len(made) == 4
+    model.setup_cache(2, 600)
+    step(torch.ones(1, 1, dtype=torch.long), torch.tensor([0]), 1)
+    assert len(made) == 5  # what held the old cache's addresses is gone
