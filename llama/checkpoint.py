@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama import kernels, parallel
 from llama.args import ModelArgs
 from llama.attention import fused_grouped_attention
 from llama.inspection import parameter_count
-from llama.linears import check_scheme, exchange, quantized, with_kernels
+from llama.linears import (
+    Int4Linear,
+    check_scheme,
+    exchange,
+    quantized,
+    with_kernels,
+    with_tinygemm,
+)
 from llama.model import Transformer
 from llama.progress import progress
 from llama.source import Source, rank_part
@@ -94,7 +101,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     if source.quantization is not None:
         if size > 1:
             raise ValueError("a quantized model runs on one rank; use one, or do without")
-        exchange(model, quantized(*source.quantization))
+        exchange(model, quantized(*source.quantization), nn.Linear)
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     for name in progress(names, f"loading on {device}", len(names), "tensor"):
@@ -121,16 +128,24 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
     if quantize is not None:
         if parallel.size() > 1:
             raise ValueError("a quantized model runs on one rank; use one, or do without")
-        if not isinstance(model.output, torch.nn.Linear):
+        if not isinstance(model.output, nn.Linear):
             raise ValueError("this model is quantized already; build it anew from its checkpoint")
-        exchange(model, quantized(quantize))
+        exchange(model, quantized(quantize), nn.Linear)
     if exact:
         return
-    if model.norm.weight.device.type == "cpu" and kernels.load():
-        exchange(model, with_kernels)
-    if model.norm.weight.dtype in (torch.bfloat16, torch.float16):
+    device, dtype = model.norm.weight.device, model.norm.weight.dtype
+    if device.type == "cpu" and kernels.load():
+        exchange(model, with_kernels, nn.Linear)
+    if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
+        exchange(model, with_tinygemm, Int4Linear)
+    if dtype in (torch.bfloat16, torch.float16):
         for attention in model.attentions():
             attention.attend = fused_grouped_attention
+
+
+def has_tinygemm(device: torch.device) -> bool:
+    """Whether torch's int4 kernel runs there: NVIDIA's Ampere and later."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:

@@ -5,7 +5,9 @@ Shapes: N outputs, K inputs. Each takes x (..., K) and gives (..., N) in x's dty
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 from llama import kernels
 from llama.quantize import (
     GROUPS,
+    codes_int4,
     linear_int4,
     linear_int8,
     quantize_int4,
     quantize_int8,
+    scales_and_zeros_int4,
 )
 
 SCHEMES = ("int8", "int4")
@@ -54,7 +58,7 @@ class Int4Linear(nn.Module):
 
     def __init__(self, weight: Tensor, group: int = 32):
         super().__init__()
-        self.n = len(weight)
+        self.n, self.group = len(weight), group
         packed, scale, zero = quantize_int4(weight, group)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
@@ -64,9 +68,36 @@ class Int4Linear(nn.Module):
         return linear_int4(x, self.packed, self.scale, self.zero, self.n)
 
 
-def exchange(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> None:
-    """Put `make(name, linear)` in the place of every linear, one after the other."""
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+class TinygemmLinear(nn.Module):
+    """An `Int4Linear` in the layout of torch's CUDA kernel, for x of bf16; groups as they were.
+
+    The kernel multiplies codes as they are read; see docs/decisions/0001-int4-on-cuda.md.
+    """
+
+    weight: Tensor
+    scales_and_zeros: Tensor
+
+    def __init__(self, linear: Int4Linear):
+        super().__init__()
+        self.n, self.group = linear.n, linear.group
+        codes = codes_int4(linear.packed)
+        inner = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
+        pairs = (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8)
+        self.register_buffer("weight", torch._convert_weight_to_int4pack(pairs, inner))
+        self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch._weight_int4pack_mm(rows, self.weight, self.group, self.scales_and_zeros)
+        return y[:, : self.n].view(*x.shape[:-1], self.n)
+
+
+L = TypeVar("L", bound=nn.Module)
+
+
+def exchange(model: nn.Module, make: Callable[[str, L], nn.Module], kind: type[L]) -> None:
+    """Put `make(name, linear)` in the place of every linear of a kind, one after the other."""
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, make(name, linear))
@@ -78,6 +109,17 @@ def with_kernels(name: str, linear: nn.Linear) -> nn.Module:
         made = KernelLinear(linear.in_features, linear.out_features, bias=False)
     made.weight = linear.weight
     return made
+
+
+def with_tinygemm(name: str, linear: Int4Linear) -> nn.Module:
+    """The same weight behind `TinygemmLinear`; as it was if that gives other numbers."""
+    made = TinygemmLinear(linear)
+    x = torch.linspace(-1, 1, linear.packed.shape[1] * 8, device=linear.packed.device).bfloat16()
+    found, expected = made(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
+    if (found - expected).abs().max() <= 0.02 * expected.abs().max():
+        return made
+    warnings.warn(f"{name}: torch's int4 kernel gives other numbers here; not used", stacklevel=2)
+    return linear
 
 
 def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Module]:

@@ -48,6 +48,8 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     if kernels.use("int8", x):
         y: Tensor = torch.ops.llama3.linear_int8(x, q, scale)
         return y
+    if x.device.type != "cpu" and torch.compiler.is_compiling():  # which fuses it for one row
+        return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
     if x.dtype == torch.float16:  # whose range unscaled products may leave
         return F.linear(x, dequantize_int8(q, scale).to(x.dtype))
     parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
@@ -91,18 +93,43 @@ def _quantize_int4(w: Tensor, group: int) -> tuple[Tensor, ...]:
     step = scale.float().where(scale > 0, 1).unsqueeze(3)
     codes = ((w - zero.float().unsqueeze(3)) / step).round().clamp(0, 15).to(torch.int64)
     codes = codes.view(-1, TILE, K // 8, 8).transpose(1, 2)
-    packed = (codes << torch.arange(0, 32, 4, device=w.device)).sum(dim=3).to(torch.int32)
+    places = torch.arange(0, 32, 4, device=w.device)
+    packed = torch.bitwise_left_shift(codes, places).sum(dim=3).to(torch.int32)
     return packed, scale.transpose(1, 2).contiguous(), zero.transpose(1, 2).contiguous()
+
+
+def codes_int4(packed: Tensor) -> Tensor:
+    """The codes of all rows, those that fill the last tile included: (16 T, K) int32."""
+    T, blocks, _ = packed.shape
+    places = torch.arange(0, 32, 4, device=packed.device)
+    codes = torch.bitwise_right_shift(packed.unsqueeze(3), places) & 15
+    return codes.transpose(1, 2).reshape(T * TILE, blocks * 8).to(torch.int32)
+
+
+def by_row(t: Tensor) -> Tensor:
+    """Scales or zeros of all rows: (T, K / G, 16) -> (16 T, K / G)."""
+    rows: Tensor = t.transpose(1, 2).flatten(0, 1)
+    return rows
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
     """The first n rows: (n, K) fp32."""
-    T, blocks, _ = packed.shape
-    groups = scale.shape[1]
-    codes = (packed.unsqueeze(3) >> torch.arange(0, 32, 4, device=packed.device)) & 15
-    codes = codes.transpose(1, 2).reshape(T, TILE, groups, -1)
-    scale, zero = (t.float().transpose(1, 2).unsqueeze(3) for t in (scale, zero))
-    return (codes * scale + zero).view(T * TILE, blocks * 8)[:n]
+    codes = codes_int4(packed).unflatten(1, (scale.shape[1], -1))
+    w: Tensor = codes * by_row(scale).float().unsqueeze(2) + by_row(zero).float().unsqueeze(2)
+    return w.flatten(1)[:n]
+
+
+def scales_and_zeros_int4(scale: Tensor, zero: Tensor) -> Tensor:
+    """Those of a `quantize_int4` weight as torch's own int4 products take them.
+
+    There a weight is (code - 8) * scale + zero, so the zero is another, rounded to bf16 anew.
+
+    Returns:
+        (K / G, 16 T, 2) bf16.
+    """
+    middle = (zero.float() + 8 * scale.float()).bfloat16()
+    both = torch.stack((by_row(scale), by_row(middle)), dim=2).transpose(0, 1)
+    return both.clone(memory_format=torch.contiguous_format)
 
 
 def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:

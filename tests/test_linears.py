@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Transformer, kernels
 from llama.checkpoint import tune
-from llama.linears import Int4Linear, Int8Linear, KernelLinear
-from llama.quantize import dequantize_int4, dequantize_int8
+from llama.linears import Int4Linear, Int8Linear, KernelLinear, TinygemmLinear, with_tinygemm
+from llama.quantize import (
+    codes_int4,
+    dequantize_int4,
+    dequantize_int8,
+    quantize_int4,
+    scales_and_zeros_int4,
+)
 from tests.conftest import random_weights
 
 SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -152,3 +159,44 @@ def test_perplexity_of_the_demo_model(
     )
     ratio = quantized.perplexity(text).perplexity / demo.perplexity(text).perplexity
     assert 1 / most < ratio < most
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_torch_takes_the_codes_scales_and_zeros(group: int) -> None:
+    """By torch's int4 product for CPUs, which shares its convention with the one for CUDA."""
+    w, x = torch.randn(48, 256) + 0.3, torch.randn(3, 256).bfloat16()
+    packed, scale, zero = quantize_int4(w, group)
+    theirs = torch._convert_weight_to_int4pack_for_cpu(codes_int4(packed), 1)
+    scales_and_zeros = scales_and_zeros_int4(scale, zero)
+    found = torch._weight_int4pack_mm_for_cpu(x, theirs, group, scales_and_zeros)
+    want = x.double() @ dequantize_int4(packed, scale, zero, 48).double().T
+    # Zeros rounded to bf16: at most 2^-9 of the largest, in every product of a row.
+    bound = x.double().abs().sum(1, keepdim=True) * scales_and_zeros.abs().max() * 2**-8
+    assert ((found - want).abs() <= bound).all()
+
+
+def test_int4_on_cuda_by_fake_tensors() -> None:
+    with FakeTensorMode():
+        linear = Int4Linear(torch.empty(40, 192), 64)
+        for name, t in list(linear.named_buffers()):
+            linear.register_buffer(name, torch.empty(t.shape, dtype=t.dtype, device="cuda"))
+        made = TinygemmLinear(linear)
+        y = made(torch.empty(2, 5, 192, dtype=torch.bfloat16, device="cuda"))
+    assert y.shape == (2, 5, 40) and y.device.type == "cuda" and y.dtype == torch.bfloat16
+    assert made.weight.device.type == made.scales_and_zeros.device.type == "cuda"
+    assert made.weight.numel() * 4 == 48 * 192 / 2  # no larger than before, but for whole tiles
+
+
+def test_an_int4_kernel_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`with_tinygemm` compares; here the stand-in for CUDA's product is right, then wrong."""
+    linear = Int4Linear(torch.randn(40, 128), 32)
+    plain = dequantize_int4(linear.packed, linear.scale, linear.zero, 48)
+    monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda pairs, inner: pairs)
+    for factor in (1, 1.1):
+        w = (plain * factor).bfloat16()
+        monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, *rest, w=w: x @ w.T)
+        if factor == 1:
+            assert isinstance(with_tinygemm("w1", linear), TinygemmLinear)
+        else:
+            with pytest.warns(UserWarning, match="w1: torch's int4 kernel"):
+                assert with_tinygemm("w1", linear) is linear
