@@ -175,6 +175,34 @@ class Commands:
 
         print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
+    def plan(
+        self,
+        *,
+        shape: str | None = None,
+        ckpt_dir: str | None = None,
+        ranks: int = 1,
+        batch: int = 1,
+        context: int = 8192,
+        dtype: str = "bf16",
+        quantize: str | None = None,
+        device_memory: str | None = None,
+        memory_bandwidth: str | None = None,
+        interconnect: str | None = None,
+        json: bool = False,
+    ) -> None:
+        """Tell what each of RANKS ranks needs, what fits, and how fast it can be at most.
+
+        Args:
+            shape: an official model, such as 8b, 70b or 405b; or else give ckpt_dir.
+            device_memory: of a rank, such as 80GB.
+            memory_bandwidth: what a rank reads, such as 3.35TB/s.
+            interconnect: what a rank sends, such as 450GB/s.
+        """
+        from llama.plan import plan
+
+        sizes = (device_memory, memory_bandwidth, interconnect)
+        print(plan(shape, ckpt_dir, ranks, batch, context, dtype, quantize, *sizes, as_json=json))
+
     def verify(self, path: str) -> None:
         """Check every file of checkpoint PATH; one line a problem, and exit code 1 if any."""
         from llama.formats import open_checkpoint, open_tokenizer

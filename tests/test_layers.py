@@ -19,7 +19,7 @@ ROWS = [
      "llama.tokenizer"},
     {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
-    {"llama.checkpoint", "llama.passes", "llama.slots"},
+    {"llama.checkpoint", "llama.footprint", "llama.passes", "llama.slots"},
     {"llama.engine"},
     {"llama.convert"},  # what the converters share
     {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",
@@ -27,7 +27,7 @@ ROWS = [
     {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
     {"llama.convert.hf"},
     {"llama.formats", "llama.pieces", "llama.predictions"},
-    {"llama.scoring"},
+    {"llama.plan", "llama.scoring"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
     {"llama.chat", "llama.demo"},
