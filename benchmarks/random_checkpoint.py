@@ -16,21 +16,15 @@ import fire
 import torch
 from torch import Tensor
 
+from llama import plan
 from llama.args import ModelArgs
 from llama.convert import new_folder
 from llama.convert.meta import write_meta
 from llama.source import Source, weight_shapes
 
-LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
-SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,
              "multiple_of": 256, "rope_theta": 100000.0},
-    "1b": LLAMA3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5,
-                    "multiple_of": 256, "use_scaled_rope": True},
-    "3b": LLAMA3 | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0,
-                    "multiple_of": 256, "use_scaled_rope": True},
-    "8b": LLAMA3 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3,
-                    "multiple_of": 1024, "use_scaled_rope": True},
 }  # fmt: skip
 
 
@@ -67,7 +61,7 @@ def main(
     """Write the checkpoint.
 
     Args:
-        shape: 135m, 1b, 3b or 8b.
+        shape: 135m, 1b, 3b, 8b, 70b or 405b.
         out: the folder to make.
         mp: number of shards.
         seed: of the weights.

@@ -82,7 +82,8 @@ class TinygemmLinear(nn.Module):
         self.n, self.group = linear.n, linear.group
         codes = codes_int4(linear.packed)
         inner = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
-        pairs = (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8)
+        even, odd = codes.unflatten(1, (-1, 2)).unbind(2)
+        pairs = (even * 16 + odd).to(torch.uint8)
         self.register_buffer("weight", torch._convert_weight_to_int4pack(pairs, inner))
         self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
 

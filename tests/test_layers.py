@@ -19,8 +19,8 @@ ROWS = [
      "llama.tokenizer"},
     {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
-    {"llama.checkpoint", "llama.compilation", "llama.passes", "llama.quantized_shard",
-     "llama.slots"},
+    {"llama.checkpoint", "llama.compilation", "llama.footprint", "llama.passes",
+     "llama.quantized_shard", "llama.slots"},
     {"llama.engine"},
     {"llama.convert"},  # what the converters share
     {"llama.convert.gguf", "llama.convert.hf_config", "llama.convert.hf_tokenizer",
@@ -28,11 +28,11 @@ ROWS = [
     {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
     {"llama.convert.hf"},
     {"llama.formats", "llama.pieces", "llama.predictions"},
-    {"llama.scoring"},
+    {"llama.plan", "llama.scoring"},
     {"llama.streaming"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
-    {"llama.chat", "llama.demo"},
+    {"llama.chat", "llama.checkpoint_commands", "llama.demo"},
     {"llama.cli"},
 ]  # fmt: skip
 ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row}

@@ -1,0 +1,71 @@
+"""Eight processes of test_footprint.py: build models on 1 to 8 ranks and count their bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.linears import exchange, quantized
+from llama.model import Transformer
+
+BATCH, CONTEXT = 3, 40
+SHAPES: list[dict[str, Any]] = [
+    # 8 rows of keys on a rank, half an int4 tile; fewer KV heads than ranks.
+    {"dim": 256, "n_layers": 2, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 328},
+    {"dim": 64, "n_layers": 3, "n_heads": 8, "vocab_size": 104, "multiple_of": 64},
+]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def cases() -> Iterator[tuple[int, bool, str, str | None]]:
+    """(index of the shape, tied, dtype, scheme)."""
+    return itertools.product(range(len(SHAPES)), (False, True), DTYPES, (None, "int8", "int4"))
+
+
+def held(tensors: Iterator[Tensor]) -> int:
+    """Bytes of the distinct storages."""
+    storages = {w.untyped_storage()._cdata: w.untyped_storage().nbytes() for w in tensors}
+    return sum(storages.values())
+
+
+def built_bytes(
+    shape: int, tied: bool, dtype: str, scheme: str | None, device: str
+) -> list[int] | None:
+    """[of the weights, of the caches] on this rank; None if it cannot be quantized so."""
+    with torch.device(device):
+        model = Transformer(ModelArgs(**SHAPES[shape])).to(DTYPES[dtype])
+        if tied:
+            model.output.weight = model.tok_embeddings.weight
+        if scheme is not None:
+            try:
+                exchange(model, quantized(scheme))
+            except ValueError:
+                return None
+        model.setup_cache(BATCH, CONTEXT)
+    caches = (c for cache in model.caches() for c in cache.buffers())
+    return [held(iter(model.state_dict().values())), held(caches)]
+
+
+def main(rank: int, folder: str) -> None:
+    """Write {ranks: [bytes of each case]} to folder/RANK.json; rank 0 also builds on meta."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=8)
+    result = {}
+    for ranks in (1, 2, 4, 8):
+        with contextlib.redirect_stdout(sys.stderr):  # fairscale announces itself
+            fs_init.initialize_model_parallel(ranks)
+        devices = ("cpu",) if rank else ("cpu", "meta")
+        result[ranks] = [[built_bytes(*case, device) for case in cases()] for device in devices]
+        fs_init.destroy_model_parallel()
+    Path(folder, f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
