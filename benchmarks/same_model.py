@@ -38,8 +38,15 @@ def small(job: Job, folder: Path) -> Job:
         "n_layers": min(LAYERS, job.params["n_layers"]),
         "vocab_size": min(VOCABULARY, job.params["vocab_size"]),
     }
-    length = PROMPT + SINGLE
-    return replace(job, params=params, folder=folder, dtype="float32", quantize=None, length=length)
+    return replace(
+        job,
+        params=params,
+        folder=folder,
+        dtype="float32",
+        quantize=None,
+        length=PROMPT + SINGLE,
+        precise=True,
+    )
 
 
 def differences(job: Job, names: list[str]) -> dict[str, float]:

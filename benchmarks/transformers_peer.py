@@ -60,8 +60,8 @@ def transformers_forward(ours: Transformer) -> Callable[[Tensor, int], Tensor]:
         nonlocal cache
         if position == 0:
             cache = DynamicCache()
-        elif position < cache.get_seq_length():
-            cache.crop(position)
+        elif beyond := cache.get_seq_length() - position:
+            cache.crop(-beyond)
         out = theirs(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = out.logits[:, -1]
         return logits
