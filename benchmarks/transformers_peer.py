@@ -32,7 +32,7 @@ def config_of(args: ModelArgs) -> Any:
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
         num_key_value_heads=args.kv_heads,
-        max_position_embeddings=args.max_seq_len,
+        max_position_embeddings=131072,
         rms_norm_eps=args.norm_eps,
         rope_parameters=rope,
     )
