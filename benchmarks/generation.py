@@ -56,7 +56,7 @@ def seconds(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def meta_model(ours: Transformer, shape: str, rows: int, length: int) -> Any:
+def meta_model(ours: Transformer, params: dict[str, Any], rows: int, length: int) -> Any:
     """Meta's published Transformer with the same weights, on the CPU, in a group of one."""
     import tempfile
 
@@ -68,7 +68,7 @@ def meta_model(ours: Transformer, shape: str, rows: int, length: int) -> Any:
     store = tempfile.NamedTemporaryFile()  # noqa: SIM115
     dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
     fs_init.initialize_model_parallel(1)
-    params = {"norm_eps": 1e-5} | SHAPES[shape]
+    params = {"norm_eps": 1e-5} | params
     torch.set_default_dtype(ours.norm.weight.dtype)
     meta = MetaTransformer(ModelArgs(**params, max_batch_size=rows, max_seq_len=length))
     torch.set_default_dtype(torch.float32)
@@ -96,7 +96,7 @@ def ragged(shape: str = "135m", dtype: str = "bfloat16", new: int = 64, runs: in
     """8 prompts of 16 to 512 tokens, against the reference's loop over Meta's model, greedy."""
     lengths = [16, 87, 158, 229, 299, 370, 441, 512]
     model = build(shape, 8, 576, dtype)
-    meta = meta_model(model, shape, 8, 576)
+    meta = meta_model(model, SHAPES[shape], 8, 576)
     prompts, engine = random_prompts(model.vocab_size, lengths), Engine(model)
     got: dict[str, list[list[int]]] = {}
 

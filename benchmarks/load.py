@@ -17,12 +17,17 @@ import fire
 from llama import Llama
 
 
+def resident_bytes(kind: str) -> int:
+    """Resident memory of this process by /proc: "RssAnon", "RssFile" or "RssShmem"."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"this kernel does not report {kind}")
+
+
 def anonymous_bytes() -> int:
     """Resident memory of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this kernel does not report RssAnon")
+    return resident_bytes("RssAnon")
 
 
 def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:

@@ -1,23 +1,37 @@
-"""The benchmarks run and report, on a tiny shape; their figures are not tested."""
+"""The benchmarks run, report, and tell one model from another; their figures are not tested."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import decode, generation
-from benchmarks.random_checkpoint import SHAPES
+from benchmarks import decode, generation, llama_cpp_peer, transformers_peer
+from benchmarks.peers import PEERS, Job, make, write_weights
+from benchmarks.random_checkpoint import SHAPES, RandomSource
+from benchmarks.report import save_plot
+from benchmarks.same_model import differences
+from benchmarks.workers import Reader, Worker
+from llama.convert.gguf import GGUFSource
 
 TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
-TINY |= {"vocab_size": 400, "multiple_of": 32}
+TINY |= {"vocab_size": 400, "multiple_of": 32, "use_scaled_rope": True}
+NO_LLAMA_CPP = "needs llama-cpp-python; docs/performance.md says how"
+SMALL_RUN: dict[str, Any] = {"batch": 2, "prompt": 9, "context": 20, "new": 4, "runs": 2}
 
 
 @pytest.fixture(autouse=True)
-def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(SHAPES, "tiny", TINY)
-    monkeypatch.setattr(decode, "read_bandwidth", lambda: 1e10)
+    monkeypatch.setattr(decode, "READ_BYTES", 1 << 20)
+    yield
+    assert not multiprocessing.active_children()
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -25,15 +39,134 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
-def test_decode(capsys: pytest.CaptureFixture[str], quantize: str | None) -> None:
-    peers = "transformers,exact" if quantize is None else "bf16"
-    decode.main("tiny", "float32", quantize, batch=2, prompt=9, new=4, runs=2, peers=peers)
+def check_rows(rows: list[dict[str, Any]], names: list[str]) -> None:
+    assert [row["system"] for row in rows] == names
+    for row in rows:
+        assert row["decode_tok_s"] > 0 and row["of_read_bandwidth"] > 0
+        assert len(row["first_token_s_each"]) == len(row["step_s_each"]) == 2
+        assert 0 <= row["max_difference"] < 1e-3
+
+
+def test_decode(capsys: pytest.CaptureFixture[str]) -> None:
+    decode.main("tiny", "float32", peers="reference,transformers,exact", **SMALL_RUN)
     rows = last_line(capsys)["rows"]
-    assert len(rows) == (3 if quantize is None else 2)
-    assert all(row["decode_tok_s"] > 0 and row["first_token_s"] > 0 for row in rows)
-    if quantize is None:  # the same weights give the same first ids
-        assert [row["same_first_id"] for row in rows] == [2, 2, 2]
+    ours = "llama3 float32"
+    check_rows(rows, [ours, "reference", "transformers", f"{ours} exact"])
+    # The same weights after the same context give the same ids, in each of two rows.
+    assert [row["same_first_id"] for row in rows] == [2] * 4
+
+
+def test_decode_quantized(capsys: pytest.CaptureFixture[str]) -> None:
+    decode.main("tiny", "bfloat16", "int4", peers="bf16", **SMALL_RUN)
+    rows = last_line(capsys)["rows"]
+    check_rows(rows, ["llama3 int4", "llama3 bfloat16"])
+    assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"]
+
+
+def test_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("llama_cpp", reason=NO_LLAMA_CPP)
+    peers = "llama.cpp,llama.cpp-bf16"
+    decode.main("tiny", "bfloat16", "int4", peers=peers, **SMALL_RUN)
+    rows = last_line(capsys)["rows"]
+    check_rows(rows, ["llama3 int4", "llama.cpp Q4_0", "llama.cpp BF16"])
+    assert rows[1]["weight_bytes"] < rows[2]["weight_bytes"]
+    assert rows[1]["max_difference"] > 0  # it was another's arithmetic
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_llama_cpp_quantized(tmp_path: Path, quantize: str) -> None:
+    """Its logits are near those of the weights before they were quantized; another model's are not.
+
+    The norm of the difference, over that of the logits, is 1.4 for unrelated logits.
+    """
+    pytest.importorskip("llama_cpp", reason=NO_LLAMA_CPP)
+    plain = replace(job(tmp_path), rows=2, quantize=quantize, precise=True)
+    write_weights(plain, ["llama.cpp", "llama.cpp-bf16"])
+    ids = torch.tensor(generation.random_prompts(400, [30, 30]))
+    expected = make("exact", plain).forward(ids, 0)
+    roundings = {"llama.cpp-bf16": 1e-5, "llama.cpp": {"int8": 0.03, "int4": 0.5}[quantize]}
+    for name, rounding in roundings.items():
+        system = make(name, plain)
+        system.forward(ids[:, :20], 0)
+        found = system.forward(ids[:, 20:], 20)
+        assert (found - expected).norm() < rounding * expected.norm()
+
+
+def job(folder: Path) -> Job:
+    return Job({"norm_eps": 1e-5} | TINY, folder, "float32", None, False, 1, 32)
+
+
+def test_another_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert differences(job(tmp_path), ["transformers"])["transformers"] < 1e-5
+    same = transformers_peer.config_of
+    monkeypatch.setattr(
+        transformers_peer, "config_of", lambda args: same(replace(args, use_scaled_rope=False))
+    )
+    with pytest.raises(ValueError, match="transformers computes another model"):
+        differences(job(tmp_path), ["transformers"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_holds_the_weights(tmp_path: Path, dtype: str) -> None:
+    source = RandomSource(TINY)
+    llama_cpp_peer.write_gguf(source, tmp_path / "a.gguf", dtype)
+    found = GGUFSource(tmp_path / "a.gguf")
+    theirs, ours = found.args(), source.args()
+    for name in ("dim", "n_layers", "n_heads", "kv_heads", "hidden_dim", "rope_theta", "norm_eps"):
+        assert getattr(theirs, name) == getattr(ours, name)
+    assert theirs.use_scaled_rope and theirs.scale_factor == ours.scale_factor
+    for name in source.shapes():
+        assert torch.equal(found.read(name), source.read(name).float())
+    # What a decode step reads: no embedding, but the 8 divisors of RoPE.
+    matrices = sum(torch.Size(s).numel() for s in source.shapes().values() if len(s) == 2)
+    norms = sum(s[0] for s in source.shapes().values() if len(s) == 1)
+    matrices -= TINY["vocab_size"] * TINY["dim"]
+    size = getattr(torch, dtype).itemsize * matrices + 4 * (norms + 8)
+    assert llama_cpp_peer.weight_bytes(tmp_path / "a.gguf") == size
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"peers": "other"}, "unknown peer 'other'; the peers are reference,"),
+        ({"peers": "exact,exact"}, "the peer 'exact' is named twice"),
+        ({"shape": "2b"}, "unknown shape '2b'; use one of 135m,"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'; use one of bfloat16,"),
+        ({"quantize": "int2"}, "unknown scheme 'int2'; use int8 or int4"),
+        ({"new": 1}, "--new must be 2 or more, not 1"),
+        ({"context": -1}, "--context must be 0 or more, not -1"),
+        ({"runs": "many"}, "--runs must be 1 or more, not 'many'"),
+    ],
+)
+def test_bad_flags(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode.main(**({"shape": "tiny"} | flags))
+
+
+def test_absent_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PEERS, "llama.cpp", {"no_such_module": "llama-cpp-python"})
+    with pytest.raises(ImportError, match=r"'llama\.cpp' needs `pip install llama-cpp-python`"):
+        decode.main("tiny", peers="llama.cpp")
+
+
+def test_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra `bench`")
+    with pytest.raises(ValueError, match=r"must name a \.png file"):
+        decode.main("tiny", plot=str(tmp_path / "a.pdf"))
+    rows = [{"system": name, "decode_tok_s": 9.0, "prefill_tok_s": 90.0} for name in ("a", "b")]
+    save_plot(rows, tmp_path / "a.png", "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_failing_worker() -> None:
+    with Worker("the reading", Reader, -4) as worker:
+        with pytest.raises(RuntimeError, match="the reading: RuntimeError: "):
+            worker.call("read")
+        worker.process.kill()
+        with pytest.raises(RuntimeError, match="the reading ended with exit code -9"):
+            worker.call("read")
 
 
 def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
@@ -43,8 +176,3 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
-
-
-def test_unknown_peer() -> None:
-    with pytest.raises(ValueError, match="unknown peer 'other'"):
-        decode.main("tiny", "float32", prompt=4, new=3, runs=1, peers="other")

@@ -1,0 +1,184 @@
+"""llama.cpp through `llama-cpp-python`, with weights of ours. Knows its file and its C interface.
+
+Shapes: B rows, T ids a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.convert.gguf import GGUF_NAMES, ROPE_FREQS
+from llama.rope import apply_scaling
+from llama.source import Source, weight_shapes
+
+BATCH = 512  # ids that one call computes at most, llama.cpp's own default
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # dtype: ggml's name
+SCHEMES = {"int8": "Q8_0", "int4": "Q4_0"}
+
+
+def write_gguf(source: Source, path: Path, dtype: str) -> None:
+    """Write a GGUF file without a vocabulary, a tensor in memory at a time.
+
+    Matrices are stored in `dtype`, norms in fp32 as llama.cpp wants them. Queries and keys stay in
+    Meta's order, which is that of its architecture `llama`.
+    """
+    import gguf
+
+    args, kind = source.args(), gguf.GGMLQuantizationType[KINDS[dtype]]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(args.vocab_size)
+    writer.add_context_length(131072)
+    writer.add_block_count(args.n_layers)
+    writer.add_embedding_length(args.dim)
+    writer.add_feed_forward_length(args.hidden_dim)
+    writer.add_head_count(args.n_heads)
+    writer.add_head_count_kv(args.kv_heads)
+    writer.add_rope_dimension_count(args.head_dim)
+    writer.add_rope_freq_base(args.rope_theta)
+    writer.add_layer_norm_rms_eps(args.norm_eps)
+    names, float32 = _names(source), np.dtype(np.float32)
+    divisors = _divisors(args)
+    writer.add_tensor_info(ROPE_FREQS, divisors.shape, float32, divisors.nbytes)
+    shapes = weight_shapes(args)
+    size = getattr(torch, dtype).itemsize
+    for meta, name in names.items():
+        shape = shapes[meta]
+        if len(shape) == 1:
+            writer.add_tensor_info(name, shape, float32, 4 * shape[0])
+        else:
+            in_bytes = (shape[0], shape[1] * size)
+            nbytes = in_bytes[0] * in_bytes[1]
+            writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.write_tensor_data(divisors)
+    for meta in names:
+        w = source.read(meta)
+        w = w.to(torch.float32 if w.dim() == 1 else getattr(torch, dtype)).contiguous()
+        writer.write_tensor_data(w.view(torch.uint8).numpy())
+    writer.close()
+
+
+def _names(source: Source) -> dict[str, str]:
+    """{Meta's name: the file's}; a tied output is not stored."""
+    found = {}
+    for meta in weight_shapes(source.args()):
+        if meta == "output.weight" and source.tied:
+            continue
+        *layer, name = meta.removesuffix(".weight").split(".", 2)
+        found[meta] = (f"blk.{layer[1]}." if layer else "") + f"{GGUF_NAMES[name]}.weight"
+    return found
+
+
+def _divisors(args: ModelArgs) -> np.ndarray:
+    """(d/2,): what divides each RoPE frequency."""
+    freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2).float() / args.head_dim)
+    scaled = apply_scaling(freqs, args.scale_factor) if args.use_scaled_rope else freqs
+    divisors: np.ndarray = (freqs / scaled).numpy()
+    return divisors
+
+
+def quantize_gguf(source: Path, target: Path, scheme: str) -> None:
+    """By llama.cpp's own quantizer, as it does by default."""
+    import llama_cpp
+
+    _be_quiet(llama_cpp)
+    options = llama_cpp.llama_model_quantize_default_params()
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{SCHEMES[scheme]}")
+    options.nthread = torch.get_num_threads()
+    paths = (str(path).encode() for path in (source, target))
+    if llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)):
+        raise RuntimeError(f"llama.cpp could not quantize {source}")
+
+
+def weight_bytes(path: Path) -> int:
+    """Of all tensors that a decode step reads: not the embedding, unless the output is tied."""
+    from gguf import GGUFReader
+
+    sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
+    untied = "output.weight" in sizes
+    return sum(n for name, n in sizes.items() if not (untied and name == "token_embd.weight"))
+
+
+class LlamaCpp:
+    """A model on its default settings, for `rows` sequences of `length` positions.
+
+    Args:
+        precise: attention in fp32; its default's cache and fused kernel round to fp16.
+    """
+
+    def __init__(self, path: Path, rows: int, length: int, precise: bool):
+        import llama_cpp
+
+        self.api: Any = llama_cpp
+        _be_quiet(llama_cpp)
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_default_params()
+        model.n_gpu_layers = 999 if torch.cuda.is_available() else 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp could not load {path}")
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx = rows * -(-length // 256) * 256  # each sequence gets its share of it
+        options.n_batch = options.n_ubatch = BATCH
+        options.n_seq_max = rows
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
+        if precise:
+            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
+            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.context = llama_cpp.llama_init_from_model(self.model, options)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp could not make a context of {options.n_ctx} positions")
+        self.V = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+        self.batch = llama_cpp.llama_batch_init(max(BATCH, rows), 0, 1)
+        self.held = 0  # positions of each sequence in its cache
+
+    def forward(self, tokens: Tensor, position: int) -> Tensor:
+        """(B, T) ids after `position` cached ones -> (B, V) fp32 logits of the last."""
+        B, T = tokens.shape
+        if position != self.held:
+            memory = self.api.llama_get_memory(self.context)
+            for row in range(B):
+                self.api.llama_memory_seq_rm(memory, row, position, -1)
+        share = max(1, BATCH // B)
+        for start in range(0, T, share):
+            part = tokens[:, start : start + share]
+            last = self._feed(part.tolist(), position + start, start + part.shape[1] == T)
+        self.held = position + T
+        rows = [self.api.llama_get_logits_ith(self.context, i) for i in last]
+        return torch.stack([torch.from_numpy(np.ctypeslib.as_array(r, (self.V,))) for r in rows])
+
+    def _feed(self, ids: list[list[int]], position: int, ends: bool) -> list[int]:
+        """One call; the indices of each row's last id, whose logits are kept if it `ends`."""
+        batch, last = self.batch, []
+        batch.n_tokens = 0
+        for row, values in enumerate(ids):
+            for i, token in enumerate(values):
+                n = batch.n_tokens
+                batch.token[n], batch.pos[n] = token, position + i
+                batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
+                batch.logits[n] = ends and i == len(values) - 1
+                batch.n_tokens = n + 1
+            last.append(batch.n_tokens - 1)
+        if code := self.api.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode gave {code}")
+        return last
+
+
+def _be_quiet(api: Any) -> None:
+    """Its log goes nowhere, as long as the process."""
+    global _silent
+    _silent = api.llama_log_callback(lambda *_: None)
+    api.llama_log_set(_silent, ctypes.c_void_p(0))
+
+
+_silent: Any = None  # C code holds it
