@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.generation import peak_anonymous, random_prompts
 from benchmarks.load import anonymous_bytes, resident_bytes
-from benchmarks.peers import OURS, Job, can_compile, check_peers, make
+from benchmarks.peers import OURS, Job, check_peers, make
 from benchmarks.random_checkpoint import SHAPES
 from benchmarks.report import machine, print_table, save_plot
 from benchmarks.same_model import Preparation
@@ -164,8 +164,6 @@ def check(shape: str, dtype: str, quantize: str | None, compile: bool, plot: str
         raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"unknown scheme {quantize!r}; use int8 or int4, or leave it out")
-    if compile and not can_compile():
-        raise ValueError("this library does not compile yet; leave out --compile")
     if plot is not None:
         if find_spec("matplotlib") is None:
             raise ImportError("--plot needs matplotlib: pip install 'llama3[bench]'")

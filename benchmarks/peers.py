@@ -5,7 +5,6 @@ Knows nothing about processes, tables or rounds. Shapes: B rows, T ids a row, V 
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
 from llama import checkpoint
 from llama.args import ModelArgs
+from llama.compilation import compile_decoding
 from llama.convert.meta import write_meta
 from llama.engine import Engine
 from llama.formats import open_checkpoint
@@ -92,11 +92,6 @@ def check_peers(names: list[str]) -> None:
                     f"the peer {name!r} needs `pip install {package}` (docs/performance.md says "
                     "how), or leave it out"
                 )
-
-
-def can_compile() -> bool:
-    """Whether this version of the library does."""
-    return "compile" in inspect.signature(checkpoint.tune).parameters
 
 
 def write_weights(job: Job, names: list[str]) -> None:
@@ -217,12 +212,13 @@ def load(job: Job, quantize: str | None, exact: bool, compile: bool) -> Transfor
     args = source.args(max_seq_len=job.length, max_batch_size=job.rows)
     dtype = getattr(torch, job.dtype)
     model = checkpoint.load(source, args, checkpoint.pick_device(None), dtype)
-    options = {"compile": True} if compile else {}
-    checkpoint.tune(model, quantize, exact, **options)
+    checkpoint.tune(model, quantize, exact)
     if quantize is not None:  # let go of the mapped file that it was made from
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()
     model.setup_cache(job.rows, job.length)
+    if compile and not compile_decoding(model):
+        raise RuntimeError("the step cannot be compiled here; leave out --compile")
     return model
 
 
