@@ -96,11 +96,11 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
         ValueError: the ranks that run cannot share a model of these sizes.
     """
     rank, size = parallel.rank(), parallel.size()
+    if source.quantization is not None and size > 1:
+        raise ValueError("a quantized model runs on one rank; use one, or do without")
     with torch.device("meta"):
         model = Transformer(args)
     if source.quantization is not None:
-        if size > 1:
-            raise ValueError("a quantized model runs on one rank; use one, or do without")
         exchange(model, quantized(*source.quantization), nn.Linear)
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())

@@ -68,7 +68,7 @@ def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = 
     """Write the checkpoint `src`, of any layout, quantized, as the folder `dst`; returns `dst`.
 
     It holds what `Llama.build(src, ..., quantize=scheme)` makes of the weights in the dtype that
-    they are stored in (a GGUF's in bf16). Weight by weight: memory for one, and disk for the result
+    they are stored in (a GGUF's in bf16). Weight by weight: memory for two, and disk for the result
     twice. What is interrupted leaves no `dst`.
 
     Args:

@@ -22,8 +22,16 @@ BLOCK = 512
 
 def _by_rows(quantize: Callable[[Tensor], tuple[Tensor, ...]], w: Tensor) -> tuple[Tensor, ...]:
     """`quantize(w)` in blocks of rows: what it needs in fp32 and int64 is never as large as w."""
-    blocks = w.split(len(w) if w.is_meta else BLOCK)
-    return tuple(torch.cat(parts) for parts in zip(*map(quantize, blocks), strict=True))
+    if w.is_meta:
+        return quantize(w)
+    whole = tuple(torch.empty_like(t, device=w.device) for t in quantize(w.to("meta")))
+    start = 0
+    for rows in w.split(BLOCK):
+        parts = quantize(rows)
+        for t, part in zip(whole, parts, strict=True):
+            t[start : start + len(part)] = part
+        start += len(parts[0])
+    return whole
 
 
 def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
