@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.args import ModelArgs
 from llama.linears import exchange, quantized
@@ -49,7 +49,7 @@ def built_bytes(
             model.output.weight = model.tok_embeddings.weight
         if scheme is not None:
             try:
-                exchange(model, quantized(scheme))
+                exchange(model, quantized(scheme), nn.Linear)
             except ValueError:
                 return None
         model.setup_cache(BATCH, CONTEXT)
