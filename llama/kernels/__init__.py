@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,7 +34,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "linear.cpp", HERE / "rows.h"]
+SOURCES = [HERE / "linear.cpp"]
+HEADERS = [HERE / name for name in ("rows.h", "variants.h", "vectors.h")]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
@@ -117,7 +119,7 @@ def library_path() -> Path:
     if not folder:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(cache) / "torch_extensions")
-    made_of = [path.read_bytes() for path in SOURCES]
+    made_of = [path.read_bytes() for path in SOURCES + HEADERS]
     made_of += [text.encode() for text in (*FLAGS, torch.__version__, platform.machine())]
     digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     return Path(folder) / f"llama3_kernels_{digest}.so"
@@ -141,12 +143,14 @@ def _compile(library: Path) -> None:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="llama3_kernels_") as folder:
-        made, linked = f"{folder}/linear.o", f"{folder}/linear.so"
-        source = ["-c", str(SOURCES[0]), f"-I{torch_dir / 'include'}"]
-        _run([*command, *FLAGS, abi, *source, "-o", made])
+        linked = f"{folder}/kernels.so"
+        made = {f"{folder}/{source.stem}.o": str(source) for source in SOURCES}
+        compile_only = [*command, *FLAGS, abi, f"-I{torch_dir / 'include'}", "-c"]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda out: _run([*compile_only, made[out], "-o", out]), made))
         # Linked without -fopenmp: the threads must be those of the OpenMP that torch has loaded.
         libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([*command, "-shared", made, *libraries, "-o", linked])
+        _run([*command, "-shared", *made, *libraries, "-o", linked])
         os.replace(linked, library)
 
 

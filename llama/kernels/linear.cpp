@@ -10,19 +10,12 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
 #include <string>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 using at::Tensor;
 using c10::BFloat16;
-using std::memcpy;
 
 constexpr int64_t AHEAD = 2048;   // bytes to prefetch ahead of the multiplication
 constexpr int64_t SHARE = 32768;  // bytes of W below which one more thread does not pay
@@ -44,87 +37,39 @@ struct Job {
       static_cast<float*>(y)[m * N + n] = value;
   }
 };
+}  // namespace
 
-// LANES and TARGET as rows.h says; WIDEN_8 and WIDEN_16 read LANES int8 or uint16 into int32, which
-// gcc 12's own vector conversion does lane by lane.
-#if defined(__x86_64__)
-#define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
-#define WIDEN_8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p)))
-#define WIDEN_16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p)))
-namespace avx512 {
-#include "rows.h"
-}
-#undef LANES
-#undef TARGET
-#undef WIDEN_8
-#undef WIDEN_16
-#define LANES 8
-#define TARGET __attribute__((target("avx2,fma")))
-#define WIDEN_8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p)))
-#define WIDEN_16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p)))
-namespace avx2 {
-#include "rows.h"
-}
-#undef LANES
-#undef TARGET
-#undef WIDEN_8
-#undef WIDEN_16
-#endif
-#define LANES 4
-#define TARGET
-#define WIDEN_8(p) (Ints{(p)[0], (p)[1], (p)[2], (p)[3]})
-#define WIDEN_16(p) (Words{(p)[0].x, (p)[1].x, (p)[2].x, (p)[3].x})
-namespace plain {  // what every x86-64 (SSE2) or ARM (NEON) has; elsewhere, plain loops
-#include "rows.h"
-}
+#define ARITHMETIC "rows.h"
+#include "variants.h"
 
+namespace {
 using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
-struct Variant {
-  const char* name;
+struct Kernels {
   Kernel fp32, bf16, int8, int4, unpack_fp32, unpack_bf16, widen;
 };
-#define VARIANT(ns)                                                              \
-  {#ns,       ns::rows<float>,   ns::rows<BFloat16>,   ns::rows<int8_t>, \
-   ns::tiles, ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
+#define KERNELS(ns)                                                        \
+  Kernels{ns::rows<float>, ns::rows<BFloat16>,   ns::rows<int8_t>, \
+          ns::tiles,       ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
+const Kernels kernels[] = {EACH_VARIANT(KERNELS)};
 
-// Those this processor can run, the fastest first.
-const std::vector<Variant>& variants() {
-  static const std::vector<Variant> found = [] {
-    std::vector<Variant> list;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      list.push_back(VARIANT(avx512));
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back(VARIANT(avx2));
-#endif
-    list.push_back(VARIANT(plain));
-    return list;
-  }();
-  return found;
-}
+const Kernels& variant() { return kernels[llama3::variant()]; }
 
-std::atomic<const Variant*> chosen{nullptr};
-
-const Variant& variant() {
-  const Variant* v = chosen.load();
-  return v ? *v : variants().front();
-}
+#define NAME(ns) #ns
+const char* const names[] = {EACH_VARIANT(NAME)};
 
 std::vector<std::string> variant_names() {
-  std::vector<std::string> names;
-  for (const Variant& v : variants()) names.emplace_back(v.name);
-  return names;
+  std::vector<std::string> found;
+  for (const int index : llama3::variants()) found.emplace_back(names[index]);
+  return found;
 }
 
 // For tests: "" goes back to the fastest.
 void use_variant(std::string name) {
-  const Variant* found = nullptr;
-  for (const Variant& v : variants())
-    if (name == v.name) found = &v;
-  TORCH_CHECK(found || name.empty(), "this processor has no variant ", std::string(name));
-  chosen.store(found);
+  int found = -1;
+  for (const int index : llama3::variants())
+    if (name == names[index]) found = index;
+  TORCH_CHECK(found >= 0 || name.empty(), "this processor has no variant ", std::string(name));
+  llama3::chosen.store(found);
 }
 
 void check_cpu(const char* name, const Tensor& t) {
