@@ -1,6 +1,6 @@
-// y = x W^T for a few rows of x (decoding), at the speed of reading W: torch operators for weights
-// of fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group.
-// Knows nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h.
+// y = x W^T, for few rows of x (decoding) at the speed of reading W: torch operators for weights of
+// fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group. Knows
+// nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h and blocked.h.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,10 +21,15 @@ using c10::BFloat16;
 constexpr int64_t AHEAD = 2048;   // bytes to prefetch ahead of the multiplication
 constexpr int64_t SHARE = 32768;  // bytes of W below which one more thread does not pay
 
-// What a kernel reads and writes. Rows of x are padded with zeros to a multiple of 16.
+// What a kernel reads and writes. rows.h reads x in fp32, its rows padded with zeros to a multiple
+// of 64; blocked.h reads x in bf16, as it came.
 struct Job {
   int64_t M = 0, N = 0, K = 0, x_stride = 0, group = 0;
-  std::vector<float> x, x_sums;  // (M, x_stride); int4: (M, K / group), the sum of each group
+  Tensor given;                      // x (..., K)
+  std::vector<float> x, x_sums;      // (M, x_stride); int4: (M, K / group), the sum of each group
+  const BFloat16* x_bf16 = nullptr;  // (M, K)
+  std::unique_ptr<uint32_t[]> panels;   // int4: x_bf16 in the order of blocked.h
+  std::unique_ptr<float[]> group_sums;  // and its sums
   const void* w = nullptr;
   const float* scales = nullptr;                                 // int8: (N,)
   const BFloat16 *int4_scales = nullptr, *int4_zeros = nullptr;  // (N / 16, K / group, 16)
@@ -44,6 +50,21 @@ struct Job {
 
 namespace {
 using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+struct Blocked {
+  Kernel bf16, int8, int4, fill_panels;
+};
+#if defined(__x86_64__)
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+namespace with_bf16 {
+#include "blocked.h"
+}
+const Blocked blocked = {with_bf16::blocks<BFloat16>, with_bf16::blocks<int8_t>, with_bf16::tiles,
+                         with_bf16::fill_panels};
+#else
+const Blocked blocked = {};
+#endif
+
 struct Kernels {
   Kernel fp32, bf16, int8, int4, unpack_fp32, unpack_bf16, widen;
 };
@@ -77,31 +98,41 @@ void check_cpu(const char* name, const Tensor& t) {
   TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-template <class T>
-void widen(Job& job, const Tensor& x) {
-  const T* from = x.const_data_ptr<T>();
-  for (int64_t m = 0; m < job.M; m++)
-    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
-}
-
-// Checks x (..., K), copies it to fp32, and makes y (..., N) of the same dtype.
-void prepare(Job& job, const Tensor& x_any, Tensor& y) {
-  TORCH_CHECK(x_any.dim() >= 1 && x_any.size(-1) == job.K, "x must be (..., ", job.K,
-              "), as wide as w; got ", x_any.sizes());
-  const auto dtype = x_any.scalar_type();
+// Checks x (..., K), and makes y (..., N) of the same dtype.
+void prepare(Job& job, const Tensor& x, Tensor& y) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == job.K, "x must be (..., ", job.K,
+              "), as wide as w; got ", x.sizes());
+  const auto dtype = x.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
-  const Tensor x = x_any.contiguous();
-  check_cpu("x", x);
+  job.given = x.contiguous();
+  check_cpu("x", job.given);
   auto sizes = x.sizes().vec();
   sizes.back() = job.N;
   y = at::empty(sizes, x.options());
   job.M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) job.M *= x.size(i);
-  job.x_stride = (job.K + 63) / 64 * 64;
-  job.x.resize(job.M * job.x_stride);
   job.y = y.mutable_data_ptr();
   job.y_bf16 = dtype == at::kBFloat16;
-  job.y_bf16 ? widen<BFloat16>(job, x) : widen<float>(job, x);
+  if (job.y_bf16) job.x_bf16 = job.given.const_data_ptr<BFloat16>();
+}
+
+template <class T>
+void widen(Job& job) {
+  const T* from = job.given.const_data_ptr<T>();
+  for (int64_t m = 0; m < job.M; m++)
+    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
+}
+
+// x for rows.h.
+void widen_x(Job& job) {
+  job.x_stride = (job.K + 63) / 64 * 64;
+  job.x.resize(job.M * job.x_stride);
+  job.y_bf16 ? widen<BFloat16>(job) : widen<float>(job);
+}
+
+// Whether blocked.h serves, where it does for so many rows of x and more.
+bool in_blocks(const Job& job, int64_t rows) {
+  return job.x_bf16 && job.M >= rows && job.K > 0 && llama3::variant() == llama3::AVX512_BF16;
 }
 
 void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block) {
@@ -125,7 +156,13 @@ Tensor linear(const Tensor& x, const Tensor& w) {
   job.N = w.size(0), job.K = w.size(1);
   prepare(job, x, y);
   job.w = w.const_data_ptr();
-  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, job.K * w.element_size());
+  const int64_t row = job.K * w.element_size();
+  if (bf16 && in_blocks(job, 2)) {
+    run(job, blocked.bf16, (job.N + 3) / 4, 4 * row);
+    return y;
+  }
+  widen_x(job);
+  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, row);
   return y;
 }
 
@@ -142,6 +179,11 @@ Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
   prepare(job, x, y);
   job.w = q.const_data_ptr();
   job.scales = scale.const_data_ptr<float>();
+  if (in_blocks(job, 5)) {
+    run(job, blocked.int8, (job.N + 3) / 4, 4 * job.K);
+    return y;
+  }
+  widen_x(job);
   run(job, variant().int8, job.N, job.K);
   return y;
 }
@@ -206,8 +248,17 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   Job job;
   set_int4(job, packed, scale, zero, N);
   prepare(job, x, y);
+  const int64_t groups = job.K / job.group, bytes = job.K * 8 + groups * 64;
+  if (job.group % 32 == 0 && in_blocks(job, 1)) {
+    job.panels.reset(new uint32_t[job.M * job.K / 2]);
+    job.group_sums.reset(new float[job.M * groups]);
+    run(job, blocked.fill_panels, groups, job.M * job.group * 2);
+    run(job, blocked.int4, packed.size(0), bytes);
+    return y;
+  }
+  widen_x(job);
   prepare_int4(job);
-  run(job, variant().int4, packed.size(0), job.K * 8 + job.K / job.group * 64);
+  run(job, variant().int4, packed.size(0), bytes);
   return y;
 }
 

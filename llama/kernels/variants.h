@@ -1,6 +1,7 @@
 // The arithmetic of a .cpp file for every instruction set, and which of them serves. Such a file
 // defines ARITHMETIC, a header's name, and what that needs, and includes this one; the header is
-// then compiled inside the namespaces avx512, avx2 and plain, after vectors.h.
+// then compiled inside the namespaces avx512, avx2 and plain, after vectors.h. The variant avx512bf16
+// is avx512 again, and what a file has of its own for processors that multiply bf16.
 
 #include <atomic>
 #include <cstring>
@@ -17,10 +18,12 @@ inline const std::vector<int>& variants() {
     std::vector<int> list;
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      list.push_back(0);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(1);
-    list.push_back(2);
+        __builtin_cpu_supports("avx512dq")) {
+      if (__builtin_cpu_supports("avx512bf16")) list.push_back(0);
+      list.push_back(1);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(2);
+    list.push_back(3);
 #else
     list.push_back(0);
 #endif
@@ -28,6 +31,12 @@ inline const std::vector<int>& variants() {
   }();
   return found;
 }
+
+#if defined(__x86_64__)
+constexpr int AVX512_BF16 = 0;
+#else
+constexpr int AVX512_BF16 = -1;
+#endif
 
 inline std::atomic<int> chosen{-1};  // by a test; -1: the fastest
 
@@ -44,7 +53,7 @@ using c10::BFloat16;
 using std::memcpy;
 
 #if defined(__x86_64__)
-#define EACH_VARIANT(make) make(avx512), make(avx2), make(plain)
+#define EACH_VARIANT(make) make(avx512bf16), make(avx512), make(avx2), make(plain)
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
 #define WIDEN_8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p)))
@@ -53,6 +62,7 @@ namespace avx512 {
 #include "vectors.h"
 #include ARITHMETIC
 }
+namespace avx512bf16 = avx512;
 #undef LANES
 #undef TARGET
 #undef WIDEN_8
