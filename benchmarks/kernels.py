@@ -1,11 +1,12 @@
 """How fast the CPU kernels read weights, beside torch's own operators and reading alone.
 
     python -m benchmarks.kernels
-    python -m benchmarks.kernels --rows 1,2,4,8 --shapes 8192x2048 --threads 1
+    python -m benchmarks.kernels --rows 2,4,8,128 --shapes 8192x2048 --threads 1
 
-Prints GB/s of weights (with scales), x bf16, the weights cold: enough copies of each matrix to
-fill no cache. All of one line are timed in alternation, because machines drift; each figure is
-the fastest tenth of its calls. "read" sums a tensor of 1 GiB in the same rounds.
+Prints GB/s of weights (with scales), and for several rows of x GFLOP/s in brackets; x bf16, the
+weights cold: enough copies of each matrix to fill no cache. All of one line are timed in
+alternation, because machines drift; each figure is the fastest tenth of its calls. "read" sums a
+tensor of 1 GiB in the same rounds.
 """
 
 from __future__ import annotations
@@ -127,8 +128,13 @@ def main(
                     partial(operator, *weights) for weights in sets
                 ]
                 calls[name] = (functions, size)
-            cells = [f"{name} {speed:5.1f}" for name, speed in measure(calls, seconds)]
-            print(f"{shape:>12} x {M:<2}  " + "  ".join(cells), flush=True)
+            cells = []
+            for name, speed in measure(calls, seconds):
+                cell = f"{name} {speed:5.1f}"
+                if M != "1" and name != "read":
+                    cell += f" ({speed / calls[name][1] * 2 * int(M) * N * K:.0f})"
+                cells.append(cell)
+            print(f"{shape:>12} x {M:<3} " + "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Optional CPU kernels for decoding: y = x W^T for a few rows of x, at the speed of reading W.
+"""Optional CPU kernels: y = x W^T, for few rows of x (decoding) at the speed of reading W.
 
 `load()` compiles linear.cpp at first use and registers its torch operators; without a compiler it
 says so once and returns False, and callers keep to torch's own. Knows nothing about models.
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -33,22 +34,27 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "linear.cpp", HERE / "rows.h"]
+SOURCES = [HERE / "linear.cpp"]
+HEADERS = [HERE / name for name in ("blocked.h", "rows.h", "variants.h", "vectors.h")]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
-# dequantizing), whatever the matrix's size; beyond it arithmetic takes longer than reading W, and
-# torch's blocked products win. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
+# dequantizing), whatever the matrix's size. Measured on 2 cores with AVX-512 by
+# benchmarks/kernels.py.
 MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
+# The same for x in bf16 where the processor multiplies bf16 (AVX512_BF16).
+ANY = 1 << 31
+MAX_ROWS_BF16 = {"bf16": 32, "fp32": 8, "int8": ANY, "int4": ANY}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x, and of plain weights
 
 _lock = threading.Lock()
 _loaded: bool | None = None
+_max_rows = dict.fromkeys(KIND, MAX_ROWS)  # by the dtype of x; of this processor, once loaded
 
 
 def use(kind: str, x: Tensor) -> bool:
     """Whether the operator for weights of `kind` takes x and is the fastest; loads it if so."""
-    return x.numel() <= MAX_ROWS[kind] * x.shape[-1] and takes(x)
+    return takes(x) and x.numel() <= _max_rows[x.dtype][kind] * x.shape[-1]
 
 
 def takes(x: Tensor) -> bool:
@@ -97,6 +103,8 @@ def _load() -> bool:
     if not library.exists():
         _compile(library)
     torch.ops.load_library(library)
+    if "avx512bf16" in torch.ops.llama3.variants():
+        _max_rows[torch.bfloat16] = MAX_ROWS_BF16
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
     torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
@@ -117,7 +125,7 @@ def library_path() -> Path:
     if not folder:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = str(Path(cache) / "torch_extensions")
-    made_of = [path.read_bytes() for path in SOURCES]
+    made_of = [path.read_bytes() for path in SOURCES + HEADERS]
     made_of += [text.encode() for text in (*FLAGS, torch.__version__, platform.machine())]
     digest = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:16]
     return Path(folder) / f"llama3_kernels_{digest}.so"
@@ -141,12 +149,14 @@ def _compile(library: Path) -> None:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="llama3_kernels_") as folder:
-        made, linked = f"{folder}/linear.o", f"{folder}/linear.so"
-        source = ["-c", str(SOURCES[0]), f"-I{torch_dir / 'include'}"]
-        _run([*command, *FLAGS, abi, *source, "-o", made])
+        linked = f"{folder}/kernels.so"
+        made = {f"{folder}/{source.stem}.o": str(source) for source in SOURCES}
+        compile_only = [*command, *FLAGS, abi, f"-I{torch_dir / 'include'}", "-c"]
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda out: _run([*compile_only, made[out], "-o", out]), made))
         # Linked without -fopenmp: the threads must be those of the OpenMP that torch has loaded.
         libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([*command, "-shared", made, *libraries, "-o", linked])
+        _run([*command, "-shared", *made, *libraries, "-o", linked])
         os.replace(linked, library)
 
 

@@ -1,6 +1,6 @@
-// y = x W^T for a few rows of x (decoding), at the speed of reading W: torch operators for weights
-// of fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group.
-// Knows nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h.
+// y = x W^T, for few rows of x (decoding) at the speed of reading W: torch operators for weights of
+// fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group. Knows
+// nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h and blocked.h.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
@@ -10,27 +10,26 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstring>
+#include <memory>
 #include <string>
 #include <vector>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace {
 using at::Tensor;
 using c10::BFloat16;
-using std::memcpy;
 
 constexpr int64_t AHEAD = 2048;   // bytes to prefetch ahead of the multiplication
 constexpr int64_t SHARE = 32768;  // bytes of W below which one more thread does not pay
 
-// What a kernel reads and writes. Rows of x are padded with zeros to a multiple of 16.
+// What a kernel reads and writes. rows.h reads x in fp32, its rows padded with zeros to a multiple
+// of 64; blocked.h reads x in bf16, as it came.
 struct Job {
   int64_t M = 0, N = 0, K = 0, x_stride = 0, group = 0;
-  std::vector<float> x, x_sums;  // (M, x_stride); int4: (M, K / group), the sum of each group
+  Tensor given;                      // x (..., K)
+  std::vector<float> x, x_sums;      // (M, x_stride); int4: (M, K / group), the sum of each group
+  const BFloat16* x_bf16 = nullptr;  // (M, K)
+  std::unique_ptr<uint32_t[]> panels;   // int4: x_bf16 in the order of blocked.h
+  std::unique_ptr<float[]> group_sums;  // and its sums
   const void* w = nullptr;
   const float* scales = nullptr;                                 // int8: (N,)
   const BFloat16 *int4_scales = nullptr, *int4_zeros = nullptr;  // (N / 16, K / group, 16)
@@ -44,87 +43,54 @@ struct Job {
       static_cast<float*>(y)[m * N + n] = value;
   }
 };
+}  // namespace
 
-// LANES and TARGET as rows.h says; WIDEN_8 and WIDEN_16 read LANES int8 or uint16 into int32, which
-// gcc 12's own vector conversion does lane by lane.
-#if defined(__x86_64__)
-#define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")))
-#define WIDEN_8(p) _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(p)))
-#define WIDEN_16(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p)))
-namespace avx512 {
-#include "rows.h"
-}
-#undef LANES
-#undef TARGET
-#undef WIDEN_8
-#undef WIDEN_16
-#define LANES 8
-#define TARGET __attribute__((target("avx2,fma")))
-#define WIDEN_8(p) _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p)))
-#define WIDEN_16(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p)))
-namespace avx2 {
-#include "rows.h"
-}
-#undef LANES
-#undef TARGET
-#undef WIDEN_8
-#undef WIDEN_16
-#endif
-#define LANES 4
-#define TARGET
-#define WIDEN_8(p) (Ints{(p)[0], (p)[1], (p)[2], (p)[3]})
-#define WIDEN_16(p) (Words{(p)[0].x, (p)[1].x, (p)[2].x, (p)[3].x})
-namespace plain {  // what every x86-64 (SSE2) or ARM (NEON) has; elsewhere, plain loops
-#include "rows.h"
-}
+#define ARITHMETIC "rows.h"
+#include "variants.h"
 
+namespace {
 using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
-struct Variant {
-  const char* name;
+struct Blocked {
+  Kernel bf16, int8, int4, fill_panels;
+};
+#if defined(__x86_64__)
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+namespace with_bf16 {
+#include "blocked.h"
+}
+const Blocked blocked = {with_bf16::blocks<BFloat16>, with_bf16::blocks<int8_t>, with_bf16::tiles,
+                         with_bf16::fill_panels};
+#else
+const Blocked blocked = {};
+#endif
+
+struct Kernels {
   Kernel fp32, bf16, int8, int4, unpack_fp32, unpack_bf16, widen;
 };
-#define VARIANT(ns)                                                              \
-  {#ns,       ns::rows<float>,   ns::rows<BFloat16>,   ns::rows<int8_t>, \
-   ns::tiles, ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
+#define KERNELS(ns)                                                        \
+  Kernels{ns::rows<float>, ns::rows<BFloat16>,   ns::rows<int8_t>, \
+          ns::tiles,       ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
+const Kernels kernels[] = {EACH_VARIANT(KERNELS)};
 
-// Those this processor can run, the fastest first.
-const std::vector<Variant>& variants() {
-  static const std::vector<Variant> found = [] {
-    std::vector<Variant> list;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      list.push_back(VARIANT(avx512));
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-      list.push_back(VARIANT(avx2));
-#endif
-    list.push_back(VARIANT(plain));
-    return list;
-  }();
-  return found;
-}
+const Kernels& variant() { return kernels[llama3::variant()]; }
 
-std::atomic<const Variant*> chosen{nullptr};
-
-const Variant& variant() {
-  const Variant* v = chosen.load();
-  return v ? *v : variants().front();
-}
+#define NAME(ns) #ns
+const char* const names[] = {EACH_VARIANT(NAME)};
 
 std::vector<std::string> variant_names() {
-  std::vector<std::string> names;
-  for (const Variant& v : variants()) names.emplace_back(v.name);
-  return names;
+  std::vector<std::string> found;
+  for (const int index : llama3::variants()) found.emplace_back(names[index]);
+  return found;
 }
 
 // For tests: "" goes back to the fastest.
 void use_variant(std::string name) {
-  const Variant* found = nullptr;
-  for (const Variant& v : variants())
-    if (name == v.name) found = &v;
-  TORCH_CHECK(found || name.empty(), "this processor has no variant ", std::string(name));
-  chosen.store(found);
+  int found = -1;
+  for (const int index : llama3::variants())
+    if (name == names[index]) found = index;
+  TORCH_CHECK(found >= 0 || name.empty(), "this processor has no variant ", std::string(name));
+  llama3::chosen.store(found);
 }
 
 void check_cpu(const char* name, const Tensor& t) {
@@ -132,31 +98,41 @@ void check_cpu(const char* name, const Tensor& t) {
   TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-template <class T>
-void widen(Job& job, const Tensor& x) {
-  const T* from = x.const_data_ptr<T>();
-  for (int64_t m = 0; m < job.M; m++)
-    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
-}
-
-// Checks x (..., K), copies it to fp32, and makes y (..., N) of the same dtype.
-void prepare(Job& job, const Tensor& x_any, Tensor& y) {
-  TORCH_CHECK(x_any.dim() >= 1 && x_any.size(-1) == job.K, "x must be (..., ", job.K,
-              "), as wide as w; got ", x_any.sizes());
-  const auto dtype = x_any.scalar_type();
+// Checks x (..., K), and makes y (..., N) of the same dtype.
+void prepare(Job& job, const Tensor& x, Tensor& y) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == job.K, "x must be (..., ", job.K,
+              "), as wide as w; got ", x.sizes());
+  const auto dtype = x.scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
-  const Tensor x = x_any.contiguous();
-  check_cpu("x", x);
+  job.given = x.contiguous();
+  check_cpu("x", job.given);
   auto sizes = x.sizes().vec();
   sizes.back() = job.N;
   y = at::empty(sizes, x.options());
   job.M = 1;
   for (int64_t i = 0; i + 1 < x.dim(); i++) job.M *= x.size(i);
-  job.x_stride = (job.K + 63) / 64 * 64;
-  job.x.resize(job.M * job.x_stride);
   job.y = y.mutable_data_ptr();
   job.y_bf16 = dtype == at::kBFloat16;
-  job.y_bf16 ? widen<BFloat16>(job, x) : widen<float>(job, x);
+  if (job.y_bf16) job.x_bf16 = job.given.const_data_ptr<BFloat16>();
+}
+
+template <class T>
+void widen(Job& job) {
+  const T* from = job.given.const_data_ptr<T>();
+  for (int64_t m = 0; m < job.M; m++)
+    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
+}
+
+// x for rows.h.
+void widen_x(Job& job) {
+  job.x_stride = (job.K + 63) / 64 * 64;
+  job.x.resize(job.M * job.x_stride);
+  job.y_bf16 ? widen<BFloat16>(job) : widen<float>(job);
+}
+
+// Whether blocked.h serves, where it does for so many rows of x and more.
+bool in_blocks(const Job& job, int64_t rows) {
+  return job.x_bf16 && job.M >= rows && job.K > 0 && llama3::variant() == llama3::AVX512_BF16;
 }
 
 void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block) {
@@ -180,7 +156,13 @@ Tensor linear(const Tensor& x, const Tensor& w) {
   job.N = w.size(0), job.K = w.size(1);
   prepare(job, x, y);
   job.w = w.const_data_ptr();
-  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, job.K * w.element_size());
+  const int64_t row = job.K * w.element_size();
+  if (bf16 && in_blocks(job, 2)) {
+    run(job, blocked.bf16, (job.N + 3) / 4, 4 * row);
+    return y;
+  }
+  widen_x(job);
+  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, row);
   return y;
 }
 
@@ -197,6 +179,11 @@ Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
   prepare(job, x, y);
   job.w = q.const_data_ptr();
   job.scales = scale.const_data_ptr<float>();
+  if (in_blocks(job, 5)) {
+    run(job, blocked.int8, (job.N + 3) / 4, 4 * job.K);
+    return y;
+  }
+  widen_x(job);
   run(job, variant().int8, job.N, job.K);
   return y;
 }
@@ -261,8 +248,17 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   Job job;
   set_int4(job, packed, scale, zero, N);
   prepare(job, x, y);
+  const int64_t groups = job.K / job.group, bytes = job.K * 8 + groups * 64;
+  if (job.group % 32 == 0 && in_blocks(job, 1)) {
+    job.panels.reset(new uint32_t[job.M * job.K / 2]);
+    job.group_sums.reset(new float[job.M * groups]);
+    run(job, blocked.fill_panels, groups, job.M * job.group * 2);
+    run(job, blocked.int4, packed.size(0), bytes);
+    return y;
+  }
+  widen_x(job);
   prepare_int4(job);
-  run(job, variant().int4, packed.size(0), job.K * 8 + job.K / job.group * 64);
+  run(job, variant().int4, packed.size(0), bytes);
   return y;
 }
 

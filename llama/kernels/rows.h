@@ -1,34 +1,11 @@
-// The arithmetic of linear.cpp, written once and compiled once per instruction set: this file is
-// included inside a namespace with LANES (floats in a vector) and TARGET (the attribute that
-// allows its instructions) defined. No #include, no #pragma once: both would break that.
+// The arithmetic of linear.cpp, written once and compiled once per instruction set: variants.h
+// includes this file inside a namespace for each, after vectors.h. No #include, no #pragma once:
+// both would break that.
 //
-// Vectors are those of gcc and clang (`vector_size`), so the same lines become AVX-512, AVX2,
-// SSE2 or NEON. Activations stay fp32: a weight is widened to fp32 and multiplied, nothing is
-// rounded but the sums. Reading memory takes longer than that, at least for one row.
+// Activations stay fp32: a weight is widened to fp32 and multiplied, nothing is rounded but the
+// sums. Reading memory takes longer than that, at least for one row.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
-
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-
-TARGET inline void load(Vec& to, const float* from) { memcpy(&to, from, sizeof(Vec)); }
-
-TARGET inline void load(Vec& to, const BFloat16* from) {
-  to = (Vec)((Words)WIDEN_16(from) << 16);  // bf16 is the upper half of an fp32
-}
-
-TARGET inline void load(Vec& to, const int8_t* from) {
-  to = __builtin_convertvector((Ints)WIDEN_8(from), Vec);
-}
-
-TARGET inline float sum(const Vec& v) {
-  float t[LANES];
-  memcpy(t, &v, sizeof t);
-  for (int half = LANES / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) t[i] += t[i + half];
-  return t[0];
-}
 
 // U vectors of R neighbouring rows of W times those of M rows of x, added to acc.
 template <class W, int R, int M, int U>
