@@ -34,8 +34,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "linear.cpp"]
-HEADERS = [HERE / name for name in ("rows.h", "variants.h", "vectors.h")]
+SOURCES = [HERE / name for name in ("attention.cpp", "linear.cpp")]
+HEADERS = [HERE / name for name in ("attention.h", "rows.h", "variants.h", "vectors.h")]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after

@@ -1,0 +1,210 @@
+// The arithmetic of attention.cpp, included by variants.h for each instruction set. No #include,
+// no #pragma once.
+//
+// A task is one key-value head and some queries of the heads that share it. It walks over the keys
+// and values in blocks, each made fp32 once, keys turned to (D, BLOCK), so that scores and sums are
+// two small matrix products. The softmax is the running one of flash attention (arXiv:2205.14135):
+// what was summed is scaled down whenever a larger score appears.
+
+// c[m, j] = (keep ? keep[m] c[m, j] : 0) + sum over i < n of a[m, i] b[i, j], for j < columns, a
+// multiple of 64.
+template <int M>
+TARGET inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+                            int64_t n, const float* keep, float* c, int64_t columns) {
+  constexpr int U = LANES / 4;  // 4 U sums fit the registers
+  for (int64_t j = 0; j < columns; j += U * LANES) {
+    Vec sums[M][U] = {}, bs[U];
+    if (keep)
+      for (int m = 0; m < M; m++)
+        for (int u = 0; u < U; u++) {
+          load(sums[m][u], c + m * columns + j + u * LANES);
+          sums[m][u] *= keep[m];
+        }
+    for (int64_t i = 0; i < n; i++) {
+      for (int u = 0; u < U; u++) load(bs[u], b + i * b_stride + j + u * LANES);
+      for (int m = 0; m < M; m++)
+        for (int u = 0; u < U; u++) sums[m][u] += a[m * a_stride + i] * bs[u];
+    }
+    for (int m = 0; m < M; m++)
+      for (int u = 0; u < U; u++) save(c + m * columns + j + u * LANES, sums[m][u]);
+  }
+}
+
+// Scores -> e^(score - most so far), the first `count` of BLOCK; the rest becomes 0. Returns what
+// earlier sums are to be multiplied by.
+TARGET inline float soften(float* scores, int64_t count, float& most, float& total) {
+  Vec tops = Vec{} - INFINITY, sums = {}, v;
+  Ints lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  for (int s = 0; s < BLOCK; s += LANES) {
+    load(v, scores + s);
+    v = lane + s < (int)count ? v : Vec{} - INFINITY;
+    tops = v > tops ? v : tops;
+    save(scores + s, v);
+  }
+  float top = most;
+  for (int i = 0; i < LANES; i++) top = std::max(top, tops[i]);
+  for (int s = 0; s < BLOCK; s += LANES) {
+    load(v, scores + s);
+    v = exp(v - top);
+    sums += v;
+    save(scores + s, v);
+  }
+  const float keep = exp(Vec{} + (most - top))[0];
+  most = top;
+  total = total * keep + sum(sums);
+  return keep;
+}
+
+template <int M>
+TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, int64_t count) {
+  alignas(64) float scores[M * BLOCK];
+  float keep[M];
+  const int64_t W = job.width;
+  multiply<M>(to.queries + row * W, W, to.keys, BLOCK, job.D, nullptr, scores, BLOCK);
+  for (int m = 0; m < M; m++)
+    keep[m] = soften(scores + m * BLOCK, count, to.most[row + m], to.total[row + m]);
+  multiply<M>(scores, BLOCK, to.values, W, count, keep, to.sums + row * W, W);
+}
+
+template <int H, size_t... I>
+TARGET inline void exchange(Words& a, Words& b, std::index_sequence<I...>) {
+  const Words low = __builtin_shufflevector(a, b, (I & H ? LANES + I - H : I)...);
+  b = __builtin_shufflevector(a, b, (I & H ? LANES + I : I + H)...);
+  a = low;
+}
+
+// LANES rows of LANES words, transposed: blocks of H x H change places, H = 1, 2, 4 ...
+template <int H = 1>
+TARGET inline void transpose(Words (&rows)[LANES]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < LANES; i++)
+    if (!(i & H)) exchange<H>(rows[i], rows[i + H], std::make_index_sequence<LANES>());
+  if constexpr (2 * H < LANES) transpose<2 * H>(rows);
+}
+
+TARGET inline void spread(const Words& words, float* to, const float*) { save(to, (Vec)words); }
+
+TARGET inline void spread(const Words& words, float* to, const BFloat16*) {
+  save(to, (Vec)(words << 16));
+  save(to + BLOCK, (Vec)(words & 0xffff0000));
+}
+
+// `count` keys, D numbers `stride` apart -> (width, BLOCK) in fp32.
+template <class T>
+TARGET inline void turn(const T* keys, int64_t stride, int64_t count, int64_t D, float* to) {
+  constexpr int64_t PER_WORD = 4 / sizeof(T), STEP = LANES * PER_WORD;
+  for (int64_t s = 0; s < count; s += LANES)
+    for (int64_t d = 0; d < D; d += STEP) {
+      Words rows[LANES];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++) {
+        const T* from = keys + (s + i) * stride + d;
+        rows[i] = Words{};
+        if (s + i >= count) continue;
+        if (d + STEP <= D)
+          memcpy(&rows[i], from, sizeof(Words));
+        else
+          memcpy(&rows[i], from, (D - d) * sizeof(T));
+        __builtin_prefetch(from + BLOCK * stride);
+      }
+      transpose(rows);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; i++)
+        spread(rows[i], to + (d + i * PER_WORD) * BLOCK + s, (const T*)nullptr);
+    }
+}
+
+// One row of D numbers -> fp32, padded with zeros to a multiple of LANES.
+template <class T>
+TARGET inline void widen(const T* from, int64_t D, float* to) {
+  Vec v;
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) {
+    load(v, from + d);
+    save(to + d, v);
+  }
+  if (d == D) return;
+  T tail[LANES] = {};
+  memcpy((void*)tail, from + d, (D - d) * sizeof(T));
+  load(v, tail);
+  save(to + d, v);
+}
+
+template <class T>
+TARGET inline void narrow(const float* from, int64_t D, float scale, T* to) {
+  Vec v;
+  int64_t d = 0;
+  for (; d + LANES <= D; d += LANES) {
+    load(v, from + d);
+    save(to + d, v * scale);
+  }
+  for (; d < D; d++) to[d] = from[d] * scale;
+}
+
+// The queries `task.begin` to `task.end` of a row and a head, over the keys from `task.first` up to
+// `task.last`: sums, and of each the largest score and the total of the weights.
+template <class T>
+TARGET void attend(const Job& job, const Task& task, const Scratch& to) {
+  const int64_t G = job.H / job.K, W = job.width, rows = (task.end - task.begin) * G;
+  const T* q = static_cast<const T*>(job.queries) + task.row * job.T * job.H * job.D;
+  const T* keys = static_cast<const T*>(job.keys) + task.row * job.key_strides[0] +
+                  task.head * job.key_strides[2];
+  const T* values = static_cast<const T*>(job.values) + task.row * job.value_strides[0] +
+                    task.head * job.value_strides[2];
+  const int64_t* limits = job.positions + task.row * job.position_stride;
+  int64_t last = 0;
+  for (int64_t t = task.begin; t < task.end; t++) {
+    last = std::max(last, limits[t] + 1);
+    for (int64_t g = 0; g < G; g++) {
+      float* row = to.queries + ((t - task.begin) * G + g) * W;
+      widen(q + (t * job.H + task.head * G + g) * job.D, job.D, row);
+      for (int64_t d = 0; d < job.D; d++) row[d] *= job.scale;
+    }
+  }
+  std::fill_n(to.sums, rows * W, 0.0f);
+  std::fill_n(to.most, rows, -INFINITY);
+  std::fill_n(to.total, rows, 0.0f);
+  last = std::min(last, task.last);
+  for (int64_t s = task.first; s < last; s += BLOCK) {
+    const int64_t count = std::min(BLOCK, last - s);
+    turn(keys + s * job.key_strides[1], job.key_strides[1], count, job.D, to.keys);
+    for (int64_t i = 0; i < count; i++) {
+      const T* from = values + (s + i) * job.value_strides[1];
+      for (int64_t d = 0; d < job.D; d += 64 / sizeof(T))
+        __builtin_prefetch(from + BLOCK * job.value_strides[1] + d);
+      widen(from, job.D, to.values + i * W);
+    }
+    for (int64_t t = task.begin; t < task.end; t++) {
+      const int64_t seen = std::min(count, limits[t] + 1 - s), end = (t - task.begin + 1) * G;
+      int64_t row = end - G;
+      if (seen <= 0) continue;
+      for (; row + 4 <= end; row += 4) attend_rows<4>(job, to, row, seen);
+      if (end - row == 3) attend_rows<3>(job, to, row, seen);
+      if (end - row == 2) attend_rows<2>(job, to, row, seen);
+      if (end - row == 1) attend_rows<1>(job, to, row, seen);
+    }
+  }
+}
+
+// Merge `parts` of the same queries, which lie `stride` apart, and write them.
+template <class T>
+TARGET void finish(const Job& job, const Task& task, const Scratch& from, int64_t parts,
+                   int64_t stride) {
+  const int64_t G = job.H / job.K, W = job.width, rows = (task.end - task.begin) * G;
+  T* out = static_cast<T*>(job.out) + (task.row * job.T + task.begin) * job.H * job.D;
+  for (int64_t row = 0; row < rows; row++) {
+    float* sums = from.sums + row * W;
+    float &most = from.most[row], &total = from.total[row];
+    for (int64_t part = 1; part < parts; part++) {
+      const int64_t at = part * stride;
+      const float top = std::max(most, (&most)[at]);
+      const float keep = exp(Vec{} + (most - top))[0], add = exp(Vec{} + ((&most)[at] - top))[0];
+      for (int64_t d = 0; d < job.D; d++) sums[d] = keep * sums[d] + add * sums[at + d];
+      total = keep * total + add * (&total)[at];
+      most = top;
+    }
+    const int64_t t = row / G, h = task.head * G + row % G;
+    narrow(sums, job.D, 1 / total, out + (t * job.H + h) * job.D);
+  }
+}
