@@ -11,14 +11,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <numeric>
 #include <utility>
 
 namespace {
 using at::Tensor;
+using std::memset;
 
 constexpr int64_t BLOCK = 64;       // keys and values made fp32 at once, to stay in the first cache
 constexpr int64_t ROWS = 64;        // queries x heads that use them there
+constexpr int64_t FEW = 8;          // of these, up to which making the values fp32 does not pay
 constexpr int64_t PART = 256;       // keys below which a task is not divided
 constexpr int64_t SHARE = 1 << 19;  // products below which one more thread does not pay
 

@@ -8,8 +8,8 @@
 
 // c[m, j] = (keep ? keep[m] c[m, j] : 0) + sum over i < n of a[m, i] b[i, j], for j < columns, a
 // multiple of 64.
-template <int M>
-TARGET inline void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride,
+template <int M, class B>
+TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_t b_stride,
                             int64_t n, const float* keep, float* c, int64_t columns) {
   constexpr int U = LANES / 4;  // 4 U sums fit the registers
   for (int64_t j = 0; j < columns; j += U * LANES) {
@@ -56,15 +56,33 @@ TARGET inline float soften(float* scores, int64_t count, float& most, float& tot
   return keep;
 }
 
-template <int M>
-TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, int64_t count) {
+// M queries from `row` on, which see `count` of these keys and values.
+template <int M, class V>
+TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, const V* values,
+                               int64_t stride, int64_t count) {
   alignas(64) float scores[M * BLOCK];
   float keep[M];
   const int64_t W = job.width;
   multiply<M>(to.queries + row * W, W, to.keys, BLOCK, job.D, nullptr, scores, BLOCK);
   for (int m = 0; m < M; m++)
     keep[m] = soften(scores + m * BLOCK, count, to.most[row + m], to.total[row + m]);
-  multiply<M>(scores, BLOCK, to.values, W, count, keep, to.sums + row * W, W);
+  multiply<M>(scores, BLOCK, values, stride, count, keep, to.sums + row * W, W);
+}
+
+// All queries of a task, of which query t sees the keys up to limits[t].
+template <class V>
+TARGET void attend_block(const Job& job, const Task& task, const Scratch& to, int64_t first,
+                         const V* values, int64_t stride, int64_t count) {
+  const int64_t G = job.H / job.K, *limits = job.positions + task.row * job.position_stride;
+  for (int64_t t = task.begin; t < task.end; t++) {
+    const int64_t seen = std::min(count, limits[t] + 1 - first), end = (t - task.begin + 1) * G;
+    int64_t row = end - G;
+    if (seen <= 0) continue;
+    for (; row + 4 <= end; row += 4) attend_rows<4>(job, to, row, values, stride, seen);
+    if (end - row == 3) attend_rows<3>(job, to, row, values, stride, seen);
+    if (end - row == 2) attend_rows<2>(job, to, row, values, stride, seen);
+    if (end - row == 1) attend_rows<1>(job, to, row, values, stride, seen);
+  }
 }
 
 template <int H, size_t... I>
@@ -96,23 +114,30 @@ TARGET inline void turn(const T* keys, int64_t stride, int64_t count, int64_t D,
   constexpr int64_t PER_WORD = 4 / sizeof(T), STEP = LANES * PER_WORD;
   for (int64_t s = 0; s < count; s += LANES)
     for (int64_t d = 0; d < D; d += STEP) {
+      T edge[LANES * STEP];
+      const T* from = keys + s * stride + d;
+      int64_t apart = stride;
+      if (s + LANES > count || d + STEP > D) {
+        memset((void*)edge, 0, sizeof edge);
+        for (int64_t i = 0; i < std::min<int64_t>(LANES, count - s); i++)
+          memcpy((void*)(edge + i * STEP), from + i * stride, std::min(STEP, D - d) * sizeof(T));
+        from = edge, apart = STEP;
+      }
       Words rows[LANES];
 #pragma GCC unroll 16
-      for (int i = 0; i < LANES; i++) {
-        const T* from = keys + (s + i) * stride + d;
-        rows[i] = Words{};
-        if (s + i >= count) continue;
-        if (d + STEP <= D)
-          memcpy(&rows[i], from, sizeof(Words));
-        else
-          memcpy(&rows[i], from, (D - d) * sizeof(T));
-        __builtin_prefetch(from + BLOCK * stride);
-      }
+      for (int i = 0; i < LANES; i++) memcpy(&rows[i], from + i * apart, sizeof(Words));
       transpose(rows);
 #pragma GCC unroll 16
       for (int i = 0; i < LANES; i++)
         spread(rows[i], to + (d + i * PER_WORD) * BLOCK + s, (const T*)nullptr);
     }
+}
+
+// Have `count` rows of D numbers brought into the cache.
+template <class T>
+TARGET inline void fetch(const T* from, int64_t stride, int64_t count, int64_t D) {
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + i * stride + d);
 }
 
 // One row of D numbers -> fp32, padded with zeros to a multiple of LANES.
@@ -168,21 +193,16 @@ TARGET void attend(const Job& job, const Task& task, const Scratch& to) {
   last = std::min(last, task.last);
   for (int64_t s = task.first; s < last; s += BLOCK) {
     const int64_t count = std::min(BLOCK, last - s);
-    turn(keys + s * job.key_strides[1], job.key_strides[1], count, job.D, to.keys);
-    for (int64_t i = 0; i < count; i++) {
-      const T* from = values + (s + i) * job.value_strides[1];
-      for (int64_t d = 0; d < job.D; d += 64 / sizeof(T))
-        __builtin_prefetch(from + BLOCK * job.value_strides[1] + d);
-      widen(from, job.D, to.values + i * W);
-    }
-    for (int64_t t = task.begin; t < task.end; t++) {
-      const int64_t seen = std::min(count, limits[t] + 1 - s), end = (t - task.begin + 1) * G;
-      int64_t row = end - G;
-      if (seen <= 0) continue;
-      for (; row + 4 <= end; row += 4) attend_rows<4>(job, to, row, seen);
-      if (end - row == 3) attend_rows<3>(job, to, row, seen);
-      if (end - row == 2) attend_rows<2>(job, to, row, seen);
-      if (end - row == 1) attend_rows<1>(job, to, row, seen);
+    const T *k = keys + s * job.key_strides[1], *v = values + s * job.value_strides[1];
+    fetch(k + BLOCK * job.key_strides[1], job.key_strides[1], count, job.D);
+    turn(k, job.key_strides[1], count, job.D, to.keys);
+    fetch(v + BLOCK * job.value_strides[1], job.value_strides[1], count, job.D);
+    if (rows <= FEW && job.D == W) {
+      attend_block(job, task, to, s, v, job.value_strides[1], count);
+    } else {
+      for (int64_t i = 0; i < count; i++)
+        widen(v + i * job.value_strides[1], job.D, to.values + i * W);
+      attend_block(job, task, to, s, to.values, W, count);
     }
   }
 }
