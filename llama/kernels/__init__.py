@@ -1,11 +1,14 @@
-"""Optional CPU kernels for decoding: y = x W^T for a few rows of x, at the speed of reading W.
+"""Optional CPU kernels for decoding, at the speed of reading weights and cache.
 
-`load()` compiles linear.cpp at first use and registers its torch operators; without a compiler it
+y = x W^T for a few rows of x, and attention over a cache, for many queries too.
+
+`load()` compiles the .cpp files at first use and registers its torch operators; without a compiler it
 says so once and returns False, and callers keep to torch's own. Knows nothing about models.
 
     llama3::linear(x, w)                            w (N, K) fp32 or bf16
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
     llama3::linear_int4(x, packed, scale, zero, n)  as `quantize_int4` of llama/quantize.py packs
+    llama3::attend(xq, keys, values, positions)     as `kernel_attention` of llama/attention.py
     llama3::widen_int8(q)                           q in bf16
     llama3::unpack_int4(x, packed, scale, zero, n)  the weight itself, (n, K), in x's dtype
 
@@ -101,6 +104,7 @@ def _load() -> bool:
     torch.ops.load_library(library)
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
     torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
+    torch.library.register_fake("llama3::attend", lambda xq, k, v, at: xq.new_empty(xq.shape))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
     torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
     torch.library.register_fake(

@@ -22,7 +22,7 @@ using std::memset;
 constexpr int64_t BLOCK = 64;       // keys and values made fp32 at once, to stay in the first cache
 constexpr int64_t ROWS = 64;        // queries x heads that use them there
 constexpr int64_t FEW = 8;          // of these, up to which making the values fp32 does not pay
-constexpr int64_t PART = 256;       // keys below which a task is not divided
+constexpr int64_t PART = 64;       // keys below which a task is not divided
 constexpr int64_t SHARE = 1 << 19;  // products below which one more thread does not pay
 
 struct Job {
@@ -36,10 +36,10 @@ struct Job {
   void* out;
 };
 
-// Queries `begin` to `end` of a row, for the heads that share one key-value head, over the keys
-// from `first` up to `last`.
+// Queries `begin` to `end` of a row, for the key-value heads `head` to `last_head` and the heads
+// that share them, over the keys `first` to `last`; all up to, but not with, the second.
 struct Task {
-  int64_t row, head, begin, end, first, last;
+  int64_t row, head, last_head, begin, end, first, last;
 };
 
 struct Scratch {
@@ -47,6 +47,13 @@ struct Scratch {
   float *queries, *sums;               // (rows, width)
   float *most, *total;                 // (rows,): the largest score, the sum of the weights
 };
+
+// Where the numbers of a task's query lie. Its rows are by key-value head, query and head.
+int64_t query(const Job& job, const Task& task, int64_t row) {
+  const int64_t G = job.H / job.K, queries = task.end - task.begin;
+  const int64_t t = task.begin + row / G % queries, h = (task.head + row / G / queries) * G + row % G;
+  return ((task.row * job.T + t) * job.H + h) * job.D;
+}
 
 struct alignas(64) Line {
   float numbers[16];
@@ -87,29 +94,31 @@ void check(const Tensor& xq, const Tensor& keys, const Tensor& values, const Ten
               "positions must be int64 (B or 1, T); got ", positions.sizes());
 }
 
-// Tasks of all queries: `parts` of the keys next to each other, the longest first.
-std::vector<Task> tasks_of(const Job& job, int64_t queries, int64_t parts, int64_t longest) {
+// Tasks of `heads` x `queries` and a part of the keys, those of more keys first.
+std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64_t parts,
+                           int64_t longest) {
   std::vector<Task> tasks;
   const int64_t step = (longest + parts - 1) / parts;
   for (int64_t begin = (job.T - 1) / queries * queries; begin >= 0; begin -= queries)
     for (int64_t row = 0; row < job.B; row++)
-      for (int64_t head = 0; head < job.K; head++)
-        for (int64_t part = 0; part < parts; part++)
-          tasks.push_back({row, head, begin, std::min(begin + queries, job.T), part * step,
-                           part + 1 == parts ? job.S : (part + 1) * step});
+      for (int64_t head = 0; head < job.K; head += heads)
+        for (int64_t first = 0; first < longest; first += step)
+          tasks.push_back({row, head, head + heads, begin, std::min(begin + queries, job.T), first,
+                           first + step});
   return tasks;
 }
 
 void run(const Job& job, const Kernels& kernels, int64_t longest) {
   const int64_t G = job.H / job.K, queries = std::clamp<int64_t>(ROWS / G, 1, job.T);
-  const int64_t rows = queries * G, units = job.B * job.K * ((job.T + queries - 1) / queries);
+  // Few queries leave memory to decide, which is fastest read from one end to the other.
+  const int64_t heads = queries * G <= FEW ? job.K : 1, rows = heads * queries * G;
+  const int64_t units = job.B * job.K / heads * ((job.T + queries - 1) / queries);
   const int64_t work = job.B * job.T * job.H * job.D * longest;
   const int64_t threads = std::clamp<int64_t>(work / SHARE, 1, at::get_num_threads());
-  const int64_t parts =
-      units >= 4 * threads
-          ? 1
-          : std::clamp<int64_t>(longest / PART, 1, threads / std::gcd(units, threads));
-  const std::vector<Task> tasks = tasks_of(job, queries, parts, longest);
+  int64_t parts = 1;
+  if (units < 4 * threads)
+    parts = std::clamp<int64_t>(longest / PART, 1, threads / std::gcd(units, threads));
+  const std::vector<Task> tasks = tasks_of(job, heads, queries, parts, longest);
   // Of each task, in lines: queries, sums, most and total. Kept only where there are parts.
   const int64_t line = 16, of_rows = (rows + line - 1) / line * line;
   const int64_t stride = 2 * rows * job.width + 2 * of_rows;

@@ -7,10 +7,12 @@
 // what was summed is scaled down whenever a larger score appears.
 
 // c[m, j] = (keep ? keep[m] c[m, j] : 0) + sum over i < n of a[m, i] b[i, j], for j < columns, a
-// multiple of 64.
+// multiple of 64. Meanwhile the block after b is fetched, and that at `ahead`, row by row: a burst of
+// prefetches would hold up the arithmetic.
 template <int M, class B>
 TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_t b_stride,
-                            int64_t n, const float* keep, float* c, int64_t columns) {
+                            int64_t n, const float* keep, float* c, int64_t columns,
+                            const B* ahead = nullptr, int64_t ahead_stride = 0) {
   constexpr int U = LANES / 4;  // 4 U sums fit the registers
   for (int64_t j = 0; j < columns; j += U * LANES) {
     Vec sums[M][U] = {}, bs[U];
@@ -21,6 +23,11 @@ TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_
           sums[m][u] *= keep[m];
         }
     for (int64_t i = 0; i < n; i++) {
+      if (ahead)
+        for (int k = 0; k < U * LANES; k += 64 / sizeof(B)) {
+          __builtin_prefetch(ahead + i * ahead_stride + j + k);
+          __builtin_prefetch(b + (BLOCK + i) * b_stride + j + k);
+        }
       for (int u = 0; u < U; u++) load(bs[u], b + i * b_stride + j + u * LANES);
       for (int m = 0; m < M; m++)
         for (int u = 0; u < U; u++) sums[m][u] += a[m * a_stride + i] * bs[u];
@@ -56,32 +63,43 @@ TARGET inline float soften(float* scores, int64_t count, float& most, float& tot
   return keep;
 }
 
-// M queries from `row` on, which see `count` of these keys and values.
+// A block of values, and the next block of keys if it is to be fetched.
+template <class V>
+struct Values {
+  const V* at;
+  int64_t stride;
+  const V* ahead = nullptr;
+  int64_t ahead_stride = 0;
+};
+
+// M queries from `row` on, which see `count` of the keys in `to` and of these values.
 template <int M, class V>
-TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, const V* values,
-                               int64_t stride, int64_t count) {
+TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, const Values<V>& v,
+                               int64_t count) {
   alignas(64) float scores[M * BLOCK];
   float keep[M];
   const int64_t W = job.width;
   multiply<M>(to.queries + row * W, W, to.keys, BLOCK, job.D, nullptr, scores, BLOCK);
   for (int m = 0; m < M; m++)
     keep[m] = soften(scores + m * BLOCK, count, to.most[row + m], to.total[row + m]);
-  multiply<M>(scores, BLOCK, values, stride, count, keep, to.sums + row * W, W);
+  multiply<M>(scores, BLOCK, v.at, v.stride, count, keep, to.sums + row * W, W, v.ahead,
+              v.ahead_stride);
 }
 
-// All queries of a task, of which query t sees the keys up to limits[t].
+// The queries of one key-value head, `row` the first, over the keys from `first` on that they see.
 template <class V>
-TARGET void attend_block(const Job& job, const Task& task, const Scratch& to, int64_t first,
-                         const V* values, int64_t stride, int64_t count) {
+TARGET void attend_block(const Job& job, const Task& task, const Scratch& to, int64_t row,
+                         int64_t first, int64_t count, const Values<V>& v) {
   const int64_t G = job.H / job.K, *limits = job.positions + task.row * job.position_stride;
   for (int64_t t = task.begin; t < task.end; t++) {
-    const int64_t seen = std::min(count, limits[t] + 1 - first), end = (t - task.begin + 1) * G;
-    int64_t row = end - G;
-    if (seen <= 0) continue;
-    for (; row + 4 <= end; row += 4) attend_rows<4>(job, to, row, values, stride, seen);
-    if (end - row == 3) attend_rows<3>(job, to, row, values, stride, seen);
-    if (end - row == 2) attend_rows<2>(job, to, row, values, stride, seen);
-    if (end - row == 1) attend_rows<1>(job, to, row, values, stride, seen);
+    const int64_t seen = std::min(count, limits[t] + 1 - first), end = row + G;
+    if (seen > 0) {
+      for (; row + 4 <= end; row += 4) attend_rows<4>(job, to, row, v, seen);
+      if (end - row == 3) attend_rows<3>(job, to, row, v, seen);
+      if (end - row == 2) attend_rows<2>(job, to, row, v, seen);
+      if (end - row == 1) attend_rows<1>(job, to, row, v, seen);
+    }
+    row = end;
   }
 }
 
@@ -133,13 +151,6 @@ TARGET inline void turn(const T* keys, int64_t stride, int64_t count, int64_t D,
     }
 }
 
-// Have `count` rows of D numbers brought into the cache.
-template <class T>
-TARGET inline void fetch(const T* from, int64_t stride, int64_t count, int64_t D) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t d = 0; d < D; d += 64 / sizeof(T)) __builtin_prefetch(from + i * stride + d);
-}
-
 // One row of D numbers -> fp32, padded with zeros to a multiple of LANES.
 template <class T>
 TARGET inline void widen(const T* from, int64_t D, float* to) {
@@ -167,54 +178,50 @@ TARGET inline void narrow(const float* from, int64_t D, float scale, T* to) {
   for (; d < D; d++) to[d] = from[d] * scale;
 }
 
-// The queries `task.begin` to `task.end` of a row and a head, over the keys from `task.first` up to
-// `task.last`: sums, and of each the largest score and the total of the weights.
+// A task's queries over its keys: sums, and of each the largest score and the weights' total.
 template <class T>
 TARGET void attend(const Job& job, const Task& task, const Scratch& to) {
-  const int64_t G = job.H / job.K, W = job.width, rows = (task.end - task.begin) * G;
-  const T* q = static_cast<const T*>(job.queries) + task.row * job.T * job.H * job.D;
-  const T* keys = static_cast<const T*>(job.keys) + task.row * job.key_strides[0] +
-                  task.head * job.key_strides[2];
-  const T* values = static_cast<const T*>(job.values) + task.row * job.value_strides[0] +
-                    task.head * job.value_strides[2];
+  const int64_t G = job.H / job.K, W = job.width, D = job.D, per_head = (task.end - task.begin) * G;
+  const int64_t rows = (task.last_head - task.head) * per_head;
   const int64_t* limits = job.positions + task.row * job.position_stride;
   int64_t last = 0;
-  for (int64_t t = task.begin; t < task.end; t++) {
-    last = std::max(last, limits[t] + 1);
-    for (int64_t g = 0; g < G; g++) {
-      float* row = to.queries + ((t - task.begin) * G + g) * W;
-      widen(q + (t * job.H + task.head * G + g) * job.D, job.D, row);
-      for (int64_t d = 0; d < job.D; d++) row[d] *= job.scale;
-    }
+  for (int64_t t = task.begin; t < task.end; t++) last = std::max(last, limits[t] + 1);
+  last = std::min(last, task.last);
+  for (int64_t row = 0; row < rows; row++) {
+    float* q = to.queries + row * W;
+    widen(static_cast<const T*>(job.queries) + query(job, task, row), D, q);
+    for (int64_t d = 0; d < D; d++) q[d] *= job.scale;
   }
   std::fill_n(to.sums, rows * W, 0.0f);
   std::fill_n(to.most, rows, -INFINITY);
   std::fill_n(to.total, rows, 0.0f);
-  last = std::min(last, task.last);
-  for (int64_t s = task.first; s < last; s += BLOCK) {
-    const int64_t count = std::min(BLOCK, last - s);
-    const T *k = keys + s * job.key_strides[1], *v = values + s * job.value_strides[1];
-    fetch(k + BLOCK * job.key_strides[1], job.key_strides[1], count, job.D);
-    turn(k, job.key_strides[1], count, job.D, to.keys);
-    fetch(v + BLOCK * job.value_strides[1], job.value_strides[1], count, job.D);
-    if (rows <= FEW && job.D == W) {
-      attend_block(job, task, to, s, v, job.value_strides[1], count);
-    } else {
-      for (int64_t i = 0; i < count; i++)
-        widen(v + i * job.value_strides[1], job.D, to.values + i * W);
-      attend_block(job, task, to, s, to.values, W, count);
+  const int64_t k_stride = job.key_strides[1], v_stride = job.value_strides[1];
+  for (int64_t s = task.first; s < last; s += BLOCK)
+    for (int64_t head = task.head; head < task.last_head; head++) {
+      const int64_t count = std::min(BLOCK, last - s), row = (head - task.head) * per_head;
+      const T* keys = static_cast<const T*>(job.keys) + task.row * job.key_strides[0] +
+                      s * k_stride + head * job.key_strides[2];
+      const T* values = static_cast<const T*>(job.values) + task.row * job.value_strides[0] +
+                        s * v_stride + head * job.value_strides[2];
+      turn(keys, k_stride, count, D, to.keys);
+      if (per_head <= FEW && D == W) {
+        const T* ahead = keys + BLOCK * k_stride;
+        attend_block(job, task, to, row, s, count, Values<T>{values, v_stride, ahead, k_stride});
+      } else {
+        for (int64_t i = 0; i < count; i++) widen(values + i * v_stride, D, to.values + i * W);
+        attend_block(job, task, to, row, s, count, Values<float>{to.values, W});
+      }
     }
-  }
 }
 
 // Merge `parts` of the same queries, which lie `stride` apart, and write them.
 template <class T>
 TARGET void finish(const Job& job, const Task& task, const Scratch& from, int64_t parts,
                    int64_t stride) {
-  const int64_t G = job.H / job.K, W = job.width, rows = (task.end - task.begin) * G;
-  T* out = static_cast<T*>(job.out) + (task.row * job.T + task.begin) * job.H * job.D;
+  const int64_t rows =
+      (task.last_head - task.head) * (task.end - task.begin) * (job.H / job.K);
   for (int64_t row = 0; row < rows; row++) {
-    float* sums = from.sums + row * W;
+    float* sums = from.sums + row * job.width;
     float &most = from.most[row], &total = from.total[row];
     for (int64_t part = 1; part < parts; part++) {
       const int64_t at = part * stride;
@@ -224,7 +231,6 @@ TARGET void finish(const Job& job, const Task& task, const Scratch& from, int64_
       total = keep * total + add * (&total)[at];
       most = top;
     }
-    const int64_t t = row / G, h = task.head * G + row % G;
-    narrow(sums, job.D, 1 / total, out + (t * job.H + h) * job.D);
+    narrow(sums, job.D, 1 / total, static_cast<T*>(job.out) + query(job, task, row));
   }
 }
