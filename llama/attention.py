@@ -126,9 +126,10 @@ def kernel_attention(
     """By the CPU kernel, which reads a cache at the memory's speed and nothing beyond a position.
 
     Where it cannot serve, by torch's in half precision, else as `grouped_attention`; same
-    arguments.
+    arguments. In fp32 it serves single queries only: a prompt is computed as the reference does.
     """
-    if positions is not None and keys.dtype == xq.dtype and kernels.takes(xq):
+    fits = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
+    if positions is not None and fits and kernels.takes(xq):
         out: Tensor = torch.ops.llama3.attend(xq, keys, values, positions)
         return out
     half = xq.dtype in (torch.bfloat16, torch.float16)

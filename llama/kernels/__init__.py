@@ -1,9 +1,9 @@
-"""Optional CPU kernels for decoding, at the speed of reading weights and cache.
+"""Optional CPU kernels, at the speed of reading weights and cache: y = x W^T for a few rows of x,
+and attention over a cache.
 
-y = x W^T for a few rows of x, and attention over a cache, for many queries too.
-
-`load()` compiles the .cpp files at first use and registers its torch operators; without a compiler it
-says so once and returns False, and callers keep to torch's own. Knows nothing about models.
+`load()` compiles the .cpp files at first use and registers their torch operators; without a
+compiler it says so once and returns False, and callers keep to torch's own. Knows nothing about
+models.
 
     llama3::linear(x, w)                            w (N, K) fp32 or bf16
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
