@@ -7,7 +7,7 @@ from torch import Tensor
 
 from llama import kernels, parallel
 from llama.args import ModelArgs
-from llama.attention import fused_grouped_attention
+from llama.attention import kernel_attention
 from llama.inspection import parameter_count
 from llama.linears import exchange, quantized, with_kernels
 from llama.model import Transformer
@@ -111,9 +111,8 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         return
     if model.norm.weight.device.type == "cpu" and kernels.load():
         exchange(model, with_kernels)
-    if model.norm.weight.dtype in (torch.bfloat16, torch.float16):
-        for attention in model.attentions():
-            attention.attend = fused_grouped_attention
+    for attention in model.attentions():
+        attention.attend = kernel_attention
 
 
 def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:

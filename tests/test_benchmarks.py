@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import decode, generation
+from benchmarks import decode, generation, kernels
 from benchmarks.random_checkpoint import SHAPES
 
 TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -43,6 +43,15 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+
+
+def test_kernels(
+    ops: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
+    kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)
 
 
 def test_unknown_peer() -> None:
