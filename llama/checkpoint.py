@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from llama import kernels, parallel
 from llama.args import ModelArgs
-from llama.attention import fused_grouped_attention
+from llama.attention import kernel_attention
 from llama.inspection import parameter_count
 from llama.linears import (
     Int4Linear,
@@ -138,9 +138,8 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         exchange(model, with_kernels, nn.Linear)
     if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
         exchange(model, with_tinygemm, Int4Linear)
-    if dtype in (torch.bfloat16, torch.float16):
-        for attention in model.attentions():
-            attention.attend = fused_grouped_attention
+    for attention in model.attentions():
+        attention.attend = kernel_attention
 
 
 def has_tinygemm(device: torch.device) -> bool:

@@ -82,7 +82,8 @@ class Attention(nn.Module):
         if at is not None:
             assert self.cache is not None
             xk, xv = self.cache.update(xk, xv, at)
-        out = self.attend(xq, xk, xv, mask).reshape(B, T, -1)
+        positions = None if at is None else at.positions
+        out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
         return parallel.reduce(self.wo(out))
 
 

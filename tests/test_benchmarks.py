@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, llama_cpp_peer, transformers_peer
+from benchmarks import decode, generation, kernels, llama_cpp_peer, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -176,3 +176,12 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+
+
+def test_kernels(
+    ops: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
+    kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)

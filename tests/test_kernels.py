@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,6 @@ from llama.quantize import (
 )
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def ops() -> Iterator[object]:
-    if not kernels.load():
-        pytest.skip("the kernels cannot be compiled here (no C++ compiler, or LLAMA3_KERNELS=0)")
-    yield torch.ops.llama3
-    torch.ops.llama3.use_variant("")
-
-
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "plain"])
-def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
-    if request.param not in torch.ops.llama3.variants():
-        pytest.skip(f"this processor has no {request.param}")
-    torch.ops.llama3.use_variant(request.param)
-    yield request.param
-    torch.ops.llama3.use_variant("")
 
 
 def shapes(seed: int, count: int, multiple: int = 1) -> list[tuple[int, int, int]]:

@@ -1,11 +1,14 @@
-"""Optional CPU kernels: y = x W^T, for few rows of x (decoding) at the speed of reading W.
+"""Optional CPU kernels, at the speed of reading weights and cache: y = x W^T, and attention over a
+cache.
 
-`load()` compiles linear.cpp at first use and registers its torch operators; without a compiler it
-says so once and returns False, and callers keep to torch's own. Knows nothing about models.
+`load()` compiles the .cpp files at first use and registers their torch operators; without a
+compiler it says so once and returns False, and callers keep to torch's own. Knows nothing about
+models.
 
     llama3::linear(x, w)                            w (N, K) fp32 or bf16
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
     llama3::linear_int4(x, packed, scale, zero, n)  as `quantize_int4` of llama/quantize.py packs
+    llama3::attend(xq, keys, values, positions)     as `kernel_attention` of llama/attention.py
     llama3::widen_int8(q)                           q in bf16
     llama3::unpack_int4(x, packed, scale, zero, n)  the weight itself, (n, K), in x's dtype
 
@@ -34,8 +37,8 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "linear.cpp"]
-HEADERS = [HERE / name for name in ("blocked.h", "rows.h", "variants.h", "vectors.h")]
+SOURCES = [HERE / name for name in ("attention.cpp", "linear.cpp")]
+HEADERS = [HERE / f"{name}.h" for name in ("attention", "blocked", "rows", "variants", "vectors")]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
@@ -107,6 +110,7 @@ def _load() -> bool:
         _max_rows[torch.bfloat16] = MAX_ROWS_BF16
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
     torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
+    torch.library.register_fake("llama3::attend", lambda xq, k, v, at: xq.new_empty(xq.shape))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
     torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
     torch.library.register_fake(
