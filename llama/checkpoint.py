@@ -7,8 +7,8 @@ from torch import Tensor
 
 from llama import kernels, parallel
 from llama.args import ModelArgs
-from llama.attention import kernel_attention
 from llama.inspection import parameter_count
+from llama.kernel_layers import use_kernels
 from llama.linears import exchange, quantized, with_kernels
 from llama.model import Transformer
 from llama.progress import progress
@@ -111,8 +111,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         return
     if model.norm.weight.device.type == "cpu" and kernels.load():
         exchange(model, with_kernels)
-    for attention in model.attentions():
-        attention.attend = kernel_attention
+    use_kernels(model)
 
 
 def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:
