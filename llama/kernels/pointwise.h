@@ -75,8 +75,8 @@ TARGET inline Vec turned(const Vec& x, const Vec& turn, std::index_sequence<I...
   return x * real + swapped * (imaginary * signs);
 }
 
-// Heads `begin` to `end`, each `width` numbers: pairs times complex numbers, of which there is a row
-// for every job.heads heads, the same ones again after job.turns rows.
+// Heads `begin` to `end`, each `width` numbers: pairs times complex numbers, of which there is a
+// row for every job.heads heads, the same ones again after job.turns rows.
 template <class T>
 TARGET void rotate(const Job& job, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; head++) {
@@ -86,8 +86,8 @@ TARGET void rotate(const Job& job, int64_t begin, int64_t end) {
         static_cast<const float*>(job.b) + head / job.heads % job.turns * job.width;
     for (int64_t i = 0; i < job.width; i += LANES) {
       const int64_t left = job.width - i;
-      write(y + i, turned(read(x + i, left), read(turn + i, left), std::make_index_sequence<LANES>()),
-            left);
+      const Vec v = read(x + i, left), by = read(turn + i, left);
+      write(y + i, turned(v, by, std::make_index_sequence<LANES>()), left);
     }
   }
 }
