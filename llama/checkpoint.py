@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from llama import kernels, parallel
 from llama.args import ModelArgs
-from llama.attention import kernel_attention
 from llama.inspection import parameter_count
+from llama.kernel_layers import use_kernels
 from llama.linears import (
     Int4Linear,
     check_scheme,
@@ -138,8 +138,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         exchange(model, with_kernels, nn.Linear)
     if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
         exchange(model, with_tinygemm, Int4Linear)
-    for attention in model.attentions():
-        attention.attend = kernel_attention
+    use_kernels(model)
 
 
 def has_tinygemm(device: torch.device) -> bool:

@@ -30,6 +30,7 @@ __all__ = [
     "plain_attention",
     "precompute_freqs_cis",
     "repeat_kv",
+    "swiglu",
 ]
 
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
+        self.rotate = apply_rotary_emb
         self.attend = grouped_attention
         self.cache: KVCache | None = None
 
@@ -78,13 +80,18 @@ class Attention(nn.Module):
         xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
         xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
         xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        xq, xk = self.rotate(xq, xk, freqs_cis)
         if at is not None:
             assert self.cache is not None
             xk, xv = self.cache.update(xk, xv, at)
         positions = None if at is None else at.positions
         out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
         return parallel.reduce(self.wo(out))
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, arXiv:2002.05202."""
+    return F.silu(a) * b
 
 
 class FeedForward(nn.Module):
@@ -94,13 +101,14 @@ class FeedForward(nn.Module):
         super().__init__()
         ranks = parallel.size()
         hidden = args.hidden_dim // ranks
+        self.gate = swiglu
         self.w1 = nn.Linear(args.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = parallel.copy(x)
-        return parallel.reduce(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return parallel.reduce(self.w2(self.gate(self.w1(x), self.w3(x))))
 
 
 class TransformerBlock(nn.Module):

@@ -19,6 +19,7 @@ ROWS = [
      "llama.tokenizer"},
     {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
      "llama.tool_calls"},
+    {"llama.kernel_layers"},
     {"llama.checkpoint", "llama.compilation", "llama.footprint", "llama.passes",
      "llama.quantized_shard", "llama.slots"},
     {"llama.engine"},

@@ -9,6 +9,7 @@ models.
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
     llama3::linear_int4(x, packed, scale, zero, n)  as `quantize_int4` of llama/quantize.py packs
     llama3::attend(xq, keys, values, positions)     as `kernel_attention` of llama/attention.py
+    llama3::rms_norm(x, w, eps), rotary(x, turns), swiglu(a, b)    as in llama/model.py
     llama3::widen_int8(q)                           q in bf16
     llama3::unpack_int4(x, packed, scale, zero, n)  the weight itself, (n, K), in x's dtype
 
@@ -37,8 +38,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / name for name in ("attention.cpp", "linear.cpp")]
-HEADERS = [HERE / f"{name}.h" for name in ("attention", "blocked", "rows", "variants", "vectors")]
+NAMES = ("attention", "blocked", "pointwise", "rows", "variants", "vectors")
+SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "pointwise")]
+HEADERS = [HERE / f"{name}.h" for name in NAMES]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
@@ -111,6 +113,9 @@ def _load() -> bool:
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
     torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
     torch.library.register_fake("llama3::attend", lambda xq, k, v, at: xq.new_empty(xq.shape))
+    torch.library.register_fake("llama3::rms_norm", lambda x, w, eps: x.new_empty(x.shape))
+    torch.library.register_fake("llama3::rotary", lambda x, turns: x.new_empty(x.shape))
+    torch.library.register_fake("llama3::swiglu", lambda a, b: a.new_empty(a.shape))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
     torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
     torch.library.register_fake(

@@ -51,7 +51,8 @@ struct Scratch {
 // Where the numbers of a task's query lie. Its rows are by key-value head, query and head.
 int64_t query(const Job& job, const Task& task, int64_t row) {
   const int64_t G = job.H / job.K, queries = task.end - task.begin;
-  const int64_t t = task.begin + row / G % queries, h = (task.head + row / G / queries) * G + row % G;
+  const int64_t t = task.begin + row / G % queries;
+  const int64_t h = (task.head + row / G / queries) * G + row % G;
   return ((task.row * job.T + t) * job.H + h) * job.D;
 }
 
@@ -76,7 +77,8 @@ void check(const Tensor& xq, const Tensor& keys, const Tensor& values, const Ten
   for (const auto* t : {&xq, &keys, &values, &positions})
     TORCH_CHECK(t->device().is_cpu(), "all must be on the CPU, not on ", t->device());
   const auto dtype = xq.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "xq must be fp32 or bf16, not ", dtype);
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "xq must be fp32 or bf16, not ",
+              dtype);
   TORCH_CHECK(keys.scalar_type() == dtype && values.scalar_type() == dtype,
               "keys and values must be ", dtype, " as xq; got ", keys.scalar_type(), " and ",
               values.scalar_type());

@@ -7,8 +7,8 @@
 // what was summed is scaled down whenever a larger score appears.
 
 // c[m, j] = (keep ? keep[m] c[m, j] : 0) + sum over i < n of a[m, i] b[i, j], for j < columns, a
-// multiple of 64. Meanwhile the block after b is fetched, and that at `ahead`, row by row: a burst of
-// prefetches would hold up the arithmetic.
+// multiple of 64. Meanwhile the block after b is fetched, and that at `ahead`, row by row: a burst
+// of prefetches would hold up the arithmetic.
 template <int M, class B>
 TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_t b_stride,
                             int64_t n, const float* keep, float* c, int64_t columns,

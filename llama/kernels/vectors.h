@@ -40,7 +40,7 @@ TARGET inline Vec exp(Vec x) {
   const Vec none = Vec{}, left = x;
   x = x > most ? most : x;
   const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, n times each exact
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
   Vec y = Vec{} + 1.0f / 5040;
   y = y * r + 1.0f / 720;
   y = y * r + 1.0f / 120;
