@@ -49,7 +49,7 @@ FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
 # The same for x in bf16 where the processor multiplies bf16 (AVX512_BF16).
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": 32, "fp32": 8, "int8": ANY, "int4": ANY}
+MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x, and of plain weights
 
 _lock = threading.Lock()
