@@ -20,6 +20,12 @@ def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
+def causal_mask(positions: Tensor, length: int) -> Tensor:
+    """True where a query may look, keys 0 to its own position: (T, S), or (B, 1, T, S)."""
+    mask = torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
+
+
 def plain_attention(
     xq: Tensor,
     keys: Tensor,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama import kernels
 from llama.attention import kernel_attention
-from llama.model import Attention, FeedForward, RMSNorm, Transformer, apply_rotary_emb, swiglu
+from llama.linears import KernelLinear
+from llama.model import (
+    Attention,
+    FeedForward,
+    RMSNorm,
+    Transformer,
+    apply_rotary_emb,
+    project,
+    swiglu,
+)
 
 
 class KernelRMSNorm(RMSNorm):
@@ -39,6 +48,15 @@ def kernel_swiglu(a: Tensor, b: Tensor) -> Tensor:
     return swiglu(a, b)
 
 
+def kernel_project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """As `project`; matrices side by side are read in one go, which small ones gain by."""
+    ws = [linear.weight for linear in linears if isinstance(linear, KernelLinear)]
+    if len(ws) == len(linears) and kernels.serves(x, *ws):
+        ys: list[Tensor] = torch.ops.llama3.linears(x, ws)
+        return ys
+    return project(x, *linears)
+
+
 def use_kernels(model: Transformer) -> None:
     """Attention, norms, rotation and gate by kernels where they serve, else as before."""
     for module in list(model.modules()):
@@ -49,7 +67,9 @@ def use_kernels(model: Transformer) -> None:
                 made.weight = child.weight
                 setattr(module, name, made.train(child.training))
         if isinstance(module, Attention):
-            module.attend = kernel_attention
+            module.project = kernel_project
             module.rotate = kernel_rotary
+            module.attend = kernel_attention
         if isinstance(module, FeedForward):
+            module.project = kernel_project
             module.gate = kernel_swiglu

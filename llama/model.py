@@ -14,24 +14,21 @@ from torch import Tensor, nn
 
 from llama import parallel
 from llama.args import ModelArgs, rank_counts
-from llama.attention import CacheSlice, KVCache, grouped_attention, plain_attention, repeat_kv
+from llama.attention import (
+    CacheSlice,
+    KVCache,
+    causal_mask,
+    grouped_attention,
+    plain_attention,
+    repeat_kv,
+)
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 __all__ = [
-    "Attention",
-    "FeedForward",
-    "KVCache",
-    "ModelArgs",
-    "RMSNorm",
-    "Transformer",
-    "TransformerBlock",
-    "apply_rotary_emb",
-    "grouped_attention",
-    "plain_attention",
-    "precompute_freqs_cis",
-    "repeat_kv",
-    "swiglu",
-]
+    "Attention", "FeedForward", "KVCache", "ModelArgs", "RMSNorm", "Transformer",
+    "TransformerBlock", "apply_rotary_emb", "grouped_attention", "plain_attention",
+    "precompute_freqs_cis", "repeat_kv",
+]  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -49,6 +46,11 @@ class RMSNorm(nn.Module):
         return self._norm(x.float()).type_as(x) * self.weight
 
 
+def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What each linear makes of x."""
+    return [linear(x) for linear in linears]
+
+
 class Attention(nn.Module):
     """Grouped-query attention; this rank holds its share of the heads."""
 
@@ -58,6 +60,7 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
+        self.project = project
         self.rotate = apply_rotary_emb
         self.attend = grouped_attention
         self.cache: KVCache | None = None
@@ -77,9 +80,10 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         x = parallel.copy(x)
-        xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
-        xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
+        xq, xk, xv = self.project(x, self.wq, self.wk, self.wv)
+        xq = xq.view(B, T, self.n_local_heads, self.head_dim)
+        xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(B, T, self.n_local_kv_heads, self.head_dim)
         xq, xk = self.rotate(xq, xk, freqs_cis)
         if at is not None:
             assert self.cache is not None
@@ -101,6 +105,7 @@ class FeedForward(nn.Module):
         super().__init__()
         ranks = parallel.size()
         hidden = args.hidden_dim // ranks
+        self.project = project
         self.gate = swiglu
         self.w1 = nn.Linear(args.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, args.dim, bias=False)
@@ -108,7 +113,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = parallel.copy(x)
-        return parallel.reduce(self.w2(self.gate(self.w1(x), self.w3(x))))
+        return parallel.reduce(self.w2(self.gate(*self.project(x, self.w1, self.w3))))
 
 
 class TransformerBlock(nn.Module):
@@ -234,7 +239,7 @@ class Transformer(nn.Module):
             else:
                 positions = start_pos.unsqueeze(1) + steps  # (B, T)
                 causal_or_single = False
-            mask = None if causal_or_single else self._mask(positions, cache_len)
+            mask = None if causal_or_single else causal_mask(positions, cache_len)
             rows = torch.arange(first_row, first_row + B, device=tokens.device).unsqueeze(1)
             at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
         h = self.embed(tokens)
@@ -288,9 +293,3 @@ class Transformer(nn.Module):
     def _check_room(start: int, end: int, room: int) -> None:
         if not 0 <= start <= end <= room:
             raise ValueError(f"positions {start} to {end - 1} are outside max_seq_len {room}")
-
-    @staticmethod
-    def _mask(positions: Tensor, cache_len: int) -> Tensor:
-        """True where a query may look, keys 0 to its own position: (T, S), or (B, 1, T, S)."""
-        mask = torch.arange(cache_len, device=positions.device) <= positions.unsqueeze(-1)
-        return mask.unsqueeze(1) if mask.dim() == 3 else mask

@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama.kernel_layers import KernelRMSNorm, kernel_rotary, kernel_swiglu, use_kernels
+from llama.kernel_layers import (
+    KernelRMSNorm,
+    kernel_project,
+    kernel_rotary,
+    kernel_swiglu,
+    use_kernels,
+)
+from llama.linears import with_kernels
 from llama.model import ModelArgs, RMSNorm, Transformer, apply_rotary_emb
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -71,6 +79,29 @@ def test_a_model_that_uses_them(ops: object) -> None:
         torch.testing.assert_close(model(tokens), want, atol=1e-5, rtol=0)
         torch.testing.assert_close(model(tokens[:, :11], 0), want[:, :11], atol=1e-5, rtol=0)
         torch.testing.assert_close(model(tokens[:, 11:], 11), want[:, 11:], atol=1e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_projections_are_read_together(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all are plain weights behind kernels; in one call, and alike."""
+    linears = [with_kernels("", nn.Linear(64, n, bias=False)) for n in (48, 16, 16)]
+    plain = nn.Linear(64, 8, bias=False)
+    calls: list[int] = []
+    together = torch.ops.llama3.linears
+
+    def spy(x: torch.Tensor, ws: list[torch.Tensor]) -> list[torch.Tensor]:
+        calls.append(len(ws))
+        found: list[torch.Tensor] = together(x, ws)
+        return found
+
+    monkeypatch.setattr(torch.ops.llama3, "linears", spy)
+    for rows, some in ((1, linears), (1, [*linears, plain]), (300, linears)):
+        x = torch.randn(rows, 64)
+        for found, linear in zip(kernel_project(x, *some), some, strict=True):
+            weight = linear.weight
+            assert isinstance(weight, torch.Tensor)
+            torch.testing.assert_close(found, x @ weight.T, atol=1e-5, rtol=0)
+    assert calls == [3]
 
 
 def test_compiled_and_fake(ops: object) -> None:

@@ -69,6 +69,25 @@ def test_linear(variant: str, dtype: torch.dtype, weights: torch.dtype) -> None:
 
 
 @DTYPES
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["w_fp32", "w_bf16"])
+def test_linears(variant: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Matrices of several heights side by side; threads divide them anywhere."""
+    for M, K in ((1, 700), (3, 2081), (17, 64), (0, 64)):
+        x = inputs(M, 1, K, dtype)[0]
+        ws = [inputs(1, N, K, dtype)[1].to(weights) for N in (90, 1, 257, 3)]
+        ys = torch.ops.llama3.linears(x, ws)
+        assert [y.shape for y in ys] == [(M, N) for N in (90, 1, 257, 3)]
+        for y, w in zip(ys, ws, strict=True):
+            check(y, x, w)
+    with pytest.raises(RuntimeError, match="all alike"):
+        torch.ops.llama3.linears(x, [ws[0], ws[1].to(torch.float16)])
+    with pytest.raises(RuntimeError, match="must be a w"):
+        torch.ops.llama3.linears(x, [])
+    with pytest.raises(RuntimeError, match="as wide as w"):
+        torch.ops.llama3.linears(x, [ws[0], ws[1][:, :7].contiguous()])
+
+
+@DTYPES
 def test_linear_int8(variant: str, dtype: torch.dtype) -> None:
     for M, N, K in shapes(2, 30) + LARGE:
         x, w = inputs(M, N, K, dtype)
