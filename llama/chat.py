@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama import parallel
 from llama.generation import Llama
 from llama.pieces import Stream
 from llama.request import Request
@@ -35,7 +37,7 @@ class Chat:
 
     Args:
         options: of `Llama.chat_stream`.
-        interactive: Ctrl-C stops an answer; otherwise it ends the program.
+        interactive: Ctrl-C stops an answer; otherwise it ends the program, as with several ranks.
     """
 
     def __init__(
@@ -94,13 +96,15 @@ class Chat:
         answer, start, first, n = "", time.perf_counter(), 0.0, 0
         stream: Stream | None = None
         asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
+        parallel.share(asked)
         try:
             stream = self.llama.chat_stream(asked, **self.options)
             for piece in stream:
                 first = first or time.perf_counter()
                 n += len(piece.tokens)
                 answer += piece.text
-                say(piece.text)
+                with parallel.guarded():  # the other ranks go on with the answer
+                    say(piece.text)
             reason = stream.request.finish_reason
         except KeyboardInterrupt:
             if not self.interactive:
@@ -181,6 +185,14 @@ class Chat:
         for message in dialog:
             self.formatter.encode_message(message)  # which says what is wrong with it
         return dialog
+
+
+def follow(llama: Llama, options: dict[str, Any]) -> None:
+    """What every rank but the first does: compute the answers that the first one is asked for."""
+    while (asked := parallel.share(None)) is not None:
+        with suppress(ValueError):  # which the first rank tells
+            for _ in llama.chat_stream(asked, **options):
+                pass
 
 
 def _status(request: Request, reason: str | None, first: float, rate: float) -> str:

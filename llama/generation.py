@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,14 +9,12 @@ from typing import Any
 
 import torch
 
-from llama import checkpoint, parallel
 from llama.engine import Engine
-from llama.formats import open_checkpoint, open_tokenizer
-from llama.linears import check_scheme
 from llama.model import Transformer
+from llama.opening import open_model
 from llama.pieces import Piece, Reader, Stream
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
-from llama.request import Request, check_seed
+from llama.request import Request
 from llama.sampling import Sampling, sample_top_p
 from llama.scoring import Perplexity, perplexity, score_ids
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
@@ -53,8 +49,9 @@ class Llama:
             max_seq_len: most tokens a row may have, prompt and answer together.
             max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
                 max_batch_size x max_seq_len positions.
-            model_parallel_size: ranks that share the model; None takes all that run.
-            seed: of torch's global generator, on every rank.
+            model_parallel_size: ranks that share the model; None takes all that run. Fewer make
+                groups of so many (0 and 1, 2 and 3, ...), each with a model and calls of its own.
+            seed: of torch's global generator; each group's first rank draws for all of it.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
             quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`.
@@ -62,24 +59,20 @@ class Llama:
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
+            llama.launch.RankError: another rank failed, and how.
         """
-        check_seed(seed)
-        if model_parallel_size is not None and type(model_parallel_size) is not int:
-            raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
-        if quantize is not None:
-            check_scheme(quantize)
-        start, source = time.time(), open_checkpoint(ckpt_dir)
-        args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        tokenizer = open_tokenizer(source, tokenizer_path)
-        device = checkpoint.pick_device(device)
-        dtype = checkpoint.pick_dtype(dtype, device)
-        parallel.initialize(model_parallel_size, device)
-        torch.manual_seed(seed)
-        model = checkpoint.load(source, args, device, dtype)
-        checkpoint.tune(model, quantize, exact)
-        model.setup_cache(max_batch_size, max_seq_len)
-        if parallel.rank() == 0:
-            print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
+        model, tokenizer = open_model(
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len,
+            max_batch_size,
+            model_parallel_size,
+            seed,
+            device,
+            dtype,
+            quantize,
+            exact,
+        )
         return Llama(model, tokenizer)
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
