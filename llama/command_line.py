@@ -61,12 +61,12 @@ def _report(error: BaseException, name: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     mine = launch.first_to_tell()
-    if not isinstance(error, MISTAKES):
-        traceback.print_exception(error)
-        return 1
-    if mine:
+    bug = error.__cause__ if isinstance(error, launch.RankError) else error
+    if isinstance(bug, Exception) and not isinstance(bug, MISTAKES):
+        traceback.print_exception(bug)
+    if mine and isinstance(told, MISTAKES):
         print(f"{name}: {told}", file=sys.stderr)
-    return 2
+    return 2 if isinstance(told, MISTAKES) else 1
 
 
 def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:

@@ -56,8 +56,7 @@ class Fault:
             return quiet[self.cause]()
         if self.cause == RankError.__name__:  # which says whose fault it is
             return RankError(self.text)
-        cause = f"{self.cause}: " if self.cause else ""
-        return RankError(f"rank {self.rank}: {cause}{self.text}")
+        return RankError(f"rank {self.rank}: {self.cause}: {self.text}")
 
 
 def launched() -> bool:
@@ -211,11 +210,14 @@ def publish(error: BaseException) -> Fault:
 
 def fault_of(error: BaseException) -> Fault:
     """This rank's fault, unrecorded."""
-    rank = os.environ.get("RANK", "0")
-    number = int(rank) if rank.isdecimal() else 0
     lines = str(error).strip().splitlines() or [""]
-    cause = type(error).__name__
-    return Fault(dist.get_rank() if dist.is_initialized() else number, cause, lines[0])
+    return Fault(_rank(), type(error).__name__, lines[0])
+
+
+def _rank() -> int:
+    """This process's, also if the environment is wrong."""
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0
 
 
 def _record(fault: Fault) -> Fault:
@@ -234,9 +236,9 @@ def published() -> Fault | None:
     return None
 
 
-def find_lost(ranks: Sequence[int], me: int) -> Fault | None:
+def find_lost(ranks: Sequence[int]) -> Fault | None:
     """Which of the ranks no longer answers, if one does; each rank that lost another asks this."""
-    silent = [r for r in ranks if r != me]
+    me, silent = _rank(), list(ranks)
     try:
         table, end = _reachable(), time.monotonic() + ANSWER_WITHIN
         if table is None:
@@ -245,15 +247,17 @@ def find_lost(ranks: Sequence[int], me: int) -> Fault | None:
         while silent and time.monotonic() < end:
             if (fault := published()) is not None:
                 return fault
-            time.sleep(POLL)
             silent = [r for r in silent if not table.check([f"lives/{r}"])]
+            time.sleep(POLL)
     except RuntimeError:
         silent = [0]  # which served the store
     if not silent:
         return None
-    seconds = timeout().total_seconds()
-    why = f"no longer answers; it ended, was killed, or kept the others waiting {seconds:g} s"
-    return _record(Fault(silent[0], "", why))
+    why = (
+        f"rank {silent[0]} no longer answers: it ended, was killed (perhaps for want of memory), "
+        f"or kept the others waiting for {timeout().total_seconds():g} s"
+    )
+    return _record(Fault(silent[0], RankError.__name__, why))
 
 
 def first_to_tell() -> bool:

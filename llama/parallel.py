@@ -27,7 +27,9 @@ from llama import launch
 # Between steps a rank may wait for as long as another loads, or a person thinks.
 UNHURRIED = timedelta(days=300)
 _control: dist.ProcessGroup | None = None  # gloo, of the model-parallel ranks
+_ranks = [0]  # of this model-parallel group, by their numbers in the world
 _ended: launch.Fault | None = None
+_known = False  # whether that is the first cause
 
 
 def initialize(model_parallel_size: int | None, device: torch.device) -> None:
@@ -64,7 +66,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
 
 
 def _join(model_parallel_size: int, backend: str) -> None:
-    global _control
+    global _control, _ranks
     if not dist.is_initialized():
         if not dist.is_backend_available(backend) or not dist.is_backend_available("gloo"):
             raise ValueError(
@@ -89,7 +91,7 @@ def _join(model_parallel_size: int, backend: str) -> None:
         ranks = list(range(first, first + model_parallel_size))
         group = dist.new_group(ranks, UNHURRIED, "gloo")
         if dist.get_rank() in ranks:
-            _control = group
+            _control, _ranks = group, ranks
 
 
 def _leave() -> None:
@@ -129,27 +131,23 @@ def guarded(several: bool | None = None) -> Iterator[None]:
 def end(error: BaseException) -> BaseException:
     """Leave the group because of an error; what to raise, of the same text on every rank.
 
-    If the error is a collective's, it is another rank's fault that is looked for.
+    If the error is a collective's, it is another rank's fault that is looked for. An interrupt may
+    end the search; the next call goes on with it.
     """
-    global _ended
-    if _ended is not None:
+    global _ended, _known
+    if _ended is not None and _known:
         return _ended.exception()
     traceback.clear_frames(error.__traceback__)  # whose locals hold groups, and so sockets
     fault = launch.published()
-    secondary = isinstance(error, launch.Terminated) or _of_collective(error)
-    if fault is None and not secondary:
+    if fault is None and not isinstance(error, launch.Terminated) and not _of_collective(error):
         fault = launch.publish(error)
-    _ended = fault or launch.fault_of(error)
-    ranks, me = [0], 0
-    if fs_init.model_parallel_is_initialized() and fault is None:
-        ranks = dist.get_process_group_ranks(fs_init.get_model_parallel_group())
-        me = dist.get_rank()
+    _ended = fault or _ended or launch.fault_of(error)
     _close()
     if fault is None:
-        fault = launch.find_lost(ranks, me)
+        fault = launch.find_lost(_ranks)
         if fault is None and isinstance(error, launch.Terminated):
             return error
-        _ended = fault or _ended
+    _ended, _known = fault or _ended, True
     return _ended.exception()
 
 
@@ -221,7 +219,7 @@ def share(value: Any) -> Any:
 
 def agree(facts: dict[str, Any]) -> None:
     """Raise a ValueError on every rank if they differ; it names the first fact that does."""
-    launch.compare(dict(enumerate(exchange(facts))))
+    launch.compare(dict(zip(_ranks, exchange(facts), strict=True)))
 
 
 @contextlib.contextmanager
@@ -239,6 +237,6 @@ def together() -> Iterator[None]:
     found = exchange(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None and len(set(found)) == 1:
         raise error
-    for number, text in enumerate(found):
+    for number, text in zip(_ranks, found, strict=True):
         if text is not None:
             raise launch.RankError(f"rank {number}: {text}") from error
