@@ -71,7 +71,7 @@ def environment() -> Launch:
         ValueError: it says half, or what cannot be.
     """
     given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    if set(given.values()) <= {"0", "1"} and len(given) < 2:  # left by something else
+    if given in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}):
         return Launch()
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     needed = names[:2] if given.get("WORLD_SIZE") == "1" else names

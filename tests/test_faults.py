@@ -183,7 +183,7 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
     fault = {"rank": 1, "cause": "ImportError", "text": "no gguf"}
     timer = threading.Timer(0.1, lambda: table.set("fault", json.dumps(fault)))
     timer.start()
-    with pytest.raises(launch.RankError, match="^rank 1: ImportError: no gguf$"):
+    with pytest.raises(launch.RankError, match=r"^rank 1: ImportError: no gguf$"):
         launch.meet({})
     timer.join()
 
@@ -191,5 +191,5 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
 def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("", "soon", "0", "nan", "inf"):
         monkeypatch.setenv(launch.TIMEOUT, wrong)
-        with pytest.raises(ValueError, match="LLAMA3_RANK_TIMEOUT=.* a number of seconds"):
+        with pytest.raises(ValueError, match=r"LLAMA3_RANK_TIMEOUT=.* a number of seconds"):
             launch.timeout()
