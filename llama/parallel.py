@@ -105,11 +105,17 @@ def _leave() -> None:
 def _close() -> None:
     """Let go of all groups; with gloo the others then see at once that this rank has left."""
     global _control
-    _control = None
-    # A broken nccl group may never be done; it ends with the process.
-    if dist.is_initialized() and (_ended is None or dist.get_backend() == "gloo"):
-        fs_init.destroy_model_parallel()
-        dist.destroy_process_group()
+    control, _control = _control, None
+    if not dist.is_initialized():
+        return
+    if _ended is not None and dist.get_backend() != "gloo":
+        # A broken nccl group may never be done; it ends with the process.
+        if control is not None:
+            dist.destroy_process_group(control)
+        return
+    fs_init.destroy_model_parallel()
+    del control
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

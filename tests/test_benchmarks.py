@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import pytest
 
-from benchmarks import decode, generation
+from benchmarks import decode, generation, ranks
 from benchmarks.random_checkpoint import SHAPES
 
 TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -43,6 +44,13 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+
+
+def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    ranks.worker("tiny", "float32", prompt=4, new=3)
+    result = last_line(capsys)
+    assert len(result["ids"]) == 3 and result["step_s"] > 0
 
 
 def test_unknown_peer() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from test_parallel import free_port, start_torchrun, write
 
-from llama import launch
+from llama import launch, parallel
 
 JOB = str(Path(__file__).with_name("rank_job.py"))
 ENDS_WITHIN = 60  # seconds; a hang would be longer than any of this
@@ -82,13 +83,13 @@ def test_ctrl_c_and_a_second_run(folder: str) -> None:
     assert again.communicate(timeout=240)[1].count("Loaded") == 1 and again.returncode == 0
 
 
-def test_ranks_without_torchrun(folder: str) -> None:
-    """Rank 0 serves the store; one that is killed is named all the same."""
+def by_hand(*command: str) -> list[subprocess.Popen[str]]:
+    """Two ranks without torchrun: rank 0 serves the store."""
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_PORT": str(free_port())}
-    jobs = [
+    return [
         subprocess.Popen(
-            [sys.executable, JOB, "--ckpt_dir", folder, "--fault", "kill"],
+            [sys.executable, *command],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -96,8 +97,26 @@ def test_ranks_without_torchrun(folder: str) -> None:
         )
         for rank in range(2)
     ]
+
+
+def test_ranks_without_torchrun(folder: str) -> None:
+    """One that is killed is named all the same."""
+    jobs = by_hand(JOB, "--ckpt_dir", folder, "--fault", "kill")
     told = [ended(job)[1] for job in jobs]
     assert told[1] == [] and len(told[0]) == 1 and "rank 1 no longer answers" in told[0][0]
+
+
+def test_a_script_that_ends_between_calls(folder: str) -> None:
+    """The other rank is in a call then."""
+    script = (
+        "import os; from llama import Llama\n"
+        f"llama = Llama.build({folder!r}, None, 64, 1, device='cpu')\n"
+        "if os.environ['RANK'] == '1': raise KeyError('mine')\n"
+        "llama.generate([[1, 2]], 9)\n"
+    )
+    texts = [job.communicate(timeout=240)[1] for job in by_hand("-c", script)]
+    assert texts[0].endswith("llama.launch.RankError: rank 1: KeyError: 'mine'\n")
+    assert texts[1].endswith("KeyError: 'mine'\n")
 
 
 def set_environment(monkeypatch: pytest.MonkeyPatch, **names: str) -> None:
@@ -164,6 +183,12 @@ def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_does_not_come(rank_0: int) -> None:
     with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
         launch.meet({})
+
+
+@pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
+def test_a_backend_that_torch_lacks(rank_0: int) -> None:
+    with pytest.raises(ValueError, match="this build of torch has no nccl"):
+        parallel._join(2, "nccl")
 
 
 def test_a_rank_that_comes_twice(rank_0: int) -> None:
