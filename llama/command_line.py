@@ -52,7 +52,8 @@ def _report(error: BaseException, name: str) -> int:
         for interrupt in (signal.SIGTERM, signal.SIGINT):
             signal.signal(interrupt, signal.SIG_IGN)
         reason = parallel.end(error)
-        told = error if launch.leader() and isinstance(error, MISTAKES) else reason
+        own = isinstance(error, MISTAKES) and not parallel.of_collective(error)
+        told = error if own and launch.leader() else reason
     if isinstance(told, KeyboardInterrupt):
         return 130
     if isinstance(told, launch.Terminated):

@@ -145,7 +145,7 @@ def end(error: BaseException) -> BaseException:
         return _ended.exception()
     traceback.clear_frames(error.__traceback__)  # whose locals hold groups, and so sockets
     fault = launch.published()
-    if fault is None and not isinstance(error, launch.Terminated) and not _of_collective(error):
+    if fault is None and not isinstance(error, launch.Terminated) and not of_collective(error):
         fault = launch.publish(error)
     _ended = fault or _ended or launch.fault_of(error)
     _close()
@@ -157,7 +157,8 @@ def end(error: BaseException) -> BaseException:
     return _ended.exception()
 
 
-def _of_collective(error: BaseException) -> bool:
+def of_collective(error: BaseException) -> bool:
+    """Whether it says no more than that ranks lost each other."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
