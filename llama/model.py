@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import parallel
-from llama.args import ModelArgs, rank_counts
+from llama.args import ModelArgs, rank_counts, vocabulary_share
 from llama.attention import (
     CacheSlice,
     KVCache,
@@ -152,14 +152,18 @@ class Transformer(nn.Module):
         if params.vocab_size < 1:
             raise ValueError("set ModelArgs.vocab_size: a model needs to know its vocabulary")
         if ranks not in rank_counts(params):
-            raise ValueError(f"{ranks} ranks cannot share this model; use {rank_counts(params)}")
+            raise ValueError(
+                f"{ranks} ranks cannot split {params.n_heads} heads, {params.kv_heads} KV heads "
+                f"and a feed-forward of {params.hidden_dim}; use one of {rank_counts(params)} ranks"
+            )
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.tok_embeddings = nn.Embedding(params.vocab_size // ranks, params.dim)
+        share = vocabulary_share(params, ranks)
+        self.tok_embeddings = nn.Embedding(share, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
-        self.output = nn.Linear(params.dim, params.vocab_size // ranks, bias=False)
+        self.output = nn.Linear(params.dim, share, bias=False)
         self.cache_owner: object = None  # who knows what the cache holds; see engine.py
         # `hidden` for one position of each of the cache's first rows; see compilation.py
         self.compiled: Callable[[Tensor, Tensor, int], Tensor] | None = None
@@ -252,7 +256,8 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., dim) normed hidden states -> (..., V) fp32."""
-        return parallel.gather(self.output(h)).float()
+        logits = parallel.gather(self.output(h))
+        return logits.narrow(-1, 0, self.vocab_size).float()  # without the padding of the last rank
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | None = None) -> Tensor:
         """Logits of every position.

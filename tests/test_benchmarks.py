@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, kernels, llama_cpp_peer, transformers_peer
+from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -185,3 +186,10 @@ def test_kernels(
     kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)
+
+
+def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    ranks.worker("tiny", "float32", prompt=4, new=3)
+    result = last_line(capsys)
+    assert len(result["ids"]) == 3 and result["step_s"] > 0
