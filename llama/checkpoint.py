@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import kernels, launch, parallel
-from llama.args import ModelArgs, vocabulary_share
+from llama.args import ModelArgs, rank_counts, vocabulary_share
 from llama.inspection import parameter_count
 from llama.kernel_layers import use_kernels
 from llama.linears import (
@@ -20,7 +20,8 @@ from llama.linears import (
 )
 from llama.model import Transformer
 from llama.progress import progress
-from llama.source import VOCABULARY, Source, rank_part
+from llama.quantize import GROUPS
+from llama.source import VOCABULARY, Source, possible_ranks, rank_part, undivided
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -63,8 +64,8 @@ def pick_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def check_quantize(source: Source, quantize: str | None) -> None:
-    """Raise a ValueError unless the model can be built with its weights held so."""
+def check_quantize(source: Source, args: ModelArgs, quantize: str | None) -> None:
+    """Raise a ValueError unless the ranks can build the model with its weights held so."""
     if quantize is not None:
         check_scheme(quantize)
     stored = source.quantization
@@ -73,25 +74,43 @@ def check_quantize(source: Source, quantize: str | None) -> None:
             f"{source.path} is quantized already, to {stored[0]}; quantize={quantize!r} needs the "
             "original checkpoint"
         )
+    if stored or quantize:
+        check_ranks(args, *(stored or (quantize,)))
+
+
+def check_ranks(args: ModelArgs, scheme: str, group: int = 32) -> None:
+    """Raise a ValueError if int4's groups divide the columns of the model, and not of each rank."""
+    ranks, possible = parallel.size(), possible_ranks(args, scheme, group)
+    if ranks in possible or 1 not in possible or ranks not in rank_counts(args):
+        return
+    name, columns = next(iter(undivided(args, ranks, group).items()))
+    groups = [str(g) for g in GROUPS if ranks in possible_ranks(args, scheme, g)]
+    raise ValueError(
+        f"{name}: groups of {group} do not divide the {columns} columns of each of {ranks} ranks; "
+        f"use one of {possible} ranks"
+        + (f", groups of {' or '.join(groups)}" if groups else "")
+        + ", or int8"
+    )
 
 
 def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) -> Tensor:
-    """What rank `rank` of `size` holds of the weight `name`; a view of the file if it can be.
+    """What rank `rank` of `size` holds of the tensor `name`; a view of the file if it can be.
 
     A share of the vocabulary that the weight does not fill ends in rows of zeros.
     """
     if size == 1:
         return source.read(name)
-    part = rank_part(name, args, rank, size)
+    weight = name.rpartition(".")[0] + ".weight"  # that codes and scales stand for
+    part = rank_part(weight, args, rank, size)
     if part is None:
         return source.read_replicated(name, rank, size)
     dim, start, stop = part
-    if name not in VOCABULARY:
-        return source.read(name, dim, start, stop)
+    if weight not in VOCABULARY:
+        return source.read_slice(name, dim, start, stop)
     absent = vocabulary_share(args, size) - (stop - start)
-    rows = source.read(name, dim, min(start, stop - 1), stop)  # never none, for the width
+    rows = source.read_slice(name, dim, min(start, stop - 1), stop)  # never none, for the width
     rows = rows.narrow(0, len(rows) - (stop - start), stop - start)
-    return F.pad(rows, (0, 0, 0, absent)) if absent else rows
+    return F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, absent]) if absent else rows
 
 
 def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -105,8 +124,8 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
         ValueError: the ranks that run cannot share a model of these sizes.
     """
     rank, size = parallel.rank(), parallel.size()
-    if source.quantization is not None and size > 1:
-        raise ValueError("a quantized model runs on one rank; use one, or do without")
+    if source.quantization is not None:
+        check_ranks(args, *source.quantization)
     with torch.device("meta"):
         model = Transformer(args)
     if source.quantization is not None:
@@ -136,8 +155,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         ValueError: it cannot be quantized so.
     """
     if quantize is not None:
-        if parallel.size() > 1:
-            raise ValueError("a quantized model runs on one rank; use one, or do without")
+        check_ranks(model.params, quantize)
         if not isinstance(model.output, nn.Linear):
             raise ValueError("this model is quantized already; build it anew from its checkpoint")
         exchange(model, quantized(quantize), nn.Linear)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama import launch, parallel
+from llama import launch
 from llama.attention import CacheSlice
 from llama.model import Transformer, TransformerBlock
 
@@ -37,7 +37,7 @@ class CompiledStep:
         self.model = model
         self.graphs: dict[tuple[int, int], Graph] = {}
         self.cache: object = None  # whose addresses the graphs hold
-        self.graphed = model.norm.weight.is_cuda and parallel.size() == 1
+        self.graphed = model.norm.weight.is_cuda
         options: dict[str, Any] = {"dynamic": True}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             options["isolate_recompiles"] = True  # models of a process do not use up one limit

@@ -6,40 +6,19 @@ Weights and cache are exact; activations are an estimate.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from llama.args import ModelArgs, rank_counts
+from llama.args import ModelArgs
 from llama.attention import EXACT_SCORES
 from llama.linears import check_scheme
 from llama.quantize import BLOCK, GROUPS, TILE
-from llama.source import rank_part, weight_shapes
+from llama.source import possible_ranks, rank_shapes
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GROUP = GROUPS[0]  # what `linears.quantized` takes unless told otherwise
 PREFILL_CHUNK = 512  # as `Engine` has it
 # Drawing an id over the whole vocabulary: logits, probabilities, both sorted, sums, ids of int64.
 DRAW_BYTES = 32
-
-
-def rank_shapes(args: ModelArgs, ranks: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the weights of rank 0, with one layer for all. No rank holds more."""
-    one = replace(args, n_layers=1)
-    shapes = weight_shapes(one)
-    for name, shape in shapes.items():
-        if part := rank_part(name, one, 0, ranks):
-            dim, start, stop = part
-            shapes[name] = (*shape[:dim], stop - start, *shape[dim + 1 :])
-    return shapes
-
-
-def possible_ranks(args: ModelArgs, quantize: str | None = None) -> list[int]:
-    """`rank_counts`, without those whose parts of a weight int4's groups do not divide."""
-
-    def grouped(ranks: int) -> bool:
-        shapes = rank_shapes(args, ranks).items()
-        return all(len(s) < 2 or s[1] % GROUP == 0 for name, s in shapes if "layers" in name)
-
-    return [n for n in rank_counts(args) if quantize != "int4" or grouped(n)]
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,13 @@ class Llama(Streaming):
             quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`, or as the
                 checkpoint does if it is quantized.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
-            compile: decode by a compiled step; where there is no compiler, warn and do without.
+            compile: decode by a compiled step, on one rank; without a compiler warn and do without.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
             llama.launch.RankError: another rank failed, and how.
         """
-        model, tokenizer = open_model(
+        opened = open_model(
             ckpt_dir,
             tokenizer_path,
             max_seq_len,
@@ -73,7 +73,7 @@ class Llama(Streaming):
             exact,
             compile,
         )
-        return Llama(model, tokenizer)
+        return Llama(*opened)
 
     def generate(
         self,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from llama.args import ModelArgs, rank_counts
-from llama.source import Source, rank_part, weight_shapes
+from llama.args import ModelArgs
+from llama.quantize import TILE
+from llama.source import Source, possible_ranks, rank_part, weight_shapes
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
@@ -58,7 +59,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
         ("KV cache", f"{_size(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
         ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),
     ]
-    for i, ranks in enumerate(rank_counts(args) if source.quantization is None else [1]):
+    for i, ranks in enumerate(possible_ranks(args, *source.quantization or ())):
         each = _size(rank_bytes(source, args, ranks))
         rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
@@ -67,13 +68,19 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
 def rank_bytes(source: Source, args: ModelArgs, size: int) -> int:
     """Bytes of the weights, in their stored dtypes, that each of `size` ranks holds."""
     total, split = 0, {}
-    shapes = weight_shapes(args)
+    shapes, stored = weight_shapes(args), source.shapes()
     for name, n in _stored_bytes(source).items():
+        weight = name.rpartition(".")[0] + ".weight"
         kind = name.split(".")[-2]
         if size > 1 and kind not in split:  # every layer is split alike
-            split[kind] = rank_part(name, args, 0, size)
-        part = split.get(kind)
-        total += n if part is None else n * (part[2] - part[1]) // shapes[name][part[0]]
+            split[kind] = rank_part(weight, args, 0, size)
+        shape, (dim, start, stop) = stored[name], split.get(kind) or (None, 0, 0)
+        if dim == 0:
+            tile = TILE if len(shape) == 3 else 1  # of int4
+            n = n // shape[0] * -(-(stop - start) // tile)
+        elif dim == 1 and len(shape) > 1:  # scales of whole rows are on every rank
+            n = n * (stop - start) // shapes[weight][1]
+        total += n
     return total
 
 

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama import kernels
+from llama import kernels, parallel
 from llama.quantize import (
     GROUPS,
     codes_int4,
@@ -20,8 +20,10 @@ from llama.quantize import (
     linear_int8,
     quantize_int4,
     quantize_int8,
+    row_largest,
     scales_and_zeros_int4,
 )
+from llama.source import shard_dim
 
 SCHEMES = ("int8", "int4")
 
@@ -34,14 +36,17 @@ class KernelLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A byte a weight, and a scale an output. A weight on the meta device gives empty ones."""
+    """A byte a weight, and a scale an output. A weight on the meta device gives empty ones.
+
+    `largest` is as in `quantize_int8`.
+    """
 
     q: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, largest: Tensor | None = None):
         super().__init__()
-        q, scale = quantize_int8(weight)
+        q, scale = quantize_int8(weight, largest)
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
 
@@ -124,7 +129,9 @@ def with_tinygemm(name: str, linear: Int4Linear) -> nn.Module:
 
 
 def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Module]:
-    """What `exchange` takes to quantize a model.
+    """What `exchange` takes to quantize a model, or all ranks to quantize their parts of one.
+
+    The parts have the codes and scales that the whole would have.
 
     "int4" keeps the output layer at 8 bits: at 4 it costs more perplexity than all other layers
     together (docs/performance.md). The embedding stays as it is, since a step reads one row of it.
@@ -137,13 +144,20 @@ def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Mod
     def make(name: str, linear: nn.Linear) -> nn.Module:
         weight = linear.weight.detach()
         if scheme == "int8" or name == "output":
-            return Int8Linear(weight)
+            return Int8Linear(weight, _largest(name, weight))
         try:
             return Int4Linear(weight, group)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
 
     return make
+
+
+def _largest(name: str, weight: Tensor) -> Tensor | None:
+    """`row_largest` of all ranks' columns together; None where the weight has whole rows."""
+    if weight.is_meta or parallel.size() == 1 or shard_dim(f"{name}.weight") != 1:
+        return None
+    return parallel.largest(row_largest(weight))
 
 
 def check_scheme(scheme: object, group: object = 32) -> None:

@@ -43,26 +43,27 @@ def open_model(
     dtype = checkpoint.pick_dtype(dtype, device)
     parallel.initialize(model_parallel_size, device)
     with parallel.together():
+        if compile and parallel.size() > 1:  # where ranks that compile keep the others waiting
+            raise ValueError("compile=True is for one rank; on several, build without it")
         source = open_checkpoint(ckpt_dir)
-        checkpoint.check_quantize(source, quantize)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        checkpoint.check_quantize(source, args, quantize)
         tokenizer = open_tokenizer(source, tokenizer_path)
     if parallel.size() > 1:
         sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         how = {"device": device.type, "dtype": str(dtype), "quantize": quantize, "exact": exact}
-        how["compile"] = compile
         vocabulary = {"the tokenizer": fingerprint(tokenizer)}
         parallel.agree(sizes | how | source.fingerprints() | vocabulary)
     torch.manual_seed(seed)
     with parallel.together():
         model = checkpoint.load(source, args, device, dtype)
+    with parallel.together():  # whose ranks communicate, and so wait no longer than in a step
         checkpoint.tune(model, None if source.quantization else quantize, exact)
         model.setup_cache(max_batch_size, max_seq_len)
     if launch.leader():
         print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
     if compile:
-        with parallel.together():
-            compile_decoding(model)
+        compile_decoding(model)
     return model, tokenizer
 
 

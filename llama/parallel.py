@@ -190,6 +190,14 @@ def reduce(x: Tensor) -> Tensor:
     return x if size() == 1 else mappings.reduce_from_model_parallel_region(x)
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest of each number that a rank has. What is none (NaN) counts as infinite."""
+    if size() > 1:
+        x = x.masked_fill(x.isnan(), torch.inf)
+        dist.all_reduce(x, dist.ReduceOp.MAX, fs_init.get_model_parallel_group())
+    return x
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate the ranks' last dimensions."""
     return x if size() == 1 else mappings.gather_from_model_parallel_region(x)

@@ -10,9 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 from llama.args import ModelArgs
-from llama.footprint import PREFILL_CHUNK, Footprint, possible_ranks
+from llama.footprint import PREFILL_CHUNK, Footprint
 from llama.formats import open_checkpoint
 from llama.inspection import CONTEXT, LONG_CONTEXT
+from llama.source import possible_ranks
 
 LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
 # params.json of the releases from 3.1 on; 1B and 3B are tied.

@@ -20,29 +20,43 @@ GROUPS = (32, 64, 128)
 BLOCK = 512
 
 
-def _by_rows(quantize: Callable[[Tensor], tuple[Tensor, ...]], w: Tensor) -> tuple[Tensor, ...]:
-    """`quantize(w)` in blocks of rows: what it needs in fp32 and int64 is never as large as w."""
-    if w.is_meta:
-        return quantize(w)
-    whole = tuple(torch.empty_like(t, device=w.device) for t in quantize(w.to("meta")))
+def _by_rows(quantize: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
+    """`quantize(w, ...)` in blocks of rows: its fp32 and int64 are never as large as w."""
+    device = given[0].device
+    if device.type == "meta":
+        return quantize(*given)
+    likes = quantize(*(t.to("meta") for t in given))
+    whole = tuple(torch.empty_like(t, device=device) for t in likes)
     start = 0
-    for rows in w.split(BLOCK):
-        parts = quantize(rows)
+    for rows in zip(*(t.split(BLOCK) for t in given), strict=True):
+        parts = quantize(*rows)
         for t, part in zip(whole, parts, strict=True):
             t[start : start + len(part)] = part
         start += len(parts[0])
     return whole
 
 
-def quantize_int8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale a row: (N, K) -> codes (N, K) int8 and scales (N,) fp32."""
-    q, scale = _by_rows(_quantize_int8, w)
+def row_largest(w: Tensor) -> Tensor:
+    """The largest magnitude of each row: (N, K) -> (N,) fp32."""
+    [largest] = _by_rows(lambda rows: (rows.float().abs().amax(dim=1),), w)
+    return largest
+
+
+def quantize_int8(w: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale a row: (N, K) -> codes (N, K) int8 and scales (N,) fp32.
+
+    Args:
+        largest: `row_largest` of a wider weight, of whose columns w is a part.
+    """
+    given = (w,) if largest is None else (w, largest)
+    q, scale = _by_rows(_quantize_int8, *given)
     return q, scale
 
 
-def _quantize_int8(w: Tensor) -> tuple[Tensor, ...]:
+def _quantize_int8(w: Tensor, largest: Tensor | None = None) -> tuple[Tensor, ...]:
     w = w.float()
-    scale = w.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    largest = w.abs().amax(dim=1) if largest is None else largest
+    scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
     return (w / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
 
 
@@ -115,9 +129,21 @@ def codes_int4(packed: Tensor) -> Tensor:
 
 
 def by_row(t: Tensor) -> Tensor:
-    """Scales or zeros of all rows: (T, K / G, 16) -> (16 T, K / G)."""
+    """Scales or zeros of all rows: (T, K / G, 16) -> (16 T, K / G). Packed codes alike."""
     rows: Tensor = t.transpose(1, 2).flatten(0, 1)
     return rows
+
+
+def rows_int4(t: Tensor, start: int, stop: int) -> Tensor:
+    """Codes, scales or zeros of rows `start`:`stop` in tiles of their own; whole ones are views."""
+    first = start // TILE
+    t = t[first : -(-stop // TILE)]
+    if start % TILE == stop % TILE == 0:
+        return t
+    rows = by_row(t)[start - first * TILE : stop - first * TILE]
+    tiles = F.pad(rows, (0, 0, 0, -len(rows) % TILE)).unflatten(0, (-1, TILE))
+    made: Tensor = tiles.transpose(1, 2).contiguous()
+    return made
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:

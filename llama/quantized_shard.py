@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llama.args import ModelArgs
 from llama.linears import check_scheme, quantized
+from llama.quantize import rows_int4
 from llama.shards import DTYPES, QUANTIZATION, find_shards, read_params, read_shard
 from llama.source import Source, check_shapes, weight_shapes
 
@@ -91,6 +92,18 @@ class QuantizedShard(Source):
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         w = self.tensors[name]
         return w.narrow(dim, start, (w.shape[dim] if stop is None else stop) - start)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        w, kind = self.tensors[name], name.rpartition(".")[2]
+        if kind == "weight":
+            return w.narrow(dim, start, stop - start)
+        if dim == 0:
+            return rows_int4(w, start, stop) if w.dim() == 3 else w[start:stop]
+        if w.dim() == 1:  # scales of whole rows
+            return w
+        assert self.quantization is not None
+        columns = {"q": 1, "packed": 8}.get(kind, self.quantization[1])  # that a number stands for
+        return w[:, start // columns : stop // columns]
 
     def args(self, **build: int) -> ModelArgs:
         """As `Source.args`."""

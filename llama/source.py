@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, vocabulary_share
+from llama.args import ModelArgs, rank_counts, vocabulary_share
 
 # The dimension along which fairscale's layout splits a weight; norms are on every rank.
 SHARD_DIM = {
@@ -71,6 +72,30 @@ def rank_part(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, in
     return dim, rank * n, (rank + 1) * n
 
 
+def rank_shapes(args: ModelArgs, ranks: int) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of the weights of rank 0, with one layer for all. No rank holds more."""
+    one = replace(args, n_layers=1)
+    shapes = weight_shapes(one)
+    for name, shape in shapes.items():
+        if part := rank_part(name, one, 0, ranks):
+            dim, start, stop = part
+            shapes[name] = (*shape[:dim], stop - start, *shape[dim + 1 :])
+    return shapes
+
+
+def undivided(args: ModelArgs, ranks: int, group: int) -> dict[str, int]:
+    """{name: columns} of the first layer's matrices that groups of inputs do not divide."""
+    shapes = rank_shapes(args, ranks).items()
+    matrices = {name: s[1] for name, s in shapes if len(s) == 2 and name.startswith("layers.")}
+    return {name: columns for name, columns in matrices.items() if columns % group}
+
+
+def possible_ranks(args: ModelArgs, quantize: str | None = None, group: int = 32) -> list[int]:
+    """`rank_counts`, without those whose parts of a weight int4's groups do not divide."""
+    counts = rank_counts(args)
+    return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]
+
+
 class Source(ABC):
     """An open checkpoint. Opening reads sizes and names; weights are read when asked for.
 
@@ -104,6 +129,10 @@ class Source(ABC):
 
         A view of the mapped file where that is possible; the caller must not write to it.
         """
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Rows (dim 0) or columns (1) `start`:`stop` of a weight; of codes and scales, theirs."""
+        return self.read(name, dim, start, stop)
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
         """A weight that every rank has all of, as rank `rank` of `size` should have it."""

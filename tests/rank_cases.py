@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from llama import Llama, checkpoint, launch, parallel
 from llama.engine import Engine
 from llama.formats import open_checkpoint
+from llama.linears import exchange, quantized
 from llama.model import Transformer
 from llama.request import Request
 from llama.sampling import Sampling
@@ -30,18 +32,23 @@ SHARED = [0, 3, 2, 1, 4, 2, 3, 1, 0, 4, 1, 1, 2, 3, 4, 0, 2, 2, 3, 1]
 PROMPTS = [[1, 2, 3], SHARED, [4], [*SHARED, 2, 1]]
 
 
-def load(folder: str | Path) -> Transformer:
+def load(folder: str | Path, scheme: str | None = None, group: int = 32) -> Transformer:
     source = open_checkpoint(folder)
     args = source.args(max_seq_len=48, max_batch_size=3)
     model = checkpoint.load(source, args, CPU, torch.float32)
+    if scheme is not None:
+        exchange(model, quantized(scheme, group), nn.Linear)
     checkpoint.tune(model, None, exact=False)
     model.setup_cache(3, 48)
     return model
 
 
 def generate(folder: str | Path) -> dict[str, Any]:
+    return generate_by(load(folder))
+
+
+def generate_by(model: Transformer) -> dict[str, Any]:
     """Greedy, seeded and unseeded rows of a batch; requests that come and go; a second turn."""
-    model = load(folder)
     engine = Engine(model, prefill_chunk=7)
     torch.manual_seed(5 + parallel.rank())  # only the first rank's draws may count
     found: dict[str, Any] = {}
@@ -76,9 +83,9 @@ def generate(folder: str | Path) -> dict[str, Any]:
     return found | {"told": told, "reused": again.reused, "again": again.tokens}
 
 
-def communicated(folder: str | Path) -> dict[str, int]:
+def communicated(model: Transformer) -> dict[str, int]:
     """Collectives of one decode step."""
-    engine, count = Engine(load(folder)), Counter[str]()
+    engine, count = Engine(model), Counter[str]()
     engine.add(Request([1, 2, 3], 9, Sampling(0.0)))
     engine.step()
     for name in ("all_reduce", "all_gather", "broadcast", "reduce", "gather", "barrier"):
@@ -159,9 +166,54 @@ def cases(*folders: str) -> dict[str, Any]:
     parallel.initialize(None, CPU)
     return {
         "generated": [generate(folder) for folder in folders],
-        "communicated": communicated(folders[0]),
+        "communicated": communicated(load(folders[0])),
         "mistakes": mistakes(list(folders)),
     }
+
+
+def of_quantized(given: str, folder: str) -> dict[str, Any]:
+    """Writes what models quantized here and stored ones generate to FOLDER/RANK.json.
+
+    Args:
+        given: JSON of {"models": [[plain folder, its quantized one, scheme, group], ...],
+            "mistakes": [arguments of `Llama.build`, ...]}: builds that fail.
+    """
+    parallel.initialize(None, CPU)
+    cases = json.loads(given)
+    found = []
+    for plain, stored, scheme, group in cases["models"]:
+        made, read = load(plain, scheme, group), load(stored)
+        codes = read.state_dict()
+        different = [
+            name
+            for name, w in made.state_dict().items()
+            if not same_numbers(codes[name], w, scale=name.endswith("scale"))
+        ]
+        found.append([generate_by(made), greedy(read), different])
+    result = {
+        "found": found,
+        "mistakes": [text_of(lambda how=how: build(**how)) for how in cases["mistakes"]],
+        "communicated": communicated(made),
+    }
+    Path(folder, f"{parallel.rank()}.json").write_text(json.dumps(result))
+    return {}
+
+
+def greedy(model: Transformer) -> list[int]:
+    engine, request = Engine(model), Request(SHARED, 9, Sampling(0.0))
+    engine.add(request)
+    engine.wait(lambda: request.finish_reason)
+    return request.tokens
+
+
+def same_numbers(a: Tensor, b: Tensor, scale: bool) -> bool:
+    """Rows of zeros, which a padded vocabulary ends in, may have any scale next to zero."""
+    return torch.allclose(a, b, rtol=0, atol=1e-37) if scale else torch.equal(a, b)
+
+
+def build(**how: Any) -> Llama:
+    fixed = {"tokenizer_path": None, "max_seq_len": 16, "max_batch_size": 1, "device": "cpu"}
+    return Llama.build(**fixed, **how)
 
 
 def one(folder: str) -> dict[str, Any]:
@@ -170,6 +222,7 @@ def one(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    mode = {"cases": cases, "demo": demo, "one": one, "replicas": replicas}[sys.argv[1]]
+    modes = {"cases": cases, "demo": demo, "one": one, "replicas": replicas}
+    mode = (modes | {"quantized": of_quantized})[sys.argv[1]]
     result = {"rank": int(os.environ["RANK"])} | mode(*sys.argv[2:])
     sys.stdout.write(json.dumps(result) + "\n")

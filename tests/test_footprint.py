@@ -17,10 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import tune
 from llama.engine import Engine
-from llama.footprint import DTYPE_BYTES, PREFILL_CHUNK, Footprint, possible_ranks
+from llama.footprint import DTYPE_BYTES, PREFILL_CHUNK, Footprint
 from llama.passes import draw_at
 from llama.request import Request
 from llama.sampling import Sampling
+from llama.source import possible_ranks
 from tests import eight_ranks
 from tests.eight_ranks import BATCH, CONTEXT, DTYPES, SHAPES, cases, held
 from tests.test_inspection import RELEASES, release

@@ -241,13 +241,14 @@ def test_build_and_its_quantize(
         ids(dst, quantize="int5")
 
 
-def test_several_ranks_are_refused_before_reading(
+def test_too_many_ranks_are_refused_before_reading(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """wo has 64 columns: two groups."""
     source = open_checkpoint(stored)
     monkeypatch.setattr(source, "read", lambda *part: pytest.fail("weights were read"))
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    with pytest.raises(ValueError, match="runs on one rank"):
+    monkeypatch.setattr(parallel, "size", lambda: 4)
+    with pytest.raises(ValueError, match=r"16 columns of each of 4 ranks; use one of \[1, 2\]"):
         checkpoint.load(source, source.args(), CPU, torch.float32)
 
 

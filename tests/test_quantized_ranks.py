@@ -1,0 +1,160 @@
+"""Quantized weights on several gloo ranks: one rank's codes, scales and ids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_cases
+import torch
+from test_parallel import LLAMA_8B, SCRIPT, assert_equal, results, torchrun, write
+from torch import Tensor, nn
+
+from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama.conversion import quantize
+from llama.formats import open_checkpoint
+from llama.inspection import describe, rank_bytes
+from llama.linears import exchange, quantized
+from llama.quantize import dequantize_int4, dequantize_int8
+from llama.source import Source, possible_ranks, rank_part, weight_shapes
+
+# On 4 ranks a KV head of 8 rows each: half a tile of int4.
+WIDE: dict[str, Any] = {"dim": 256, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
+# One KV head for all, and ids for three of 4 ranks. On 4 ranks wo has 32 columns.
+TIED: dict[str, Any] = {"dim": 128, "n_heads": 8, "n_kv_heads": 1, "multiple_of": 128}
+CASES = [
+    ("wide", "int8", 32), ("wide", "int4", 32), ("wide", "int4", 64),
+    ("tied", "int8", 32), ("tied", "int4", 32),
+]  # fmt: skip
+pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer")
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, and each quantized as NAME-SCHEME-GROUP."""
+    at = tmp_path_factory.mktemp("quantized")
+    write(at / "wide", vocab_size=261, **WIDE)
+    write(at / "tied", vocab_size=5, tied=True, **TIED)
+    for name, scheme, group in [*CASES, ("tied", "int4", 64)]:
+        given = group if scheme == "int4" else None
+        quantize(at / name, at / f"{name}-{scheme}-{group}", scheme, given)
+    return at
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(at: Path) -> list[dict[str, Any]]:
+    return [rank_cases.generate(at / f"{n}-{scheme}-{group}") for n, scheme, group in CASES]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_give_one_ranks_ids(
+    at: Path, of_one_rank: list[dict[str, Any]], n: int, tmp_path: Path
+) -> None:
+    models = [[str(at / m), str(at / f"{m}-{s}-{group}"), s, group] for m, s, group in CASES]
+    narrow = write(at / f"narrow{n}", n_kv_heads=4, vocab_size=261)
+    mistakes = [
+        {"ckpt_dir": narrow, "quantize": "int4"},
+        {"ckpt_dir": str(at / "wide-int8-32"), "compile": True},
+    ]
+    if n == 4:
+        mistakes.append({"ckpt_dir": str(at / "tied-int4-64")})
+    given = json.dumps({"models": models, "mistakes": mistakes})
+    assert len(results(torchrun(n, str(SCRIPT), "quantized", given, str(tmp_path)))) == n
+    for rank in range(n):
+        result = json.loads((tmp_path / f"{rank}.json").read_text())
+        for (made, read, different), want in zip(result["found"], of_one_rank, strict=True):
+            assert different == []
+            assert_equal(made, want)
+            assert read == want["greedy"][1]  # of SHARED
+        assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert result["mistakes"][0] == (
+            "ValueError: layers.0.attention.wo.weight: groups of 32 do not divide the "
+            f"{32 // n} columns of each of {n} ranks; use one of [1] ranks, or int8"
+        )
+        assert "compile" in result["mistakes"][1]
+        if n == 4:
+            assert result["mistakes"][2].endswith(
+                "wo.weight: groups of 64 do not divide the 32 columns of each of 4 ranks; "
+                "use one of [1, 2] ranks, groups of 32, or int8"
+            )
+
+
+def numbers(source: Source, layer: str, args: ModelArgs, rank: int, size: int) -> Tensor:
+    """What a rank's codes and scales of a weight stand for."""
+
+    def part(kind: str) -> Tensor:
+        return checkpoint.read_part(source, f"{layer}.{kind}", args, rank, size)
+
+    if f"{layer}.q" in source.shapes():
+        return dequantize_int8(part("q"), part("scale"))
+    tiles = part("packed"), part("scale"), part("zero")
+    return dequantize_int4(*tiles, 16 * len(tiles[0]))
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize(("name", "scheme", "group"), CASES)
+def test_parts_of_codes_stand_for_parts_of_the_weight(
+    at: Path, name: str, scheme: str, group: int, n: int
+) -> None:
+    source = open_checkpoint(at / f"{name}-{scheme}-{group}")
+    args = source.args()
+    for weight, shape in weight_shapes(args).items():
+        layer = weight.removesuffix(".weight")
+        if weight in source.shapes():
+            continue
+        whole = numbers(source, layer, args, 0, 1)[: shape[0]]
+        for rank in range(n):
+            dim, start, stop = rank_part(weight, args, rank, n)  # type: ignore[misc]
+            want = whole.narrow(dim, start, stop - start)
+            got = numbers(source, layer, args, rank, n)
+            assert torch.equal(got[: len(want)], want) and not got[len(want) :].any()
+
+
+def test_whole_tiles_are_views_of_the_file(at: Path) -> None:
+    source = open_checkpoint(at / "wide-int4-32")
+    args = source.args()
+    for kind, view in (("wq", True), ("w1", True), ("wk", False)):
+        name = f"layers.1.{'feed_forward' if kind == 'w1' else 'attention'}.{kind}.packed"
+        w, part = source.read(name), checkpoint.read_part(source, name, args, 1, 4)
+        assert (part.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()) == view
+        assert part.is_contiguous()
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, scheme: str, size: int) -> None:
+    """Of 8B: a share of the bytes and at most 3 % more."""
+
+    def held() -> int:
+        model = Transformer(ModelArgs(**LLAMA_8B)).bfloat16()
+        exchange(model, quantized(scheme), nn.Linear)
+        return sum(w.nbytes for w in model.state_dict().values())
+
+    with torch.device("meta"):
+        whole = held()
+        monkeypatch.setattr(parallel, "size", lambda: size)
+        assert whole / size <= held() <= 1.03 * whole / size
+
+
+@pytest.mark.parametrize(("name", "scheme", "group"), CASES)
+def test_inspect_lists_the_ranks(at: Path, name: str, scheme: str, group: int) -> None:
+    """With the bytes that the first of them is given."""
+    source = open_checkpoint(at / f"{name}-{scheme}-{group}")
+    args = source.args()
+    possible = possible_ranks(args, scheme, group)
+    assert (
+        possible
+        == {
+            ("wide", "int8"): [1, 2, 4, 8, 16, 32],
+            ("wide", "int4"): [1, 2, 4, 8] if group == 32 else [1, 2, 4],
+            ("tied", "int8"): [1, 2, 4, 8],
+            ("tied", "int4"): [1, 2, 4],
+        }[name, scheme]
+    )
+    text = describe(source)
+    assert [int(line[12:16]) for line in text.splitlines() if "of weights each" in line] == possible
+    for n in possible:
+        parts = [checkpoint.read_part(source, stored, args, 0, n) for stored in source.shapes()]
+        assert rank_bytes(source, args, n) == sum(part.nbytes for part in parts)
