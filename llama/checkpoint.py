@@ -158,7 +158,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         check_ranks(model.params, quantize)
         if not isinstance(model.output, nn.Linear):
             raise ValueError("this model is quantized already; build it anew from its checkpoint")
-        exchange(model, quantized(quantize), nn.Linear)
+        exchange(model, quantized(quantize, parts=parallel.size() > 1), nn.Linear)
     if exact:
         return
     device, dtype = model.norm.weight.device, model.norm.weight.dtype

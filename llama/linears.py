@@ -128,13 +128,17 @@ def with_tinygemm(name: str, linear: Int4Linear) -> nn.Module:
     return linear
 
 
-def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Module]:
-    """What `exchange` takes to quantize a model, or all ranks to quantize their parts of one.
-
-    The parts have the codes and scales that the whole would have.
+def quantized(
+    scheme: str, group: int = 32, parts: bool = False
+) -> Callable[[str, nn.Linear], nn.Module]:
+    """What `exchange` takes to quantize a model.
 
     "int4" keeps the output layer at 8 bits: at 4 it costs more perplexity than all other layers
     together (docs/performance.md). The embedding stays as it is, since a step reads one row of it.
+
+    Args:
+        parts: the linears are this rank's parts, and all ranks quantize theirs. They get the codes
+            and scales that the whole would have.
 
     Raises:
         ValueError: there is no such scheme.
@@ -144,7 +148,7 @@ def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Mod
     def make(name: str, linear: nn.Linear) -> nn.Module:
         weight = linear.weight.detach()
         if scheme == "int8" or name == "output":
-            return Int8Linear(weight, _largest(name, weight))
+            return Int8Linear(weight, _largest(name, weight) if parts else None)
         try:
             return Int4Linear(weight, group)
         except ValueError as e:
@@ -155,9 +159,8 @@ def quantized(scheme: str, group: int = 32) -> Callable[[str, nn.Linear], nn.Mod
 
 def _largest(name: str, weight: Tensor) -> Tensor | None:
     """`row_largest` of all ranks' columns together; None where the weight has whole rows."""
-    if weight.is_meta or parallel.size() == 1 or shard_dim(f"{name}.weight") != 1:
-        return None
-    return parallel.largest(row_largest(weight))
+    columns = shard_dim(f"{name}.weight") == 1
+    return parallel.largest(row_largest(weight)) if columns else None
 
 
 def check_scheme(scheme: object, group: object = 32) -> None:

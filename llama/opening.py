@@ -57,7 +57,7 @@ def open_model(
     torch.manual_seed(seed)
     with parallel.together():
         model = checkpoint.load(source, args, device, dtype)
-    with parallel.together():  # whose ranks communicate, and so wait no longer than in a step
+    with parallel.together():  # ranks communicate here, and wait no longer than in a step
         checkpoint.tune(model, None if source.quantization else quantize, exact)
         model.setup_cache(max_batch_size, max_seq_len)
     if launch.leader():

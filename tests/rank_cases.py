@@ -37,7 +37,7 @@ def load(folder: str | Path, scheme: str | None = None, group: int = 32) -> Tran
     args = source.args(max_seq_len=48, max_batch_size=3)
     model = checkpoint.load(source, args, CPU, torch.float32)
     if scheme is not None:
-        exchange(model, quantized(scheme, group), nn.Linear)
+        exchange(model, quantized(scheme, group, parts=True), nn.Linear)
     checkpoint.tune(model, None, exact=False)
     model.setup_cache(3, 48)
     return model
@@ -190,8 +190,10 @@ def of_quantized(given: str, folder: str) -> dict[str, Any]:
             if not same_numbers(codes[name], w, scale=name.endswith("scale"))
         ]
         found.append([generate_by(made), greedy(read), different])
+    missing = torch.nan if parallel.rank() == 1 else 0.0
     result = {
         "found": found,
+        "largest": parallel.largest(torch.tensor([parallel.rank(), missing])).tolist(),
         "mistakes": [text_of(lambda how=how: build(**how)) for how in cases["mistakes"]],
         "communicated": communicated(made),
     }

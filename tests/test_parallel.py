@@ -219,7 +219,9 @@ def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
 def test_identity_on_one_rank() -> None:
     x = torch.randn(3, 4)
     assert parallel.size() == 1 and parallel.rank() == 0
-    for collective in (parallel.copy, parallel.reduce, parallel.gather, parallel.broadcast):
+    for collective in (
+        parallel.copy, parallel.reduce, parallel.gather, parallel.broadcast, parallel.largest
+    ):  # fmt: skip
         assert collective(x) is x
     assert parallel.share({"a": 1}) == {"a": 1}
     with pytest.raises(KeyError, match="own"), parallel.together(), parallel.guarded():

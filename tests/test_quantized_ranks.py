@@ -68,6 +68,7 @@ def test_ranks_give_one_ranks_ids(
             assert different == []
             assert_equal(made, want)
             assert read == want["greedy"][1]  # of SHARED
+        assert result["largest"] == [n - 1, torch.inf]
         assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
         assert result["mistakes"][0] == (
             "ValueError: layers.0.attention.wo.weight: groups of 32 do not divide the "

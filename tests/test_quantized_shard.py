@@ -101,7 +101,7 @@ def test_same_digits_as_quantizing_at_build(
     dst = quantize(src, tmp_path / "dst", scheme, group)
     if group:
         wanted = checkpoint.quantized
-        monkeypatch.setattr(checkpoint, "quantized", lambda s, g=group: wanted(s, g))
+        monkeypatch.setattr(checkpoint, "quantized", lambda s, g=group, **how: wanted(s, g, **how))
     half = kind.startswith("gguf") or "bf16" in kind
     for dtype in [torch.bfloat16] * half + [torch.float32] * (not kind.startswith("gguf")):
         assert torch.equal(logits(dst, dtype), logits(src, dtype, scheme))
