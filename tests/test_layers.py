@@ -33,7 +33,8 @@ ROWS = [
     {"llama.streaming"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
-    {"llama.chat", "llama.checkpoint_commands", "llama.demo"},
+    {"llama.chat", "llama.checkpoint_commands", "llama.demo", "llama.train"},
+    {"llama.train.data", "llama.train.learn_tokenizer"},
     {"llama.cli"},
 ]  # fmt: skip
 ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row}
