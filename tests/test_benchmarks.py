@@ -177,6 +177,8 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+    generation.steps("tiny", "float32", "int8", context=200, rows=2, runs=1)
+    assert last_line(capsys)["longer_context_takes_times"] > 0
 
 
 def test_kernels(
