@@ -27,13 +27,14 @@ def check_characters(
     """
     import regex
 
-    if lacking.isdisjoint(s.encode(errors="replace")):
+    s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+    if lacking.isdisjoint(s.encode()):
         return
     for piece in regex.findall(pat_str, s):
-        if piece.encode(errors="replace") in ranks:
+        if piece.encode() in ranks:
             continue
         for character in piece:
-            if not lacking.isdisjoint(character.encode(errors="replace")):
+            if not lacking.isdisjoint(character.encode()):
                 raise ValueError(f"this tokenizer's vocabulary lacks {character!r}; remove it")
 
 

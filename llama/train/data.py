@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -204,19 +205,20 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def _write(self, tokenizer: Tokenizer, folder: Path) -> None:
-        """One file of ids a split, appended to file by file, and where documents start in each."""
+        """One file of ids a split, and where documents start in each."""
         dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
         starts: dict[str, list[int]] = {name: [] for name in SPLITS}
         sizes = dict.fromkeys(SPLITS, 0)
-        for name in SPLITS:
-            (folder / f"{name}.bin").touch()
-        total = -(-sum(self._sizes) // PASSAGE)
-        for name, begins, ids in progress(self._encoded(tokenizer), "encoding", total, "M"):
-            if begins:
-                starts[name].append(sizes[name])
-            sizes[name] += len(ids)
-            with open(folder / f"{name}.bin", "ab") as f:
-                f.write(np.array(ids, dtype).tobytes())
+        parts = (self._part(name, size) for name in SPLITS for size in self._sizes)
+        total = sum(-((start - stop) // PASSAGE) for start, stop in parts)
+        with ExitStack() as stack:
+            paths = {name: folder / f"{name}.bin" for name in SPLITS}
+            files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
+            for name, begins, ids in progress(self._encoded(tokenizer), "encoding", total):
+                if begins:
+                    starts[name].append(sizes[name])
+                sizes[name] += len(ids)
+                files[name].write(np.array(ids, dtype).tobytes())
         index = {"dtype": dtype.str, "sizes": sizes, "starts": starts}
         (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
@@ -272,5 +274,5 @@ def _read(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        wrong = content[e.start]
-        raise ValueError(f"{path}, byte {e.start}: 0x{wrong:02x}; {remedy}") from None
+        at = content.index(e.object) + e.start  # which lacks a byte order mark
+        raise ValueError(f"{path}, byte {at}: 0x{content[at]:02x}; {remedy}") from None
