@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, llama_cpp_peer, transformers_peer
+from benchmarks import decode, generation, llama_cpp_peer, train, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -176,3 +176,11 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+
+
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(dim=32, n_layers=2, n_kv_heads=2, runs=2)
+    result = last_line(capsys)
+    assert result["ratio"] > 0 and set(result["tokens_per_s"]) == {"llama3", "transformers"}
+    with pytest.raises(ValueError, match="--runs must be 1 or more, not 0"):
+        train.main(runs=0)

@@ -11,7 +11,7 @@ from llama.train.settings import Settings
 
 SMALL = Settings(
     dim=32, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16, max_seq_len=16, batch_size=4,
-    steps=12, warmup=2, eval_every=5,
+    steps=12, warmup=2, eval_every=5, dtype="float32",
 )  # fmt: skip
 
 

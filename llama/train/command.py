@@ -41,7 +41,7 @@ class TrainCommands:
             eval_every: updates between evaluations, which also save and print a sample.
             eval_windows: rows of validation text to evaluate, at most.
             prompt: what samples continue; by default the validation text's first token.
-            dtype: float32, or bfloat16 for products; by default bfloat16 on CUDA alone.
+            dtype: float32, or bfloat16 for products; by default where the device has it.
             recompute: compute activations twice instead of keeping them: slower, less memory.
             parallel: ddp or fsdp, under torchrun: each process trains on rows of its own.
             tensorboard: also write OUT/train/tensorboard.
@@ -56,7 +56,9 @@ class TrainCommands:
     # fmt: on
 
 
-def run(data: str, out: str, settings: Settings, resume: bool, tensorboard: bool) -> None:
+def run(
+    data: str, out: str, settings: Settings, resume: bool = False, tensorboard: bool = False
+) -> None:
     """Train, and say how it ended; exit code 130 or 143 where a signal ended it."""
     from llama.train.loop import train
 

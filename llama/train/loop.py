@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from llama.checkpoint import pick_device
+from llama.checkpoint import pick_device, pick_dtype
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock
 from llama.progress import progress, say
@@ -135,9 +135,9 @@ class Trainer:
         self.tokenizer = Tokenizer(out / "tokenizer.model")
         self.prompt = sample_prompt(settings, splits, self.tokenizer)
         self.args = settings.model_args(self.tokenizer.n_words)
-        dtype = settings.dtype or ("bfloat16" if ranks.device.type == "cuda" else "float32")
+        native = pick_dtype(None, ranks.device) == torch.bfloat16
         self.autocast: AbstractContextManager[Any] = nullcontext()
-        if dtype == "bfloat16":
+        if settings.dtype == "bfloat16" or (settings.dtype is None and native):
             self.autocast = torch.autocast(ranks.device.type, torch.bfloat16)
         with torch.device("meta"):
             model = Transformer(self.args)

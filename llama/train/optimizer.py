@@ -16,15 +16,16 @@ from llama.train.settings import Settings
 def initialize(model: Transformer, seed: int) -> None:
     """Draw every weight, on the CPU: the same ones on any device and any number of ranks.
 
-    Norms are 1, matrices normal with deviation 0.02, and those that write to the residual stream
-    (wo, w2) narrower by sqrt(2 n_layers), as GPT-2's: their sum over the layers stays as wide.
+    Norms are 1, matrices normal with deviation 1 / sqrt(dim), which keeps the size of what they
+    multiply, and those that write to the residual stream (wo, w2) narrower by sqrt(2 n_layers), as
+    GPT-2's: their sum over the layers stays as wide.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
             continue
-        deviation = 0.02
+        deviation = model.params.dim**-0.5
         if name.split(".")[-2] in ("wo", "w2"):
             deviation /= math.sqrt(2 * model.n_layers)
         drawn: Tensor = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)

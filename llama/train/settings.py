@@ -47,7 +47,7 @@ class Settings:
     seed: int = 1
     eval_every: int = 250
     eval_windows: int = 2048
-    dtype: str | None = None  # None: what is fastest on the device
+    dtype: str | None = None  # None: bfloat16 where the device computes in it
     recompute: bool = False
     parallel: str | None = None
     prompt: str | None = None
