@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from llama import Dialog, Llama, parallel
+from llama import Dialog, Llama, launch
 from llama.command_line import run
 from llama.demo import checkpoint_or_demo
 
@@ -61,7 +61,7 @@ def main(
     results = generator.chat_completion(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if parallel.rank() == 0:
+    if launch.leader():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")

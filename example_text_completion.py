@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from llama import Llama, parallel
+from llama import Llama, launch
 from llama.command_line import run
 from llama.demo import checkpoint_or_demo
 
@@ -50,7 +50,7 @@ def main(
     results = generator.text_completion(
         prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if parallel.rank() == 0:
+    if launch.leader():
         for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")

@@ -1,12 +1,14 @@
-"""How fast the CPU kernels read weights, beside torch's own operators and reading alone.
+"""How fast the CPU kernels are, beside torch's own operators and reading alone.
 
-    python -m benchmarks.kernels
-    python -m benchmarks.kernels --rows 2,4,8,128 --shapes 8192x2048 --threads 1
+    python -m benchmarks.kernels linear
+    python -m benchmarks.kernels linear --rows 2,4,8,128 --shapes 8192x2048 --threads 1
+    python -m benchmarks.kernels attention --heads 32 --kv_heads 8 --head_dim 64
 
-Prints GB/s of weights (with scales), and for several rows of x GFLOP/s in brackets; x bf16, the
-weights cold: enough copies of each matrix to fill no cache. All of one line are timed in
+`linear` prints GB/s of weights (with scales), and for several rows of x GFLOP/s in brackets; x
+bf16, the weights cold: enough copies of each matrix to fill no cache. All of one line are timed in
 alternation, because machines drift; each figure is the fastest tenth of its calls. "read" sums a
-tensor of 1 GiB in the same rounds.
+tensor of 1 GiB in the same rounds. `attention` prints milliseconds of one layer in bf16, and GB/s
+of its cache, cold too.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama import kernels
+from llama.attention import fused_grouped_attention
 from llama.quantize import dequantize_int8
 
 SHAPES = "576x576,1536x576,576x1536,49152x576,2048x2048,8192x2048,2048x8192,128256x2048"
@@ -98,7 +101,7 @@ def items(text: object) -> list[str]:
     return [str(part) for part in parts]
 
 
-def main(
+def linear(
     rows: str = "1", shapes: str = SHAPES, only: str = "", threads: int = 0, seconds: float = 0.5
 ) -> None:
     """Print the table.
@@ -137,5 +140,43 @@ def main(
             print(f"{shape:>12} x {M:<3} " + "  ".join(cells), flush=True)
 
 
+def attention(
+    heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 64,
+    shapes: str = "1x128,1x1024,1x4096,128x128,512x512",
+    threads: int = 0,
+    seconds: float = 1.0,
+) -> None:
+    """Print a line for each shape, queries x positions, the queries being the last positions."""
+    if not kernels.load():
+        raise SystemExit("the kernels cannot be compiled here")
+    if threads:
+        torch.set_num_threads(threads)
+    ops = torch.ops.llama3
+    print(f"{torch.get_num_threads()} threads, {ops.variants()[0]}")
+    for shape in items(shapes):
+        T, S = (int(n) for n in shape.split("x"))
+        positions = torch.arange(S - T, S).unsqueeze(0)
+        mask = None if T in (1, S) else torch.arange(S) <= positions[0].unsqueeze(1)
+        xq = torch.randn(1, T, heads, head_dim).bfloat16()
+        size = 4 * S * kv_heads * head_dim
+        caches = [
+            torch.randn(2, 1, S, kv_heads, head_dim).bfloat16()
+            for _ in range(min(200, max(1, COLD_BYTES // size)))
+        ]
+        calls: Calls = {
+            "kernel": ([partial(ops.attend, xq, *cache, positions) for cache in caches], size),
+            "torch": (
+                [partial(fused_grouped_attention, xq, *cache, mask) for cache in caches],
+                size,
+            ),
+        }
+        cells = [
+            f"{name} {size / v / 1e6:8.3f} ms {v:5.1f} GB/s" for name, v in measure(calls, seconds)
+        ]
+        print(f"{shape:>12}  " + "  ".join(cells), flush=True)
+
+
 if __name__ == "__main__":
-    fire.Fire(main)
+    fire.Fire({"linear": linear, "attention": attention})

@@ -12,13 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama import kernels
+
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
     """(B, S, K, D) -> (B, S, K * n_rep, D): each key-value head n_rep times in a row."""
     return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
 
 
-def plain_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def causal_mask(positions: Tensor, length: int) -> Tensor:
+    """True where a query may look, keys 0 to its own position: (T, S), or (B, 1, T, S)."""
+    mask = torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
+
+
+def plain_attention(
+    xq: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Attention as the formula says it; same arguments as `grouped_attention`, its oracle."""
     _, T, H, D = xq.shape
     S = keys.shape[1]
@@ -37,7 +51,13 @@ def plain_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
 EXACT_SCORES = 1 << 24
 
 
-def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def grouped_attention(
+    xq: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Grouped-query attention, arXiv:2305.13245, without copying the key-value heads.
 
     Args:
@@ -45,6 +65,8 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
         keys, values: (B, S, K, D).
         mask: booleans, true where a query may look, (T, S) or (B, 1, T, S). None: causal if
             T = S, everything if T = 1.
+        positions: int64, (B or 1, T), where the keys are a cache's: the last key of each query.
+            It says what the mask says, for `kernel_attention`.
 
     Returns:
         (B, T, H, D).
@@ -56,7 +78,11 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
 
 
 def fused_grouped_attention(
-    xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    xq: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """By torch's kernel, which holds no scores; same arguments as `grouped_attention`."""
     B, T, H, D = xq.shape
@@ -74,7 +100,11 @@ def fused_grouped_attention(
 
 
 def exact_grouped_attention(
-    xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None
+    xq: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """`plain_attention`'s arithmetic on folded heads; same arguments as `grouped_attention`."""
     B, T, H, D = xq.shape
@@ -90,6 +120,27 @@ def exact_grouped_attention(
     weights = F.softmax(scores.float(), dim=-1).type_as(xq).view(B, K, -1, S)
     out = (weights @ values.transpose(1, 2)).view(B, K, H // K, T, D)
     return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)
+
+
+def kernel_attention(
+    xq: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """By the CPU kernel, which reads a cache at the memory's speed and nothing beyond a position.
+
+    Where it cannot serve, by torch's in half precision, else as `grouped_attention`; same
+    arguments. In fp32 it serves single queries only: a prompt is computed as the reference does.
+    """
+    fits = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
+    if positions is not None and fits and kernels.takes(xq):
+        out: Tensor = torch.ops.llama3.attend(xq, keys, values, positions)
+        return out
+    half = xq.dtype in (torch.bfloat16, torch.float16)
+    attend = fused_grouped_attention if half else grouped_attention
+    return attend(xq, keys, values, mask)
 
 
 class CacheSlice(NamedTuple):

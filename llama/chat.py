@@ -7,9 +7,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llama import launch, parallel
 from llama.generation import Llama
 from llama.pieces import Stream
 from llama.request import Request
@@ -24,7 +26,7 @@ HELP = """\
 /reset        begin a new dialog; what /system told stays
 /save FILE    write the dialog as JSON, to a new file or the one it was in
 /load FILE    go on with a saved dialog
-/quit         end, as Ctrl-D does; Ctrl-C stops an answer
+/quit         end, as Ctrl-D does; Ctrl-C stops an answer (under torchrun, the job)
 A message that begins with "/" is sent if a space stands before it."""
 # A model may write anything; only text may reach a terminal, not what moves its cursor.
 CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd")
@@ -35,7 +37,7 @@ class Chat:
 
     Args:
         options: of `Llama.chat_stream`.
-        interactive: Ctrl-C stops an answer; otherwise it ends the program.
+        interactive: Ctrl-C stops an answer; otherwise it ends the program, as with several ranks.
     """
 
     def __init__(
@@ -94,13 +96,15 @@ class Chat:
         answer, start, first, n = "", time.perf_counter(), 0.0, 0
         stream: Stream | None = None
         asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
+        parallel.share(asked)
         try:
             stream = self.llama.chat_stream(asked, **self.options)
             for piece in stream:
                 first = first or time.perf_counter()
                 n += len(piece.tokens)
                 answer += piece.text
-                say(piece.text)
+                with parallel.guarded():  # the other ranks go on with the answer
+                    say(piece.text)
             reason = stream.request.finish_reason
         except KeyboardInterrupt:
             if not self.interactive:
@@ -183,6 +187,14 @@ class Chat:
         return dialog
 
 
+def follow(llama: Llama, options: dict[str, Any]) -> None:
+    """What every rank but the first does: compute the answers that the first one is asked for."""
+    while (asked := parallel.share(None)) is not None:
+        with suppress(ValueError, TypeError, RuntimeError):  # which the first rank tells
+            for _ in llama.chat_stream(asked, **options):
+                pass
+
+
 def _status(request: Request, reason: str | None, first: float, rate: float) -> str:
     prompt, n = len(request.prompt), len(request.ids)
     parts = [
@@ -227,7 +239,8 @@ def lines_of_stdin() -> Iterator[str]:
 
 
 def _typed_lines(session: PromptSession[str]) -> Iterator[str]:
-    tell("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    stopped = "the job" if launch.launched() else "an answer"
+    tell(f"/help lists commands, Ctrl-C stops {stopped}, Ctrl-D ends")
     failures = 0
     while failures < 3:
         try:

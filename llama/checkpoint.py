@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels, parallel
-from llama.args import ModelArgs
-from llama.attention import fused_grouped_attention
+from llama import kernels, launch, parallel
+from llama.args import ModelArgs, vocabulary_share
 from llama.inspection import parameter_count
+from llama.kernel_layers import use_kernels
 from llama.linears import (
     Int4Linear,
     check_scheme,
@@ -19,7 +20,7 @@ from llama.linears import (
 )
 from llama.model import Transformer
 from llama.progress import progress
-from llama.source import Source, rank_part
+from llama.source import VOCABULARY, Source, rank_part
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -38,8 +39,8 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if picked.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-        if picked.index is None and parallel.launched():
-            picked = torch.device("cuda", parallel.local_rank())
+        if picked.index is None and launch.launched():
+            picked = torch.device("cuda", launch.local_rank())
             torch.cuda.set_device(picked)  # nccl communicates on the current device
     return picked
 
@@ -75,14 +76,22 @@ def check_quantize(source: Source, quantize: str | None) -> None:
 
 
 def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) -> Tensor:
-    """What rank `rank` of `size` holds of the weight `name`; a view of the file if it can be."""
+    """What rank `rank` of `size` holds of the weight `name`; a view of the file if it can be.
+
+    A share of the vocabulary that the weight does not fill ends in rows of zeros.
+    """
     if size == 1:
         return source.read(name)
     part = rank_part(name, args, rank, size)
     if part is None:
         return source.read_replicated(name, rank, size)
     dim, start, stop = part
-    return source.read(name, dim, start, stop)
+    if name not in VOCABULARY:
+        return source.read(name, dim, start, stop)
+    absent = vocabulary_share(args, size) - (stop - start)
+    rows = source.read(name, dim, min(start, stop - 1), stop)  # never none, for the width
+    rows = rows.narrow(0, len(rows) - (stop - start), stop - start)
+    return F.pad(rows, (0, 0, 0, absent)) if absent else rows
 
 
 def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dtype) -> Transformer:
@@ -104,7 +113,8 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
         exchange(model, quantized(*source.quantization), nn.Linear)
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
-    for name in progress(names, f"loading on {device}", len(names), "tensor"):
+    shown = progress(names, f"loading on {device}", len(names), "tensor")
+    for name in shown if launch.leader() else names:
         if name == "output.weight" and source.tied:
             weights[name] = weights["tok_embeddings.weight"]
         else:
@@ -138,9 +148,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         exchange(model, with_kernels, nn.Linear)
     if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
         exchange(model, with_tinygemm, Int4Linear)
-    if dtype in (torch.bfloat16, torch.float16):
-        for attention in model.attentions():
-            attention.attend = fused_grouped_attention
+    use_kernels(model)
 
 
 def has_tinygemm(device: torch.device) -> bool:

@@ -7,9 +7,14 @@ import os
 import re
 import signal
 import sys
+import traceback
 from typing import Any
 
 import fire
+
+from llama import launch, parallel
+
+MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, launch.RankError)
 
 
 def run(component: Any, name: str) -> None:
@@ -20,8 +25,7 @@ def run(component: Any, name: str) -> None:
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, stream) is None:  # closed by who started us
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115 - as long as the process
-    # So that whatever is half-written is removed, as it is by Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         verb = [] if inspect.isfunction(component) else sys.argv[1:2]
         function = component if inspect.isfunction(component) else None
@@ -32,13 +36,38 @@ def run(component: Any, name: str) -> None:
             arguments = checked(inspect.signature(function), arguments)
         fire.Fire(component, [*verb, *arguments], name)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # the reader of our output has gone
+    except (Exception, KeyboardInterrupt, launch.Terminated) as e:
+        raise SystemExit(_report(e, name)) from None
+
+
+def _terminate(*_: object) -> None:
+    """Raise, so that whatever is half-written is removed, as it is by Ctrl-C."""
+    raise launch.Terminated(143)
+
+
+def _report(error: BaseException, name: str) -> int:
+    """Say why the command ends, with several ranks once for all of them; the exit code."""
+    told = error
+    if launch.launched():  # by torchrun, which may interrupt a report, too
+        for interrupt in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(interrupt, signal.SIG_IGN)
+        reason = parallel.end(error)
+        own = isinstance(error, MISTAKES) and not parallel.of_collective(error)
+        told = error if own and launch.leader() else reason
+    if isinstance(told, KeyboardInterrupt):
+        return 130
+    if isinstance(told, launch.Terminated):
+        return 143
+    if isinstance(told, BrokenPipeError):  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as e:
-        print(f"{name}: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return 0
+    mine = launch.first_to_tell()
+    bug = error.__cause__ if isinstance(error, launch.RankError) else error
+    if isinstance(bug, Exception) and not isinstance(bug, MISTAKES):
+        traceback.print_exception(bug)
+    if mine and isinstance(told, MISTAKES):
+        print(f"{name}: {told}", file=sys.stderr)
+    return 2 if isinstance(told, MISTAKES) else 1
 
 
 def checked(signature: inspect.Signature, arguments: list[str]) -> list[str]:

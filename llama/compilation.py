@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama import parallel
+from llama import launch, parallel
 from llama.attention import CacheSlice
 from llama.model import Transformer, TransformerBlock
 
@@ -109,7 +109,7 @@ def compile_decoding(model: Transformer) -> bool:
     Returns:
         whether it is compiled.
     """
-    if parallel.rank() == 0:
+    if launch.leader():
         print("compiling a block for decoding (up to a minute, then cached)", file=sys.stderr)
     start, step = time.time(), CompiledStep(model)
     rows, room = next(model.caches()).k.shape[:2]
@@ -128,6 +128,6 @@ def compile_decoding(model: Transformer) -> bool:
             for row in range(rows):
                 cache.clear(row, 0, 1)
     model.compiled = step
-    if parallel.rank() == 0:
+    if launch.leader():
         print(f"compiled in {time.time() - start:.1f} s", file=sys.stderr)
     return True

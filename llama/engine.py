@@ -186,6 +186,7 @@ class Engine:
         return self._slots.rows if self._slots else []
 
     @torch.inference_mode()
+    @parallel.guarded()
     def _step(self) -> list[Event]:
         events: list[Event] = []
         slots = self._own_cache(events)

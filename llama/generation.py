@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from llama import checkpoint, parallel
-from llama.args import ModelArgs
-from llama.compilation import compile_decoding
-from llama.formats import open_checkpoint, open_tokenizer
-from llama.model import Transformer
+from llama.opening import open_model
 from llama.pieces import Piece, Reader
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
-from llama.request import Request, check_seed
+from llama.request import Request
 from llama.sampling import Sampling, sample_top_p
-from llama.source import Source
 from llama.streaming import Streaming
 from llama.tokenizer import Dialog, Message
 from llama.tools import Tool, ToolForm
@@ -53,32 +46,33 @@ class Llama(Streaming):
             max_seq_len: most tokens a row may have, prompt and answer together.
             max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
                 max_batch_size x max_seq_len positions.
-            model_parallel_size: ranks that share the model; None takes all that run.
-            seed: of torch's global generator, on every rank.
+            model_parallel_size: ranks that share the model; None takes all that run. Fewer make
+                groups of so many (0 and 1, 2 and 3, ...), each with a model and calls of its own.
+            seed: of torch's global generator; each group's first rank draws for all of it.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
-            quantize: "int8" or "int4" holds the layers' weights so, None in `dtype`, or as the
-                checkpoint does if it is quantized.
+            quantize: "int8" or "int4" holds the layers' weights so; None, as the checkpoint does.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
             compile: decode by a compiled step; where there is no compiler, warn and do without.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to mend.
+            llama.launch.RankError: another rank failed, and how.
         """
-        check_seed(seed)
-        if model_parallel_size is not None and type(model_parallel_size) is not int:
-            raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
-        if exact and compile:
-            raise ValueError("a compiled step does not keep the reference's digits; choose one")
-        source = open_checkpoint(ckpt_dir)
-        checkpoint.check_quantize(source, quantize)
-        args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        tokenizer = open_tokenizer(source, tokenizer_path)
-        device = checkpoint.pick_device(device)
-        parallel.initialize(model_parallel_size, device)
-        torch.manual_seed(seed)
-        dtype = checkpoint.pick_dtype(dtype, device)
-        return Llama(load(source, args, device, dtype, quantize, exact, compile), tokenizer)
+        opened = open_model(
+            ckpt_dir,
+            tokenizer_path,
+            max_seq_len,
+            max_batch_size,
+            model_parallel_size,
+            seed,
+            device,
+            dtype,
+            quantize,
+            exact,
+            compile,
+        )
+        return Llama(*opened)
 
     def generate(
         self,
@@ -214,24 +208,3 @@ class Llama(Streaming):
         readers = [Reader(request, self.tokenizer, stop) for request in requests]
         run(self.engine, requests)
         return [reader.text() for reader in readers]
-
-
-def load(
-    source: Source,
-    args: ModelArgs,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: str | None,
-    exact: bool,
-    compile: bool,
-) -> Transformer:
-    """A model with its cache, ready to generate; a line on stderr says what it is."""
-    start = time.time()
-    model = checkpoint.load(source, args, device, dtype)
-    checkpoint.tune(model, None if source.quantization else quantize, exact)
-    model.setup_cache(args.max_batch_size, args.max_seq_len)
-    if parallel.rank() == 0:
-        print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
-    if compile:
-        compile_decoding(model)
-    return model

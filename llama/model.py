@@ -13,24 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama import parallel
-from llama.args import ModelArgs, rank_counts
-from llama.attention import CacheSlice, KVCache, grouped_attention, plain_attention, repeat_kv
+from llama.args import ModelArgs, rank_counts, vocabulary_share
+from llama.attention import (
+    CacheSlice,
+    KVCache,
+    causal_mask,
+    grouped_attention,
+    plain_attention,
+    repeat_kv,
+)
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 __all__ = [
-    "Attention",
-    "FeedForward",
-    "KVCache",
-    "ModelArgs",
-    "RMSNorm",
-    "Transformer",
-    "TransformerBlock",
-    "apply_rotary_emb",
-    "grouped_attention",
-    "plain_attention",
-    "precompute_freqs_cis",
-    "repeat_kv",
-]
+    "Attention", "FeedForward", "KVCache", "ModelArgs", "RMSNorm", "Transformer",
+    "TransformerBlock", "apply_rotary_emb", "grouped_attention", "plain_attention",
+    "precompute_freqs_cis", "repeat_kv",
+]  # fmt: skip
 
 
 class RMSNorm(nn.Module):
@@ -48,6 +46,11 @@ class RMSNorm(nn.Module):
         return self._norm(x.float()).type_as(x) * self.weight
 
 
+def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
+    """What each linear makes of x."""
+    return [linear(x) for linear in linears]
+
+
 class Attention(nn.Module):
     """Grouped-query attention; this rank holds its share of the heads."""
 
@@ -57,6 +60,8 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
+        self.project = project
+        self.rotate = apply_rotary_emb
         self.attend = grouped_attention
         self.cache: KVCache | None = None
 
@@ -75,15 +80,22 @@ class Attention(nn.Module):
     ) -> Tensor:
         B, T, _ = x.shape
         x = parallel.copy(x)
-        xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
-        xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
-        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        xq, xk, xv = self.project(x, self.wq, self.wk, self.wv)
+        xq = xq.view(B, T, self.n_local_heads, self.head_dim)
+        xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(B, T, self.n_local_kv_heads, self.head_dim)
+        xq, xk = self.rotate(xq, xk, freqs_cis)
         if at is not None:
             assert self.cache is not None
             xk, xv = self.cache.update(xk, xv, at)
-        out = self.attend(xq, xk, xv, mask).reshape(B, T, -1)
+        positions = None if at is None else at.positions
+        out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
         return parallel.reduce(self.wo(out))
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, arXiv:2002.05202."""
+    return F.silu(a) * b
 
 
 class FeedForward(nn.Module):
@@ -93,13 +105,15 @@ class FeedForward(nn.Module):
         super().__init__()
         ranks = parallel.size()
         hidden = args.hidden_dim // ranks
+        self.project = project
+        self.gate = swiglu
         self.w1 = nn.Linear(args.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = parallel.copy(x)
-        return parallel.reduce(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return parallel.reduce(self.w2(self.gate(*self.project(x, self.w1, self.w3))))
 
 
 class TransformerBlock(nn.Module):
@@ -138,14 +152,18 @@ class Transformer(nn.Module):
         if params.vocab_size < 1:
             raise ValueError("set ModelArgs.vocab_size: a model needs to know its vocabulary")
         if ranks not in rank_counts(params):
-            raise ValueError(f"{ranks} ranks cannot share this model; use {rank_counts(params)}")
+            raise ValueError(
+                f"{ranks} ranks cannot split {params.n_heads} heads, {params.kv_heads} KV heads "
+                f"and a feed-forward of {params.hidden_dim}; use one of {rank_counts(params)} ranks"
+            )
         self.params = params
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.tok_embeddings = nn.Embedding(params.vocab_size // ranks, params.dim)
+        share = vocabulary_share(params, ranks)
+        self.tok_embeddings = nn.Embedding(share, params.dim)
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
-        self.output = nn.Linear(params.dim, params.vocab_size // ranks, bias=False)
+        self.output = nn.Linear(params.dim, share, bias=False)
         self.cache_owner: object = None  # who knows what the cache holds; see engine.py
         # `hidden` for one position of each of the cache's first rows; see compilation.py
         self.compiled: Callable[[Tensor, Tensor, int], Tensor] | None = None
@@ -225,7 +243,7 @@ class Transformer(nn.Module):
             else:
                 positions = start_pos.unsqueeze(1) + steps  # (B, T)
                 causal_or_single = False
-            mask = None if causal_or_single else self._mask(positions, cache_len)
+            mask = None if causal_or_single else causal_mask(positions, cache_len)
             rows = torch.arange(first_row, first_row + B, device=tokens.device).unsqueeze(1)
             at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
         h = self.embed(tokens)
@@ -238,7 +256,8 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., dim) normed hidden states -> (..., V) fp32."""
-        return parallel.gather(self.output(h)).float()
+        logits = parallel.gather(self.output(h))
+        return logits.narrow(-1, 0, self.vocab_size).float()  # without the padding of the last rank
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | None = None) -> Tensor:
         """Logits of every position.
@@ -279,9 +298,3 @@ class Transformer(nn.Module):
     def _check_room(start: int, end: int, room: int) -> None:
         if not 0 <= start <= end <= room:
             raise ValueError(f"positions {start} to {end - 1} are outside max_seq_len {room}")
-
-    @staticmethod
-    def _mask(positions: Tensor, cache_len: int) -> Tensor:
-        """True where a query may look, keys 0 to its own position: (T, S), or (B, 1, T, S)."""
-        mask = torch.arange(cache_len, device=positions.device) <= positions.unsqueeze(-1)
-        return mask.unsqueeze(1) if mask.dim() == 3 else mask

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama import parallel
@@ -65,9 +67,9 @@ def draw_at(
 
 
 def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
-    """One id a request, (B, V) -> (B,): the same on all ranks."""
+    """One id a request, (B, V) -> (B,): the first rank draws for all."""
     groups: dict[tuple[Sampling, bool], list[int]] = {}  # rows that can be drawn together
-    for i, request in enumerate(requests):
+    for i, request in enumerate(requests if parallel.rank() == 0 else ()):
         groups.setdefault((request.sampling, request.generator is None), []).append(i)
     drawn = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
     for (how, unseeded), rows in groups.items():
@@ -75,7 +77,21 @@ def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
         index = torch.tensor(rows, device=logits.device)
         some = logits if len(groups) == 1 else logits.index_select(0, index)
         drawn.index_copy_(0, index, sample(some, how, generators))
-    return parallel.broadcast(drawn)
+    return drawn if parallel.size() == 1 else _of_first_rank(requests, drawn)
+
+
+def _of_first_rank(requests: Sequence[Request], drawn: Tensor) -> Tensor:
+    """The first rank's ids, with a check that it was asked the same.
+
+    Raises:
+        RuntimeError: it was not, or not in the same order.
+    """
+    known = [(r.id, r.tokens[-1 if r.ids else 0 :]) for r in requests]
+    mark = zlib.crc32(repr(known).encode())
+    *ids, other = parallel.broadcast(F.pad(drawn, (0, 1), value=mark)).tolist()
+    if other != mark:
+        raise RuntimeError("rank 0 was asked something else: make the same calls on every rank")
+    return drawn.new_tensor(ids)
 
 
 def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:

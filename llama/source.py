@@ -5,6 +5,7 @@ Knows which weight is split over ranks and how; each format has its own `Source`
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
+from llama.args import ModelArgs, vocabulary_share
 
 # The dimension along which fairscale's layout splits a weight; norms are on every rank.
 SHARD_DIM = {
@@ -20,6 +21,9 @@ SHARD_DIM = {
     "w1": 0, "w2": 1, "w3": 0,
     "tok_embeddings": 0, "output": 0,
 }  # fmt: skip
+# Weights with a row for each id; see `vocabulary_share`.
+VOCABULARY = ("tok_embeddings.weight", "output.weight")
+WEIGHT_FILES = (".pth", ".safetensors", ".gguf")
 
 
 def shard_dim(name: str) -> int | None:
@@ -50,7 +54,8 @@ def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
 def rank_part(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, int, int] | None:
     """What rank `rank` of `size` holds of a whole weight: (dim, start, stop); None: all of it.
 
-    With more ranks than KV heads, consecutive ranks hold the same head.
+    With more ranks than KV heads, consecutive ranks hold the same head. Where the vocabulary does
+    not divide, the last ranks hold less of it than `vocabulary_share`, or nothing.
     """
     dim = shard_dim(name)
     if dim is None:
@@ -59,6 +64,9 @@ def rank_part(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, in
         heads = max(args.kv_heads // size, 1)
         first = rank * args.kv_heads // size
         return dim, first * args.head_dim, (first + heads) * args.head_dim
+    if name in VOCABULARY:
+        n = vocabulary_share(args, size)
+        return dim, min(rank * n, args.vocab_size), min((rank + 1) * n, args.vocab_size)
     n = weight_shapes(args)[name][dim] // size
     return dim, rank * n, (rank + 1) * n
 
@@ -104,6 +112,16 @@ class Source(ABC):
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """The tokenizer that the files carry: (rank file, sidecar), see `llama.tokenizer`."""
         return None
+
+    def fingerprints(self) -> dict[str, str]:
+        """A short text for the sizes and one for the weights, by which ranks compare theirs."""
+        files = [self.path] if self.path.is_file() else self.path.iterdir()
+        sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_FILES)
+        norm = hashlib.sha256(
+            repr(sizes).encode() + self.read("norm.weight").float().numpy().tobytes()
+        )
+        params = hashlib.sha256(repr(sorted(self.params.items())).encode())
+        return {"params.json": params.hexdigest()[:8], "the weights": norm.hexdigest()[:8]}
 
     def args(self, **build: int) -> ModelArgs:
         """Sizes of the model; `build` gives max_seq_len and max_batch_size.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 
-from llama import Llama, ModelArgs, Transformer
+from llama import Llama, ModelArgs, Transformer, kernels
 
 TINY = {
     "dim": 64,
@@ -30,6 +30,25 @@ TINY = {
 def seeded() -> None:
     """Every test draws the same random inputs at each run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ops() -> Iterator[object]:
+    """The CPU kernels."""
+    if not kernels.load():
+        pytest.skip("the kernels cannot be compiled here (no C++ compiler, or LLAMA3_KERNELS=0)")
+    yield torch.ops.llama3
+    torch.ops.llama3.use_variant("")
+
+
+@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "plain"])
+def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
+    """The kernels of one instruction set."""
+    if request.param not in torch.ops.llama3.variants():
+        pytest.skip(f"this processor has no {request.param}")
+    torch.ops.llama3.use_variant(request.param)
+    yield request.param
+    torch.ops.llama3.use_variant("")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, llama_cpp_peer, train, transformers_peer
+from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, train, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -176,6 +177,24 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+    generation.steps("tiny", "float32", "int8", context=200, rows=2, runs=1)
+    assert last_line(capsys)["longer_context_takes_times"] > 0
+
+
+def test_kernels(
+    ops: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
+    kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)
+
+
+def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
+    ranks.worker("tiny", "float32", prompt=4, new=3)
+    result = last_line(capsys)
+    assert len(result["ids"]) == 3 and result["step_s"] > 0
 
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pexpect
 import pytest
+from test_parallel import start_torchrun
 
 from llama import Llama
 from llama.chat import Chat
@@ -47,6 +48,19 @@ def test_pipe(demo_dir: Path, tmp_path: Path) -> None:
     done = piped(f"/load {saved}\nAnd of Spain?\n/bogus\nStill there?\n", code=1)
     assert "4 messages read" in done.stderr and len(done.stdout.splitlines()) == 2
     assert "no command /bogus; /help lists them" in done.stderr
+
+
+def test_several_ranks(demo_dir: Path, tmp_path: Path) -> None:
+    """Only the first reads and writes, and what one line lacks does not end the others."""
+    saved = tmp_path / "dialog.json"
+    lines = f"What is the capital of France?\n/bogus\nAnd of Italy?\n/save {saved}\n"
+    job = start_torchrun(3, *COMMAND, "--max_gen_len", "12")
+    out, err = job.communicate(lines, timeout=240)
+    assert job.returncode != 0 and err.count("no command /bogus") == 1
+    dialog = json.loads(saved.read_text("utf-8"))
+    assert [m["content"] for m in dialog[1::2]] == out.splitlines()
+    assert err.count("4 messages written") == 1 and err.count("prompt tokens") == 2
+    assert "0 reused" not in err.split("prompt tokens")[2]
 
 
 def test_terminal(demo_dir: Path) -> None:

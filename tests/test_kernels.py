@@ -6,7 +6,6 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,23 +25,6 @@ from llama.quantize import (
 )
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="session")
-def ops() -> Iterator[object]:
-    if not kernels.load():
-        pytest.skip("the kernels cannot be compiled here (no C++ compiler, or LLAMA3_KERNELS=0)")
-    yield torch.ops.llama3
-    torch.ops.llama3.use_variant("")
-
-
-@pytest.fixture(params=["avx512bf16", "avx512", "avx2", "plain"])
-def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
-    if request.param not in torch.ops.llama3.variants():
-        pytest.skip(f"this processor has no {request.param}")
-    torch.ops.llama3.use_variant(request.param)
-    yield request.param
-    torch.ops.llama3.use_variant("")
 
 
 def shapes(seed: int, count: int, multiple: int = 1) -> list[tuple[int, int, int]]:
@@ -84,6 +66,25 @@ def test_linear(variant: str, dtype: torch.dtype, weights: torch.dtype) -> None:
         x, w = inputs(M, N, K, dtype)
         w = w.to(weights)
         check(torch.ops.llama3.linear(x, w), x, w)
+
+
+@DTYPES
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["w_fp32", "w_bf16"])
+def test_linears(variant: str, dtype: torch.dtype, weights: torch.dtype) -> None:
+    """Matrices of several heights side by side; threads divide them anywhere."""
+    for M, K in ((1, 700), (3, 2081), (17, 64), (0, 64)):
+        x = inputs(M, 1, K, dtype)[0]
+        ws = [inputs(1, N, K, dtype)[1].to(weights) for N in (90, 1, 257, 3)]
+        ys = torch.ops.llama3.linears(x, ws)
+        assert [y.shape for y in ys] == [(M, N) for N in (90, 1, 257, 3)]
+        for y, w in zip(ys, ws, strict=True):
+            check(y, x, w)
+    with pytest.raises(RuntimeError, match="all alike"):
+        torch.ops.llama3.linears(x, [ws[0], ws[1].to(torch.float16)])
+    with pytest.raises(RuntimeError, match="must be a w"):
+        torch.ops.llama3.linears(x, [])
+    with pytest.raises(RuntimeError, match="as wide as w"):
+        torch.ops.llama3.linears(x, [ws[0], ws[1][:, :7].contiguous()])
 
 
 @DTYPES

@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Top to bottom; files of one row do not import each other. docs/architecture.md draws this.
 ROWS = [
-    {"llama.args", "llama.command_line", "llama.damage", "llama.download", "llama.parallel",
-     "llama.kernels", "llama.progress", "llama.rope", "llama.sampling", "llama.splitting",
-     "llama.tools", "llama.vocabulary"},
-    {"llama.attention", "llama.python_list", "llama.quantize", "llama.request", "llama.source",
-     "llama.tokenizer"},
-    {"llama.linears", "llama.model", "llama.shards", "llama.inspection", "llama.verification",
-     "llama.tool_calls"},
+    {"llama.args", "llama.damage", "llama.download", "llama.kernels", "llama.launch",
+     "llama.progress", "llama.rope", "llama.sampling", "llama.splitting", "llama.tools",
+     "llama.vocabulary"},
+    {"llama.attention", "llama.parallel", "llama.python_list", "llama.quantize", "llama.request",
+     "llama.source", "llama.tokenizer"},
+    {"llama.command_line", "llama.linears", "llama.model", "llama.shards", "llama.inspection",
+     "llama.verification", "llama.tool_calls"},
+    {"llama.kernel_layers"},
     {"llama.checkpoint", "llama.compilation", "llama.footprint", "llama.passes",
      "llama.quantized_shard", "llama.slots"},
     {"llama.engine"},
@@ -28,7 +29,7 @@ ROWS = [
     {"llama.convert.hf_export", "llama.convert.hf_vocabulary"},
     {"llama.convert.hf"},
     {"llama.formats", "llama.pieces", "llama.predictions"},
-    {"llama.plan", "llama.scoring"},
+    {"llama.opening", "llama.plan", "llama.scoring"},
     {"llama.streaming"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names

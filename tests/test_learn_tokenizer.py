@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
@@ -39,6 +39,7 @@ def mixed_texts(seed: int, n: int) -> list[str]:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.randoms())
+@example("\r\n\t \u2028\x85 é漢😀e\u0301<|end_of_text|>", random.Random(0))
 def test_every_character_is_one_id(text: str, rng: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         t = Tokenizer(learn("char", [text[:3], text[3:]], [], Path(folder)))

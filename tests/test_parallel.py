@@ -1,67 +1,219 @@
-"""parallel.py: two gloo ranks under torchrun give one rank's ids."""
+"""parallel.py: any number of gloo ranks under torchrun gives one rank's ids."""
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rank_cases
 import torch
+from conftest import random_weights
+from torch import Tensor
 
-from llama import parallel
+from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama.args import rank_counts
+from llama.formats import open_checkpoint
+from llama.source import rank_part
 
-Tiny = Callable[..., Path]
-SCRIPT = Path(__file__).with_name("two_ranks.py")
+SCRIPT = Path(rank_cases.__file__)
 # Split on dim 0 or 1; norms are replicated.
 SPLIT = {
     "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "tok_embeddings": 0, "wo": 1, "w2": 1
+}  # fmt: skip
+SMALL: dict[str, Any] = {"dim": 32, "n_layers": 2, "n_heads": 4, "multiple_of": 16}
+LLAMA_8B: dict[str, Any] = {
+    "dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 8, "vocab_size": 128256,
+    "multiple_of": 1024, "ffn_dim_multiplier": 1.3, "rope_theta": 500000.0,
 }  # fmt: skip
 
 
 def torchrun(n: int, *command: str) -> str:
     """The job's stdout; its stderr when it fails."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, f"--nproc_per_node={n}", *command],
-        capture_output=True,
+    done = start_torchrun(n, *command)
+    out, err = done.communicate(timeout=240)
+    assert done.returncode == 0, err[:6000]
+    return out
+
+
+def start_torchrun(
+    n: int, *command: str, launcher: Sequence[str] = ("--standalone",), **env: str
+) -> subprocess.Popen[str]:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}"]
+    return subprocess.Popen(
+        [*torchrun, *command],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
         cwd=SCRIPT.parent.parent,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
-def split(folder: Path) -> None:
-    """Replace the one shard by two."""
-    path = folder / "consolidated.00.pth"
-    whole = torch.load(path, weights_only=True)
-    for rank in range(2):
-        shard = {}
-        for name, w in whole.items():
+def results(out: str) -> list[dict[str, Any]]:
+    """Of each rank; nobody's stdout is thrown away."""
+    found = sorted((json.loads(line) for line in out.splitlines()), key=lambda r: r["rank"])
+    assert [r.pop("rank") for r in found] == list(range(len(found)))
+    return found
+
+
+def write(folder: Path, shards: int = 1, seed: int = 0, tied: bool = False, **params: Any) -> str:
+    """A checkpoint of random weights; with 261 ids also a tokenizer, of bytes and ChatML."""
+    folder.mkdir()
+    params = SMALL | params
+    (folder / "params.json").write_text(json.dumps(params))
+    weights = random_weights(seed, **params)
+    if tied:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    for rank in range(shards):
+        state: dict[str, Tensor] = {}
+        for name, w in weights.items():
             dim = SPLIT.get(name.split(".")[-2])
-            shard[name] = w if dim is None else w.chunk(2, dim)[rank].clone()
-        torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+            state[name] = w if dim is None or shards == 1 else w.chunk(shards, dim)[rank].clone()
+        torch.save(state, folder / f"consolidated.{rank:02}.pth")
+    if params["vocab_size"] == 261:
+        lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
+        (folder / "tokenizer.model").write_bytes(b"".join(lines))
+        special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259, "<x>": 260}
+        sidecar = {"pat_str": r"[\s\S]", "special_tokens": special, "bos_token": "<s>"}
+        sidecar |= {"eos_token": "</s>", "pad_token": None, "stop_tokens": []}
+        sidecar |= {"chat_format": "chatml", "default_system": None}
+        (folder / "tokenizer.model.json").write_text(json.dumps(sidecar))
+    return str(folder)
 
 
-def test_two_ranks_give_one_ranks_ids(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
-    folder = tiny_checkpoint()
-    arguments = [str(SCRIPT), str(folder), str(llama3_tokenizer_path)]
-    one = json.loads(torchrun(1, *arguments))
-    split(folder)
-    two: list[dict[str, Any]] = [json.loads(x) for x in torchrun(2, *arguments).splitlines()]
-    assert sorted(r["rank"] for r in two) == [0, 1]  # nobody's stdout is thrown away
-    for result in two:
-        assert result["greedy"] == one["greedy"]
-        assert result["sampled"] == one["sampled"]
-        for got, want in zip(result["scores"], one["scores"], strict=True):
-            assert got[0] is None and got[1:] == pytest.approx(want[1:], abs=1e-4)
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Vocabularies that do not divide, fewer KV heads than ranks, shards of another number."""
+    at = tmp_path_factory.mktemp("ranks")
+    write(at / "other", seed=1, n_kv_heads=4, vocab_size=261)
+    write(at / "three", dim=48, n_heads=3, multiple_of=48, vocab_size=261)
+    return [
+        write(at / "odd", n_kv_heads=4, vocab_size=261),
+        write(at / "one-kv-head", n_kv_heads=1, vocab_size=61),
+        write(at / "tied", n_heads=8, n_kv_heads=2, vocab_size=5, tied=True),  # none on a 4th rank
+        write(at / "two-shards", shards=2, n_kv_heads=2, vocab_size=60),
+    ]
+
+
+def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
+    """Ids exactly, log-probabilities nearly."""
+    want = json.loads(json.dumps(want))
+    assert set(got) == set(want)
+    for name, value in want.items():
+        if not name.endswith(" scores"):
+            assert got[name] == value, name
+            continue
+        for a, b in zip(got[name], value, strict=True):
+            assert a == pytest.approx(b, abs=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(folders: list[str]) -> list[dict[str, Any]]:
+    return [rank_cases.generate(folder) for folder in folders]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_ranks_give_one_ranks_ids(
+    folders: list[str], of_one_rank: list[dict[str, Any]], n: int
+) -> None:
+    found = results(torchrun(n, str(SCRIPT), "cases", *folders))
+    assert len(found) == n
+    for result in found:
+        for got, want in zip(result["generated"], of_one_rank, strict=True):
+            assert_equal(got, want)
+        # Two a layer, the embedding; the logits; the ids that the first rank drew.
+        assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert result["mistakes"] == found[0]["mistakes"]
+    nowhere, one_nowhere, length, weights, heads, asked, after = found[0]["mistakes"]
+    assert nowhere == "FileNotFoundError: no checkpoint folder at /nowhere; check ckpt_dir"
+    assert one_nowhere == f"RankError: rank 1: {nowhere}"
+    assert length == "ValueError: the ranks differ in max_seq_len: 16 on rank 0, 17 on rank 1"
+    assert "the ranks differ in the weights" in weights
+    assert f"{n} ranks cannot split 3 heads" in heads and "use one of [1, 3] ranks" in heads
+    assert "rank 1: RuntimeError: rank 0 was asked something else" in asked and after == asked
+
+
+def test_replicas_run_alone(folders: list[str]) -> None:
+    found = results(torchrun(4, str(SCRIPT), "replicas", folders[0]))
+    llama = Llama.build(folders[0], None, 48, 2, device="cpu", dtype=torch.float32)
+    for rank, result in enumerate(found):
+        number = rank // 2
+        want = [llama.generate([[1, 2, number + i]], 6, 0.0)[0] for i in range(1 + 2 * number)]
+        assert result == {"replica": number, "calls": want}
+
+
+def test_two_nodes(folders: list[str], of_one_rank: list[dict[str, Any]]) -> None:
+    """Two torchrun agents that meet on loopback."""
+    port = free_port()
+    launcher = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    launcher += ["--rdzv_id=two-nodes", "--local_addr=127.0.0.1"]
+    command = [str(SCRIPT), "one", folders[3]]
+    nodes = [start_torchrun(1, *command, launcher=launcher) for _ in range(2)]
+    outputs = [node.communicate(timeout=240) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], [err[-2000:] for _, err in outputs]
+    for result in results("".join(out for out, _ in outputs)):
+        assert_equal(result, of_one_rank[3])
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_demo_model_on_three_ranks(demo: Llama, demo_dir: Path) -> None:
+    """Its nine heads can be split by three and not by two."""
+    assert rank_counts(demo.model.params) == [1, 3]
+    want = json.loads(json.dumps(rank_cases.of_demo(demo)))
+    assert results(torchrun(3, str(SCRIPT), "demo", str(demo_dir))) == [want] * 3
+
+
+def test_shares_of_a_vocabulary(folders: list[str]) -> None:
+    """Joined, the ranks' rows are the whole weight and then zeros."""
+    for folder in folders[1:3]:
+        source = open_checkpoint(folder)
+        args = source.args()
+        for n in (2, 4):
+            for name in ("tok_embeddings.weight", "output.weight"):
+                rows = [checkpoint.read_part(source, name, args, r, n) for r in range(n)]
+                assert len({part.shape for part in rows}) == 1
+                joined, whole = torch.cat(rows), source.read(name)
+                assert torch.equal(joined[: args.vocab_size], whole)
+                assert len(joined) < args.vocab_size + n and not joined[args.vocab_size :].any()
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Of 8B: a share of the weights and at most 3 % more, on every rank."""
+    args = ModelArgs(**LLAMA_8B)
+    with torch.device("meta"):
+        whole = sum(w.numel() for w in Transformer(args).state_dict().values())
+        monkeypatch.setattr(parallel, "size", lambda: size)
+        held = {name: w.numel() for name, w in Transformer(args).state_dict().items()}
+    assert whole == 8_030_261_248
+    assert whole / size <= sum(held.values()) <= 1.03 * whole / size
+    for name, numel in held.items():  # and no rank is given more than it has room for
+        shape = whole_shape(args, name)
+        for rank in range(size):
+            part = rank_part(name, args, rank, size)
+            rows = shape[0] if part is None else (part[2] - part[1]) * shape[1 - part[0]]
+            assert rows <= numel
+
+
+def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
+    from llama.source import weight_shapes
+
+    return weight_shapes(args)[name]
 
 
 def test_identity_on_one_rank() -> None:
@@ -69,6 +221,10 @@ def test_identity_on_one_rank() -> None:
     assert parallel.size() == 1 and parallel.rank() == 0
     for collective in (parallel.copy, parallel.reduce, parallel.gather, parallel.broadcast):
         assert collective(x) is x
+    assert parallel.share({"a": 1}) == {"a": 1}
+    with pytest.raises(KeyError, match="own"), parallel.together(), parallel.guarded():
+        raise KeyError("own")
+    assert parallel.size() == 1
 
 
 def test_sizes_that_do_not_fit() -> None:

@@ -220,5 +220,5 @@ def test_a_rank_copies_only_what_spans_files(tmp_path: Path) -> None:
 def test_refuses_ranks_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_checkpoint(write(tmp_path / "c", whole_weights(False), 1))
     monkeypatch.setattr(parallel, "size", lambda: 3)
-    with pytest.raises(ValueError, match=r"3 ranks .*use \[1, 2, 4, 8, 16\]"):
+    with pytest.raises(ValueError, match=r"3 ranks .*use one of \[1, 2, 4, 8, 16\] ranks"):
         checkpoint.load(source, source.args(), torch.device("cpu"), torch.float32)

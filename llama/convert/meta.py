@@ -38,8 +38,10 @@ def write_meta(
         OSError: the disk is full.
     """
     args = source.args()
-    if mp not in rank_counts(args):
-        raise ValueError(f"this model cannot be split over {mp}; use one of {rank_counts(args)}")
+    # Shards of this layout are equal; ranks pad their share of a vocabulary when they load it.
+    possible = [n for n in rank_counts(args) if args.vocab_size % n == 0]
+    if mp not in possible:
+        raise ValueError(f"this model cannot be split over {mp}; use one of {possible}")
     params = params_of(source, *quantization) if quantization else source.params
     _write_json(folder / "params.json", params)
     if vocabulary is not None:

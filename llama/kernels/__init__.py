@@ -1,11 +1,16 @@
-"""Optional CPU kernels: y = x W^T, for few rows of x (decoding) at the speed of reading W.
+"""Optional CPU kernels, at the speed of reading weights and cache: y = x W^T, and attention over a
+cache.
 
-`load()` compiles linear.cpp at first use and registers its torch operators; without a compiler it
-says so once and returns False, and callers keep to torch's own. Knows nothing about models.
+`load()` compiles the .cpp files at first use and registers their torch operators; without a
+compiler it says so once and returns False, and callers keep to torch's own. Knows nothing about
+models.
 
     llama3::linear(x, w)                            w (N, K) fp32 or bf16
+    llama3::linears(x, ws)                          the same for each of several, all of one dtype
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
     llama3::linear_int4(x, packed, scale, zero, n)  as `quantize_int4` of llama/quantize.py packs
+    llama3::attend(xq, keys, values, positions)     as `kernel_attention` of llama/attention.py
+    llama3::rms_norm(x, w, eps), rotary(x, turns), swiglu(a, b)    as in llama/model.py
     llama3::widen_int8(q)                           q in bf16
     llama3::unpack_int4(x, packed, scale, zero, n)  the weight itself, (n, K), in x's dtype
 
@@ -34,8 +39,9 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).parent
-SOURCES = [HERE / "linear.cpp"]
-HEADERS = [HERE / name for name in ("blocked.h", "rows.h", "variants.h", "vectors.h")]
+NAMES = ("attention", "blocked", "job", "pointwise", "rows", "variants", "vectors")
+SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "pointwise")]
+HEADERS = [HERE / f"{name}.h" for name in NAMES]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels beat F.linear (for int8 and int4: F.linear after
@@ -44,7 +50,7 @@ FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
 # The same for x in bf16 where the processor multiplies bf16 (AVX512_BF16).
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": 32, "fp32": 8, "int8": ANY, "int4": ANY}
+MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x, and of plain weights
 
 _lock = threading.Lock()
@@ -66,10 +72,20 @@ def takes(x: Tensor) -> bool:
     return load() if _loaded is None else _loaded  # a constant to torch.compile once it is known
 
 
+def serves(x: Tensor, *ws: Tensor) -> bool:
+    """Whether the operators for these plain weights take x and are the fastest."""
+    dtype = ws[0].dtype
+    if dtype not in KIND or not use(KIND[dtype], x):
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        w.dtype == dtype and w.is_contiguous() and not (grad and w.requires_grad) for w in ws
+    )
+
+
 def linear(x: Tensor, w: Tensor) -> Tensor:
     """F.linear(x, w), by the kernel where that is faster and no gradient is wanted."""
-    fits = w.dtype in KIND and w.is_contiguous()
-    if fits and not (torch.is_grad_enabled() and w.requires_grad) and use(KIND[w.dtype], x):
+    if serves(x, w):
         y: Tensor = torch.ops.llama3.linear(x, w)
         return y
     return F.linear(x, w)
@@ -106,7 +122,12 @@ def _load() -> bool:
     if "avx512bf16" in torch.ops.llama3.variants():
         _max_rows[torch.bfloat16] = MAX_ROWS_BF16
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
+    torch.library.register_fake("llama3::linears", lambda x, ws: [_fake(x, w.shape[0]) for w in ws])
     torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
+    torch.library.register_fake("llama3::attend", lambda xq, k, v, at: xq.new_empty(xq.shape))
+    torch.library.register_fake("llama3::rms_norm", lambda x, w, eps: x.new_empty(x.shape))
+    torch.library.register_fake("llama3::rotary", lambda x, turns: x.new_empty(x.shape))
+    torch.library.register_fake("llama3::swiglu", lambda a, b: a.new_empty(a.shape))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
     torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
     torch.library.register_fake(

@@ -4,46 +4,7 @@
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <memory>
-#include <string>
-#include <vector>
-
-namespace {
-using at::Tensor;
-using c10::BFloat16;
-
-constexpr int64_t AHEAD = 2048;   // bytes to prefetch ahead of the multiplication
-constexpr int64_t SHARE = 32768;  // bytes of W below which one more thread does not pay
-
-// What a kernel reads and writes. rows.h reads x in fp32, its rows padded with zeros to a multiple
-// of 64; blocked.h reads x in bf16, as it came.
-struct Job {
-  int64_t M = 0, N = 0, K = 0, x_stride = 0, group = 0;
-  Tensor given;                      // x (..., K)
-  std::vector<float> x, x_sums;      // (M, x_stride); int4: (M, K / group), the sum of each group
-  const BFloat16* x_bf16 = nullptr;  // (M, K)
-  std::unique_ptr<uint32_t[]> panels;   // int4: x_bf16 in the order of blocked.h
-  std::unique_ptr<float[]> group_sums;  // and its sums
-  const void* w = nullptr;
-  const float* scales = nullptr;                                 // int8: (N,)
-  const BFloat16 *int4_scales = nullptr, *int4_zeros = nullptr;  // (N / 16, K / group, 16)
-  void* y = nullptr;
-  bool y_bf16 = false;
-
-  void put(int64_t m, int64_t n, float value) const {
-    if (y_bf16)
-      static_cast<BFloat16*>(y)[m * N + n] = value;
-    else
-      static_cast<float*>(y)[m * N + n] = value;
-  }
-};
-}  // namespace
+#include "job.h"
 
 #define ARITHMETIC "rows.h"
 #include "variants.h"
@@ -93,43 +54,6 @@ void use_variant(std::string name) {
   llama3::chosen.store(found);
 }
 
-void check_cpu(const char* name, const Tensor& t) {
-  TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, not on ", t.device());
-  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-}
-
-// Checks x (..., K), and makes y (..., N) of the same dtype.
-void prepare(Job& job, const Tensor& x, Tensor& y) {
-  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == job.K, "x must be (..., ", job.K,
-              "), as wide as w; got ", x.sizes());
-  const auto dtype = x.scalar_type();
-  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
-  job.given = x.contiguous();
-  check_cpu("x", job.given);
-  auto sizes = x.sizes().vec();
-  sizes.back() = job.N;
-  y = at::empty(sizes, x.options());
-  job.M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); i++) job.M *= x.size(i);
-  job.y = y.mutable_data_ptr();
-  job.y_bf16 = dtype == at::kBFloat16;
-  if (job.y_bf16) job.x_bf16 = job.given.const_data_ptr<BFloat16>();
-}
-
-template <class T>
-void widen(Job& job) {
-  const T* from = job.given.const_data_ptr<T>();
-  for (int64_t m = 0; m < job.M; m++)
-    std::copy_n(from + m * job.K, job.K, job.x.data() + m * job.x_stride);
-}
-
-// x for rows.h.
-void widen_x(Job& job) {
-  job.x_stride = (job.K + 63) / 64 * 64;
-  job.x.resize(job.M * job.x_stride);
-  job.y_bf16 ? widen<BFloat16>(job) : widen<float>(job);
-}
-
 // Whether blocked.h serves, where it does for so many rows of x and more.
 bool in_blocks(const Job& job, int64_t rows) {
   return job.x_bf16 && job.M >= rows && job.K > 0 && llama3::variant() == llama3::AVX512_BF16;
@@ -141,30 +65,43 @@ void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block)
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-void check_matrix(const char* name, const Tensor& w) {
-  check_cpu(name, w);
-  TORCH_CHECK(w.dim() == 2, name, " must be a matrix (N, K), not ", w.sizes());
+// x (..., K), each w (N, K) fp32 or bf16 -> (..., N) of x's dtype for each, all in one go.
+std::vector<Tensor> linears(const Tensor& x, at::TensorList ws) {
+  std::vector<Tensor> ys(ws.size());
+  std::vector<Job> jobs(ws.size());
+  std::vector<int64_t> ends;  // of each job's rows, counted through
+  TORCH_CHECK(!ws.empty(), "there must be a w");
+  const bool bf16 = ws[0].scalar_type() == at::kBFloat16;
+  bool by_blocks = bf16;
+  for (size_t i = 0; i < ws.size(); i++) {
+    const Tensor& w = ws[i];
+    check_matrix("w", w);
+    TORCH_CHECK(w.scalar_type() == (bf16 ? at::kBFloat16 : at::kFloat),
+                "w must be fp32 or bf16, all alike, not ", w.scalar_type());
+    jobs[i].N = w.size(0), jobs[i].K = w.size(1);
+    prepare(jobs[i], x, ys[i]);
+    jobs[i].w = w.const_data_ptr();
+    by_blocks = by_blocks && in_blocks(jobs[i], 2);
+  }
+  for (Job& job : jobs) {
+    if (!by_blocks) widen_x(job);
+    ends.push_back((ends.empty() ? 0 : ends.back()) + (by_blocks ? (job.N + 3) / 4 : job.N));
+  }
+  const Kernel kernel = by_blocks ? blocked.bf16 : bf16 ? variant().bf16 : variant().fp32;
+  const int64_t bytes = jobs[0].K * ws[0].element_size() * (by_blocks ? 4 : 1);
+  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes));
+  if (jobs[0].M == 0) return ys;
+  at::parallel_for(0, ends.back(), grain, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < jobs.size(); i++) {
+      const int64_t first = i ? ends[i - 1] : 0;
+      const int64_t from = std::max(begin, first) - first, to = std::min(end, ends[i]) - first;
+      if (from < to) kernel(jobs[i], from, to);
+    }
+  });
+  return ys;
 }
 
-// x (..., K), w (N, K) fp32 or bf16 -> (..., N) of x's dtype.
-Tensor linear(const Tensor& x, const Tensor& w) {
-  check_matrix("w", w);
-  const bool bf16 = w.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bf16 || w.scalar_type() == at::kFloat, "w must be fp32 or bf16, not ", w.scalar_type());
-  Tensor y;
-  Job job;
-  job.N = w.size(0), job.K = w.size(1);
-  prepare(job, x, y);
-  job.w = w.const_data_ptr();
-  const int64_t row = job.K * w.element_size();
-  if (bf16 && in_blocks(job, 2)) {
-    run(job, blocked.bf16, (job.N + 3) / 4, 4 * row);
-    return y;
-  }
-  widen_x(job);
-  run(job, bf16 ? variant().bf16 : variant().fp32, job.N, row);
-  return y;
-}
+Tensor linear(const Tensor& x, const Tensor& w) { return linears(x, w)[0]; }
 
 // x (..., K), q (N, K) int8, scale (N,) fp32 -> x (q * scale)^T, of x's dtype.
 Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
@@ -279,6 +216,7 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
 
 TORCH_LIBRARY(llama3, m) {
   m.def("linear(Tensor x, Tensor w) -> Tensor");
+  m.def("linears(Tensor x, Tensor[] ws) -> Tensor[]");
   m.def("linear_int8(Tensor x, Tensor q, Tensor scale) -> Tensor");
   m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
   m.def("widen_int8(Tensor q) -> Tensor");
@@ -289,6 +227,7 @@ TORCH_LIBRARY(llama3, m) {
 
 TORCH_LIBRARY_IMPL(llama3, CPU, m) {
   m.impl("linear", &linear);
+  m.impl("linears", &linears);
   m.impl("linear_int8", &linear_int8);
   m.impl("linear_int4", &linear_int4);
   m.impl("widen_int8", &widen_int8);

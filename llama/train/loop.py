@@ -56,7 +56,7 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         # A layer's activations are computed again in the backward pass instead of kept.
-        kept = partial(checkpoint, use_reentrant=False)
+        kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         self.block = kept if recompute else TransformerBlock.__call__
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -173,7 +173,9 @@ class Trainer:
                 line, result.signal = self.step(step, stop)
                 due = result.step == settings.steps or result.step % settings.eval_every == 0
                 if due and "validation" in self.splits:
-                    line["val_loss"] = self.validation_loss()
+                    line["val_loss"] = loss = self.validation_loss()
+                    if not math.isfinite(loss):
+                        self.fail(result.step, f"the validation loss is {loss}")
                 if report is not None:
                     report.write(line)
                 if due or result.signal:
@@ -243,8 +245,6 @@ class Trainer:
         """The training state; and where it was `evaluated` and is the best, the checkpoint."""
         result = self.result
         loss = line.get("val_loss", line["train_loss"])
-        if not math.isfinite(loss):
-            self.fail(result.step, f"the validation loss is {loss}")
         state = gather(self.objective, self.optimizer)
         best = evaluated and (loss < result.best_loss or "validation" not in self.splits)
         if best:

@@ -6,7 +6,6 @@ Each process is a rank with rows of its own. Knows nothing about files or text.
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama import parallel
+from llama import launch
 
 
 def _leave() -> None:
@@ -44,12 +43,12 @@ class Ranks:
         Raises:
             ValueError: there are some and no `kind`, or a `kind` and no torchrun.
         """
-        world = int(os.environ.get("WORLD_SIZE", 1)) if parallel.launched() else 1
+        world = launch.environment().world
         if kind is None:
             if world > 1:
                 raise ValueError(f"{world} processes need --parallel ddp or --parallel fsdp")
             return Ranks(None, device)
-        if not parallel.launched():
+        if not launch.launched():
             raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama.cli")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

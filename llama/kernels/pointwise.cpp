@@ -1,0 +1,106 @@
+// What lies between a layer's products, each in one pass over its numbers: the norm, the
+// rotation and SwiGLU's gate. Every rounding is where torch's own operators have it. Knows nothing
+// about models. Built and loaded by __init__.py; the arithmetic is in pointwise.h.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <utility>
+
+namespace {
+using at::Tensor;
+
+constexpr int64_t SHARE = 1 << 15;  // numbers below which one more thread does not pay
+
+struct Job {
+  int64_t width;
+  float eps;
+  const void *a, *b;
+  void* y;
+  int64_t heads = 1, turns = 1;
+};
+}  // namespace
+
+#define ARITHMETIC "pointwise.h"
+#include "variants.h"
+
+namespace {
+using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
+struct Kernels {
+  Kernel norm, gate, rotate;
+};
+#define FP32(ns) Kernels{ns::norm<float>, ns::gate<float>, ns::rotate<float>}
+#define BF16(ns) Kernels{ns::norm<BFloat16>, ns::gate<BFloat16>, ns::rotate<BFloat16>}
+const Kernels fp32[] = {EACH_VARIANT(FP32)}, bf16[] = {EACH_VARIANT(BF16)};
+
+const Kernels& variant(const Tensor& x, const Tensor& other, bool alike = true) {
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK(x.device().is_cpu() && other.device().is_cpu(), "both must be on the CPU");
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
+  TORCH_CHECK(!alike || other.scalar_type() == dtype, "both must be ", dtype, "; the other is ",
+              other.scalar_type());
+  return (dtype == at::kFloat ? fp32 : bf16)[llama3::variant()];
+}
+
+// x (..., D) over the root of its mean square, cast to x's dtype, times weight (D,).
+Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
+  const Kernels& kernels = variant(x_any, weight_any);
+  TORCH_CHECK(x_any.dim() > 0 && weight_any.dim() == 1 && x_any.size(-1) == weight_any.size(0),
+              "x must be (..., D) and weight (D,); got ", x_any.sizes(), " and ",
+              weight_any.sizes());
+  const Tensor x = x_any.contiguous(), weight = weight_any.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  const Job job{x.size(-1), static_cast<float>(eps), x.const_data_ptr(), weight.const_data_ptr(),
+                y.mutable_data_ptr()};
+  at::parallel_for(0, x.numel() / job.width, 1 + SHARE / job.width,
+                   [&](int64_t begin, int64_t end) { kernels.norm(job, begin, end); });
+  return y;
+}
+
+// silu(a), cast to a's dtype, times b.
+Tensor swiglu(const Tensor& a_any, const Tensor& b_any) {
+  const Kernels& kernels = variant(a_any, b_any);
+  TORCH_CHECK(a_any.sizes() == b_any.sizes(), "a and b must be alike; got ", a_any.sizes(), " and ",
+              b_any.sizes());
+  const Tensor a = a_any.contiguous(), b = b_any.contiguous();
+  Tensor y = at::empty(a.sizes(), a.options());
+  const Job job{0, 0, a.const_data_ptr(), b.const_data_ptr(), y.mutable_data_ptr()};
+  at::parallel_for(0, a.numel(), SHARE,
+                   [&](int64_t begin, int64_t end) { kernels.gate(job, begin, end); });
+  return y;
+}
+// x (B, T, heads, D), pairs of it multiplied by the complex turns (T, D / 2) or (B, T, D / 2).
+Tensor rotary(const Tensor& x_any, const Tensor& turns_any) {
+  const Kernels& kernels = variant(x_any, turns_any, false);
+  TORCH_CHECK(turns_any.scalar_type() == at::kComplexFloat, "turns must be complex64");
+  TORCH_CHECK(x_any.dim() == 4 && turns_any.dim() >= 2 && turns_any.dim() <= 3 &&
+                  turns_any.size(-1) * 2 == x_any.size(3) && turns_any.size(-2) == x_any.size(1) &&
+                  (turns_any.dim() == 2 || turns_any.size(0) == x_any.size(0)),
+              "x must be (B, T, heads, D) and turns (T, D / 2) or (B, T, D / 2); got ",
+              x_any.sizes(), " and ", turns_any.sizes());
+  const Tensor x = x_any.contiguous(), turns = turns_any.contiguous();
+  Tensor y = at::empty(x.sizes(), x.options());
+  if (y.numel() == 0) return y;
+  Job job{x.size(3), 0, x.const_data_ptr(), turns.const_data_ptr(), y.mutable_data_ptr()};
+  job.heads = x.size(2), job.turns = turns.numel() / turns.size(-1);
+  at::parallel_for(0, x.numel() / job.width, 1 + SHARE / job.width,
+                   [&](int64_t begin, int64_t end) { kernels.rotate(job, begin, end); });
+  return y;
+}
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(llama3, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rotary(Tensor x, Tensor turns) -> Tensor");
+  m.def("swiglu(Tensor a, Tensor b) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(llama3, CPU, m) {
+  m.impl("rms_norm", &rms_norm);
+  m.impl("rotary", &rotary);
+  m.impl("swiglu", &swiglu);
+}

@@ -1,0 +1,73 @@
+"""A checkpoint's path -> a model ready to generate, and its tokenizer; alike on all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from llama import checkpoint, launch, parallel
+from llama.compilation import compile_decoding
+from llama.formats import open_checkpoint, open_tokenizer
+from llama.linears import check_scheme
+from llama.model import Transformer
+from llama.request import check_seed
+from llama.tokenizer import Tokenizer
+
+
+def open_model(
+    ckpt_dir: str | Path,
+    tokenizer_path: str | Path | None,
+    max_seq_len: int,
+    max_batch_size: int,
+    model_parallel_size: int | None,
+    seed: int,
+    device: str | torch.device | None,
+    dtype: torch.dtype | None,
+    quantize: str | None,
+    exact: bool,
+    compile: bool,
+) -> tuple[Transformer, Tokenizer]:
+    """What `Llama.build` is made of; its arguments and errors."""
+    check_seed(seed)
+    if model_parallel_size is not None and type(model_parallel_size) is not int:
+        raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
+    if quantize is not None:
+        check_scheme(quantize)
+    if exact and compile:
+        raise ValueError("a compiled step does not keep the reference's digits; choose one")
+    start, device = time.time(), checkpoint.pick_device(device)
+    dtype = checkpoint.pick_dtype(dtype, device)
+    parallel.initialize(model_parallel_size, device)
+    with parallel.together():
+        source = open_checkpoint(ckpt_dir)
+        checkpoint.check_quantize(source, quantize)
+        args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+        tokenizer = open_tokenizer(source, tokenizer_path)
+    if parallel.size() > 1:
+        sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+        how = {"device": device.type, "dtype": str(dtype), "quantize": quantize, "exact": exact}
+        how["compile"] = compile
+        vocabulary = {"the tokenizer": fingerprint(tokenizer)}
+        parallel.agree(sizes | how | source.fingerprints() | vocabulary)
+    torch.manual_seed(seed)
+    with parallel.together():
+        model = checkpoint.load(source, args, device, dtype)
+        checkpoint.tune(model, None if source.quantization else quantize, exact)
+        model.setup_cache(max_batch_size, max_seq_len)
+    if launch.leader():
+        print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
+    if compile:
+        with parallel.together():
+            compile_decoding(model)
+    return model, tokenizer
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """The same for equal vocabularies only."""
+    digest = hashlib.sha256(b"\n".join(tokenizer.ranks))
+    digest.update(repr(sorted(tokenizer.special_tokens.items())).encode())
+    return digest.hexdigest()[:8]

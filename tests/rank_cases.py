@@ -1,0 +1,175 @@
+"""Run by torchrun in test_parallel.py, and called there on one rank.
+
+    torchrun --nproc_per_node 2 tests/rank_cases.py cases DIR DIR ...
+
+Prints a JSON line a rank: what the function that is named first returns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llama import Llama, checkpoint, launch, parallel
+from llama.engine import Engine
+from llama.formats import open_checkpoint
+from llama.model import Transformer
+from llama.request import Request
+from llama.sampling import Sampling
+
+CPU = torch.device("cpu")
+SHARED = [0, 3, 2, 1, 4, 2, 3, 1, 0, 4, 1, 1, 2, 3, 4, 0, 2, 2, 3, 1]
+PROMPTS = [[1, 2, 3], SHARED, [4], [*SHARED, 2, 1]]
+
+
+def load(folder: str | Path) -> Transformer:
+    source = open_checkpoint(folder)
+    args = source.args(max_seq_len=48, max_batch_size=3)
+    model = checkpoint.load(source, args, CPU, torch.float32)
+    checkpoint.tune(model, None, exact=False)
+    model.setup_cache(3, 48)
+    return model
+
+
+def generate(folder: str | Path) -> dict[str, Any]:
+    """Greedy, seeded and unseeded rows of a batch; requests that come and go; a second turn."""
+    model = load(folder)
+    engine = Engine(model, prefill_chunk=7)
+    torch.manual_seed(5 + parallel.rank())  # only the first rank's draws may count
+    found: dict[str, Any] = {}
+    for name, how, seed in (
+        ("greedy", Sampling(0.0), None),
+        ("seeded", Sampling(0.9, 0.95), 3),
+        ("unseeded", Sampling(1.0), None),
+    ):
+        requests = [
+            Request(p, 9, how, seed, logprobs=True, score_from=0, reuse=False) for p in PROMPTS
+        ]
+        for request in requests:
+            engine.add(request)
+        engine.wait(lambda requests=requests: all(r.finish_reason for r in requests))
+        found[name] = [r.tokens for r in requests]
+        found[f"{name} scores"] = [
+            [*r.prompt_logprobs[1:], *r.generated_logprobs] for r in requests
+        ]
+    # Events as they come; one joins, one is cancelled, one begins where another ended.
+    told: list[list[int | None]] = []
+    first, second = (Request(p, 12, Sampling(0.0)) for p in PROMPTS[:2])
+    engine.add(first)
+    for step in range(20):
+        if step == 3:
+            engine.add(second)
+        if step == 6:
+            engine.cancel(first.id)
+        told += [[event.id, event.token] for event in engine.step()]
+    again = Request([*second.tokens, 1], 5, Sampling(0.0))
+    engine.add(again)
+    engine.wait(lambda: again.finish_reason)
+    return found | {"told": told, "reused": again.reused, "again": again.tokens}
+
+
+def communicated(folder: str | Path) -> dict[str, int]:
+    """Collectives of one decode step."""
+    engine, count = Engine(load(folder)), Counter[str]()
+    engine.add(Request([1, 2, 3], 9, Sampling(0.0)))
+    engine.step()
+    for name in ("all_reduce", "all_gather", "broadcast", "reduce", "gather", "barrier"):
+        setattr(dist, name, counted(getattr(dist, name), count))
+    engine.step()
+    return dict(count)
+
+
+def counted(function: Callable[..., Any], count: Counter[str]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        count[function.__name__] += 1
+        return function(*args, **kwargs)
+
+    return call
+
+
+def text_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, OSError, launch.RankError) as e:
+        return f"{type(e).__name__}: {e}"
+    raise AssertionError("this should have failed")
+
+
+def mistakes(folders: list[str]) -> list[str]:
+    """What each wrong call raises; the last one ends the job."""
+    second = parallel.rank() == 1
+
+    def build(ckpt_dir: str, max_seq_len: int = 16) -> Llama:
+        return Llama.build(ckpt_dir, None, max_seq_len, 1, device="cpu", dtype=torch.float32)
+
+    other = str(Path(folders[0]).with_name("other"))  # of the same shapes, not the same weights
+    told = [
+        text_of(lambda: build("/nowhere")),
+        text_of(lambda: build("/nowhere" if second else folders[0])),
+        text_of(lambda: build(folders[0], 17 if second else 16)),
+        text_of(lambda: build(other if second else folders[0])),
+        text_of(lambda: build(str(Path(folders[0]).with_name("three")))),
+    ]
+    engine = Engine(load(folders[0]))
+    engine.add(Request([2 if second else 1, 3], 9, Sampling(0.0)))
+    told.append(text_of(lambda: [engine.step() for _ in range(2)]))  # the first rank sees it later
+    return [*told, text_of(parallel.size)]
+
+
+def replicas(folder: str) -> dict[str, Any]:
+    """Two models on two ranks each: calls of their own, of different numbers."""
+    llama = Llama.build(
+        folder, None, 48, 2, model_parallel_size=2, device="cpu", dtype=torch.float32
+    )
+    number = dist.get_rank() // 2
+    calls = [llama.generate([[1, 2, number + i]], 6, 0.0)[0] for i in range(1 + 2 * number)]
+    return {"replica": number, "calls": calls}
+
+
+def demo(folder: str) -> dict[str, Any]:
+    llama = Llama.build(folder, None, 256, 8, device="cpu", dtype=torch.float32)
+    return of_demo(llama)
+
+
+def of_demo(llama: Llama) -> dict[str, Any]:
+    """A batch, greedy and seeded, and two turns of a chat."""
+    prompts = ["The capital of France is", "Once upon a time", "2, 4, 6,"]
+    dialog: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
+    greedy = llama.text_completion(prompts, 0.0, max_gen_len=16)
+    seeded = llama.text_completion(prompts, 0.8, max_gen_len=16, seed=4)
+    turns: list[Any] = []
+    for _ in range(2):
+        stream = llama.chat_stream(dialog, temperature=0.0, max_gen_len=16)
+        pieces = [piece.text for piece in stream]
+        turns.append([pieces, stream.request.reused])
+        dialog += [{"role": "assistant", "content": "".join(pieces)}]
+        dialog += [{"role": "user", "content": "And of Italy?"}]
+    return {"greedy": greedy, "seeded": seeded, "turns": turns}
+
+
+def cases(*folders: str) -> dict[str, Any]:
+    parallel.initialize(None, CPU)
+    return {
+        "generated": [generate(folder) for folder in folders],
+        "communicated": communicated(folders[0]),
+        "mistakes": mistakes(list(folders)),
+    }
+
+
+def one(folder: str) -> dict[str, Any]:
+    parallel.initialize(None, CPU)
+    return generate(folder)
+
+
+if __name__ == "__main__":
+    mode = {"cases": cases, "demo": demo, "one": one, "replicas": replicas}[sys.argv[1]]
+    result = {"rank": int(os.environ["RANK"])} | mode(*sys.argv[2:])
+    sys.stdout.write(json.dumps(result) + "\n")

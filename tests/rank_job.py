@@ -1,0 +1,68 @@
+"""Run by torchrun in test_faults.py: a command on several ranks, one of which fails.
+
+    torchrun --nproc_per_node 2 tests/rank_job.py --ckpt_dir DIR --fault kill
+
+Writes "started" to stdout when all ranks generate.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from llama import Llama, launch
+from llama.command_line import run
+from llama.request import Request
+from llama.sampling import Sampling
+
+
+def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:
+    """Generate; rank 1 fails at its tenth step, or looks for its files elsewhere."""
+    one = not launch.leader()
+    folder = elsewhere if one and elsewhere else ckpt_dir
+    llama = Llama.build(folder, None, 200, 1, device="cpu", dtype=torch.float32)
+    steps = 0
+
+    def watch() -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 3 and launch.leader():
+            sys.stdout.write("started\n")
+            sys.stdout.flush()
+        if steps == 10 and one:
+            fail(fault)
+        time.sleep(0.02)
+
+    inner = llama.model.hidden
+
+    def hidden(*args: object, **kwargs: object) -> torch.Tensor:
+        watch()
+        out: torch.Tensor = inner(*args, **kwargs)  # type: ignore[arg-type]
+        return out
+
+    llama.model.hidden = hidden  # type: ignore[method-assign]
+    while fault != "none" or steps == 0:
+        llama.engine.add(Request([1, 2, 3], 190, Sampling(1.0), seed=steps, reuse=False))
+        while llama.engine.busy:
+            llama.engine.step()
+
+
+def fail(fault: str) -> None:
+    if fault == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif fault == "memory":
+        raise torch.OutOfMemoryError("tried to allocate 3.00 GiB")
+    elif fault == "bug":
+        raise KeyError("a bug")
+    elif fault == "hang":
+        time.sleep(3600)
+    elif fault == "exit":
+        sys.exit(3)
+
+
+if __name__ == "__main__":
+    run(main, "job")

@@ -1,0 +1,220 @@
+"""launch.py, parallel.py, command_line.py: the fault of one rank ends the job, with one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from test_parallel import free_port, start_torchrun, write
+
+from llama import launch, parallel
+
+JOB = str(Path(__file__).with_name("rank_job.py"))
+ENDS_WITHIN = 60  # seconds; a hang would be longer than any of this
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("faults") / "model", vocab_size=261)
+
+
+def ended(job: subprocess.Popen[str]) -> tuple[str, list[str]]:
+    """(stdout, what the job's own processes told on stderr) of one that failed."""
+    try:
+        out, err = job.communicate(timeout=ENDS_WITHIN + 180)  # of which most is starting
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    return out, [line for line in err.splitlines() if line.startswith("job: ")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("kill", "job: rank 1 no longer answers: it ended, was killed"),
+        ("memory", "job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"),
+        ("hang", "job: rank 1 no longer answers: it ended, was killed"),
+        ("exit", "job: rank 1: SystemExit: 3"),
+    ],
+)
+def test_a_rank_that_fails_in_mid_generation(folder: str, fault: str, message: str) -> None:
+    command = [JOB, "--ckpt_dir", folder, "--fault", fault]
+    wait = {"LLAMA3_RANK_TIMEOUT": "3"} if fault == "hang" else {}
+    out, told = ended(start_torchrun(2, *command, **wait))
+    assert out == "started\n"
+    assert len(told) == 1 and told[0].startswith(message)
+
+
+def test_a_shard_that_one_rank_lacks(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "params.json").write_bytes((Path(folder) / "params.json").read_bytes())
+    command = [JOB, "--ckpt_dir", folder, "--elsewhere", str(tmp_path)]
+    _, told = ended(start_torchrun(2, *command))
+    assert told == [
+        f"job: rank 1: FileNotFoundError: no consolidated.*.pth in {tmp_path}; check ckpt_dir"
+    ]
+
+
+def test_a_mistake_of_all_ranks_is_told_once(folder: str) -> None:
+    _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", "/nowhere"))
+    assert told == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
+
+
+def test_ctrl_c_and_a_second_run(folder: str) -> None:
+    """On the same port, at once."""
+    launcher = [f"--master_port={free_port()}"]
+    command = [JOB, "--ckpt_dir", folder]
+    job = start_torchrun(2, *command, "--fault", "never", launcher=launcher)
+    assert job.stdout is not None and job.stdout.readline() == "started\n"
+    job.send_signal(signal.SIGINT)
+    start = time.monotonic()
+    _, told = ended(job)
+    assert told == [] and time.monotonic() - start < ENDS_WITHIN
+    again = start_torchrun(2, *command, launcher=launcher)
+    assert again.communicate(timeout=240)[1].count("Loaded") == 1 and again.returncode == 0
+
+
+def by_hand(*command: str) -> list[subprocess.Popen[str]]:
+    """Two ranks without torchrun: rank 0 serves the store."""
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env |= {"MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def test_ranks_without_torchrun(folder: str) -> None:
+    """One that is killed is named all the same."""
+    jobs = by_hand(JOB, "--ckpt_dir", folder, "--fault", "kill")
+    told = [ended(job)[1] for job in jobs]
+    assert told[1] == [] and len(told[0]) == 1 and "rank 1 no longer answers" in told[0][0]
+
+
+def test_a_script_that_ends_between_calls(folder: str) -> None:
+    """The other rank is in a call then."""
+    script = (
+        "import os; from llama import Llama\n"
+        f"llama = Llama.build({folder!r}, None, 64, 1, device='cpu')\n"
+        "if os.environ['RANK'] == '1': raise KeyError('mine')\n"
+        "llama.generate([[1, 2]], 9)\n"
+    )
+    texts = [job.communicate(timeout=240)[1] for job in by_hand("-c", script)]
+    assert texts[0].endswith("llama.launch.RankError: rank 1: KeyError: 'mine'\n")
+    assert texts[1].endswith("KeyError: 'mine'\n")
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, **names: str) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+
+
+WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1"}, "RANK=1 but not WORLD_SIZE"),
+        (WHOLE, "but not MASTER_PORT"),
+        (WHOLE | {"MASTER_PORT": "1", "RANK": "2"}, "RANK=2 in the environment must be a number"),
+        (WHOLE | {"MASTER_PORT": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
+        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be a number"),
+        (WHOLE | {"MASTER_PORT": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 .* from 0 to 0"),
+    ],
+)
+def test_environments_that_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, names: dict[str, str], message: str
+) -> None:
+    set_environment(monkeypatch, **names)
+    with pytest.raises(ValueError, match=message):
+        launch.environment()
+
+
+@pytest.mark.parametrize("names", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}])
+def test_one_process(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
+    set_environment(monkeypatch, **names)
+    assert launch.environment() == launch.Launch() and launch.leader()
+
+
+@pytest.fixture
+def rank_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """The environment of rank 0 of 2, on a free port that is returned."""
+    port = free_port()
+    set_environment(monkeypatch, **WHOLE, MASTER_PORT=str(port))
+    monkeypatch.setenv(launch.TIMEOUT, "0.5")
+    monkeypatch.setattr(launch, "_store", None)
+    yield port
+
+
+def test_a_busy_port(rank_0: int) -> None:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", rank_0))
+        s.listen()
+        with pytest.raises(ValueError, match=f"MASTER_PORT {rank_0} cannot be served"):
+            launch.store()
+
+
+def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
+        launch.store()
+
+
+def test_a_rank_that_does_not_come(rank_0: int) -> None:
+    with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
+        launch.meet({})
+
+
+@pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
+def test_a_backend_that_torch_lacks(rank_0: int) -> None:
+    with pytest.raises(ValueError, match="this build of torch has no nccl"):
+        parallel._join(2, "nccl")
+
+
+def test_a_rank_that_comes_twice(rank_0: int) -> None:
+    launch.store().add("came/0", 1)
+    with pytest.raises(ValueError, match="two processes have RANK=0"):
+        launch.meet({})
+
+
+def test_ranks_of_different_jobs(rank_0: int) -> None:
+    launch.store().set("facts/1", json.dumps({"WORLD_SIZE": 3, "backend": "gloo"}))
+    with pytest.raises(ValueError, match="differ in WORLD_SIZE: 2 on rank 0, 3 on rank 1"):
+        launch.meet({"backend": "gloo"})
+
+
+def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
+    table = launch.store()
+    fault = {"rank": 1, "cause": "ImportError", "text": "no gguf"}
+    timer = threading.Timer(0.1, lambda: table.set("fault", json.dumps(fault)))
+    timer.start()
+    with pytest.raises(launch.RankError, match=r"^rank 1: ImportError: no gguf$"):
+        launch.meet({})
+    timer.join()
+
+
+def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("", "soon", "0", "nan", "inf"):
+        monkeypatch.setenv(launch.TIMEOUT, wrong)
+        with pytest.raises(ValueError, match=r"LLAMA3_RANK_TIMEOUT=.* a number of seconds"):
+            launch.timeout()

@@ -1,0 +1,133 @@
+"""Attention over a cache by the CPU kernel, against the formula in fp64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama.attention import kernel_attention, plain_attention
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(B: int, T: int, H: int, K: int, D: int, S: int, dtype: torch.dtype) -> Inputs:
+    """Queries, keys and values (views of a larger cache, not a number beyond what is read)."""
+    generator = torch.Generator().manual_seed(B * T + H * K + D + S)
+    xq = torch.randn(B, T, H, D, generator=generator).to(dtype)
+    positions = torch.randint(0, S, (B, T), generator=generator)
+    cache = torch.randn(2, B + 2, S + 5, K, D, generator=generator).to(dtype)
+    keys, values = cache.narrow(1, 1, B).narrow(2, 3, S)
+    for row in range(B):
+        keys[row, positions[row].max() + 1 :] = float("nan")
+        values[row, positions[row].max() + 1 :] = float("nan")
+    return xq, keys, values, positions
+
+
+def check(got: Tensor, xq: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+    """Each query alone over the keys it sees, in fp64, then one rounding to the dtype."""
+    assert got.dtype == xq.dtype and got.shape == xq.shape
+    for b, row in enumerate(positions.expand(len(xq), -1).tolist()):
+        for t, last in enumerate(row):
+            k, v = (x[b : b + 1, : last + 1].double() for x in (keys, values))
+            want = plain_attention(xq[b : b + 1, t : t + 1].double(), k, v, None)[0, 0]
+            error = (got[b, t] - want).abs()
+            assert bool((error <= torch.finfo(xq.dtype).eps * want.abs() + 1e-5).all())
+
+
+@DTYPES
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+@pytest.mark.parametrize("D", [16, 20, 64, 80, 128])
+def test_attend(variant: str, dtype: torch.dtype, group: int, D: int) -> None:
+    draw = random.Random(D + group)
+    for B, T, S in [(1, 1, 1), (2, 1, 300), (3, 1, draw.randint(2, 200)), (2, 5, 131), (1, 40, 70)]:
+        K = draw.randint(1, 3)
+        given = inputs(B, T, group * K, K, D, S, dtype)
+        check(torch.ops.llama3.attend(*given), *given)
+
+
+@DTYPES
+def test_threads_divide_it(ops: object, dtype: torch.dtype) -> None:
+    """One row of few heads is divided along its keys, and the parts are merged."""
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for B, T, H, K, S in [(1, 1, 9, 3, 3001), (3, 1, 8, 2, 1500), (1, 130, 6, 2, 400)]:
+                given = inputs(B, T, H, K, 64, S, dtype)
+                given[3][0, -1] = 2  # the other parts have nothing for this one
+                check(torch.ops.llama3.attend(*given), *given)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_position_for_all_rows_and_large_scores(variant: str) -> None:
+    xq, keys, values, _ = inputs(3, 2, 4, 2, 32, 90, torch.float32)
+    keys, values = torch.randn_like(keys) * 100, torch.randn_like(values)
+    positions = torch.tensor([[88, 89]])
+    got = torch.ops.llama3.attend(xq, keys, values, positions)
+    assert bool(got.isfinite().all())
+    for row in range(3):
+        alone = [x[row : row + 1] for x in (xq, keys, values)]
+        torch.testing.assert_close(
+            got[row : row + 1], torch.ops.llama3.attend(*alone, positions), rtol=0, atol=0
+        )
+    values[:, 5] = float("nan")  # what is read and not a number is not hidden
+    assert bool(torch.ops.llama3.attend(xq, keys, values, positions).isnan().all())
+
+
+def test_mistakes_are_named(ops: object) -> None:
+    attend = torch.ops.llama3.attend
+    xq, keys, values, positions = inputs(2, 3, 4, 2, 16, 9, torch.float32)
+    for bad in (9, -1):
+        with pytest.raises(RuntimeError, match=f"position {bad} is outside the 9"):
+            attend(xq, keys, values, torch.full((2, 3), bad))
+    for at in (positions.int(), positions[:, :2], positions[0], positions.repeat(2, 1)):
+        with pytest.raises(RuntimeError, match="positions must be int64"):
+            attend(xq, keys, values, at)
+    with pytest.raises(RuntimeError, match="xq must be fp32 or bf16"):
+        attend(xq.half(), keys.half(), values.half(), positions)
+    with pytest.raises(RuntimeError, match="keys and values must be"):
+        attend(xq, keys.bfloat16(), values, positions)
+    for k, v in ((keys[:1], values[:1]), (keys[..., :8], values[..., :8]), (keys, values[:, :8])):
+        with pytest.raises(RuntimeError, match="xq must be \\(B, T, H, D\\)"):
+            attend(xq, k, v, positions)
+    with pytest.raises(RuntimeError, match="do not divide"):
+        attend(xq[:, :, :3], keys, values, positions)
+    with pytest.raises(RuntimeError, match="side by side"):
+        attend(xq, keys.transpose(2, 3).contiguous().transpose(2, 3), values, positions)
+    assert attend(xq[:0], keys[:0], values[:0], positions[:0]).shape == (0, 3, 4, 16)
+
+
+def test_where_it_cannot_serve(ops: object) -> None:
+    """No positions, a gradient, another dtype: torch's own operators, to the same numbers."""
+    xq, keys, values = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
+    positions = torch.tensor([[4, 5, 6, 7, 8]])
+    mask = torch.arange(9) <= positions[0].unsqueeze(1)
+    want = plain_attention(xq, keys, values, mask)
+    torch.testing.assert_close(kernel_attention(xq, keys, values, mask), want)
+    torch.testing.assert_close(kernel_attention(xq, keys, values, mask, positions), want)
+    grown = xq[:, :1].clone().requires_grad_()
+    assert kernel_attention(grown, keys, values, mask[:1], positions[:, :1]).requires_grad
+    half = [x.half() for x in (xq, keys, values)]
+    got = kernel_attention(*half, mask, positions)
+    torch.testing.assert_close(got.float(), want, atol=5e-3, rtol=5e-3)
+    with torch.inference_mode():  # here it serves: a mask is not looked at
+        single = kernel_attention(xq[:, :1], keys, values, None, positions[:, :1])
+        torch.testing.assert_close(single, want[:, :1])
+
+
+def test_compiled_and_fake(ops: object) -> None:
+    xq, keys, values, positions = inputs(2, 1, 4, 2, 16, 9, torch.bfloat16)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in (xq, keys, values, positions)]
+        out = torch.ops.llama3.attend(*fakes)
+        assert out.shape == xq.shape and out.dtype == xq.dtype and out.is_contiguous()
+    with torch.inference_mode():
+        compiled = torch.compile(kernel_attention, fullgraph=True, backend="eager")
+        want = kernel_attention(xq, keys, values, None, positions)
+        assert torch.equal(compiled(xq, keys, values, None, positions), want)
