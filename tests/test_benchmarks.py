@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, transformers_peer
+from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, train, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -195,3 +195,11 @@ def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     ranks.worker("tiny", "float32", prompt=4, new=3)
     result = last_line(capsys)
     assert len(result["ids"]) == 3 and result["step_s"] > 0
+
+
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(dim=32, n_layers=2, n_kv_heads=2, runs=2)
+    result = last_line(capsys)
+    assert result["ratio"] > 0 and set(result["tokens_per_s"]) == {"llama3", "transformers"}
+    with pytest.raises(ValueError, match="--runs must be 1 or more, not 0"):
+        train.main(runs=0)

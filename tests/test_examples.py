@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_parallel import start_torchrun, torchrun, write
+from training import write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,3 +148,13 @@ def test_verify_tells_a_damaged_copy(demo_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html><html>")
     done = run("-m", "llama.cli", "verify", str(tmp_path), code=1)
     assert "HTML" in done.stdout and "consolidated.00.pth" in done.stdout
+
+
+def test_train_shakespeare(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    command = ["example_train_shakespeare.py", "--data", str(text), "--out", str(tmp_path / "run")]
+    command += ["--dim=32", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--max_seq_len=16"]
+    out = run(*command, "--steps=3", "--prompt", "king").stdout
+    assert "step 3: training loss" in out and "model of step 3" in out
+    assert len(out[out.rindex("\nking") :].strip()) <= 16
+    assert "king" in run(*command, "--steps=4", "--prompt", "king", "--resume").stdout

@@ -184,7 +184,7 @@ class Corpus:
             ValueError: a character that the tokenizer lacks.
             OSError: the disk is full.
         """
-        kept = folder / self._key(tokenizer_path)
+        kept = folder / self.key(tokenizer_path)
         if not kept.exists():
             try:
                 with new_folder(kept) as tmp:
@@ -196,7 +196,7 @@ class Corpus:
     def _has(self, split: str) -> bool:
         return split == "train" or self.fractions[split == "test"] > 0
 
-    def _key(self, tokenizer_path: Path) -> str:
+    def key(self, tokenizer_path: Path) -> str:
         """The name of what `tokenized` makes of these texts, fractions and tokenizer."""
         digest = hashlib.sha256(f"{FORMAT} {self.fractions} {self._digest}".encode())
         for path in (tokenizer_path, Path(f"{tokenizer_path}.json")):
