@@ -132,7 +132,7 @@ def test_gguf_holds_the_weights(tmp_path: Path, dtype: str) -> None:
     [
         ({"peers": "other"}, "unknown peer 'other'; the peers are reference,"),
         ({"peers": "exact,exact"}, "the peer 'exact' is named twice"),
-        ({"shape": "2b"}, "unknown shape '2b'; use one of 135m,"),
+        ({"shape": "2b"}, "unknown shape '2b'; use one of 1b, 3b,"),
         ({"dtype": "int8"}, "unknown dtype 'int8'; use one of bfloat16,"),
         ({"quantize": "int2"}, "unknown scheme 'int2'; use int8 or int4"),
         ({"new": 1}, "--new must be 2 or more, not 1"),
