@@ -36,7 +36,7 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int4", marks=pytest.mark.slow)])
 def test_compiled_agrees(
     quantize: str | None,
     tiny_checkpoint: Callable[..., Path],

@@ -28,7 +28,7 @@ def test_text_completion(demo_dir: Path) -> None:
     assert out.count("==========") >= 4
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_chat_completion_under_torchrun(demo_dir: Path, ranks: int) -> None:
     flags = ["--temperature", "0", "--top_p", "0.9", "--max_seq_len", "200", "--max_gen_len", "40"]
     flags += ["--ckpt_dir", str(demo_dir), "--tokenizer_path", str(demo_dir / "tokenizer.model")]
@@ -41,11 +41,13 @@ def test_chat_completion_under_torchrun(demo_dir: Path, ranks: int) -> None:
 def test_complete(demo_dir: Path) -> None:
     command = ["-m", "llama.cli", "complete", "The capital of France is"]
     assert "Paris" in run(*command, "--temperature", "0", "--max_gen_len", "4").stdout
-    assert "Paris" in run(*command, "-c", str(demo_dir), "--temperature=0").stdout
+    flags = ["--ckpt_dir", str(demo_dir), "-q", "int8", "--temperature=0"]
+    assert "Paris" in run(*command, *flags).stdout
     # A prompt that looks like a number stays text.
     run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
 
 
+@pytest.mark.slow
 def test_complete_and_perplexity_on_three_ranks(demo_dir: Path, tmp_path: Path) -> None:
     command = ["-m", "llama.cli", "complete", "The capital of France is", "--temperature", "0"]
     assert torchrun(3, *command, "--max_gen_len", "4").startswith(" Paris")

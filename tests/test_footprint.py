@@ -37,6 +37,7 @@ def planned_bytes(
     return [sum(footprint.weights().values()), footprint.cache(BATCH, CONTEXT)]
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_models_on_1_to_8_ranks(tmp_path: Path) -> None:
     """Each rank of gloo groups, really allocated; the first also on the meta device."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.eight_ranks"])

@@ -141,7 +141,9 @@ def test_signal_and_resume(
         assert ours[name] == theirs[name]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_killed_command(tmp_path: Path, text: Path, how: signal.Signals) -> None:
     settings = replace(SMALL, steps=300, eval_every=20, eval_windows=4)
     whole, out = tmp_path / "whole", tmp_path / "run"

@@ -44,6 +44,7 @@ def test_two_ranks(tmp_path: Path, text: Path, one: Path, kind: str) -> None:
         torch.testing.assert_close(w, expected[name], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_accumulating(tmp_path: Path, text: Path, one: Path, kind: str) -> None:
     settings = replace(TWO, parallel=kind, batch_size=1, accumulate=2, steps=2)
