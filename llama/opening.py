@@ -39,6 +39,8 @@ def open_model(
         check_scheme(quantize)
     if exact and compile:
         raise ValueError("a compiled step does not keep the reference's digits; choose one")
+    if compile and launch.environment().world > 1:
+        raise ValueError("a compiled step runs on one rank; leave compile out, or run one process")
     start, device = time.time(), checkpoint.pick_device(device)
     dtype = checkpoint.pick_dtype(dtype, device)
     parallel.initialize(model_parallel_size, device)
