@@ -204,10 +204,47 @@ def overhead(shape: str = "135m", dtype: str = "bfloat16", rows: int = 8, steps:
     report("overhead", shape, dtype, **result)
 
 
+def steps(
+    shape: str = "1b",
+    dtype: str = "bfloat16",
+    quantize: str | None = None,
+    context: int = 4096,
+    rows: int = 8,
+    runs: int = 5,
+) -> None:
+    """A decoding step after 128 tokens, after `context`, and of several rows after 128, in turn."""
+    model = build(shape, rows, context + 128, dtype)
+    checkpoint.tune(model, quantize, exact=False)
+    for cache in model.caches():  # any finite numbers take as long as real ones
+        cache.k.normal_()
+        cache.v.normal_()
+    tokens = torch.full((rows, 1), 100)
+
+    @torch.inference_mode()
+    def step(B: int, position: int) -> float:
+        many = [
+            seconds(lambda: model.logits(model.hidden(tokens[:B], position))) for _ in range(10)
+        ]
+        return statistics.median(many)
+
+    step(rows, context)
+    times = [(step(1, 128), step(1, context), step(rows, 128)) for _ in range(runs)]
+    short, long, several = (statistics.median(column) for column in zip(*times, strict=True))
+    report(
+        f"steps {quantize or ''}",
+        shape,
+        dtype,
+        ms_after_128=short * 1e3,
+        longer_context_takes_times=long / short,
+        rows_give_times_the_throughput=rows * short / several,
+    )
+
+
 def report(what: str, shape: str, dtype: str, **figures: float) -> None:
     rounded = {name: float(f"{value:.4g}") for name, value in figures.items()}
     print(json.dumps({"what": what, "shape": shape, "dtype": dtype, **rounded}))
 
 
 if __name__ == "__main__":
-    fire.Fire({"ragged": ragged, "turns": turns, "prefill": prefill, "overhead": overhead})
+    commands = {"ragged": ragged, "turns": turns, "prefill": prefill}
+    fire.Fire(commands | {"overhead": overhead, "steps": steps})

@@ -13,14 +13,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 import fire
 import torch
 
-from benchmarks.decode import ours
 from benchmarks.generation import build, random_prompts
+from benchmarks.peers import Ours
 from benchmarks.random_checkpoint import SHAPES
 from llama import launch, parallel
 from llama.checkpoint import tune
@@ -31,13 +30,12 @@ def worker(shape: str, dtype: str, prompt: int, new: int) -> None:
     parallel.initialize(None, torch.device("cpu"))
     model = build(shape, 1, prompt + new, dtype)
     tune(model, None, exact=False)
-    runner, prompts = ours(model), random_prompts(SHAPES[shape]["vocab_size"], [prompt])
+    system, prompts = Ours(model), random_prompts(SHAPES[shape]["vocab_size"], [prompt])
     while parallel.share(sys.stdin.readline() if launch.leader() else None):
-        start = time.perf_counter()
-        ids, first = runner(prompts, new)
-        step = (time.perf_counter() - start - first) / (new - 1)
+        ids, first, others = system.generate(prompts, new)
+        result = {"first_token_s": first, "step_s": others / (new - 1), "ids": ids[0]}
         if launch.leader():
-            print(json.dumps({"first_token_s": first, "step_s": step, "ids": ids[0]}), flush=True)
+            print(json.dumps(result), flush=True)
 
 
 class Job:

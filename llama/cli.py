@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from llama.checkpoint_commands import CheckpointCommands
 from llama.command_line import run
+from llama.train.command import TrainCommands
 
 if TYPE_CHECKING:
     from llama import Llama
     from llama.pieces import Stream
 
 
-class Commands(CheckpointCommands):
+class Commands(CheckpointCommands, TrainCommands):
     """Llama 3 on this machine. `llama3 VERB --help` tells what a verb takes."""
 
     def complete(

@@ -36,6 +36,7 @@ class CompiledStep:
     def __init__(self, model: Transformer):
         self.model = model
         self.graphs: dict[tuple[int, int], Graph] = {}
+        self.pool: Any = None  # memory that the graphs share: one runs at a time
         self.cache: object = None  # whose addresses the graphs hold
         self.graphed = model.norm.weight.is_cuda
         options: dict[str, Any] = {"dynamic": True}
@@ -75,14 +76,15 @@ class CompiledStep:
             self.cache, self.graphs = cache, {}
         key = (len(tokens), length)
         if key not in self.graphs:
-            self.graphs[key] = Graph(step, tokens, start_pos)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.graphs[key] = Graph(step, tokens, start_pos, self.pool)
         return self.graphs[key](tokens, start_pos)
 
 
 class Graph:
     """A step as a CUDA graph: one launch instead of one for each operation."""
 
-    def __init__(self, step: Step, tokens: Tensor, start_pos: Tensor):
+    def __init__(self, step: Step, tokens: Tensor, start_pos: Tensor, pool: Any):
         self.tokens, self.start_pos = tokens.clone(), start_pos.clone()
         stream = torch.cuda.Stream(tokens.device)
         stream.wait_stream(torch.cuda.current_stream(tokens.device))
@@ -90,7 +92,9 @@ class Graph:
             step(self.tokens, self.start_pos)
         torch.cuda.current_stream(tokens.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # By default the stream is one of the current device, and other threads must keep still.
+        options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.device(tokens.device), torch.cuda.graph(self.graph, **options):
             self.out = step(self.tokens, self.start_pos)
 
     def __call__(self, tokens: Tensor, start_pos: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class Footprint:
         kv = max(args.kv_heads // self.ranks, 1) * args.head_dim
         norm = (2 * s + 8) * dim
         rotation = 2 * s * dim + s * (q + 2 * kv) + (4 if wide else 8 + s) * q
-        feed_forward = 3 * s * (dim + hidden)
+        feed_forward = s * (3 * dim + 4 * hidden)
         attention = rows * (2 * s * (dim + q + kv) + (1 if wide else s) * context)
         if wide:  # one layer's keys are copied too, where there are several rows
             scores = min(rows * args.n_heads // self.ranks * context, EXACT_SCORES)

@@ -51,7 +51,7 @@ class Llama(Streaming):
             seed: of torch's global generator; each group's first rank draws for all of it.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
-            quantize: "int8" or "int4" holds the layers' weights so; None in `dtype`, or as stored.
+            quantize: "int8" or "int4" holds the layers' weights so; None, as the checkpoint does.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
             compile: decode by a compiled step, on one rank; without a compiler warn and do without.
 
@@ -59,7 +59,7 @@ class Llama(Streaming):
             FileNotFoundError, ValueError, TypeError: saying what to mend.
             llama.launch.RankError: another rank failed, and how.
         """
-        model, tokenizer = open_model(
+        opened = open_model(
             ckpt_dir,
             tokenizer_path,
             max_seq_len,
@@ -72,7 +72,7 @@ class Llama(Streaming):
             exact,
             compile,
         )
-        return Llama(model, tokenizer)
+        return Llama(*opened)
 
     def generate(
         self,

@@ -103,8 +103,10 @@ L = TypeVar("L", bound=nn.Module)
 
 def exchange(model: nn.Module, make: Callable[[str, L], nn.Module], kind: type[L]) -> None:
     """Put `make(name, linear)` in the place of every linear of a kind, one after the other."""
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, kind)]
-    for name, linear in linears:
+    names = [name for name, m in model.named_modules() if isinstance(m, kind)]
+    for name in names:  # no list of modules, which would keep all of the old ones
+        linear = model.get_submodule(name)
+        assert isinstance(linear, kind)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, make(name, linear))
 

@@ -39,12 +39,12 @@ def open_model(
         check_scheme(quantize)
     if exact and compile:
         raise ValueError("a compiled step does not keep the reference's digits; choose one")
+    if compile and launch.environment().world > 1:
+        raise ValueError("a compiled step runs on one rank; leave compile out, or run one process")
     start, device = time.time(), checkpoint.pick_device(device)
     dtype = checkpoint.pick_dtype(dtype, device)
     parallel.initialize(model_parallel_size, device)
     with parallel.together():
-        if compile and parallel.size() > 1:  # where ranks that compile keep the others waiting
-            raise ValueError("compile=True is for one rank; on several, build without it")
         source = open_checkpoint(ckpt_dir)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         checkpoint.check_quantize(source, args, quantize)

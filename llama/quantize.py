@@ -70,10 +70,10 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     if kernels.use("int8", x):
         y: Tensor = torch.ops.llama3.linear_int8(x, q, scale)
         return y
-    if x.device.type != "cpu" and torch.compiler.is_compiling():  # which fuses it for one row
-        return F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)
     if x.dtype == torch.float16:  # whose range unscaled products may leave
         return F.linear(x, dequantize_int8(q, scale).to(x.dtype))
+    if x.device.type != "cpu" and torch.compiler.is_compiling():  # which fuses it for one row
+        return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)
     parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
     return torch.cat([F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts], dim=-1)
 
@@ -123,7 +123,7 @@ def _quantize_int4(w: Tensor, group: int) -> tuple[Tensor, ...]:
 def codes_int4(packed: Tensor) -> Tensor:
     """The codes of all rows, those that fill the last tile included: (16 T, K) int32."""
     T, blocks, _ = packed.shape
-    places = torch.arange(0, 32, 4, device=packed.device)
+    places = torch.arange(0, 32, 4, device=packed.device, dtype=packed.dtype)
     codes = torch.bitwise_right_shift(packed.unsqueeze(3), places) & 15
     return codes.transpose(1, 2).reshape(T * TILE, blocks * 8).to(torch.int32)
 

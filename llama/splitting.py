@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
@@ -11,6 +11,7 @@ import tiktoken
 
 # tiktoken's regex engine runs out of stack on a whitespace run of somewhat under 10^6 characters.
 _LONG_WHITESPACE = re.compile(r"\s{100000}")
+_CUT = re.compile(r"(?<=\S) (?=\S)")
 
 
 def check_characters(
@@ -26,13 +27,14 @@ def check_characters(
     """
     import regex
 
-    if lacking.isdisjoint(s.encode(errors="replace")):
+    s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
+    if lacking.isdisjoint(s.encode()):
         return
     for piece in regex.findall(pat_str, s):
-        if piece.encode(errors="replace") in ranks:
+        if piece.encode() in ranks:
             continue
         for character in piece:
-            if not lacking.isdisjoint(character.encode(errors="replace")):
+            if not lacking.isdisjoint(character.encode()):
                 raise ValueError(f"this tokenizer's vocabulary lacks {character!r}; remove it")
 
 
@@ -76,3 +78,16 @@ def encode_uncut(
             for piece in regex.finditer(pat_str, part):
                 t.extend(one_piece.encode_ordinary(piece.group()))
     return t
+
+
+def passages(text: str, size: int) -> Iterator[str]:
+    """Cut `text` into parts of `size` characters or a little more, which encode as the whole does.
+
+    It is cut before a space between two visible characters, which no known split pattern joins.
+    """
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + size)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, transformers_peer
+from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, train, transformers_peer
 from benchmarks.peers import PEERS, Job, make, write_weights
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
@@ -132,7 +132,7 @@ def test_gguf_holds_the_weights(tmp_path: Path, dtype: str) -> None:
     [
         ({"peers": "other"}, "unknown peer 'other'; the peers are reference,"),
         ({"peers": "exact,exact"}, "the peer 'exact' is named twice"),
-        ({"shape": "2b"}, "unknown shape '2b'; use one of 135m,"),
+        ({"shape": "2b"}, "unknown shape '2b'; use one of 1b, 3b,"),
         ({"dtype": "int8"}, "unknown dtype 'int8'; use one of bfloat16,"),
         ({"quantize": "int2"}, "unknown scheme 'int2'; use int8 or int4"),
         ({"new": 1}, "--new must be 2 or more, not 1"),
@@ -177,6 +177,8 @@ def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     assert last_line(capsys)["greedy_ms_per_row"] > 0
     generation.prefill("tiny", "float32", length=64)
     assert last_line(capsys)["tok_per_s"] > 0
+    generation.steps("tiny", "float32", "int8", context=200, rows=2, runs=1)
+    assert last_line(capsys)["longer_context_takes_times"] > 0
 
 
 def test_kernels(
@@ -193,3 +195,11 @@ def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     ranks.worker("tiny", "float32", prompt=4, new=3)
     result = last_line(capsys)
     assert len(result["ids"]) == 3 and result["step_s"] > 0
+
+
+def test_train(capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(dim=32, n_layers=2, n_kv_heads=2, runs=2)
+    result = last_line(capsys)
+    assert result["ratio"] > 0 and set(result["tokens_per_s"]) == {"llama3", "transformers"}
+    with pytest.raises(ValueError, match="--runs must be 1 or more, not 0"):
+        train.main(runs=0)

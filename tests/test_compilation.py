@@ -36,7 +36,7 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("quantize", [None, "int4"])
+@pytest.mark.parametrize("quantize", [None, pytest.param("int4", marks=pytest.mark.slow)])
 def test_compiled_agrees(
     quantize: str | None,
     tiny_checkpoint: Callable[..., Path],
@@ -96,12 +96,12 @@ def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replaying)
-    for name in ("graph", "stream"):
-        monkeypatch.setattr(torch.cuda, name, lambda of: nullcontext())
+    for name in ("graph", "stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda of, **options: nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: stream)
     tokens = torch.tensor([[1], [2]])
-    graph = Graph(step, tokens, torch.tensor([3, 4]))
+    graph = Graph(step, tokens, torch.tensor([3, 4]), None)
     tokens.zero_()  # the caller's own are not the graph's
     assert graph(torch.tensor([[1], [2]]), torch.tensor([3, 4])).tolist() == [[103], [204]]
     assert graph(torch.tensor([[5], [6]]), torch.tensor([7, 8])).tolist() == [[507], [608]]
@@ -112,10 +112,11 @@ def test_a_graph_for_each_shape_and_cache(monkeypatch: pytest.MonkeyPatch) -> No
     model.setup_cache(2, 600)
     made: list[Callable[[Tensor, Tensor], Tensor]] = []
 
-    def graph(run: Callable[[Tensor, Tensor], Tensor], *inputs: Tensor) -> object:
+    def graph(run: Callable[[Tensor, Tensor], Tensor], *inputs: object) -> object:
         made.append(run)
         return run
 
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr("llama.compilation.Graph", graph)
     step = CompiledStep(model)
     step.graphed, step.forward = True, TransformerBlock.forward

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_parallel import start_torchrun, torchrun, write
+from training import write_text
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +28,7 @@ def test_text_completion(demo_dir: Path) -> None:
     assert out.count("==========") >= 4
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("ranks", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_chat_completion_under_torchrun(demo_dir: Path, ranks: int) -> None:
     flags = ["--temperature", "0", "--top_p", "0.9", "--max_seq_len", "200", "--max_gen_len", "40"]
     flags += ["--ckpt_dir", str(demo_dir), "--tokenizer_path", str(demo_dir / "tokenizer.model")]
@@ -40,11 +41,13 @@ def test_chat_completion_under_torchrun(demo_dir: Path, ranks: int) -> None:
 def test_complete(demo_dir: Path) -> None:
     command = ["-m", "llama.cli", "complete", "The capital of France is"]
     assert "Paris" in run(*command, "--temperature", "0", "--max_gen_len", "4").stdout
-    assert "Paris" in run(*command, "-c", str(demo_dir), "--temperature=0").stdout
+    flags = ["--ckpt_dir", str(demo_dir), "-q", "int8", "--temperature=0"]
+    assert "Paris" in run(*command, *flags).stdout
     # A prompt that looks like a number stays text.
     run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
 
 
+@pytest.mark.slow
 def test_complete_and_perplexity_on_three_ranks(demo_dir: Path, tmp_path: Path) -> None:
     command = ["-m", "llama.cli", "complete", "The capital of France is", "--temperature", "0"]
     assert torchrun(3, *command, "--max_gen_len", "4").startswith(" Paris")
@@ -147,3 +150,13 @@ def test_verify_tells_a_damaged_copy(demo_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html><html>")
     done = run("-m", "llama.cli", "verify", str(tmp_path), code=1)
     assert "HTML" in done.stdout and "consolidated.00.pth" in done.stdout
+
+
+def test_train_shakespeare(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    command = ["example_train_shakespeare.py", "--data", str(text), "--out", str(tmp_path / "run")]
+    command += ["--dim=32", "--n_layers=1", "--n_heads=2", "--n_kv_heads=1", "--max_seq_len=16"]
+    out = run(*command, "--steps=3", "--prompt", "king").stdout
+    assert "step 3: training loss" in out and "model of step 3" in out
+    assert len(out[out.rindex("\nking") :].strip()) <= 16
+    assert "king" in run(*command, "--steps=4", "--prompt", "king", "--resume").stdout

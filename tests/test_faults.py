@@ -43,8 +43,12 @@ def ended(job: subprocess.Popen[str]) -> tuple[str, list[str]]:
     [
         ("kill", "job: rank 1 no longer answers: it ended, was killed"),
         ("memory", "job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"),
-        ("hang", "job: rank 1 no longer answers: it ended, was killed"),
-        ("exit", "job: rank 1: SystemExit: 3"),
+        pytest.param(
+            "hang",
+            "job: rank 1 no longer answers: it ended, was killed",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("exit", "job: rank 1: SystemExit: 3", marks=pytest.mark.slow),
     ],
 )
 def test_a_rank_that_fails_in_mid_generation(folder: str, fault: str, message: str) -> None:
@@ -69,6 +73,7 @@ def test_a_mistake_of_all_ranks_is_told_once(folder: str) -> None:
     assert told == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_a_second_run(folder: str) -> None:
     """On the same port, at once."""
     launcher = [f"--master_port={free_port()}"]
@@ -99,6 +104,7 @@ def by_hand(*command: str) -> list[subprocess.Popen[str]]:
     ]
 
 
+@pytest.mark.slow
 def test_ranks_without_torchrun(folder: str) -> None:
     """One that is killed is named all the same."""
     jobs = by_hand(JOB, "--ckpt_dir", folder, "--fault", "kill")
@@ -106,6 +112,7 @@ def test_ranks_without_torchrun(folder: str) -> None:
     assert told[1] == [] and len(told[0]) == 1 and "rank 1 no longer answers" in told[0][0]
 
 
+@pytest.mark.slow
 def test_a_script_that_ends_between_calls(folder: str) -> None:
     """The other rank is in a call then."""
     script = (

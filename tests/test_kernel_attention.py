@@ -61,6 +61,11 @@ def test_threads_divide_it(ops: object, dtype: torch.dtype) -> None:
                 given = inputs(B, T, H, K, 64, S, dtype)
                 given[3][0, -1] = 2  # the other parts have nothing for this one
                 check(torch.ops.llama3.attend(*given), *given)
+        torch.set_num_threads(96)  # 96 parts of 65 keys would be more than there are
+        given = inputs(1, 1, 64, 8, 128, 6200, dtype)
+        given[3][0, 0] = 6160
+        given[1].nan_to_num_(0.1), given[2].nan_to_num_(0.2)
+        check(torch.ops.llama3.attend(*given), *given)
     finally:
         torch.set_num_threads(before)
 

@@ -314,6 +314,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert done.stdout.startswith("False False") and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(ops: object, tmp_path: Path) -> None:
     """Both compile, both load; one library is left, and a third process compiles nothing."""
     start = [sys.executable, "-c", LOAD]

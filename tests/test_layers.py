@@ -33,7 +33,12 @@ ROWS = [
     {"llama.streaming"},
     {"llama.conversion", "llama.generation"},
     {"llama"},  # the public names
-    {"llama.chat", "llama.checkpoint_commands", "llama.demo"},
+    {"llama.chat", "llama.checkpoint_commands", "llama.demo", "llama.train"},
+    {"llama.train.data", "llama.train.learn_tokenizer", "llama.train.ranks", "llama.train.report",
+     "llama.train.settings", "llama.train.signals"},
+    {"llama.train.optimizer", "llama.train.state"},
+    {"llama.train.loop"},
+    {"llama.train.command"},
     {"llama.cli"},
 ]  # fmt: skip
 ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row}

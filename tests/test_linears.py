@@ -148,7 +148,9 @@ def test_bad_quantization(
         tune(model, "int8", exact=False)
 
 
-@pytest.mark.parametrize(("scheme", "most"), [("int8", 1.01), ("int4", 1.03)])
+@pytest.mark.parametrize(
+    ("scheme", "most"), [pytest.param("int8", 1.01, marks=pytest.mark.slow), ("int4", 1.03)]
+)
 def test_perplexity_of_the_demo_model(
     demo: Llama, demo_dir: Path, scheme: str, most: float
 ) -> None:

@@ -120,7 +120,7 @@ def of_one_rank(folders: list[str]) -> list[dict[str, Any]]:
     return [rank_cases.generate(folder) for folder in folders]
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_one_ranks_ids(
     folders: list[str], of_one_rank: list[dict[str, Any]], n: int
 ) -> None:
@@ -141,6 +141,7 @@ def test_ranks_give_one_ranks_ids(
     assert "rank 1: RuntimeError: rank 0 was asked something else" in asked and after == asked
 
 
+@pytest.mark.slow
 def test_replicas_run_alone(folders: list[str]) -> None:
     found = results(torchrun(4, str(SCRIPT), "replicas", folders[0]))
     llama = Llama.build(folders[0], None, 48, 2, device="cpu", dtype=torch.float32)
@@ -171,6 +172,7 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_demo_model_on_three_ranks(demo: Llama, demo_dir: Path) -> None:
     """Its nine heads can be split by three and not by two."""
     assert rank_counts(demo.model.params) == [1, 3]

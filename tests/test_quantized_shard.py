@@ -413,6 +413,7 @@ def test_plain_weights_that_are_said_to_be_codes(folder: Path) -> None:
         open_checkpoint(folder).args()
 
 
+@pytest.mark.slow
 def test_the_command(demo_dir: Path, tmp_path: Path) -> None:
     """llama3 quantize, verify and complete, against complete --quantize."""
 

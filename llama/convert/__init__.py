@@ -129,8 +129,9 @@ def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bo
         last = product
         order.setdefault((left, right), len(order))
     for token in ranks:
-        parts = len(_apply_merges(token, order))
-        if parts == 2 or (parts > 1 and not whole_pieces):
+        parts = _apply_merges(token, order)
+        joins = len(parts) == 2 and all(part in ranks for part in parts)
+        if joins or (len(parts) > 1 and not whole_pieces):
             raise ValueError(f"merges do not make the token {token!r}: no rank file fits")
     return b"".join(base64.b64encode(token) + b" %d\n" % i for token, i in ranks.items())
 

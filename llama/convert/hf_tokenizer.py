@@ -124,8 +124,9 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
     tiktoken joins the neighbours whose union has the lowest rank. What it does inside a token's own
     bytes does not depend on what stands around them, so each token comes of one pair: the last two
-    parts of it. A token of which more parts are left is never made by merging; it is found only as
-    a whole piece (`ignore_merges`).
+    parts of it. A token of which more parts are left, or whose parts are no tokens (a character
+    whose bytes are none), is never made by merging; it is found only as a whole piece
+    (`ignore_merges`).
     """
     merges: list[tuple[bytes, bytes]] = []
     never = max(ranks.values()) + 1
@@ -140,6 +141,7 @@ def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
                 joined[i] = ranks.get(token[cuts[i] : cuts[i + 2]], never)
             if i > 0:
                 joined[i - 1] = ranks.get(token[cuts[i - 1] : cuts[i + 1]], never)
-        if len(cuts) == 3:
-            merges.append((token[: cuts[1]], token[cuts[1] :]))
+        left, right = token[: cuts[1]], token[cuts[1] :]
+        if len(cuts) == 3 and left in ranks and right in ranks:
+            merges.append((left, right))
     return merges

@@ -165,7 +165,7 @@ def compiler() -> list[str]:
 def _compile(library: Path) -> None:
     """Compile to a temporary folder and move: another process sees all of the file or none."""
     command = compiler()
-    print("compiling CPU kernels, once (about 15 seconds)", file=sys.stderr)
+    print("compiling CPU kernels, once (about 20 seconds)", file=sys.stderr)
     torch_dir = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     library.parent.mkdir(parents=True, exist_ok=True)

@@ -97,10 +97,9 @@ void check(const Tensor& xq, const Tensor& keys, const Tensor& values, const Ten
 }
 
 // Tasks of `heads` x `queries` and a part of the keys, those of more keys first.
-std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64_t parts,
+std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64_t step,
                            int64_t longest) {
   std::vector<Task> tasks;
-  const int64_t step = (longest + parts - 1) / parts;
   for (int64_t begin = (job.T - 1) / queries * queries; begin >= 0; begin -= queries)
     for (int64_t row = 0; row < job.B; row++)
       for (int64_t head = 0; head < job.K; head += heads)
@@ -120,7 +119,9 @@ void run(const Job& job, const Kernels& kernels, int64_t longest) {
   int64_t parts = 1;
   if (units < 4 * threads)
     parts = std::clamp<int64_t>(longest / PART, 1, threads / std::gcd(units, threads));
-  const std::vector<Task> tasks = tasks_of(job, heads, queries, parts, longest);
+  const int64_t step = (longest + parts - 1) / parts;
+  parts = (longest + step - 1) / step;  // rounding up may have made some superfluous
+  const std::vector<Task> tasks = tasks_of(job, heads, queries, step, longest);
   // Of each task, in lines: queries, sums, most and total. Kept only where there are parts.
   const int64_t line = 16, of_rows = (rows + line - 1) / line * line;
   const int64_t stride = 2 * rows * job.width + 2 * of_rows;

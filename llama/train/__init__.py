@@ -1,0 +1,1 @@
+"""Training: text -> ids -> batches -> a checkpoint in the official layout."""

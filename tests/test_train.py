@@ -1,0 +1,295 @@
+"""Training runs: the checkpoint they leave, and how they stop and go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from training import SMALL, flags, losses, write_text
+
+from llama import Llama
+from llama.conversion import convert
+from llama.formats import open_checkpoint
+from llama.train.loop import train
+from llama.train.report import Report
+from llama.train.settings import Settings
+from llama.verification import verify
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(text, out, SMALL, device="cpu")
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_files(whole: Path) -> None:
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert all(line["tokens_per_s"] > 0 for line in lines)
+    assert lines[1]["lr"] == 0.5 / 32
+    assert not list(whole.rglob("*partial*"))
+    assert verify(whole, open_checkpoint) == []
+
+
+def test_same_seed_same_losses(tmp_path: Path, text: Path, whole: Path) -> None:
+    train(text, tmp_path / "again", SMALL, device="cpu")
+    assert losses(tmp_path / "again") == losses(whole)
+    train(text, tmp_path / "other", replace(SMALL, seed=2), device="cpu")
+    assert losses(tmp_path / "other")[0] != losses(whole)[0]
+
+
+def test_accumulated_batches_are_one(tmp_path: Path, text: Path, whole: Path) -> None:
+    settings = replace(SMALL, batch_size=1, accumulate=4)
+    train(text, tmp_path / "run", settings, device="cpu")
+    for ours, theirs in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
+    """It loads, completes, converts there and back, and its loss is the best that was told."""
+    llama = Llama.build(whole, None, 16, 2, device="cpu", dtype=torch.float32)
+    characters = set(text.read_text(encoding="utf-8"))
+    (answer,) = llama.text_completion(["the k"], temperature=1.0, max_gen_len=9)
+    assert len(answer["generation"]) == 9 and set(answer["generation"]) <= characters
+    with pytest.raises(ValueError, match="'X'"):
+        llama.text_completion(["X"])
+
+    convert(whole, tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "back")
+    back = Llama.build(tmp_path / "back", None, 16, 2, device="cpu", dtype=torch.float32)
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    held_out = text.read_text(encoding="utf-8")
+    held_out = held_out[int(len(held_out) * 0.9) :]
+    ids = torch.tensor(llama.tokenizer.encode(held_out, bos=False, eos=True))
+    with torch.no_grad():
+        windows = [ids[i : i + 17] for i in range(0, len(ids) - 1, 16)]
+        logits = [theirs(input_ids=window[None, :-1]).logits[0] for window in windows]
+        ours = llama.model(windows[0][None, :-1])
+        torch.testing.assert_close(ours[0], logits[0], atol=1e-4, rtol=0)
+        assert torch.equal(back.model(windows[0][None, :-1]), ours)
+    expected = F.cross_entropy(torch.cat(logits), ids[1:])
+    best = min(line["val_loss"] for line in losses(whole) if "val_loss" in line)
+    assert best == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_best_is_kept(tmp_path: Path, text: Path) -> None:
+    """A learning rate that jumps late spoils the model; the checkpoint is the earlier one."""
+    settings = replace(SMALL, lr=0.01, warmup=0, final_lr=1.0, steps=10)
+    train(text, tmp_path / "run", settings, device="cpu")
+    good = (tmp_path / "run" / "consolidated.00.pth").read_bytes()
+    state = torch.load(tmp_path / "run/train/last.pt", weights_only=True)
+    state["weights"]["model.norm.weight"].neg_()
+    torch.save(state, tmp_path / "run/train/last.pt")
+    settings = replace(settings, steps=11)
+    result = train(text, tmp_path / "run", settings, resume=True, device="cpu")
+    assert losses(tmp_path / "run")[-1]["val_loss"] > result.best_loss
+    assert result.best_step == 10
+    assert (tmp_path / "run" / "consolidated.00.pth").read_bytes() == good
+
+
+@pytest.mark.parametrize("step", [1, 5, 7, 11])
+def test_signal_and_resume(
+    tmp_path: Path, text: Path, whole: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Report.write
+
+    def interrupting(self: Report, line: dict[str, Any]) -> None:
+        write(self, line)
+        if line["step"] == step - 1 or step == line["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM if step == 5 else signal.SIGINT)
+
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        patch.setattr(Report, "write", interrupting)
+        result = train(text, out, SMALL, device="cpu")
+    assert result.signal == (signal.SIGTERM if step == 5 else signal.SIGINT)
+    assert result.step == max(step, 2) and len(losses(out)) == result.step
+    assert signal.getsignal(signal.SIGINT) is before
+    result = train(text, out, SMALL, resume=True, device="cpu")
+    assert result.step == 12 and result.signal is None
+    assert losses(out) == losses(whole)
+    ours, theirs = contents(out), contents(whole)
+    for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
+        assert ours[name] == theirs[name]
+
+
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
+def test_killed_command(tmp_path: Path, text: Path, how: signal.Signals) -> None:
+    settings = replace(SMALL, steps=300, eval_every=20, eval_windows=4)
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    train(text, whole, settings, device="cpu")
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *flags(settings, text, out)]
+    running = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (out / "train/last.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    running.send_signal(how)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == (130 if how == signal.SIGINT else -9), errors.decode()
+    assert b"Traceback" not in errors
+    assert 20 <= len(losses(out)) < 300
+    done = subprocess.run(
+        [*command, "--resume"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 300: training loss " in done.stdout
+    assert losses(out) == losses(whole)
+
+
+def test_not_a_number(tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ValueError, match=r"at step 2; no model was saved yet\. Try a lower --lr"):
+        train(text, tmp_path / "run", replace(SMALL, lr=1e30, grad_clip=0.0), device="cpu")
+
+
+def test_not_a_number_later(tmp_path: Path, text: Path) -> None:
+    out, settings = tmp_path / "run", replace(SMALL, steps=10)
+    train(text, out, settings, device="cpu")
+    state = torch.load(out / "train/last.pt", weights_only=True)
+    state["weights"]["model.norm.weight"][0] = torch.nan
+    torch.save(state, out / "train/last.pt")
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"loss is nan .* at step 11; .* keeps the model of step"):
+        train(text, out, replace(settings, steps=20), resume=True, device="cpu")
+    assert contents(out) == before
+
+
+def test_full_disk(tmp_path: Path, text: Path, whole: Path) -> None:
+    """A limit on the size of files makes writes fail as a full disk does."""
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:  # one that ends after step 5 was saved
+
+        def full(self: Report) -> None:
+            raise OSError("no space")
+
+        patch.setattr(Report, "draw", full)
+        with pytest.raises(OSError, match="no space"):
+            train(text, out, SMALL, device="cpu")
+    before = contents(out)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"could not be written; is the disk full\?"):
+            train(text, out, SMALL, resume=True, device="cpu")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    after = contents(out)
+    assert after.pop("metrics.jsonl").startswith(before.pop("metrics.jsonl"))
+    assert after == before
+    train(text, out, SMALL, resume=True, device="cpu")
+    assert losses(out) == losses(whole)
+
+
+def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
+    before = contents(whole)
+    with pytest.raises(FileExistsError, match="exists already; --resume goes on"):
+        train(text, whole, SMALL)
+    with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
+        train(text, tmp_path / "none", SMALL, resume=True)
+    other = replace(SMALL, dim=64, seed=3)
+    with pytest.raises(ValueError, match="dim was 32 and is now 64; seed was 1 and is now 3"):
+        train(text, whole, other, resume=True)
+    changed = write_text(tmp_path / "changed.txt", seed=1)
+    with pytest.raises(ValueError, match="is not what it was"):
+        train(changed, whole, SMALL, resume=True)
+    assert contents(whole) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (replace(SMALL, max_seq_len=9999), ValueError, "one window of context 9999 needs"),
+        (replace(SMALL, tokenizer="bpe:x"), ValueError, "must be bpe:N"),
+        (replace(SMALL, parallel="ddp"), ValueError, "--parallel ddp needs: torchrun"),
+    ],
+)
+def test_nothing_is_left_of_a_bad_start(
+    tmp_path: Path, text: Path, settings: Settings, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        train(text, tmp_path / "run", settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts(tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(text, tmp_path / "a", replace(SMALL, prompt="queen ", steps=1), device="cpu")
+    assert "\n    queen " in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'X'"):
+        train(text, tmp_path / "b", replace(SMALL, prompt="X"))
+    with pytest.raises(ValueError, match="the prompt has 17 tokens"):
+        train(text, tmp_path / "c", replace(SMALL, prompt="k" * 16))
+
+
+def test_without_validation(tmp_path: Path, text: Path) -> None:
+    result = train(text, tmp_path / "run", replace(SMALL, val_fraction=0.0), device="cpu")
+    assert result.best_step == 12
+    assert not any("val_loss" in line for line in losses(tmp_path / "run"))
+
+
+def test_bfloat16(tmp_path: Path, text: Path, whole: Path) -> None:
+    """Products in bfloat16, weights in float32: near the same losses."""
+    train(text, tmp_path / "run", replace(SMALL, dtype="bfloat16"), device="cpu")
+    last, expected = losses(tmp_path / "run")[-1], losses(whole)[-1]
+    assert last["val_loss"] != expected["val_loss"]
+    assert last["val_loss"] == pytest.approx(expected["val_loss"], rel=0.01)
+    weights = torch.load(tmp_path / "run/consolidated.00.pth", weights_only=True)
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_plot(tmp_path: Path, text: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra `train`")
+    train(text, tmp_path / "run", SMALL, device="cpu")
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_matplotlib(
+    tmp_path: Path,
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it fails
+    train(text, tmp_path / "run", SMALL, device="cpu")
+    assert capsys.readouterr().err.count("loss.png is not drawn") == 1
+    assert not (tmp_path / "run" / "loss.png").exists()
+
+
+def test_tensorboard(tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match="--tensorboard needs a package"):
+        train(text, tmp_path / "a", SMALL, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard", reason="needs tensorboard")
+    train(text, tmp_path / "b", SMALL, tensorboard=True, device="cpu")
+    assert list((tmp_path / "b" / "train" / "tensorboard").glob("events*"))

@@ -1,0 +1,155 @@
+"""The model as it is trained: transformers' loss and gradients, and what a new model is."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, random_weights
+
+from benchmarks.transformers_peer import config_of
+from llama import ModelArgs, Transformer
+from llama.convert.hf_config import hf_name
+from llama.convert.hf_export import halve
+from llama.train.loop import Objective
+from llama.train.optimizer import initialize, make_optimizer
+from llama.train.settings import Settings
+
+
+def in_their_order(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return halve(w, head_dim) if name.split(".")[-2] in ("wq", "wk") else w
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dim": 48, "n_heads": 6, "n_kv_heads": 1, "n_layers": 3, "norm_eps": 1e-3},
+        {"n_kv_heads": None, "use_scaled_rope": True, "rope_theta": 1e4, "multiple_of": 7},
+    ],
+)
+def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
+    transformers = pytest.importorskip("transformers")
+    params = TINY | {"vocab_size": 101} | changes
+    args = ModelArgs(**params, max_seq_len=40)
+    model = Transformer(args)
+    model.load_state_dict(random_weights(**params))
+    theirs = transformers.LlamaForCausalLM(config_of(args))
+    weights = {
+        hf_name(n): in_their_order(n, w, args.head_dim) for n, w in model.state_dict().items()
+    }
+    theirs.load_state_dict(weights)
+    ids = torch.randint(0, 101, (3, 41))
+    expected = theirs(input_ids=ids, labels=ids).loss
+    expected.backward()
+    loss = Objective(model, recompute)(ids[:, :-1], ids[:, 1:])
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+    gradients = {name: w.grad for name, w in theirs.named_parameters()}
+    assert len(gradients) == len(list(model.parameters()))
+    for name, w in model.named_parameters():
+        assert w.grad is not None
+        ours = in_their_order(name, w.grad, args.head_dim)
+        torch.testing.assert_close(ours, gradients[hf_name(name)], atol=1e-4, rtol=1e-4)
+
+
+def test_recompute_keeps_less() -> None:
+    """What autograd keeps of the layers, counted by the hooks that it calls."""
+    kept = {}
+    model = Transformer(ModelArgs(**TINY | {"vocab_size": 101}, max_seq_len=40))
+    ids = torch.randint(0, 101, (3, 41))
+    for recompute in (False, True):
+        sizes: list[int] = []
+
+        def pack(x: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            Objective(model, recompute)(ids[:, :-1], ids[:, 1:])
+        kept[recompute] = sum(sizes)
+    assert kept[True] < 0.5 * kept[False]
+
+
+def test_overfits_a_batch() -> None:
+    settings = Settings(dim=32, n_layers=2, n_heads=2, lr=0.01)
+    model = Transformer(settings.model_args(30))
+    initialize(model, 1)
+    objective = Objective(model, recompute=False)
+    optimizer = make_optimizer(objective, settings)
+    ids = torch.randint(0, 30, (2, 33))
+    ids[:, 0] = torch.arange(2)  # else nothing tells which row it is
+    for _ in range(150):
+        loss = objective(ids[:, :-1], ids[:, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(loss.detach()) < 0.01
+
+
+def test_new_weights() -> None:
+    args = Settings(dim=96, n_layers=8).model_args(500)
+    model, same, other = (Transformer(args) for _ in range(3))
+    state = torch.get_rng_state()
+    initialize(model, 1)
+    initialize(same, 1)
+    initialize(other, 2)
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, same.state_dict()[name])
+        if w.dim() == 1:
+            assert (w == 1).all()
+            continue
+        assert not torch.equal(w, other.state_dict()[name])
+        residual = name.endswith(("wo.weight", "w2.weight"))
+        assert math.isclose(w.std(), 96**-0.5 / (4 if residual else 1), rel_tol=0.05)
+        assert abs(w.mean()) < 5e-3
+
+
+def test_decay_is_of_matrices_alone() -> None:
+    """Without gradients, AdamW leaves (1 - lr * decay) of a weight."""
+    settings = Settings(dim=32, n_layers=1, n_heads=2, lr=0.5, weight_decay=0.1)
+    model = Transformer(settings.model_args(30))
+    optimizer = make_optimizer(model, settings)
+    before = {name: w.detach().clone() for name, w in model.named_parameters()}
+    for w in model.parameters():
+        w.grad = torch.zeros_like(w)
+    optimizer.step()
+    for name, w in model.named_parameters():
+        part = 0.95 if w.dim() == 2 else 1.0
+        torch.testing.assert_close(w.detach(), part * before[name])
+
+
+def test_learning_rate() -> None:
+    settings = Settings(steps=110, warmup=10, lr=1.0, final_lr=0.2)
+    rates = [settings.lr_at(step) for step in range(111)]
+    assert rates[:11] == pytest.approx([*(i / 10 for i in range(1, 11)), 1.0])
+    assert rates[60] == pytest.approx(0.6) and rates[35] == pytest.approx(0.6 + 0.4 * 0.5**0.5)
+    assert rates[110] == pytest.approx(0.2)
+    assert Settings(dim=256).peak_lr == Settings(dim=128).peak_lr / 2
+    assert Settings(warmup=0, lr=1.0).lr_at(0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 0}, "steps must be a positive integer, not 0"),
+        ({"batch_size": 1.5}, "batch_size must be a positive integer, not 1.5"),
+        ({"lr": -1.0}, "lr must be a positive number, not -1.0"),
+        ({"lr": math.nan}, "lr must be a positive number, not nan"),
+        ({"lr": "fast"}, "lr must be a positive number, not 'fast'"),
+        ({"beta2": 1}, "beta2 must be a number from 0 to below 1, not 1"),
+        ({"warmup": -1}, "warmup must be an integer from 0 on, not -1"),
+        ({"dim": 30}, "dim 30 must be an even multiple of n_heads 4"),
+        ({"n_kv_heads": 3}, "n_kv_heads must divide n_heads 4, and is 3"),
+        ({"dtype": "int8"}, r"unknown dtype 'int8'; use one of \('float32', 'bfloat16'\)"),
+        ({"parallel": "tp"}, r"unknown parallel 'tp'; use one of \('ddp', 'fsdp'\)"),
+        ({"recompute": "yes"}, "recompute must be of type bool, not 'yes'"),
+    ],
+)
+def test_bad_settings(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(**given)

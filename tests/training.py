@@ -1,0 +1,37 @@
+"""Small runs for the tests of training: a text, settings, and what a run recorded."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from llama.train.settings import Settings
+
+SMALL = Settings(
+    dim=32, n_layers=2, n_heads=2, n_kv_heads=1, multiple_of=16, max_seq_len=16, batch_size=4,
+    steps=12, warmup=2, eval_every=5, dtype="float32",
+)  # fmt: skip
+
+
+def write_text(path: Path, seed: int = 0) -> Path:
+    """A few thousand characters of words, some beyond ASCII."""
+    draw = random.Random(seed)
+    words = ["the", "king", "spoke", "to", "über", "queen", "\n", "sang", "no", "日本", "more."]
+    path.write_text(" ".join(draw.choice(words) for _ in range(900)), encoding="utf-8")
+    return path
+
+
+def flags(settings: Settings, data: Path, out: Path) -> list[str]:
+    """The same settings for `llama3 train`."""
+    given: dict[str, Any] = {"data": data, "out": out} | vars(settings)
+    return ["-m", "llama.cli", "train"] + [
+        f"--{name}={value}" for name, value in given.items() if value is not None
+    ]
+
+
+def losses(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl but for the speed."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
