@@ -48,7 +48,7 @@ def of_one_rank(at: Path) -> list[dict[str, Any]]:
     return [rank_cases.generate(at / f"{n}-{scheme}-{group}") for n, scheme, group in CASES]
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_one_ranks_ids(
     at: Path, of_one_rank: list[dict[str, Any]], n: int, tmp_path: Path
 ) -> None:
