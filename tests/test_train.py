@@ -53,7 +53,7 @@ def test_files(whole: Path) -> None:
     assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert all(line["tokens_per_s"] > 0 for line in lines)
-    assert lines[1]["lr"] == 0.5 / 32
+    assert lines[1]["lr"] == 0.4 / 32
     assert not list(whole.rglob("*partial*"))
     assert verify(whole, open_checkpoint) == []
 

@@ -32,7 +32,7 @@ class TrainCommands:
             max_seq_len: tokens of a row; the model knows no longer texts.
             batch_size: rows that each process computes at once.
             accumulate: so many batches make one update.
-            lr: the highest learning rate; by default 0.5 / dim.
+            lr: the highest learning rate; by default 0.4 / dim.
             final_lr: what the last update still has of it, from 0 to 1.
             warmup: updates until it is reached.
             grad_clip: longest gradient; 0 is any.

@@ -86,7 +86,7 @@ class Settings:
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up. Without a given one it falls as the width grows."""
-        return 0.5 / self.dim if self.lr is None else self.lr
+        return 0.4 / self.dim if self.lr is None else self.lr
 
     def lr_at(self, step: int) -> float:
         """Of the update after `step` others: up in a line, then down half a cosine to `final_lr`.
