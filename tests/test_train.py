@@ -22,7 +22,7 @@ from llama import Llama
 from llama.conversion import convert
 from llama.formats import open_checkpoint
 from llama.train.loop import train
-from llama.train.report import Report
+from llama.train.report import Report, read_metrics
 from llama.train.settings import Settings
 from llama.verification import verify
 
@@ -53,7 +53,7 @@ def test_files(whole: Path) -> None:
     assert [line["step"] for line in lines if "val_loss" in line] == [5, 10, 12]
     assert lines[-1]["train_loss"] < lines[0]["train_loss"]
     assert all(line["tokens_per_s"] > 0 for line in lines)
-    assert lines[1]["lr"] == 0.5 / 32
+    assert lines[1]["lr"] == 0.4 / 32
     assert not list(whole.rglob("*partial*"))
     assert verify(whole, open_checkpoint) == []
 
@@ -141,6 +141,15 @@ def test_signal_and_resume(
         assert ours[name] == theirs[name]
 
 
+def test_metrics_of_an_interrupted_write(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": i, "train_loss": 1.0 / i}) + "\n" for i in range(1, 9)]
+    path.write_text("".join(lines) + '{"step": 9, "tra')
+    assert [line["step"] for line in read_metrics(path)] == list(range(1, 9))
+    Report(tmp_path, 5)
+    assert path.read_text() == "".join(lines[:5])
+
+
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )
@@ -152,7 +161,9 @@ def test_killed_command(tmp_path: Path, text: Path, how: signal.Signals) -> None
     command = [sys.executable, *flags(settings, text, out)]
     running = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
-    while not (out / "train/last.pt").exists() and time.monotonic() < deadline:
+    metrics = out / "metrics.jsonl"  # some steps after what was saved last
+    while not (metrics.exists() and len(metrics.read_bytes().splitlines()) > 25):
+        assert time.monotonic() < deadline and running.poll() is None
         time.sleep(0.01)
     running.send_signal(how)
     _, errors = running.communicate(timeout=120)

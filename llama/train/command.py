@@ -12,7 +12,7 @@ class TrainCommands:
     def train(
         self, *, data: str, out: str, resume: bool = False, tokenizer: str = "char",
         dim: int = 128, n_layers: int = 4, n_heads: int = 4, n_kv_heads: int | None = None,
-        multiple_of: int = 256, rope_theta: float = 10000.0, max_seq_len: int = 64,
+        multiple_of: int = 256, rope_theta: float | None = None, max_seq_len: int = 64,
         batch_size: int = 12, accumulate: int = 1, steps: int = 2000,
         lr: float | None = None, final_lr: float = 0.0, warmup: int = 100, beta1: float = 0.9,
         beta2: float = 0.99, weight_decay: float = 0.1, grad_clip: float = 1.0, seed: int = 1,
@@ -28,10 +28,11 @@ class TrainCommands:
             data: a text file, or a folder of .txt and .md files.
             tokenizer: char, bpe:N (N tokens, learnt from the text), or a tokenizer.model.
             multiple_of: the feed-forward, 8/3 of dim wide, is rounded up to a multiple of this.
+            rope_theta: base of the rotary frequencies; by default 16 * max_seq_len.
             max_seq_len: tokens of a row; the model knows no longer texts.
             batch_size: rows that each process computes at once.
             accumulate: so many batches make one update.
-            lr: the highest learning rate; by default 0.5 / dim.
+            lr: the highest learning rate; by default 0.4 / dim.
             final_lr: what the last update still has of it, from 0 to 1.
             warmup: updates until it is reached.
             grad_clip: longest gradient; 0 is any.

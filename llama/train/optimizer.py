@@ -16,17 +16,19 @@ from llama.train.settings import Settings
 def initialize(model: Transformer, seed: int) -> None:
     """Draw every weight, on the CPU: the same ones on any device and any number of ranks.
 
-    Norms are 1, matrices normal with deviation 1 / sqrt(dim), which keeps the size of what they
-    multiply, and those that write to the residual stream (wo, w2) narrower by sqrt(2 n_layers), as
-    GPT-2's: their sum over the layers stays as wide.
+    Norms are 1 and embeddings normal, so that the residual stream begins at unit size.
+    Matrices have the deviation 1 / sqrt(dim), which keeps the size of what they multiply; those
+    that write to the residual stream (wo, w2) are narrower by sqrt(2 n_layers), as GPT-2's:
+    their sum over the layers stays as wide.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
             weight.fill_(1.0)
             continue
-        deviation = model.params.dim**-0.5
-        if name.split(".")[-2] in ("wo", "w2"):
+        kind = name.split(".")[-2]
+        deviation = 1.0 if kind == "tok_embeddings" else model.params.dim**-0.5
+        if kind in ("wo", "w2"):
             deviation /= math.sqrt(2 * model.n_layers)
         drawn: Tensor = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
         drawn = drawn.to(weight.device)

@@ -29,7 +29,7 @@ class Settings:
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as n_heads
     multiple_of: int = 256
-    rope_theta: float = 10000.0  # Llama 3's 500000 is for thousands of positions
+    rope_theta: float | None = None  # None: 16 for each position
     max_seq_len: int = 64
     tokenizer: str = "char"
     val_fraction: float = 0.1
@@ -53,7 +53,15 @@ class Settings:
     prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "accumulate", "steps", "eval_every", "eval_windows"):
+        positive = (
+            "max_seq_len",
+            "batch_size",
+            "accumulate",
+            "steps",
+            "eval_every",
+            "eval_windows",
+        )
+        for name in positive:
             self._check(name, int, lambda n: n >= 1, "a positive integer")
         for name in ("warmup", "seed"):
             self._check(name, int, lambda n: n >= 0, "an integer from 0 on")
@@ -78,7 +86,7 @@ class Settings:
     @property
     def peak_lr(self) -> float:
         """The learning rate after warm-up. Without a given one it falls as the width grows."""
-        return 0.5 / self.dim if self.lr is None else self.lr
+        return 0.4 / self.dim if self.lr is None else self.lr
 
     def lr_at(self, step: int) -> float:
         """Of the update after `step` others: up in a line, then down half a cosine to `final_lr`.
@@ -95,6 +103,8 @@ class Settings:
         """The sizes of the model; one row of `max_seq_len` to generate."""
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_theta")
         sizes = {name: getattr(self, name) for name in (*names, "max_seq_len")}
+        if self.rope_theta is None:  # Llama 3's 500000 is for thousands of positions
+            sizes["rope_theta"] = 16.0 * self.max_seq_len
         return ModelArgs(vocab_size=vocab_size, max_batch_size=1, **sizes)
 
     def differences(self, other: dict[str, Any], ranks: int) -> list[str]:
