@@ -76,8 +76,14 @@ class CompiledStep:
             self.cache, self.graphs = cache, {}
         key = (len(tokens), length)
         if key not in self.graphs:
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.graphs[key] = Graph(step, tokens, start_pos, self.pool)
+            out = step(tokens, start_pos)  # so that what cannot be compiled ends here
+            try:
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                self.graphs[key] = Graph(step, tokens, start_pos, self.pool)
+            except RuntimeError as e:  # such as no memory left: requests go on without
+                warnings.warn(f"decoding without CUDA graphs: {e}", stacklevel=2)
+                self.graphed, self.graphs = False, {}
+                return out
         return self.graphs[key](tokens, start_pos)
 
 

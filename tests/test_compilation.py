@@ -130,3 +130,25 @@ def test_a_graph_for_each_shape_and_cache(monkeypatch: pytest.MonkeyPatch) -> No
     model.setup_cache(2, 600)
     step(torch.ones(1, 1, dtype=torch.long), torch.tensor([0]), 1)
     assert len(made) == 5  # what held the old cache's addresses is gone
+
+
+def test_a_graph_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=600))
+    model.setup_cache(2, 600)
+    tries = []
+
+    def graph(*inputs: object) -> None:
+        tries.append(inputs)
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr("llama.compilation.Graph", graph)
+    step = CompiledStep(model)
+    step.graphed, step.forward = True, TransformerBlock.forward
+    tokens, start_pos = torch.tensor([[7]]), torch.tensor([0])
+    with torch.inference_mode():
+        expected = model.hidden(tokens, start_pos, 256)
+    with pytest.warns(UserWarning, match="without CUDA graphs: no memory left"):
+        torch.testing.assert_close(step(tokens, start_pos, 1), expected)
+    torch.testing.assert_close(step(tokens, start_pos, 1), expected)
+    assert len(tries) == 1
