@@ -228,8 +228,7 @@ class Trainer:
     def validation_loss(self) -> float:
         """Mean cross-entropy in nats over the windows of the validation split, on all ranks."""
         s, ranks, split = self.settings, self.ranks, self.splits["validation"]
-        stride = -(-(len(split) // s.max_seq_len) // s.eval_windows) or 1
-        batches = islice(split.windows(s.max_seq_len, s.batch_size), 0, None, stride)
+        batches = split.windows(s.max_seq_len, s.batch_size, s.eval_windows)
         nats, count = 0.0, 0
         while group := list(islice(batches, ranks.size)):
             mine = ranks.rank < len(group)  # others compute too: under FSDP all have to
