@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -16,14 +17,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train_model import in_their_order
 from training import SMALL, flags, losses, write_text
 
-from llama import Llama
+from benchmarks.transformers_peer import config_of
+from llama import Llama, Tokenizer, Transformer
 from llama.conversion import convert
+from llama.convert.hf_config import hf_name
 from llama.formats import open_checkpoint
 from llama.train.loop import train
+from llama.train.optimizer import initialize
 from llama.train.report import Report, read_metrics
 from llama.train.settings import Settings
+from llama.train.state import open_data
 from llama.verification import verify
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +79,37 @@ def test_accumulated_batches_are_one(tmp_path: Path, text: Path, whole: Path) ->
         assert ours == pytest.approx(theirs, rel=1e-4)
     last = losses(tmp_path / "large")[-1]["val_loss"]
     assert last != losses(whole)[-1]["val_loss"]
+
+
+def test_losses_are_those_of_a_plain_loop(text: Path, whole: Path) -> None:
+    """Of transformers' model, torch's plain AdamW and arithmetic, from the same first weights."""
+    transformers = pytest.importorskip("transformers")
+    model = Transformer(SMALL.model_args(Tokenizer(whole / "tokenizer.model").n_words))
+    initialize(model, SMALL.seed)
+    theirs = transformers.LlamaForCausalLM(config_of(model.params))
+    weights = {hf_name(n): in_their_order(n, w, 16) for n, w in model.state_dict().items()}
+    theirs.load_state_dict(weights)
+    groups = [
+        {"params": [w for w in theirs.parameters() if w.dim() == dim], "weight_decay": decay}
+        for dim, decay in ((1, 0.0), (2, 0.1))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
+    ids, norms = open_data(text, whole, SMALL, 1)["train"], []
+    for step, line in enumerate(losses(whole)):
+        cosine = (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.4 / 32 * ((step + 1) / 2 if step < 2 else cosine)
+        x, y = ids.batch(step, 4, 16, seed=1)
+        loss = F.cross_entropy(theirs(input_ids=x).logits.flatten(0, 1), y.flatten())
+        assert line["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [w.grad for w in theirs.parameters()]
+        norms.append(sum(float(g.square().sum()) for g in gradients) ** 0.5)
+        for gradient in gradients:
+            gradient *= min(1.0, 1.0 / norms[-1])
+        optimizer.step()
+    assert min(norms) < 1.0 < max(norms)  # so some are clipped
 
 
 def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
@@ -243,6 +280,7 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
     ("settings", "error", "message"),
     [
         (replace(SMALL, max_seq_len=9999), ValueError, "one window of context 9999 needs"),
+        (replace(SMALL, val_fraction=0.002), ValueError, "the validation split has .* ids, and"),
         (replace(SMALL, tokenizer="bpe:x"), ValueError, "must be bpe:N"),
         (replace(SMALL, parallel="ddp"), ValueError, "--parallel ddp needs: torchrun"),
     ],
