@@ -276,6 +276,16 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
     assert contents(whole) == before
 
 
+def test_damaged_state(tmp_path: Path, text: Path) -> None:
+    train(text, tmp_path / "run", replace(SMALL, steps=1), device="cpu")
+    path = tmp_path / "run/train/last.pt"
+    whole = path.read_bytes()
+    for length in (0, 5000, len(whole) - 1):  # torch raises another error for each
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"last\.pt is damaged; start the run anew"):
+            train(text, tmp_path / "run", SMALL, resume=True, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

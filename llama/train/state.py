@@ -12,6 +12,7 @@ DIR/                  a checkpoint: the model with the lowest validation loss so
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pickle
 from collections.abc import Mapping
@@ -133,7 +134,9 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
+            raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start the run anew ({reason})") from None
     assert isinstance(state, dict)
