@@ -276,6 +276,27 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
     assert contents(whole) == before
 
 
+def test_one_run_at_a_time(
+    tmp_path: Path, text: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that goes on with a run that has not ended is refused; then it may."""
+    out, write, refused = tmp_path / "run", Report.write, []
+
+    def interfering(self: Report, line: dict[str, Any]) -> None:
+        write(self, line)
+        if line["step"] == 7:
+            command = [sys.executable, *flags(SMALL, text, out), "--resume"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            refused.append((done.returncode, done.stderr))
+
+    monkeypatch.setattr(Report, "write", interfering)
+    train(text, out, SMALL, device="cpu")
+    ((code, message),) = refused
+    assert code == 2 and f"another process trains in {out}" in message
+    assert losses(out) == losses(whole)
+    assert train(text, out, SMALL, resume=True, device="cpu").step == 12
+
+
 def test_damaged_state(tmp_path: Path, text: Path) -> None:
     train(text, tmp_path / "run", replace(SMALL, steps=1), device="cpu")
     path = tmp_path / "run/train/last.pt"

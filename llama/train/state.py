@@ -15,7 +15,8 @@ import dataclasses
 import errno
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,25 @@ def open_data(data: str | Path, out: Path, settings: Settings, ranks: int) -> di
     if differences:
         raise ValueError(f"the run in {out} cannot go on: {'; '.join(differences)}")
     return corpus.tokenized(tokenizer, out / "train")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """A block in which no other process of this machine may train in `out`.
+
+    Raises:
+        ValueError: one does.
+    """
+    with open(out / "train" / "settings.json", encoding="utf-8") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {out}; wait for it, or end it") from None
+        except (ImportError, OSError):  # a system, or a file system, that has no locks
+            pass
+        yield
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
