@@ -27,7 +27,7 @@ from llama.convert.hf_config import hf_name
 from llama.formats import open_checkpoint
 from llama.train.loop import train
 from llama.train.optimizer import initialize
-from llama.train.report import Report, read_metrics
+from llama.train.report import Report, read_metrics, replacing
 from llama.train.settings import Settings
 from llama.train.state import open_data
 from llama.verification import verify
@@ -141,7 +141,7 @@ def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
 
 
 def test_best_is_kept(tmp_path: Path, text: Path) -> None:
-    """A learning rate that jumps late spoils the model; the checkpoint is the earlier one."""
+    """The model is spoilt before its last step; the checkpoint is the earlier one."""
     settings = replace(SMALL, lr=0.01, warmup=0, final_lr=1.0, steps=10)
     train(text, tmp_path / "run", settings, device="cpu")
     good = (tmp_path / "run" / "consolidated.00.pth").read_bytes()
@@ -179,6 +179,25 @@ def test_signal_and_resume(
     ours, theirs = contents(out), contents(whole)
     for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
         assert ours[name] == theirs[name]
+
+
+def test_contents_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave an empty file in the place of a good one."""
+    fsync, flushed = os.fsync, []
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, path.read_text()))
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", flush)
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert flushed == [(path.stat().st_ino, "old")]
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_metrics_of_an_interrupted_write(tmp_path: Path) -> None:
