@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import signal
@@ -16,14 +17,19 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_train_model import in_their_order
 from training import SMALL, flags, losses, write_text
 
-from llama import Llama
+from benchmarks.transformers_peer import config_of
+from llama import Llama, Tokenizer, Transformer
 from llama.conversion import convert
+from llama.convert.hf_config import hf_name
 from llama.formats import open_checkpoint
 from llama.train.loop import train
-from llama.train.report import Report, read_metrics
+from llama.train.optimizer import initialize
+from llama.train.report import Report, read_metrics, replacing
 from llama.train.settings import Settings
+from llama.train.state import open_data
 from llama.verification import verify
 
 ROOT = Path(__file__).parent.parent
@@ -66,10 +72,44 @@ def test_same_seed_same_losses(tmp_path: Path, text: Path, whole: Path) -> None:
 
 
 def test_accumulated_batches_are_one(tmp_path: Path, text: Path, whole: Path) -> None:
-    settings = replace(SMALL, batch_size=1, accumulate=4)
-    train(text, tmp_path / "run", settings, device="cpu")
-    for ours, theirs in zip(losses(tmp_path / "run"), losses(whole), strict=True):
+    settings = replace(SMALL, eval_windows=4)  # of some twenty
+    train(text, tmp_path / "large", settings, device="cpu")
+    train(text, tmp_path / "small", replace(settings, batch_size=1, accumulate=4), device="cpu")
+    for ours, theirs in zip(losses(tmp_path / "small"), losses(tmp_path / "large"), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
+    last = losses(tmp_path / "large")[-1]["val_loss"]
+    assert last != losses(whole)[-1]["val_loss"]
+
+
+def test_losses_are_those_of_a_plain_loop(text: Path, whole: Path) -> None:
+    """Of transformers' model, torch's plain AdamW and arithmetic, from the same first weights."""
+    transformers = pytest.importorskip("transformers")
+    model = Transformer(SMALL.model_args(Tokenizer(whole / "tokenizer.model").n_words))
+    initialize(model, SMALL.seed)
+    theirs = transformers.LlamaForCausalLM(config_of(model.params))
+    weights = {hf_name(n): in_their_order(n, w, 16) for n, w in model.state_dict().items()}
+    theirs.load_state_dict(weights)
+    groups = [
+        {"params": [w for w in theirs.parameters() if w.dim() == dim], "weight_decay": decay}
+        for dim, decay in ((1, 0.0), (2, 0.1))
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), foreach=False)
+    ids, norms = open_data(text, whole, SMALL, 1)["train"], []
+    for step, line in enumerate(losses(whole)):
+        cosine = (1 + math.cos(math.pi * (step - 2) / 10)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.4 / 32 * ((step + 1) / 2 if step < 2 else cosine)
+        x, y = ids.batch(step, 4, 16, seed=1)
+        loss = F.cross_entropy(theirs(input_ids=x).logits.flatten(0, 1), y.flatten())
+        assert line["train_loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        gradients = [w.grad for w in theirs.parameters()]
+        norms.append(sum(float(g.square().sum()) for g in gradients) ** 0.5)
+        for gradient in gradients:
+            gradient *= min(1.0, 1.0 / norms[-1])
+        optimizer.step()
+    assert min(norms) < 1.0 < max(norms)  # so some are clipped
 
 
 def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
@@ -101,7 +141,7 @@ def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
 
 
 def test_best_is_kept(tmp_path: Path, text: Path) -> None:
-    """A learning rate that jumps late spoils the model; the checkpoint is the earlier one."""
+    """The model is spoilt before its last step; the checkpoint is the earlier one."""
     settings = replace(SMALL, lr=0.01, warmup=0, final_lr=1.0, steps=10)
     train(text, tmp_path / "run", settings, device="cpu")
     good = (tmp_path / "run" / "consolidated.00.pth").read_bytes()
@@ -139,6 +179,25 @@ def test_signal_and_resume(
     ours, theirs = contents(out), contents(whole)
     for name in ("consolidated.00.pth", "params.json", "tokenizer.model"):
         assert ours[name] == theirs[name]
+
+
+def test_contents_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut may leave an empty file in the place of a good one."""
+    fsync, flushed = os.fsync, []
+
+    def flush(descriptor: int) -> None:
+        fsync(descriptor)
+        flushed.append((os.fstat(descriptor).st_ino, path.read_text()))
+
+    path = tmp_path / "file"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", flush)
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert flushed == [(path.stat().st_ino, "old")]
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_metrics_of_an_interrupted_write(tmp_path: Path) -> None:
@@ -236,10 +295,42 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
     assert contents(whole) == before
 
 
+def test_one_run_at_a_time(
+    tmp_path: Path, text: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that goes on with a run that has not ended is refused; then it may."""
+    out, write, refused = tmp_path / "run", Report.write, []
+
+    def interfering(self: Report, line: dict[str, Any]) -> None:
+        write(self, line)
+        if line["step"] == 7:
+            command = [sys.executable, *flags(SMALL, text, out), "--resume"]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            refused.append((done.returncode, done.stderr))
+
+    monkeypatch.setattr(Report, "write", interfering)
+    train(text, out, SMALL, device="cpu")
+    ((code, message),) = refused
+    assert code == 2 and f"another process trains in {out}" in message
+    assert losses(out) == losses(whole)
+    assert train(text, out, SMALL, resume=True, device="cpu").step == 12
+
+
+def test_damaged_state(tmp_path: Path, text: Path) -> None:
+    train(text, tmp_path / "run", replace(SMALL, steps=1), device="cpu")
+    path = tmp_path / "run/train/last.pt"
+    whole = path.read_bytes()
+    for length in (0, 5000, len(whole) - 1):  # torch raises another error for each
+        path.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"last\.pt is damaged; start the run anew"):
+            train(text, tmp_path / "run", SMALL, resume=True, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
         (replace(SMALL, max_seq_len=9999), ValueError, "one window of context 9999 needs"),
+        (replace(SMALL, val_fraction=0.002), ValueError, "the validation split has .* ids, and"),
         (replace(SMALL, tokenizer="bpe:x"), ValueError, "must be bpe:N"),
         (replace(SMALL, parallel="ddp"), ValueError, "--parallel ddp needs: torchrun"),
     ],

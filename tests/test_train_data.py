@@ -217,6 +217,10 @@ def test_windows_cover_each_document_once(
         got += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
         assert torch.equal(x[:, 1:], y[:, :-1])
     assert got == expected
+    for most in (1, 3, 7):
+        few = list(split.windows(context, batch_size, most))
+        some = [[*a, b[-1]] for x, y in few for a, b in zip(x.tolist(), y.tolist(), strict=True)]
+        assert some == expected[:: -(-len(expected) // most) or 1] and len(some) <= most
     if split.ids.size > context:
         inside = {
             tuple(s[i : i + context]) for s in spans(lengths, 8 * context) for i in range(999)

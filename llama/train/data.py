@@ -24,15 +24,14 @@ SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".md")
 FORMAT = 1  # of the files that `Corpus.tokenized` writes
 PASSAGE = 1 << 20  # characters encoded at a time
-# A document of as many contexts is never joined with another in a window.
-LONG = 8
+LONG = 8  # contexts: a stretch of text that windows stay inside has so many
 
 
 class Split:
     """The ids of one part of a corpus, and the windows of them that a model sees.
 
-    A window stays inside one document if that is long; documents shorter than 8 contexts are joined
-    with the next, the end and begin tokens between them.
+    A window stays inside one document, but documents shorter than 8 contexts are joined with the
+    next (the last with those before), the end and begin tokens between them.
 
     Args:
         name: in messages.
@@ -82,15 +81,27 @@ class Split:
         rows = torch.from_numpy(self.ids[first[:, None] + np.arange(context + 1)].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
-    def windows(self, context: int, batch_size: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """All windows in order, none overlapping: `batch` of up to `batch_size` rows at a time.
+    def windows(
+        self, context: int, batch_size: int = 1, most: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows in order, none overlapping: `batch` of up to `batch_size` rows at a time.
 
         Each id but the first of a document (or of those joined) is predicted once. Shorter windows,
         at the ends, come alone.
+
+        Args:
+            most: of more windows, take every second, third, ..., so that no more than these are
+                left. None is all.
         """
+        begins, ends = self._joined(context)
+        counts = -((begins - ends + 1) // context)  # windows of each span
+        every = 1 if most is None else max(1, -(-int(counts.sum()) // most))
+        before = 0  # windows, in the spans before
         rows: list[Tensor] = []
-        for begin, end in zip(*self._joined(context), strict=True):
-            for i in range(begin, end - 1, context):
+        for begin, end, count in zip(begins, ends, counts, strict=True):
+            first = begin + (-before % every) * context
+            before += count
+            for i in range(first, end - 1, every * context):
                 window = self.ids[i : min(i + context + 1, end)].astype(np.int64)
                 rows.append(torch.from_numpy(window))
                 short = len(window) <= context

@@ -35,6 +35,7 @@ from llama.train.report import Report, check_tensorboard
 from llama.train.settings import Settings
 from llama.train.signals import Stop
 from llama.train.state import (
+    alone,
     gather,
     load_state,
     open_data,
@@ -102,7 +103,7 @@ def train(
         device: None picks cuda, then mps, then cpu.
 
     Raises:
-        ValueError: the loss is no number (any more), or see `prepare` and `open_data`.
+        ValueError: the loss is no number (any more), or see `prepare`, `open_data` and `alone`.
         FileExistsError, FileNotFoundError, ImportError: as these.
         OSError: the disk is full. What was saved before is whole.
     """
@@ -115,16 +116,17 @@ def train(
         prepare(data, out, settings, ranks.size)
     ranks.wait()
     splits = open_data(data, out, settings, ranks.size)
-    trainer = Trainer(settings, splits, out, ranks)
-    if resume:
-        trainer.resume()
-    board = out / "train" / "tensorboard" if tensorboard else None
-    report = Report(out, trainer.result.step, board) if ranks.rank == 0 else None
-    try:
-        return trainer.run(report)
-    finally:
-        if report is not None:
-            report.close()
+    with alone(out) if ranks.rank == 0 else nullcontext():
+        trainer = Trainer(settings, splits, out, ranks)
+        if resume:
+            trainer.resume()
+        board = out / "train" / "tensorboard" if tensorboard else None
+        report = Report(out, trainer.result.step, board) if ranks.rank == 0 else None
+        try:
+            return trainer.run(report)
+        finally:
+            if report is not None:
+                report.close()
 
 
 class Trainer:
@@ -228,8 +230,7 @@ class Trainer:
     def validation_loss(self) -> float:
         """Mean cross-entropy in nats over the windows of the validation split, on all ranks."""
         s, ranks, split = self.settings, self.ranks, self.splits["validation"]
-        stride = -(-(len(split) // s.max_seq_len) // s.eval_windows) or 1
-        batches = islice(split.windows(s.max_seq_len, s.batch_size), 0, None, stride)
+        batches = split.windows(s.max_seq_len, s.batch_size, s.eval_windows)
         nats, count = 0.0, 0
         while group := list(islice(batches, ranks.size)):
             mine = ranks.rank < len(group)  # others compute too: under FSDP all have to

@@ -20,6 +20,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())  # a rename may reach the disk before what was written
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -12,9 +12,11 @@ DIR/                  a checkpoint: the model with the lowest validation loss so
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,25 @@ def open_data(data: str | Path, out: Path, settings: Settings, ranks: int) -> di
     return corpus.tokenized(tokenizer, out / "train")
 
 
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """A block in which no other process of this machine may train in `out`.
+
+    Raises:
+        ValueError: one does.
+    """
+    with open(out / "train" / "settings.json", encoding="utf-8") as f:
+        try:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains in {out}; wait for it, or end it") from None
+        except (ImportError, OSError):  # a system, or a file system, that has no locks
+            pass
+        yield
+
+
 def save(path: Path, content: dict[str, Any]) -> None:
     """Replace `path` by a torch file of `content`, whole or not at all.
 
@@ -133,7 +154,9 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
+            raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start the run anew ({reason})") from None
     assert isinstance(state, dict)
