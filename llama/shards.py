@@ -6,6 +6,7 @@ Knows how fairscale's shards make up whole weights. Shards are mapped; nothing i
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import pickle
 from collections.abc import Collection
@@ -91,7 +92,9 @@ def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str
             f"{path} holds more than weights and could run code when loaded; it was refused. "
             f"Get the official file. ({str(e).splitlines()[0]})"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as e:
+    except (RuntimeError, EOFError, ValueError, OSError) as e:
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
+            raise
         raise ValueError(
             f"{path} is truncated or is not a torch checkpoint; download it again. "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"

@@ -92,6 +92,8 @@ def damage(folder: Path, kind: str) -> None:
         pth.write_bytes(pth.read_bytes()[:-1000])
     elif kind == "half":
         pth.write_bytes(pth.read_bytes()[: pth.stat().st_size // 2])
+    elif kind == "the first 20,000 bytes":  # torch looks for the end in the last 64 KiB
+        pth.write_bytes(pth.read_bytes()[:20000])
     elif kind == "empty file":
         pth.write_bytes(b"")
     elif kind == "web page":
@@ -134,6 +136,7 @@ BAD = {
     "params a list": (ValueError, "JSON object"),
     "truncated": (ValueError, "download it again"),
     "half": (ValueError, "download it again"),
+    "the first 20,000 bytes": (ValueError, "download it again"),
     "empty file": (ValueError, "download it again"),
     "web page": (ValueError, r"consolidated\.00\.pth"),
     "pickle bomb": (ValueError, "could run code"),
