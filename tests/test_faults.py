@@ -68,6 +68,12 @@ def test_a_shard_that_one_rank_lacks(folder: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_rank_that_fails_while_quantizing(folder: str) -> None:
+    """The other waits for its numbers then."""
+    _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", folder, "--fault", "quantize"))
+    assert told == ["job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"]
+
+
 def test_a_mistake_of_all_ranks_is_told_once(folder: str) -> None:
     _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", "/nowhere"))
     assert told == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
