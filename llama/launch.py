@@ -64,6 +64,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def alone() -> bool:
+    """Whether it is the only one of its job."""
+    return not launched() or os.environ["WORLD_SIZE"] == "1"
+
+
 def environment() -> Launch:
     """What the environment says; one process if it says nothing.
 
@@ -100,7 +105,7 @@ def _integer(name: str, least: int, most: int) -> int:
 
 def local_rank() -> int:
     """This process's number on its machine, which is also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
 
 
 def leader() -> bool:
