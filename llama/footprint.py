@@ -145,19 +145,20 @@ class Footprint:
         return sum(parts.values()) + activations
 
     def collectives(self) -> int:
-        """How often the ranks communicate in a step: for the embedding, twice a layer, logits."""
-        return 2 * self.args.n_layers + 2 if self.ranks > 1 else 0
+        """In a step: one for the embedding, two a layer, one for the logits, one for drawn ids."""
+        return 2 * self.args.n_layers + 3 if self.ranks > 1 else 0
 
     def sent(self) -> int:
         """Bytes that a rank sends for each token that is decoded, by ring algorithms.
 
-        All collectives but the last sum dim numbers over the n ranks, for which a rank sends
-        2 (n - 1) / n of them. The last gathers logits: it passes n - 1 times a rank's part on.
+        For the embedding and twice a layer, dim numbers are summed over the n ranks, for which a
+        rank sends 2 (n - 1) / n of them. Gathering logits, it passes n - 1 times a rank's part on.
+        The drawn id itself is not counted.
         """
         n = self.ranks
         if n == 1:
             return 0
-        summed = (self.collectives() - 1) * self.args.dim * self.itemsize
+        summed = (2 * self.args.n_layers + 1) * self.args.dim * self.itemsize
         part = rank_shapes(self.args, n)["output.weight"][0] * self.itemsize
         return 2 * (n - 1) * summed // n + (n - 1) * part
 

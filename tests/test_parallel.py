@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.args import rank_counts
+from llama.footprint import Footprint
 from llama.formats import open_checkpoint
 from llama.source import rank_part
 
@@ -126,11 +127,13 @@ def test_ranks_give_one_ranks_ids(
 ) -> None:
     found = results(torchrun(n, str(SCRIPT), "cases", *folders))
     assert len(found) == n
+    args = open_checkpoint(folders[0]).args()
     for result in found:
         for got, want in zip(result["generated"], of_one_rank, strict=True):
             assert_equal(got, want)
         # Two a layer, the embedding; the logits; the ids that the first rank drew.
         assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert sum(result["communicated"].values()) == Footprint(args, False, n).collectives()
         assert result["mistakes"] == found[0]["mistakes"]
     nowhere, one_nowhere, length, weights, heads, asked, after = found[0]["mistakes"]
     assert nowhere == "FileNotFoundError: no checkpoint folder at /nowhere; check ckpt_dir"
