@@ -131,6 +131,7 @@ def test_ranks_give_one_ranks_ids(
     for result in found:
         for got, want in zip(result["generated"], of_one_rank, strict=True):
             assert_equal(got, want)
+        assert result["gradient"] == pytest.approx(rank_cases.gradient(folders[0]), abs=1e-4)
         # Two a layer, the embedding; the logits; the ids that the first rank drew.
         assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
         assert sum(result["communicated"].values()) == Footprint(args, False, n).collectives()
