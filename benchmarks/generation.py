@@ -36,11 +36,11 @@ from llama.sampling import Sampling
 GREEDY = Sampling(0.0)
 
 
-def build(shape: str, rows: int, length: int, dtype: str) -> Transformer:
+def build(shape: str, rows: int, length: int, dtype: str, device: str | None = None) -> Transformer:
     source = RandomSource(SHAPES[shape])
     args = source.args(max_seq_len=length, max_batch_size=rows)
-    device = checkpoint.pick_device(None)
-    model = checkpoint.load(source, args, device, getattr(torch, dtype))
+    picked = checkpoint.pick_device(device)
+    model = checkpoint.load(source, args, picked, getattr(torch, dtype))
     model.setup_cache(rows, length)
     return model
 

@@ -28,7 +28,7 @@ from llama.checkpoint import tune
 def worker(shape: str, dtype: str, prompt: int, new: int) -> None:
     """One rank: generates whenever a line comes; the first rank tells how fast."""
     parallel.initialize(None, torch.device("cpu"))
-    model = build(shape, 1, prompt + new, dtype)
+    model = build(shape, 1, prompt + new, dtype, "cpu")
     tune(model, None, exact=False)
     system, prompts = Ours(model), random_prompts(SHAPES[shape]["vocab_size"], [prompt])
     while parallel.share(sys.stdin.readline() if launch.leader() else None):

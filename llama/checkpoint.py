@@ -27,9 +27,13 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
-    """`device`, or the best there is: cuda, then mps, then cpu. A rank gets its own GPU."""
+    """`device`, or the best there is: cuda, then mps, then cpu. A rank gets its own GPU.
+
+    Raises:
+        ValueError: it is not there.
+    """
     if device is None:
-        mps = torch.backends.mps.is_available()
+        mps = torch.backends.mps.is_available() and launch.alone()  # where ranks do not communicate
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         picked = torch.device(device)
@@ -40,8 +44,15 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if picked.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-        if picked.index is None and launch.launched():
+        own = picked.index is None and launch.launched()
+        if own:
             picked = torch.device("cuda", launch.local_rank())
+        if picked.index is not None and picked.index >= (count := torch.cuda.device_count()):
+            raise ValueError(
+                f"torch finds {count} GPU(s) here, and no {picked}: start no more ranks on a "
+                "machine than it has, or hide them (CUDA_VISIBLE_DEVICES=) to use its CPU"
+            )
+        if own:
             torch.cuda.set_device(picked)  # nccl communicates on the current device
     return picked
 

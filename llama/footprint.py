@@ -15,7 +15,6 @@ from llama.quantize import BLOCK, GROUPS, TILE
 from llama.source import possible_ranks, rank_shapes
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-GROUP = GROUPS[0]  # what `linears.quantized` takes unless told otherwise
 PREFILL_CHUNK = 512  # as `Engine` has it
 # Drawing an id over the whole vocabulary: logits, probabilities, both sorted, sums, ids of int64.
 DRAW_BYTES = 32
@@ -28,7 +27,7 @@ class Footprint:
     Attributes:
         tied: the output's weights are the embedding's.
         dtype: "bf16", "fp16" or "fp32": of weights that are not quantized, cache, activations.
-        quantize: "int8", "int4" or None; see `linears.quantized`.
+        quantize, group: "int8", "int4" or None, and int4's groups; see `linears.quantized`.
 
     Raises:
         ValueError: it cannot be built so.
@@ -39,18 +38,22 @@ class Footprint:
     ranks: int = 1
     dtype: str = "bf16"
     quantize: str | None = None
+    group: int = GROUPS[0]
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"unknown dtype {self.dtype!r}; use one of {list(DTYPE_BYTES)}")
         if self.quantize is not None:
-            check_scheme(self.quantize)
-        possible = possible_ranks(self.args, self.quantize)
+            check_scheme(self.quantize, self.group)
+        possible = self.possible_ranks()
         if type(self.ranks) is not int or self.ranks not in possible:
             scheme = f" in {self.quantize}" if self.quantize else ""
             raise ValueError(
                 f"{self.ranks!r} ranks cannot share this model{scheme}; use one of {possible}"
             )
+
+    def possible_ranks(self) -> list[int]:
+        return possible_ranks(self.args, self.quantize, self.group)
 
     @property
     def itemsize(self) -> int:
@@ -77,7 +80,7 @@ class Footprint:
         if self.quantize == "int8" or kind == "output":
             return rows * (columns + 4)  # codes, and a scale in fp32
         padded = -(-rows // TILE) * TILE
-        return padded * (columns // 2 + columns // GROUP * 4)  # codes; scale and zero in bf16
+        return padded * (columns // 2 + columns // self.group * 4)  # codes; scale and zero in bf16
 
     def cache_token(self) -> int:
         """Bytes of keys and values of one position of one row."""
@@ -142,19 +145,20 @@ class Footprint:
         return sum(parts.values()) + activations
 
     def collectives(self) -> int:
-        """How often the ranks communicate in a step: for the embedding, twice a layer, logits."""
-        return 2 * self.args.n_layers + 2 if self.ranks > 1 else 0
+        """In a step: one for the embedding, two a layer, one for the logits, one for drawn ids."""
+        return 2 * self.args.n_layers + 3 if self.ranks > 1 else 0
 
     def sent(self) -> int:
         """Bytes that a rank sends for each token that is decoded, by ring algorithms.
 
-        All collectives but the last sum dim numbers over the n ranks, for which a rank sends
-        2 (n - 1) / n of them. The last gathers logits: it passes n - 1 times a rank's part on.
+        For the embedding and twice a layer, dim numbers are summed over the n ranks, for which a
+        rank sends 2 (n - 1) / n of them. Gathering logits, it passes n - 1 times a rank's part on.
+        The drawn id itself is not counted.
         """
         n = self.ranks
         if n == 1:
             return 0
-        summed = (self.collectives() - 1) * self.args.dim * self.itemsize
+        summed = (2 * self.args.n_layers + 1) * self.args.dim * self.itemsize
         part = rank_shapes(self.args, n)["output.weight"][0] * self.itemsize
         return 2 * (n - 1) * summed // n + (n - 1) * part
 

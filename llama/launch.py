@@ -64,6 +64,11 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def alone() -> bool:
+    """Whether it is the only one of its job."""
+    return not launched() or os.environ["WORLD_SIZE"] == "1"
+
+
 def environment() -> Launch:
     """What the environment says; one process if it says nothing.
 
@@ -100,7 +105,7 @@ def _integer(name: str, least: int, most: int) -> int:
 
 def local_rank() -> int:
     """This process's number on its machine, which is also the number of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    return _integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
 
 
 def leader() -> bool:
@@ -113,7 +118,7 @@ def leader() -> bool:
 def timeout() -> timedelta:
     """How long a rank may keep the others waiting within a step."""
     text = os.environ.get(TIMEOUT, "60")
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         if 0 < (seconds := float(text)) < math.inf:
             return timedelta(seconds=seconds)
     raise ValueError(f"{TIMEOUT}={text} in the environment must be a number of seconds")
@@ -253,9 +258,10 @@ def find_lost(ranks: Sequence[int]) -> Fault | None:
         silent = [0]  # which served the store
     if not silent:
         return None
+    others = "".join(f", nor {rank}" for rank in silent[1:])
     why = (
-        f"rank {silent[0]} no longer answers: it ended, was killed (perhaps for want of memory), "
-        f"or kept the others waiting for {timeout().total_seconds():g} s"
+        f"rank {silent[0]} no longer answers{others}: it ended, was killed (perhaps for want of "
+        f"memory), or kept the others waiting for {timeout().total_seconds():g} s"
     )
     return _record(Fault(silent[0], RankError.__name__, why))
 

@@ -57,8 +57,9 @@ def open_model(
     torch.manual_seed(seed)
     with parallel.together():
         model = checkpoint.load(source, args, device, dtype)
-    with parallel.together():  # ranks communicate here, and wait no longer than in a step
+    with parallel.guarded():  # ranks communicate here, and one that fails must wake the others
         checkpoint.tune(model, None if source.quantization else quantize, exact)
+    with parallel.together():
         model.setup_cache(max_batch_size, max_seq_len)
     if launch.leader():
         print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)

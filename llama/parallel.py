@@ -41,8 +41,8 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
         device: nccl serves a CUDA device, gloo any other.
 
     Raises:
-        ValueError: the size does not divide the world, another size is already in use, or the
-            ranks cannot meet.
+        ValueError: the size does not divide the world, another size is already in use, the
+            device cannot communicate, or the ranks cannot meet.
         RankError: another rank failed.
     """
     world = dist.get_world_size() if dist.is_initialized() else launch.environment().world
@@ -61,6 +61,10 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
         return
     if world == 1 and not dist.is_initialized():
         return
+    if wanted > 1 and device.type not in ("cuda", "cpu"):
+        raise ValueError(
+            f'several ranks cannot share a model on {device.type}; build with device="cpu"'
+        )
     with guarded(several=True):
         _join(wanted, "nccl" if device.type == "cuda" else "gloo")
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import Any
 
 from llama.args import ModelArgs
+from llama.checkpoint import check_quantize
 from llama.footprint import PREFILL_CHUNK, Footprint
 from llama.formats import open_checkpoint
 from llama.inspection import CONTEXT, LONG_CONTEXT
-from llama.source import possible_ranks
+from llama.quantize import GROUPS
 
 LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
 # params.json of the releases from 3.1 on; 1B and 3B are tied.
@@ -70,13 +71,16 @@ def plan(
     ]
     if (shape is None) == (ckpt_dir is None):
         raise ValueError("give one of --shape and --ckpt_dir")
+    group = GROUPS[0]
     if shape is not None:
         args, tied = release(shape)
     else:
         assert ckpt_dir is not None
         source = open_checkpoint(ckpt_dir)
         args, tied = source.args(), source.tied
-    footprint = Footprint(args, tied, ranks, dtype, quantize)
+        check_quantize(source, args, quantize)
+        quantize, group = source.quantization or (quantize, group)
+    footprint = Footprint(args, tied, ranks, dtype, quantize, group)
     figures = report(footprint, batch, context, *sizes)
     return json.dumps(figures) if as_json else as_text(figures)
 
@@ -159,7 +163,7 @@ def report(
         "ranks_a_kv_head": max(footprint.ranks // args.kv_heads, 1),
         "weights_by_kind": footprint.weights(), **footprint.memory(batch, context),
         "needed": footprint.needed(batch, context),
-        "possible_ranks": possible_ranks(args, footprint.quantize),
+        "possible_ranks": footprint.possible_ranks(),
         "sent_a_token": footprint.sent(), "collectives_a_step": footprint.collectives(),
         "read_a_step": footprint.read(batch, context),
     }  # fmt: skip

@@ -83,6 +83,18 @@ def generate_by(model: Transformer) -> dict[str, Any]:
     return found | {"told": told, "reused": again.reused, "again": again.tokens}
 
 
+def gradient(folder: str | Path) -> list[float]:
+    """Of the first norm, which every rank has all of."""
+    source = open_checkpoint(folder)
+    model = checkpoint.load(source, source.args(), CPU, torch.float32)
+    weight = next(w for name, w in model.named_parameters() if "attention_norm" in name)
+    weight.requires_grad_()
+    model(torch.tensor([SHARED])).logsumexp(-1).sum().backward()
+    assert weight.grad is not None
+    found: list[float] = weight.grad.tolist()
+    return found
+
+
 def communicated(model: Transformer) -> dict[str, int]:
     """Collectives of one decode step."""
     engine, count = Engine(model), Counter[str]()
@@ -166,6 +178,7 @@ def cases(*folders: str) -> dict[str, Any]:
     parallel.initialize(None, CPU)
     return {
         "generated": [generate(folder) for folder in folders],
+        "gradient": gradient(folders[0]),
         "communicated": communicated(load(folders[0])),
         "mistakes": mistakes(list(folders)),
     }

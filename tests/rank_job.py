@@ -14,17 +14,20 @@ import time
 
 import torch
 
-from llama import Llama, launch
+from llama import Llama, launch, linears
 from llama.command_line import run
 from llama.request import Request
 from llama.sampling import Sampling
 
 
 def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:
-    """Generate; rank 1 fails at its tenth step, or looks for its files elsewhere."""
+    """Generate; rank 1 fails at its tenth step or quantizing, or looks for its files elsewhere."""
     one = not launch.leader()
     folder = elsewhere if one and elsewhere else ckpt_dir
-    llama = Llama.build(folder, None, 200, 1, device="cpu", dtype=torch.float32)
+    scheme = "int8" if fault == "quantize" else None
+    if scheme and one:
+        linears.quantize_int8 = lambda *_: fail("memory")  # type: ignore[assignment]
+    llama = Llama.build(folder, None, 200, 1, device="cpu", dtype=torch.float32, quantize=scheme)
     steps = 0
 
     def watch() -> None:

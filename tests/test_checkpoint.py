@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, parallel
 from llama.checkpoint import load, pick_device, pick_dtype
 from llama.formats import open_checkpoint
 from llama.shards import read_params
@@ -203,3 +203,33 @@ def test_device_and_dtype() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="no GPU"):
             pick_device("cuda")
+
+
+def second_rank(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
+    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank}
+    for name, value in (names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it on a machine of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    second_rank(monkeypatch, "1")
+    for device in (None, "cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=r"finds 1 GPU\(s\) here, and no cuda:1: start no"):
+            pick_device(device)
+    second_rank(monkeypatch, "one")
+    with pytest.raises(ValueError, match="LOCAL_RANK=one in the environment must be a number"):
+        pick_device("cuda")
+
+
+def test_several_ranks_leave_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it on such a machine: neither gloo nor nccl serves it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device(None).type == "mps"
+    second_rank(monkeypatch, "1")
+    assert pick_device(None) == CPU
+    with pytest.raises(ValueError, match="several ranks cannot share a model on mps"):
+        parallel.initialize(None, torch.device("mps"))

@@ -68,6 +68,12 @@ def test_a_shard_that_one_rank_lacks(folder: str, tmp_path: Path) -> None:
     ]
 
 
+def test_a_rank_that_fails_while_quantizing(folder: str) -> None:
+    """The other waits for its numbers then."""
+    _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", folder, "--fault", "quantize"))
+    assert told == ["job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"]
+
+
 def test_a_mistake_of_all_ranks_is_told_once(folder: str) -> None:
     _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", "/nowhere"))
     assert told == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
@@ -220,8 +226,17 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
     timer.join()
 
 
+def test_all_lost_ranks_are_named(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them may only be busy, such as rank 0 while a person types."""
+    monkeypatch.setattr(launch, "ANSWER_WITHIN", 0.1)
+    launch.store().set("lives/1", "")
+    fault = launch.find_lost([0, 1, 2, 3])
+    assert fault is not None
+    assert fault.text.startswith("rank 2 no longer answers, nor 3: it ended, was killed")
+
+
 def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    for wrong in ("", "soon", "0", "nan", "inf"):
+    for wrong in ("", "soon", "0", "nan", "inf", "1e300"):
         monkeypatch.setenv(launch.TIMEOUT, wrong)
         with pytest.raises(ValueError, match=r"LLAMA3_RANK_TIMEOUT=.* a number of seconds"):
             launch.timeout()

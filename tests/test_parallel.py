@@ -19,6 +19,7 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
 from llama.args import rank_counts
+from llama.footprint import Footprint
 from llama.formats import open_checkpoint
 from llama.source import rank_part
 
@@ -126,11 +127,14 @@ def test_ranks_give_one_ranks_ids(
 ) -> None:
     found = results(torchrun(n, str(SCRIPT), "cases", *folders))
     assert len(found) == n
+    args = open_checkpoint(folders[0]).args()
     for result in found:
         for got, want in zip(result["generated"], of_one_rank, strict=True):
             assert_equal(got, want)
+        assert result["gradient"] == pytest.approx(rank_cases.gradient(folders[0]), abs=1e-4)
         # Two a layer, the embedding; the logits; the ids that the first rank drew.
         assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert sum(result["communicated"].values()) == Footprint(args, False, n).collectives()
         assert result["mistakes"] == found[0]["mistakes"]
     nowhere, one_nowhere, length, weights, heads, asked, after = found[0]["mistakes"]
     assert nowhere == "FileNotFoundError: no checkpoint folder at /nowhere; check ckpt_dir"
@@ -152,12 +156,12 @@ def test_replicas_run_alone(folders: list[str]) -> None:
 
 
 def test_two_nodes(folders: list[str], of_one_rank: list[dict[str, Any]]) -> None:
-    """Two torchrun agents that meet on loopback."""
-    port = free_port()
-    launcher = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
-    launcher += ["--rdzv_id=two-nodes", "--local_addr=127.0.0.1"]
+    """Two torchrun agents that meet on loopback, by the flags that docs/scaling.md gives."""
+    launcher = ["--nnodes=2", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     command = [str(SCRIPT), "one", folders[3]]
-    nodes = [start_torchrun(1, *command, launcher=launcher) for _ in range(2)]
+    nodes = [
+        start_torchrun(1, *command, launcher=[*launcher, f"--node_rank={i}"]) for i in range(2)
+    ]
     outputs = [node.communicate(timeout=240) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], [err[-2000:] for _, err in outputs]
     for result in results("".join(out for out, _ in outputs)):

@@ -17,6 +17,7 @@ from llama.conversion import quantize
 from llama.formats import open_checkpoint
 from llama.inspection import describe, rank_bytes
 from llama.linears import exchange, quantized
+from llama.plan import plan
 from llama.quantize import dequantize_int4, dequantize_int8
 from llama.source import Source, possible_ranks, rank_part, weight_shapes
 
@@ -140,7 +141,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, scheme: str, size: in
 
 
 @pytest.mark.parametrize(("name", "scheme", "group"), CASES)
-def test_inspect_lists_the_ranks(at: Path, name: str, scheme: str, group: int) -> None:
+def test_inspect_and_plan_tell_the_ranks(at: Path, name: str, scheme: str, group: int) -> None:
     """With the bytes that the first of them is given."""
     source = open_checkpoint(at / f"{name}-{scheme}-{group}")
     args = source.args()
@@ -156,6 +157,15 @@ def test_inspect_lists_the_ranks(at: Path, name: str, scheme: str, group: int) -
     )
     text = describe(source)
     assert [int(line[12:16]) for line in text.splitlines() if "of weights each" in line] == possible
+    how: dict[str, Any] = {"shape": None, "ckpt_dir": str(source.path), "batch": 1, "context": 8}
+    how |= {"dtype": "fp32", "quantize": None, "as_json": True}
+    how |= dict.fromkeys(("device_memory", "memory_bandwidth", "interconnect"))
     for n in possible:
+        figures = json.loads(plan(ranks=n, **how))
         parts = [checkpoint.read_part(source, stored, args, 0, n) for stored in source.shapes()]
         assert rank_bytes(source, args, n) == sum(part.nbytes for part in parts)
+        assert figures["weights"] == sum(part.nbytes for part in parts)
+        assert figures["possible_ranks"] == possible
+    other = {"int8": "int4", "int4": "int8"}[scheme]
+    with pytest.raises(ValueError, match=f"quantized already, to {scheme}"):
+        plan(ranks=1, **how | {"quantize": other})
