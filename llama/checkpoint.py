@@ -186,15 +186,24 @@ def has_tinygemm(device: torch.device) -> bool:
 
 
 def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:
-    """One line on what was loaded; bytes are this rank's, without the KV cache."""
+    """What was loaded, in a line, and whether its rows are longer than those it was trained for.
+
+    Bytes are this rank's, without the KV cache.
+    """
     distinct = {w.data_ptr(): w for w in model.state_dict().values()}.values()
     parameters = parameter_count(model.params, source.tied)
     size = sum(w.nbytes for w in distinct)
     w = model.norm.weight
     held = source.quantization[0] if source.quantization else quantize
     kind = str(w.dtype).removeprefix("torch.") + (f" and {held}" if held else "")
+    longer, room = "", model.params.max_seq_len
+    if room > source.context:
+        longer = (
+            f"\nIt was trained for {source.context} tokens in a row: what lies beyond them "
+            f"(max_seq_len {room}) makes little sense to it"
+        )
     return (
         f"Loaded {source.path}: {parameters:,} parameters, {kind} "
         f"on {w.device}, {source.n_shards} shard(s) -> {parallel.size()} rank(s), "
-        f"{size / 1e9:.2f} GB, {seconds:.1f} s"
+        f"{size / 1e9:.2f} GB, {seconds:.1f} s{longer}"
     )

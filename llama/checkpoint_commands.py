@@ -40,7 +40,7 @@ class CheckpointCommands:
 
         print(quantize(src, dst, scheme, group))
 
-    def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int = 8192) -> None:
+    def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int | None = None) -> None:
         """Tell what checkpoint PATH is and what it needs, with a cache of that batch and length."""
         from llama.formats import open_checkpoint
         from llama.inspection import describe

@@ -32,7 +32,7 @@ class Commands(CheckpointCommands, TrainCommands):
         min_p: float = 0.0,
         stop: str | None = None,
         max_gen_len: int = 64,
-        max_seq_len: int = 2048,
+        max_seq_len: int | None = None,
         seed: int = 1,
         quantize: str | None = None,
         compile: bool = False,
@@ -50,7 +50,7 @@ class Commands(CheckpointCommands, TrainCommands):
             min_p: draw from tokens at least this times as probable as the most probable one.
             stop: a text that ends the continuation.
             max_gen_len: most tokens to generate.
-            max_seq_len: most tokens of prompt and answer together.
+            max_seq_len: most tokens of prompt and answer; by default as trained, at most 4096.
             seed: the same seed draws the same tokens.
             quantize: int8 or int4 holds the layers' weights so.
             compile: decode by a compiled step.
@@ -82,7 +82,7 @@ class Commands(CheckpointCommands, TrainCommands):
         top_k: int = 0,
         min_p: float = 0.0,
         max_gen_len: int | None = None,
-        max_seq_len: int = 4096,
+        max_seq_len: int | None = None,
         seed: int = 1,
         quantize: str | None = None,
         compile: bool = False,
@@ -98,7 +98,7 @@ class Commands(CheckpointCommands, TrainCommands):
             top_k: draw from so many most probable tokens; 0 is no limit.
             min_p: draw from tokens at least this times as probable as the most probable one.
             max_gen_len: most tokens of an answer; by default all that fits.
-            max_seq_len: most tokens of the whole dialog.
+            max_seq_len: most tokens of the whole dialog; by default as trained, at most 4096.
             seed: the same seed draws the same tokens.
             quantize: int8 or int4 holds the layers' weights so.
             compile: decode by a compiled step.
@@ -126,7 +126,7 @@ class Commands(CheckpointCommands, TrainCommands):
         *,
         ckpt_dir: str | None = None,
         tokenizer_path: str | None = None,
-        context: int = 2048,
+        context: int | None = None,
         stride: int | None = None,
         max_batch_size: int = 1,
         quantize: str | None = None,
@@ -137,7 +137,7 @@ class Commands(CheckpointCommands, TrainCommands):
         Args:
             ckpt_dir: a checkpoint of any layout; by default the demo model.
             tokenizer_path: its tokenizer.model; by default the one that came with it.
-            context: tokens of the sliding window.
+            context: tokens of the sliding window; by default as trained, at most 4096.
             stride: tokens it moves on each time; by default half of it. Each token is predicted
                 from at least context - stride tokens before it (but for the first ones).
             max_batch_size: windows computed at once.
@@ -148,9 +148,10 @@ class Commands(CheckpointCommands, TrainCommands):
         from llama.scoring import check_windows, read_text
 
         text = read_text(file)
-        stride = check_windows(context, stride)
-        context = min(context, len(text.encode()) + 2)  # more than its tokens are never needed
-        stride = min(stride, context - 1)
+        if context is not None:
+            stride = check_windows(context, stride)
+            context = min(context, len(text.encode()) + 2)  # more than its tokens are never needed
+            stride = min(stride, context - 1)
         llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1, quantize)
         result = llama.perplexity(parallel.share(text), stride=stride)
         if launch.leader():
@@ -172,7 +173,7 @@ class Commands(CheckpointCommands, TrainCommands):
 def _build(
     ckpt_dir: str | None,
     tokenizer_path: str | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     batch: int,
     seed: int,
     quantize: str | None,

@@ -149,11 +149,9 @@ def _verify(gguf: Path) -> None:
 
 def checkpoint_or_demo(
     ckpt_dir: str | Path | None, tokenizer_path: str | Path | None
-) -> tuple[Path, Path]:
-    """(ckpt_dir, tokenizer_path), the second by default in the first; the demo model's for None."""
+) -> tuple[Path, Path | None]:
+    """(ckpt_dir, tokenizer_path), as `Llama.build` takes them; the demo model for None."""
     if ckpt_dir is None and tokenizer_path is not None:
         raise ValueError("tokenizer_path without ckpt_dir: give both, or neither for the demo")
     folder = ensure_demo_model() if ckpt_dir is None else Path(str(ckpt_dir))
-    if tokenizer_path is None:
-        return folder, folder / "tokenizer.model"
-    return folder, Path(str(tokenizer_path))
+    return folder, None if tokenizer_path is None else Path(str(tokenizer_path))

@@ -70,15 +70,14 @@ class Engine:
         self._thread = 0  # the only one, with several ranks
 
     def add(self, request: Request) -> int:
-        """Queue a request; it takes part from the next step on.
-
-        Returns:
-            its id.
+        """Queue a request, which takes part from the next step on; its id.
 
         Raises:
             TypeError, ValueError: the request cannot be run. Others are not touched.
         """
         self.check(request)
+        if parallel.size() > 1:
+            parallel.agree(request.facts())
         with self._changed:
             request.begin(self._room(), self.model.norm.weight.device)
             self._added += 1

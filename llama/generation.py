@@ -26,7 +26,7 @@ class Llama(Streaming):
     def build(
         ckpt_dir: str | Path,
         tokenizer_path: str | Path | None,
-        max_seq_len: int,
+        max_seq_len: int | None,
         max_batch_size: int,
         model_parallel_size: int | None = None,
         seed: int = 1,
@@ -43,7 +43,7 @@ class Llama(Streaming):
             ckpt_dir: a folder in Meta's layout (`params.json`, `consolidated.*.pth`) or Hugging
                 Face's (`config.json`, `*.safetensors`), or a GGUF file.
             tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
-            max_seq_len: most tokens a row may have, prompt and answer together.
+            max_seq_len: most tokens of prompt and answer together; None: as trained, at most 4096.
             max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
                 max_batch_size x max_seq_len positions.
             model_parallel_size: ranks that share the model; None takes all that run. Fewer make

@@ -7,11 +7,9 @@ from math import prod
 
 from llama.args import ModelArgs
 from llama.quantize import TILE
-from llama.source import Source, possible_ranks, rank_part, weight_shapes
+from llama.source import CONTEXT, Source, possible_ranks, rank_part, weight_shapes
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
-# Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
-CONTEXT, LONG_CONTEXT = 8192, 131072
 
 
 def parameter_count(args: ModelArgs, tied: bool) -> int:
@@ -28,16 +26,18 @@ def cache_bytes(args: ModelArgs, batch: int, seq: int, dtype_bytes: int = 2) -> 
     return batch * seq * 2 * args.n_layers * args.kv_heads * args.head_dim * dtype_bytes
 
 
-def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -> str:
+def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = None) -> str:
     """An aligned text: sizes, memory and rank counts of an open checkpoint.
 
     Args:
         max_batch_size: rows of the KV cache that is counted.
-        max_seq_len: tokens in each row.
+        max_seq_len: tokens in each row; by default those it was trained for, at most 8192.
 
     Raises:
         ValueError: impossible sizes, or weights that do not fit them; see `Source.args`.
     """
+    if max_seq_len is None:
+        max_seq_len = min(CONTEXT, source.context)
     args = source.args(max_batch_size=max_batch_size, max_seq_len=max_seq_len)
     weights = sum(_stored_bytes(source).values())
     cache = cache_bytes(args, max_batch_size, max_seq_len)
@@ -54,7 +54,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int = 8192) -
         ("read as" if source.layout == "gguf" else "stored as", _kind(source, args)),
         *[("", f"embedding and norms in {_dtypes(source)}")] * (source.quantization is not None),
         ("weights", f"{_size(weights)} ({weights:,} bytes)"),
-        ("context", f"trained for {LONG_CONTEXT if args.use_scaled_rope else CONTEXT} tokens"),
+        ("context", f"trained for {source.context} tokens"),
         ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),
         ("KV cache", f"{_size(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
         ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),

@@ -89,7 +89,7 @@ def environment() -> Launch:
     rank = _integer("RANK", 0, world - 1)
     if world == 1:
         return Launch()
-    _integer("MASTER_PORT", 0, 65535)
+    _integer("MASTER_PORT", 1, 65535)
     return Launch(rank, world, _integer("LOCAL_RANK", 0, rank))
 
 
@@ -121,7 +121,7 @@ def timeout() -> timedelta:
     with suppress(ValueError, OverflowError):
         if 0 < (seconds := float(text)) < math.inf:
             return timedelta(seconds=seconds)
-    raise ValueError(f"{TIMEOUT}={text} in the environment must be a number of seconds")
+    raise ValueError(f"{TIMEOUT}={text} in the environment must be seconds, more than 0")
 
 
 _store: dist.Store | None = None
@@ -200,11 +200,11 @@ def compare(facts: dict[int, dict[str, Any]]) -> None:
     """Raise a ValueError that names the first fact, by rank, in which two ranks differ."""
     first = min(facts)
     for rank in sorted(facts):
-        for name, value in facts[rank].items():
-            if value != facts[first].get(name):
+        for name in facts[first] | facts[rank]:
+            one, other = facts[first].get(name), facts[rank].get(name)
+            if one != other:
                 raise ValueError(
-                    f"the ranks differ in {name}: {facts[first].get(name)} on rank {first}, "
-                    f"{value} on rank {rank}"
+                    f"the ranks differ in {name}: {one} on rank {first}, {other} on rank {rank}"
                 )
 
 
@@ -261,7 +261,7 @@ def find_lost(ranks: Sequence[int]) -> Fault | None:
     others = "".join(f", nor {rank}" for rank in silent[1:])
     why = (
         f"rank {silent[0]} no longer answers{others}: it ended, was killed (perhaps for want of "
-        f"memory), or kept the others waiting for {timeout().total_seconds():g} s"
+        f"memory), or kept the others waiting for {timeout().total_seconds():g} s ({TIMEOUT})"
     )
     return _record(Fault(silent[0], RankError.__name__, why))
 

@@ -17,11 +17,13 @@ from llama.model import Transformer
 from llama.request import check_seed
 from llama.tokenizer import Tokenizer
 
+UNASKED = 4096  # tokens in a row, at most, where nobody says how many
+
 
 def open_model(
     ckpt_dir: str | Path,
     tokenizer_path: str | Path | None,
-    max_seq_len: int,
+    max_seq_len: int | None,
     max_batch_size: int,
     model_parallel_size: int | None,
     seed: int,
@@ -46,6 +48,8 @@ def open_model(
     parallel.initialize(model_parallel_size, device)
     with parallel.together():
         source = open_checkpoint(ckpt_dir)
+        if max_seq_len is None:
+            max_seq_len = min(source.context, UNASKED)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         checkpoint.check_quantize(source, args, quantize)
         tokenizer = open_tokenizer(source, tokenizer_path)

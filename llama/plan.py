@@ -13,8 +13,8 @@ from llama.args import ModelArgs
 from llama.checkpoint import check_quantize
 from llama.footprint import PREFILL_CHUNK, Footprint
 from llama.formats import open_checkpoint
-from llama.inspection import CONTEXT, LONG_CONTEXT
 from llama.quantize import GROUPS
+from llama.source import CONTEXT, LONG_CONTEXT
 
 LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
 # params.json of the releases from 3.1 on; 1B and 3B are tied.
@@ -77,7 +77,7 @@ def plan(
     else:
         assert ckpt_dir is not None
         source = open_checkpoint(ckpt_dir)
-        args, tied = source.args(), source.tied
+        args, tied = source.args(max_seq_len=source.context), source.tied
         check_quantize(source, args, quantize)
         quantize, group = source.quantization or (quantize, group)
     footprint = Footprint(args, tied, ranks, dtype, quantize, group)
@@ -95,7 +95,9 @@ def release(name: str) -> tuple[ModelArgs, bool]:
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {name!r}; use one of {[*SHAPES, *RELEASES]}")
     args = ModelArgs(**SHAPES[shape])
-    return replace(args, use_scaled_rope=not name.startswith("3-")), shape in TIED
+    scaled = not name.startswith("3-")
+    context = LONG_CONTEXT if scaled else CONTEXT
+    return replace(args, use_scaled_rope=scaled, max_seq_len=context), shape in TIED
 
 
 def parse_size(text: str, name: str, rate: bool = False) -> int:
@@ -115,8 +117,8 @@ def parse_size(text: str, name: str, rate: bool = False) -> int:
     except ValueError:
         bits = "; 8 bits (b) are a byte (B)" if re.search("[kKMGT]i?b", text) else ""
         raise ValueError(f"{name} {text!r} is no size; write it as {example}{bits}") from None
-    if not 1 <= size < math.inf:
-        raise ValueError(f"{name} must be at least a byte and finite, not {text!r}")
+    if not 10**6 <= size < math.inf:  # "80" is a forgotten unit
+        raise ValueError(f"{name} {text!r} is {size:g} bytes; write it as {example}")
     return round(size)
 
 
@@ -159,7 +161,7 @@ def report(
         "n_kv_heads": args.kv_heads, "hidden_dim": args.hidden_dim, "vocab_size": args.vocab_size,
         "tied": footprint.tied, "dtype": footprint.dtype, "quantize": footprint.quantize,
         "ranks": footprint.ranks, "batch": batch, "context": context,
-        "trained_context": LONG_CONTEXT if args.use_scaled_rope else CONTEXT,
+        "trained_context": args.max_seq_len,
         "ranks_a_kv_head": max(footprint.ranks // args.kv_heads, 1),
         "weights_by_kind": footprint.weights(), **footprint.memory(batch, context),
         "needed": footprint.needed(batch, context),

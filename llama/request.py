@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -108,6 +109,18 @@ class Request:
                 raise ValueError(
                     f"{name} holds the token id {token}; ids are 0 to {vocab_size - 1}"
                 )
+
+    def facts(self) -> dict[str, Any]:
+        """What several ranks must ask alike, else they wait for each other; how, the first says."""
+        content = zlib.crc32(repr([int(token) for token in self.prompt]).encode())
+        return {
+            "the prompt": f"{len(self.prompt)} tokens ({content:08x})",
+            "max_gen_len": None if self.max_gen_len is None else int(self.max_gen_len),
+            "score_from": None if self.score_from is None else int(self.score_from),
+            "stop_tokens": sorted(int(token) for token in self.stop_tokens),
+            "logprobs": self.logprobs,
+            "reuse": self.reuse,
+        }
 
     def begin(self, room: int, device: torch.device) -> None:
         """Make ready to run in a cache row of `room` positions."""

@@ -21,7 +21,7 @@ from llama.source import Source, shard_dim
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What inference itself decides; params.json may name it, and is not asked.
-DECIDED_AT_BUILD = {"max_batch_size", "max_seq_len"}
+DECIDED_AT_BUILD = {"max_batch_size"}
 # What this library adds for quantized weights; see `llama.quantized_shard`.
 QUANTIZATION = "quantization"
 # Tables that old checkpoints carry although they follow from params.json.

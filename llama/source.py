@@ -16,6 +16,8 @@ from torch import Tensor
 
 from llama.args import ModelArgs, rank_counts, vocabulary_share
 
+# Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
+CONTEXT, LONG_CONTEXT = 8192, 131072
 # The dimension along which fairscale's layout splits a weight; norms are on every rank.
 SHARD_DIM = {
     "wq": 0, "wk": 0, "wv": 0, "wo": 1,
@@ -115,6 +117,12 @@ class Source(ABC):
     tied: bool = False
     quantization: tuple[str, int] | None = None
 
+    @property
+    def context(self) -> int:
+        """Tokens in a row that it was trained for: as the files say, else as the releases were."""
+        released = LONG_CONTEXT if self.params.get("use_scaled_rope") else CONTEXT
+        return int(self.params.get("max_seq_len", released))
+
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """{Meta's name: whole shape} of what the files hold, "output.weight" included if tied."""
@@ -149,8 +157,8 @@ class Source(ABC):
         norm = hashlib.sha256(
             repr(sizes).encode() + self.read("norm.weight").float().numpy().tobytes()
         )
-        params = hashlib.sha256(repr(sorted(self.params.items())).encode())
-        return {"params.json": params.hexdigest()[:8], "the weights": norm.hexdigest()[:8]}
+        params = {f"params.json's {name}": repr(value) for name, value in self.params.items()}
+        return params | {"the weights": norm.hexdigest()[:8]}
 
     def args(self, **build: int) -> ModelArgs:
         """Sizes of the model; `build` gives max_seq_len and max_batch_size.

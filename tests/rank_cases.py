@@ -138,7 +138,10 @@ def mistakes(folders: list[str]) -> list[str]:
         text_of(lambda: build(str(Path(folders[0]).with_name("three")))),
     ]
     engine = Engine(load(folders[0]))
-    engine.add(Request([2 if second else 1, 3], 9, Sampling(0.0)))
+    longer = [3] if second else [3, 4]
+    told.append(text_of(lambda: engine.add(Request([1, *longer], 9, Sampling(0.0)))))
+    ids = [engine.add(Request([i, 3], 9, Sampling(0.0))) for i in (1, 2)]
+    engine.cancel(ids[second])
     told.append(text_of(lambda: [engine.step() for _ in range(2)]))  # the first rank sees it later
     return [*told, text_of(parallel.size)]
 

@@ -212,4 +212,4 @@ def test_params_are_complete(folder: Path, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no tokenizer"):
         dst = convert(folder, tmp_path / "out")
     got = json.loads((dst / "params.json").read_text())
-    assert got["vocab_size"] == SMALL["vocab_size"] and "max_seq_len" not in got
+    assert got["vocab_size"] == SMALL["vocab_size"] and got["max_seq_len"] == 7

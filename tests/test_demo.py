@@ -258,8 +258,8 @@ def test_cache_dir(
 
 
 def test_checkpoint_or_demo(demo_dir: Path) -> None:
-    assert demo.checkpoint_or_demo(None, None) == (demo_dir, demo_dir / "tokenizer.model")
-    assert demo.checkpoint_or_demo("a", None) == (Path("a"), Path("a/tokenizer.model"))
+    assert demo.checkpoint_or_demo(None, None) == (demo_dir, None)
+    assert demo.checkpoint_or_demo("a", None) == (Path("a"), None)
     assert demo.checkpoint_or_demo("a", "b") == (Path("a"), Path("b"))
     with pytest.raises(ValueError, match="ckpt_dir"):
         demo.checkpoint_or_demo(None, "b")

@@ -136,12 +136,13 @@ def test_ranks_give_one_ranks_ids(
         assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
         assert sum(result["communicated"].values()) == Footprint(args, False, n).collectives()
         assert result["mistakes"] == found[0]["mistakes"]
-    nowhere, one_nowhere, length, weights, heads, asked, after = found[0]["mistakes"]
+    nowhere, one_nowhere, length, weights, heads, prompt, asked, after = found[0]["mistakes"]
     assert nowhere == "FileNotFoundError: no checkpoint folder at /nowhere; check ckpt_dir"
     assert one_nowhere == f"RankError: rank 1: {nowhere}"
     assert length == "ValueError: the ranks differ in max_seq_len: 16 on rank 0, 17 on rank 1"
     assert "the ranks differ in the weights" in weights
     assert f"{n} ranks cannot split 3 heads" in heads and "use one of [1, 3] ranks" in heads
+    assert prompt.startswith("ValueError: the ranks differ in the prompt: 3 tokens (")
     assert "rank 1: RuntimeError: rank 0 was asked something else" in asked and after == asked
 
 

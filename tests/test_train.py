@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,9 @@ from benchmarks.transformers_peer import config_of
 from llama import Llama, Tokenizer, Transformer
 from llama.conversion import convert
 from llama.convert.hf_config import hf_name
+from llama.demo import checkpoint_or_demo
 from llama.formats import open_checkpoint
+from llama.inspection import describe
 from llama.train.loop import train
 from llama.train.optimizer import initialize
 from llama.train.report import Report, read_metrics, replacing
@@ -123,6 +126,13 @@ def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
 
     convert(whole, tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "back")
+    # Nothing takes it for a model of longer texts; nobody has to say where the tokenizer is.
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["max_position_embeddings"] == 16
+    for folder in (whole, tmp_path / "hf"):
+        assert "trained for 16 tokens" in describe(open_checkpoint(folder))
+        found = Llama.build(*checkpoint_or_demo(str(folder), None), None, 1, device="cpu")
+        assert found.model.params.max_seq_len == 16
     back = Llama.build(tmp_path / "back", None, 16, 2, device="cpu", dtype=torch.float32)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
@@ -138,6 +148,13 @@ def test_checkpoint(tmp_path: Path, text: Path, whole: Path) -> None:
     expected = F.cross_entropy(torch.cat(logits), ids[1:])
     best = min(line["val_loss"] for line in losses(whole) if "val_loss" in line)
     assert best == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_longer_than_trained(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Llama.build(whole, None, 16, 1, device="cpu")
+    assert "was trained for" not in capsys.readouterr().err
+    Llama.build(whole, None, 17, 1, device="cpu")
+    assert "was trained for 16 tokens in a row" in capsys.readouterr().err
 
 
 def test_best_is_kept(tmp_path: Path, text: Path) -> None:
@@ -286,6 +303,8 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
         train(text, whole, SMALL)
     with pytest.raises(FileNotFoundError, match="holds no run to go on with"):
         train(text, tmp_path / "none", SMALL, resume=True)
+    with pytest.raises(FileExistsError, match="exists already; choose another folder for --out"):
+        train(text, text, SMALL)
     other = replace(SMALL, dim=64, seed=3)
     with pytest.raises(ValueError, match="dim was 32 and is now 64; seed was 1 and is now 3"):
         train(text, whole, other, resume=True)
@@ -293,6 +312,10 @@ def test_refused(tmp_path: Path, text: Path, whole: Path) -> None:
     with pytest.raises(ValueError, match="is not what it was"):
         train(changed, whole, SMALL, resume=True)
     assert contents(whole) == before
+    gone = shutil.copytree(whole, tmp_path / "gone") / "consolidated.00.pth"
+    gone.unlink()
+    with pytest.raises(FileNotFoundError, match=r"consolidated.00.pth, the model of step \d+, is"):
+        train(text, tmp_path / "gone", SMALL, resume=True, device="cpu")
 
 
 def test_one_run_at_a_time(
@@ -329,8 +352,8 @@ def test_damaged_state(tmp_path: Path, text: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (replace(SMALL, max_seq_len=9999), ValueError, "one window of context 9999 needs"),
-        (replace(SMALL, val_fraction=0.002), ValueError, "the validation split has .* ids, and"),
+        (replace(SMALL, max_seq_len=9999), ValueError, "one window needs 10000"),
+        (replace(SMALL, val_fraction=0.002), ValueError, "the validation split has .* tokens, and"),
         (replace(SMALL, tokenizer="bpe:x"), ValueError, "must be bpe:N"),
         (replace(SMALL, parallel="ddp"), ValueError, "--parallel ddp needs: torchrun"),
     ],

@@ -282,7 +282,7 @@ def test_ids_take_the_bytes_they_need(extra: int, dtype: str, tmp_path: Path) ->
     ("content", "message"),
     [
         (b"ab\0cd", r"a\.txt, byte 2: a NUL"),
-        (b"ab\xff", r"a\.txt, byte 2: 0xff; it is not UTF-8"),
+        (b"ab\xff", r"a\.txt, byte 2: 0xff is not UTF-8"),
         (b"\xef\xbb\xbfab\xff", r"a\.txt, byte 5: 0xff"),
         ("é".encode("latin-1"), r"a\.txt, byte 0: 0xe9"),
         ("text".encode("utf-16"), r"a\.txt, byte 3: a NUL"),
@@ -316,9 +316,11 @@ def test_a_split_shorter_than_a_window(tmp_path: Path) -> None:
     _, _, splits = open_corpus(tmp_path, {"a.txt": poem(0, 100)})
     splits["train"].check(90)
     for name, context in (("train", 91), ("validation", 5), ("test", 6)):
-        with pytest.raises(ValueError, match=f"the {name} split has {context} ids.*{context + 1};"):
+        with pytest.raises(
+            ValueError, match=f"the {name} split has {context} tokens.*{context + 1},"
+        ):
             splits[name].check(context)
-    with pytest.raises(ValueError, match=r"validation split has 5 ids.*fraction for validation"):
+    with pytest.raises(ValueError, match=r"validation split has 5 tokens.*larger --val_fraction"):
         splits["validation"].batch(0, 1, 64)
     with pytest.raises(ValueError, match="rank 2 of 2"):
         splits["train"].batch(0, 1, 8, rank=2, world=2)

@@ -137,6 +137,8 @@ def test_learning_rate() -> None:
     assert rates[110] == pytest.approx(0.2)
     assert Settings(dim=256).peak_lr == Settings(dim=128).peak_lr / 2
     assert Settings(warmup=0, lr=1.0).lr_at(0) == 1.0
+    short = Settings(steps=4, warmup=100, lr=1.0)  # it still falls
+    assert [short.lr_at(step) for step in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,7 @@ def test_learning_rate() -> None:
         ({"lr": -1.0}, "lr must be a positive number, not -1.0"),
         ({"lr": math.nan}, "lr must be a positive number, not nan"),
         ({"lr": "fast"}, "lr must be a positive number, not 'fast'"),
+        ({"final_lr": 2.0}, "final_lr must be a number from 0 to 1, not 2.0"),
         ({"beta2": 1}, "beta2 must be a number from 0 to below 1, not 1"),
         ({"warmup": -1}, "warmup must be an integer from 0 on, not -1"),
         ({"dim": 30}, "dim 30 must be an even multiple of n_heads 4"),

@@ -127,6 +127,11 @@ class GGUFSource(Source):
         self.names = _plan(self.file, self.params)
         self.tied = self.names["output.weight"] == EMBEDDING
 
+    @property
+    def context(self) -> int:
+        """See `Source.context`."""
+        return self.file.count("llama.context_length", super().context)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {meta: self.file.shape(name) for meta, name in self.names.items()}
 

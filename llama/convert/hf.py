@@ -70,9 +70,16 @@ class HFSource(Source):
         self._weights: dict[str, _Weight] = {}
         for file in weight_files(self.path):
             self._add(file)
+        self._positions = config.get("max_position_embeddings")
         self.tied = self._is_tied(config.get("tie_word_embeddings", False))
         if self.tied and "tok_embeddings.weight" in self._weights:
             self._weights["output.weight"] = self._weights["tok_embeddings.weight"]
+
+    @property
+    def context(self) -> int:
+        """See `Source.context`."""
+        said = self._positions
+        return said if isinstance(said, int) and said > 0 else super().context
 
     def _add(self, path: Path) -> None:
         """Take up the names, shapes and dtypes of one file."""

@@ -47,10 +47,9 @@ def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
             "embeddings; give the model's own tokenizer"
         )
     stored = dtype or source.dtype("layers.0.attention.wq.weight")
-    context = 131072 if args.use_scaled_rope else 8192
-    write_json(folder / "config.json", config(args, tokenizer, stored, source.tied, context))
+    write_json(folder / "config.json", config(args, tokenizer, stored, source.tied, source.context))
     write_json(folder / "generation_config.json", token_ids(tokenizer))
-    write_tokenizer(tokenizer, folder, context)
+    write_tokenizer(tokenizer, folder, source.context)
     write_weights(source, args, folder, dtype)
 
 

@@ -34,7 +34,7 @@ class TrainCommands:
             accumulate: so many batches make one update.
             lr: the highest learning rate; by default 0.4 / dim.
             final_lr: what the last update still has of it, from 0 to 1.
-            warmup: updates until it is reached.
+            warmup: updates until it is reached, at most half of steps.
             grad_clip: longest gradient; 0 is any.
             val_fraction: of each file, its end, to tell the loss by; test_fraction of it is unused.
             eval_every: updates between evaluations, which also save and print a sample.

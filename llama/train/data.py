@@ -52,10 +52,11 @@ class Split:
         """Raise a ValueError unless there is a window of `context` ids and the one after it."""
         if len(self) > context:
             return
-        remedy = "" if self.name == "train" else f", a larger fraction for {self.name} (or 0)"
+        flag = {"validation": "--val_fraction", "test": "--test_fraction"}.get(self.name)
+        remedy = f", a larger {flag} (or 0)" if flag else ""
         raise ValueError(
-            f"the {self.name} split has {len(self)} ids, and one window of context {context} needs "
-            f"{context + 1}; give more text, a shorter context{remedy}"
+            f"the {self.name} split has {len(self)} tokens, and one window needs {context + 1}, "
+            f"max_seq_len and one; give more text, a smaller --max_seq_len{remedy}"
         )
 
     def batch(
@@ -279,11 +280,11 @@ def _read(path: Path) -> str:
         ValueError: it is not UTF-8, or has a NUL byte.
     """
     content = path.read_bytes()
-    remedy = "it is not UTF-8 text; convert it, or leave it out"
+    remedy = "convert it to UTF-8 text, or leave it out"
     if (nul := content.find(0)) >= 0:
-        raise ValueError(f"{path}, byte {nul}: a NUL; {remedy}")
+        raise ValueError(f"{path}, byte {nul}: a NUL, as in binary files and UTF-16; {remedy}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         at = content.index(e.object) + e.start  # which lacks a byte order mark
-        raise ValueError(f"{path}, byte {at}: 0x{content[at]:02x}; {remedy}") from None
+        raise ValueError(f"{path}, byte {at}: 0x{content[at]:02x} is not UTF-8; {remedy}") from None

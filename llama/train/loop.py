@@ -158,6 +158,12 @@ class Trainer:
             state = load_state(self.state_path)
             scatter(self.objective, self.optimizer, state)
             self.result = Result(**state["result"])
+            model = self.out / "consolidated.00.pth"
+            if self.result.best_step and not model.exists():
+                raise FileNotFoundError(
+                    f"{model}, the model of step {self.result.best_step}, is gone; put it back, or "
+                    "start the run anew in another folder"
+                )
 
     def run(self, report: Report | None) -> Result:
         """All steps that are left, or until a signal comes. Only the first rank has a report."""

@@ -67,7 +67,8 @@ class Settings:
             self._check(name, int, lambda n: n >= 0, "an integer from 0 on")
         for name in ("val_fraction", "test_fraction", "beta1", "beta2"):
             self._check(name, float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
-        for name in ("weight_decay", "grad_clip", "final_lr"):
+        self._check("final_lr", float, lambda x: 0 <= x <= 1, "a number from 0 to 1")
+        for name in ("weight_decay", "grad_clip"):
             self._check(name, float, lambda x: 0 <= x < math.inf, "a number from 0 on")
         if self.lr is not None:
             self._check("lr", float, lambda x: 0 < x < math.inf, "a positive number")
@@ -93,9 +94,10 @@ class Settings:
 
         `final_lr` is a part of the peak; arXiv:1608.03983 without restarts.
         """
-        if step < self.warmup:
-            return self.peak_lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        warmup = min(self.warmup, self.steps // 2)
+        if step < warmup:
+            return self.peak_lr * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.steps - warmup)
         cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
         return self.peak_lr * (self.final_lr + (1 - self.final_lr) * cosine)
 

@@ -47,9 +47,9 @@ def prepare(data: str | Path, out: Path, settings: Settings, ranks: int) -> None
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
     if out.exists():
-        raise FileExistsError(
-            f"{out} exists already; --resume goes on with the run in it, or choose another folder"
-        )
+        run = (out / "train" / "settings.json").is_file()
+        remedy = "--resume goes on with the run in it, or choose" if run else "choose"
+        raise FileExistsError(f"{out} exists already; {remedy} another folder for --out")
     corpus = Corpus(data, settings.val_fraction, settings.test_fraction)
     with new_folder(out) as folder:
         texts, training = corpus.texts(), corpus.texts("train")
@@ -92,7 +92,9 @@ def open_data(data: str | Path, out: Path, settings: Settings, ranks: int) -> di
     """
     path = out / "train" / "settings.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{out} holds no run to go on with; start one without --resume")
+        raise FileNotFoundError(
+            f"{out} holds no run to go on with; start one without --resume, in a new folder"
+        )
     known = json.loads(path.read_text(encoding="utf-8"))
     differences = settings.differences(known["settings"], ranks)
     corpus = Corpus(data, settings.val_fraction, settings.test_fraction)
