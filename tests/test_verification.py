@@ -16,7 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from llama import verification
+from llama import damage, verification
+from llama.damage import damaged_entry
 from llama.formats import open_checkpoint
 from llama.source import Source
 from llama.verification import recognise, verify
@@ -171,6 +172,47 @@ def test_damage(good: Path, kind: str) -> None:
     (good / "checklist.chk").unlink(missing_ok=True)
     problem = only_problem(good)
     assert said in problem and str(good) in problem
+
+
+def overwrite(path: Path, entry: str, at: int = 0) -> None:
+    """Another byte in an entry of a torch checkpoint."""
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        header = archive.getinfo(entry).header_offset
+    at += header + 30 + sum(struct.unpack_from("<HH", raw, header + 26))  # after name and padding
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+
+
+def test_overwritten_numbers(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite ones that no checklist tells: the archive's own checksums do, once for each file."""
+    (good / "checklist.chk").unlink()
+    monkeypatch.setattr(damage, "MIB", 100)
+    split(good, 2)
+    assert verify(good, open_checkpoint) == []
+    for i, (entry, at) in enumerate((("data/3", 333), ("data/2", 4))):
+        overwrite(good / f"consolidated.0{i}.pth", f"consolidated.0{i}/{entry}", at)
+    overwrite(good / "consolidated.01.pth", "consolidated.01/data/5")
+    assert verify(good, open_checkpoint) == [
+        f"{good / f'consolidated.0{i}.pth'} is damaged (consolidated.0{i}/{entry} is not as it was "
+        "written); download it again"
+        for i, entry in enumerate(("data/3", "data/2"))
+    ]
+
+
+def test_archives_without_checksums(good: Path) -> None:
+    """torch leaves 0 where it is told to compute none; a pickle from before torch 1.6 has none."""
+    (good / "checklist.chk").unlink()
+    weights = torch.load(good / PTH, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, good / PTH)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert verify(good, open_checkpoint) == []
+    overwrite(good / PTH, "consolidated.00/data/3")
+    assert verify(good, open_checkpoint) == []
+    torch.save(weights, good / PTH, _use_new_zipfile_serialization=False)
+    assert damaged_entry(good / PTH) is None
 
 
 def test_gap_in_the_shards(good: Path) -> None:
