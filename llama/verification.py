@@ -28,7 +28,7 @@ SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 SUM = re.compile(r"\s*([0-9a-fA-F]{32})\s+\*?(?:\./)?([^/\\\0]+?)\s*")  # a name, never a path
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".pth", ".safetensors", ".gguf")
-AGAIN = "download it again"
+AGAIN = "get or make it again"
 NUMBERS_AT_ONCE = 1 << 22  # weights are looked through in pieces of so many: 16 MB in fp32
 
 

@@ -125,13 +125,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "link to nothing": (
         lambda d: ((d / PTH).unlink(), (d / PTH).symlink_to(d / "gone")),
-        f"{PTH} is a link to nothing; download it again",
+        f"{PTH} is a link to nothing; get or make it again",
     ),
     "a folder": (lambda d: ((d / PTH).unlink(), (d / PTH).mkdir()), f"{PTH} is missing"),
-    "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; download it again"),
-    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; download it again"),
+    "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; get or make it again"),
+    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or make it again"),
     "XML": (lambda d: (d / PTH).write_bytes(b"<?xml?><Error>"), "is a message of the server"),
-    "empty": (lambda d: (d / PTH).write_bytes(b""), f"{PTH} is empty; download it again"),
+    "empty": (lambda d: (d / PTH).write_bytes(b""), f"{PTH} is empty; get or make it again"),
     "tokenizer LFS": (
         lambda d: (d / "tokenizer.model").write_bytes(LFS), "tokenizer.model is a Git-LFS pointer",
     ),
@@ -155,7 +155,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown key": (lambda d: edit_params(d, window=5), "window"),
     "NaN": (
         lambda d: poison(d, "layers.1.feed_forward.w2.weight", float("nan")),
-        "NaN or infinite: layers.1.feed_forward.w2.weight; download it again",
+        "NaN or infinite: layers.1.feed_forward.w2.weight; get or make it again",
     ),
     "infinity": (lambda d: poison(d, "norm.weight", float("inf")), "infinite: norm.weight;"),
     "-infinity": (
@@ -194,7 +194,7 @@ def test_overwritten_numbers(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     overwrite(good / "consolidated.01.pth", "consolidated.01/data/5")
     assert verify(good, open_checkpoint) == [
         f"{good / f'consolidated.0{i}.pth'} is damaged (consolidated.0{i}/{entry} is not as it was "
-        "written); download it again"
+        "written); get or make it again"
         for i, entry in enumerate(("data/3", "data/2"))
     ]
 
@@ -271,8 +271,8 @@ def test_checklist(good: Path) -> None:
     ("line", "said"),
     [
         ("0" * 32 + "  other.bin", "other.bin is missing and in checklist.chk; download it"),
-        ("0" * 32 + "  ../other", "no 'MD5 filename' on line 6; download it again"),
-        ("no sums", "no 'MD5 filename' on line 6; download it again"),
+        ("0" * 32 + "  ../other", "no 'MD5 filename' on line 6; get or make it again"),
+        ("no sums", "no 'MD5 filename' on line 6; get or make it again"),
         ("0" * 32 + " *params.json", "params.json is not as published: MD5"),
     ],
 )
@@ -449,7 +449,7 @@ def test_gguf_cut_anywhere(good: Path, tmp_path: Path, whole_gguf: bytes) -> Non
 def test_gguf_of_nonsense(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 4000)
-    assert "a.gguf is damaged; download it again" in only_problem(path)
+    assert "a.gguf is damaged; get or make it again" in only_problem(path)
     nested = struct.pack("<IQ", 9, 1) * 5000  # an array of an array of an array ...
     path.write_bytes(
         b"GGUF"
