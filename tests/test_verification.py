@@ -129,7 +129,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a folder": (lambda d: ((d / PTH).unlink(), (d / PTH).mkdir()), f"{PTH} is missing"),
     "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; get or make it again"),
-    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or make it again"),
+    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or"),
     "XML": (lambda d: (d / PTH).write_bytes(b"<?xml?><Error>"), "is a message of the server"),
     "empty": (lambda d: (d / PTH).write_bytes(b""), f"{PTH} is empty; get or make it again"),
     "tokenizer LFS": (
