@@ -387,7 +387,9 @@ def test_damage_is_named(stored: Path, tmp_path: Path) -> None:
     edit(params, lambda p: p.pop("vocab_size"))
     assert "lacks 'vocab_size'; quantize it again" in problem()
     edit(params, lambda p: p.pop("quantization"))
-    assert f'{wq}.packed is of `llama3 quantize`, and the params.json beside it lacks "q' in problem()
+    assert (
+        f'{wq}.packed is of `llama3 quantize`, and the params.json beside it lacks "q' in problem()
+    )
     shutil.copy(pth, stored / "consolidated.01.pth")
     assert "has 2 shards; quantize it again" in problem()
 
