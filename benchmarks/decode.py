@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.flags import check_counts, check_model
 from benchmarks.generation import peak_anonymous, random_prompts
 from benchmarks.load import anonymous_bytes, resident_bytes
 from benchmarks.peers import OURS, Job, check_peers, make
@@ -30,7 +31,6 @@ from benchmarks.workers import Reader, Worker
 from llama import command_line
 
 READ_BYTES = 1 << 30  # of the memory whose reading is timed
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 class Measured:
@@ -158,25 +158,12 @@ def warn_of_memory(folder: Path) -> None:
 
 def check(shape: str, dtype: str, quantize: str | None, compile: bool, plot: str | None) -> None:
     """Raise a ValueError or ImportError for what cannot be measured, before anything is written."""
-    if shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
-    if quantize not in (None, "int8", "int4"):
-        raise ValueError(f"unknown scheme {quantize!r}; use int8 or int4, or leave it out")
+    check_model(shape, dtype, quantize)
     if plot is not None:
         if find_spec("matplotlib") is None:
             raise ImportError("--plot needs matplotlib: pip install 'llama3[bench]'")
         if Path(plot).suffix != ".png" or not Path(plot).absolute().parent.is_dir():
             raise ValueError(f"--plot {plot!r} must name a .png file in a folder that is there")
-
-
-def check_counts(**counts: int) -> None:
-    """Raise a ValueError unless each is an integer that makes sense."""
-    least = {"new": 2, "context": 0}
-    for name, value in counts.items():
-        if type(value) is not int or value < least.get(name, 1):
-            raise ValueError(f"--{name} must be {least.get(name, 1)} or more, not {value!r}")
 
 
 def main(

@@ -18,15 +18,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
-import fire
 import torch
 from torch import Tensor
 
+from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
-from llama import checkpoint
+from llama import checkpoint, command_line
 from llama.engine import Engine
 from llama.model import Transformer
 from llama.predictions import make_requests, run
@@ -37,6 +38,7 @@ GREEDY = Sampling(0.0)
 
 
 def build(shape: str, rows: int, length: int, dtype: str, device: str | None = None) -> Transformer:
+    check_model(shape, dtype)
     source = RandomSource(SHAPES[shape])
     args = source.args(max_seq_len=length, max_batch_size=rows)
     picked = checkpoint.pick_device(device)
@@ -94,6 +96,7 @@ def reference_loop(model: Any, prompts: list[list[int]], n: int) -> list[list[in
 
 def ragged(shape: str = "135m", dtype: str = "bfloat16", new: int = 64, runs: int = 3) -> None:
     """8 prompts of 16 to 512 tokens, against the reference's loop over Meta's model, greedy."""
+    check_counts(new=new, runs=runs)
     lengths = [16, 87, 158, 229, 299, 370, 441, 512]
     model = build(shape, 8, 576, dtype)
     meta = meta_model(model, SHAPES[shape], 8, 576)
@@ -116,6 +119,7 @@ def ragged(shape: str = "135m", dtype: str = "bfloat16", new: int = 64, runs: in
 
 def turns(shape: str = "135m", dtype: str = "bfloat16", history: int = 1000, runs: int = 5) -> None:
     """Time to first token of a turn of 20 tokens after `history`, cached and cold."""
+    check_counts(history=history, runs=runs)
     model = build(shape, 1, history + 100, dtype)
     [dialog] = random_prompts(model.vocab_size, [history + 20])
     engine = Engine(model)
@@ -158,6 +162,7 @@ def peak_anonymous(result: dict[str, float]) -> Any:
 
 def prefill(shape: str = "1b", dtype: str = "bfloat16", length: int = 8192) -> None:
     """Memory above weights and cache of one long prompt, and its speed."""
+    check_counts(length=length)
     model = build(shape, 1, length, dtype)
     for cache in model.caches():  # so that its pages are there before
         cache.k.fill_(0)
@@ -174,6 +179,7 @@ def overhead(shape: str = "135m", dtype: str = "bfloat16", rows: int = 8, steps:
 
     Random weights predict nothing; the low temperature makes distributions as sharp as a model's.
     """
+    check_counts(rows=rows, steps=steps)
     model = build(shape, rows, 256, dtype)
     prompts = random_prompts(model.vocab_size, [16] * rows)
     inside = 0.0
@@ -213,6 +219,8 @@ def steps(
     runs: int = 5,
 ) -> None:
     """A decoding step after 128 tokens, after `context`, and of several rows after 128, in turn."""
+    check_model(shape, dtype, quantize)
+    check_counts(context=context, rows=rows, runs=runs)
     model = build(shape, rows, context + 128, dtype)
     checkpoint.tune(model, quantize, exact=False)
     for cache in model.caches():  # any finite numbers take as long as real ones
@@ -246,5 +254,6 @@ def report(what: str, shape: str, dtype: str, **figures: float) -> None:
 
 
 if __name__ == "__main__":
-    commands = {"ragged": ragged, "turns": turns, "prefill": prefill}
-    fire.Fire(commands | {"overhead": overhead, "steps": steps})
+    commands = (ragged, turns, prefill, overhead, steps)
+    verbs = SimpleNamespace(**{command.__name__: command for command in commands})
+    command_line.run(verbs, "benchmarks.generation")

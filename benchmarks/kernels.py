@@ -16,13 +16,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 
-import fire
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import kernels
+from benchmarks.flags import check_counts
+from llama import command_line, kernels
 from llama.attention import fused_grouped_attention
 from llama.quantize import dequantize_int8
 
@@ -95,14 +96,39 @@ def measure(
         yield name, size / sorted(times[name])[len(times[name]) // 10] / 1e9
 
 
-def items(text: object) -> list[str]:
-    """ "1,2" -> ["1", "2"]; fire has made numbers and tuples of some."""
-    parts = text if isinstance(text, (list, tuple)) else str(text).split(",")
-    return [str(part) for part in parts]
+def counts(flag: str, text: str, example: str) -> list[tuple[int, ...]]:
+    """Of `linear`'s or `attention`'s flag: "8x16,8x32" -> [(8, 16), (8, 32)].
+
+    Raises:
+        ValueError: it is not like the example.
+    """
+    dimensions = len(example.split(",")[0].split("x"))
+    parts = [part.split("x") for part in str(text).split(",")]
+    if not all(len(part) == dimensions and all(map(is_count, part)) for part in parts):
+        raise ValueError(f"--{flag} must be counts such as {example}, not {text!r}")
+    return [tuple(map(int, part)) for part in parts]
+
+
+def is_count(text: str) -> bool:
+    return text.isdecimal() and int(text) > 0
+
+
+def begin(threads: int | None) -> None:
+    """Load the kernels, and say what they run on."""
+    if threads is not None:
+        check_counts(threads=threads)
+        torch.set_num_threads(threads)
+    if not kernels.load():
+        raise SystemExit("the kernels cannot be compiled here")
+    print(f"{torch.get_num_threads()} threads, {torch.ops.llama3.variants()[0]}")
 
 
 def linear(
-    rows: str = "1", shapes: str = SHAPES, only: str = "", threads: int = 0, seconds: float = 0.5
+    rows: str = "1",
+    shapes: str = SHAPES,
+    only: str = "",
+    threads: int | None = None,
+    seconds: float = 0.5,
 ) -> None:
     """Print the table.
 
@@ -111,19 +137,15 @@ def linear(
         shapes: NxK, separated by commas.
         only: names of columns; all if empty.
     """
-    if not kernels.load():
-        raise SystemExit("the kernels cannot be compiled here")
-    if threads:
-        torch.set_num_threads(threads)
-    print(f"{torch.get_num_threads()} threads, {torch.ops.llama3.variants()[0]}")
+    Ms, sizes = counts("rows", rows, "2,4,8"), counts("shapes", shapes, "8192x2048,2048x2048")
+    begin(threads)
     big = torch.arange(1 << 27)
-    for M in items(rows):
-        for shape in items(shapes):
-            N, K = (int(n) for n in shape.split("x"))
-            x = torch.randn(int(M), K).bfloat16()
+    for [M] in Ms:
+        for N, K in sizes:
+            x = torch.randn(M, K).bfloat16()
             calls: Calls = {"read": ([big.sum], big.nbytes)}
             for name, (operator, new) in contenders(x, N, K).items():
-                if only and name not in items(only):
+                if only and name not in only.split(","):
                     continue
                 size = sum(t.nbytes for t in new())
                 sets = [new() for _ in range(min(200, max(1, COLD_BYTES // size)))]
@@ -134,10 +156,10 @@ def linear(
             cells = []
             for name, speed in measure(calls, seconds):
                 cell = f"{name} {speed:5.1f}"
-                if M != "1" and name != "read":
-                    cell += f" ({speed / calls[name][1] * 2 * int(M) * N * K:.0f})"
+                if M > 1 and name != "read":
+                    cell += f" ({speed / calls[name][1] * 2 * M * N * K:.0f})"
                 cells.append(cell)
-            print(f"{shape:>12} x {M:<3} " + "  ".join(cells), flush=True)
+            print(f"{f'{N}x{K}':>12} x {M:<3} " + "  ".join(cells), flush=True)
 
 
 def attention(
@@ -145,18 +167,15 @@ def attention(
     kv_heads: int = 8,
     head_dim: int = 64,
     shapes: str = "1x128,1x1024,1x4096,128x128,512x512",
-    threads: int = 0,
+    threads: int | None = None,
     seconds: float = 1.0,
 ) -> None:
     """Print a line for each shape, queries x positions, the queries being the last positions."""
-    if not kernels.load():
-        raise SystemExit("the kernels cannot be compiled here")
-    if threads:
-        torch.set_num_threads(threads)
+    check_counts(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+    sizes = counts("shapes", shapes, "1x128,128x128")
+    begin(threads)
     ops = torch.ops.llama3
-    print(f"{torch.get_num_threads()} threads, {ops.variants()[0]}")
-    for shape in items(shapes):
-        T, S = (int(n) for n in shape.split("x"))
+    for T, S in sizes:
         positions = torch.arange(S - T, S).unsqueeze(0)
         mask = None if T in (1, S) else torch.arange(S) <= positions[0].unsqueeze(1)
         xq = torch.randn(1, T, heads, head_dim).bfloat16()
@@ -175,8 +194,9 @@ def attention(
         cells = [
             f"{name} {size / v / 1e6:8.3f} ms {v:5.1f} GB/s" for name, v in measure(calls, seconds)
         ]
-        print(f"{shape:>12}  " + "  ".join(cells), flush=True)
+        print(f"{f'{T}x{S}':>12}  " + "  ".join(cells), flush=True)
 
 
 if __name__ == "__main__":
-    fire.Fire({"linear": linear, "attention": attention})
+    verbs = SimpleNamespace(linear=linear, attention=attention)
+    command_line.run(verbs, "benchmarks.kernels")

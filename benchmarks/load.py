@@ -12,9 +12,7 @@ import json
 import time
 from pathlib import Path
 
-import fire
-
-from llama import Llama
+from llama import Llama, command_line
 
 
 def resident_bytes(kind: str) -> int:
@@ -51,4 +49,4 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    command_line.run(main, "benchmarks.load")

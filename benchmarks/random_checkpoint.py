@@ -12,11 +12,10 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch
 from torch import Tensor
 
-from llama import plan
+from llama import command_line, plan
 from llama.args import ModelArgs
 from llama.convert import new_folder
 from llama.convert.meta import write_meta
@@ -77,4 +76,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    command_line.run(main, "benchmarks.random_checkpoint")

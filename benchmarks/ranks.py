@@ -15,13 +15,13 @@ import subprocess
 import sys
 from typing import Any
 
-import fire
 import torch
 
+from benchmarks.flags import check_counts, check_model
 from benchmarks.generation import build, random_prompts
 from benchmarks.peers import Ours
 from benchmarks.random_checkpoint import SHAPES
-from llama import launch, parallel
+from llama import command_line, launch, parallel
 from llama.checkpoint import tune
 
 
@@ -79,6 +79,8 @@ def main(
     runs: int = 5,
 ) -> None:
     """Measure and print. See the file's head."""
+    check_model(shape, dtype)
+    check_counts(ranks=ranks, prompt=prompt, new=new, runs=runs)
     arguments = [shape, dtype, str(prompt), str(new)]
     one, several = Job(1, ranks, arguments), Job(ranks, 1, arguments)
     try:
@@ -111,4 +113,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        fire.Fire(main)
+        command_line.run(main, "benchmarks.ranks")

@@ -18,12 +18,12 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 
-import fire
 import torch
 from torch import Tensor, nn
 
 from benchmarks.report import machine
 from benchmarks.transformers_peer import config_of
+from llama import command_line
 from llama.checkpoint import pick_device
 from llama.convert.hf_config import hf_name
 from llama.convert.hf_export import halve
@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    command_line.run(main, "benchmarks.train")

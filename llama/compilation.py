@@ -8,10 +8,12 @@ of cached positions are symbols, so that no request makes it compile anew.
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +112,26 @@ class Graph:
         return self.out
 
 
+def check_cache() -> None:
+    """Have torch take a folder of its own, with a warning, for one that cannot be written.
+
+    It makes TORCHINDUCTOR_CACHE_DIR even where nothing is compiled, and fails if it cannot.
+    """
+    if not (chosen := os.environ.get("TORCHINDUCTOR_CACHE_DIR")):
+        return
+    try:
+        Path(chosen).mkdir(parents=True, exist_ok=True)
+        if not os.access(chosen, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as e:
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+        warnings.warn(
+            f"cannot keep what is compiled in {chosen} ({e}); set TORCHINDUCTOR_CACHE_DIR to a "
+            "folder of your own",
+            stacklevel=4,
+        )
+
+
 def compile_decoding(model: Transformer) -> bool:
     """Have the engine decode by a compiled step, and compile it now, for any number of rows.
 
@@ -131,7 +153,9 @@ def compile_decoding(model: Transformer) -> bool:
                 step(tokens, torch.zeros(n, dtype=torch.long, device=device), length)
     except Exception as e:  # dynamo's and inductor's own classes differ from release to release
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        warnings.warn(f"decoding is not compiled: {reason}", stacklevel=3)
+        needed = "triton and a C++ compiler" if step.graphed else "a C++ compiler"
+        remedy = f"it needs {needed}: install g++ or set CXX"
+        warnings.warn(f"decoding is not compiled: {reason}; {remedy}", stacklevel=3)
         return False
     finally:
         for cache in model.caches():

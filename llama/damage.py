@@ -1,13 +1,18 @@
-"""What is wrong with one file of a checkpoint, in plain words. Reads headers, not weights."""
+"""What is wrong with one file of a checkpoint, in plain words. `damage` reads headers only."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import zipfile
+import zlib
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
+
+from llama.progress import progress
 
 # A download that is not finished is often named so.
 UNFINISHED = (".incomplete", ".part", ".partial", ".tmp", ".crdownload", ".download", ".aria2")
@@ -21,6 +26,7 @@ MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit that the format sets it
 GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4
 MAX_GGUF_KEY, MAX_GGUF_DIMS = 65535, 4  # bytes, dimensions: the format's limits
+MIB = 1 << 20
 
 
 def recognise(path: Path) -> str | None:
@@ -56,6 +62,59 @@ def damage(path: Path) -> str | None:
         return wrong
     check = {".pth": _pth, ".safetensors": _safetensors, ".gguf": _gguf, ".json": _json}
     return check[path.suffix](path) if path.suffix in check else None
+
+
+def digest(path: Path, kind: str) -> str:
+    """The hash of a file, with a progress bar.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    made = hashlib.new(kind, usedforsecurity=False)
+    with open(path, "rb") as f:
+        for block in progress(_blocks(f), f"{kind} of {path.name}", _size(path), " MiB"):
+            made.update(block)
+    return made.hexdigest()
+
+
+def damaged_entry(path: Path) -> str | None:
+    """Whether what a torch checkpoint holds is what was written, with a progress bar.
+
+    Each entry has a CRC-32, or 0 where torch was told to compute none.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if not zipfile.is_zipfile(path):
+        return None  # from before torch 1.6
+    with zipfile.ZipFile(path) as archive:
+        made = [entry for entry in archive.infolist() if entry.CRC != 0]
+        read = (block for entry in made for block in _entry(archive, entry))
+        try:
+            for _ in progress(read, f"crc32 of {path.name}", _size(path), " MiB"):
+                pass
+        except ValueError as e:
+            return f"damaged ({e} is not as it was written)"
+    return None
+
+
+def _entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """What it holds; a ValueError that names it if that has another CRC-32."""
+    try:
+        with archive.open(entry) as f:
+            yield from _blocks(f)
+    except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError, struct.error, zlib.error):
+        raise ValueError(entry.filename) from None
+
+
+def _blocks(f: IO[bytes]) -> Iterator[bytes]:
+    while block := f.read(MIB):
+        yield block
+
+
+def _size(path: Path) -> int:
+    """In MiB."""
+    return -(-path.stat().st_size // MIB)
 
 
 def is_gguf(path: Path) -> bool:

@@ -51,7 +51,7 @@ class Llama(Streaming):
             seed: of torch's global generator; each group's first rank draws for all of it.
             device: None picks cuda, then mps, then cpu.
             dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
-            quantize: "int8" or "int4" holds the layers' weights so; None, as the checkpoint does.
+            quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
             exact: the reference's arithmetic, digit for digit, instead of what is fastest.
             compile: decode by a compiled step, on one rank; without a compiler warn and do without.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama import checkpoint, launch, parallel
-from llama.compilation import compile_decoding
+from llama.compilation import check_cache, compile_decoding
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.linears import check_scheme
 from llama.model import Transformer
@@ -39,10 +39,8 @@ def open_model(
         raise TypeError(f"model_parallel_size must be an integer, not {model_parallel_size!r}")
     if quantize is not None:
         check_scheme(quantize)
-    if exact and compile:
-        raise ValueError("a compiled step does not keep the reference's digits; choose one")
-    if compile and launch.environment().world > 1:
-        raise ValueError("a compiled step runs on one rank; leave compile out, or run one process")
+    check_switches(exact, compile)
+    check_cache()
     start, device = time.time(), checkpoint.pick_device(device)
     dtype = checkpoint.pick_dtype(dtype, device)
     parallel.initialize(model_parallel_size, device)
@@ -70,6 +68,17 @@ def open_model(
     if compile:
         compile_decoding(model)
     return model, tokenizer
+
+
+def check_switches(exact: bool, compile: bool) -> None:
+    """Raise a TypeError or ValueError unless `open_model` can take both."""
+    for name, value in (("exact", exact), ("compile", compile)):
+        if type(value) is not bool:
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    if exact and compile:
+        raise ValueError("a compiled step does not keep the reference's digits; choose one")
+    if compile and launch.environment().world > 1:
+        raise ValueError("a compiled step runs on one rank; leave compile out, or run one process")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

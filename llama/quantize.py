@@ -70,12 +70,21 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     if kernels.use("int8", x):
         y: Tensor = torch.ops.llama3.linear_int8(x, q, scale)
         return y
+    if (wide := _served(x)) is not x:
+        return linear_int8(wide, q, scale).to(x.dtype)
     if x.dtype == torch.float16:  # whose range unscaled products may leave
         return F.linear(x, dequantize_int8(q, scale).to(x.dtype))
     if x.device.type != "cpu" and torch.compiler.is_compiling():  # which fuses it for one row
         return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)
     parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
     return torch.cat([F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts], dim=-1)
+
+
+def _served(x: Tensor) -> Tensor:
+    """float16 as float32 where kernels serve, which take no float16; else x itself."""
+    if x.dtype == torch.float16 and x.device.type == "cpu" and kernels.takes(wide := x.float()):
+        return wide
+    return x
 
 
 def widen_int8(x: Tensor, q: Tensor) -> Tensor:
@@ -171,6 +180,8 @@ def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) 
     if kernels.use("int4", x):
         y: Tensor = torch.ops.llama3.linear_int4(x, packed, scale, zero, n)
         return y
+    if (wide := _served(x)) is not x:
+        return linear_int4(wide, packed, scale, zero, n).to(x.dtype)
     parts = zip(*(t.split(BLOCK // TILE) for t in (packed, scale, zero)), strict=True)
     rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
     weights = (unpack_int4(x, p, s, z, m) for (p, s, z), m in zip(parts, rows, strict=True))

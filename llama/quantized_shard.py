@@ -114,7 +114,14 @@ class QuantizedShard(Source):
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}; quantize it again") from None
         shapes = {name: tuple(w.shape) for name, w in expected.items()}
-        check_shapes(self.shapes(), shapes, self.path)
+        try:
+            check_shapes(self.shapes(), shapes, self.path)
+        except ValueError as e:
+            scheme, group = self.quantization
+            said = f"{scheme} in groups of {group}" if scheme == "int4" else scheme
+            raise ValueError(
+                f'{e}; "{QUANTIZATION}" in params.json says {said}: correct it, or quantize again'
+            ) from None
         for name, w in expected.items():
             plain, found = name.endswith(".weight"), self.dtype(name)
             if found not in DTYPES if plain else found != w.dtype:

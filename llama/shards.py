@@ -96,13 +96,18 @@ def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str
         if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
             raise
         raise ValueError(
-            f"{path} is truncated or is not a torch checkpoint; download it again. "
+            f"{path} is truncated or is not a torch checkpoint; get or make it again. "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
     if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
+        if quantized[0].endswith((".q", ".packed")):
+            raise ValueError(
+                f"{path}: {quantized[0]} is of `llama3 quantize`, and the params.json beside it "
+                f'lacks "{QUANTIZATION}"; get params.json, or quantize it again'
+            )
         raise ValueError(
             f"{path}: {quantized[0]} is {weights[quantized[0]].dtype}; quantized checkpoints need "
             "scales that this layout does not hold: get the bfloat16 release"

@@ -5,18 +5,17 @@ Knows which files a layout needs and what Meta publishes of them; knows no model
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.damage import UNFINISHED, damage, is_gguf, recognise
+from llama.damage import UNFINISHED, damage, damaged_entry, digest, is_gguf, recognise
 from llama.progress import progress
 from llama.source import Source, shard_dim
 
@@ -29,23 +28,32 @@ SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 SUM = re.compile(r"\s*([0-9a-fA-F]{32})\s+\*?(?:\./)?([^/\\\0]+?)\s*")  # a name, never a path
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".pth", ".safetensors", ".gguf")
-AGAIN = "download it again"
-MIB = 1 << 20
+AGAIN = "get or make it again"
 NUMBERS_AT_ONCE = 1 << 22  # weights are looked through in pieces of so many: 16 MB in fp32
 
 
 class Report:
-    """Problems in the order they were found, one line each, and which files have one."""
+    """Problems in the order they were found, one line each; which files have one, and of which a
+    sum was published."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.files: set[Path] = set()
+        self.summed: set[Path] = set()
 
     def add(self, path: Path, what: str, remedy: str) -> None:
         """`path` has a problem; only the first one of a file is told: the rest follows from it."""
         if path not in self.files:
             self.files.add(path)
             self.tell(f"{path} {what}; {remedy}")
+
+    def look(self, path: Path, check: Callable[[Path], str | None]) -> None:
+        """Add what `check` says that `path` is, or that it cannot be read."""
+        try:
+            if what := check(path):
+                self.add(path, f"is {what}", AGAIN)
+        except OSError as e:
+            self.add(path, f"cannot be read ({e.strerror})", "check its permissions and the disk")
 
     def tell(self, text: object) -> None:
         self.lines.append(" ".join(str(text).split()))
@@ -54,8 +62,9 @@ class Report:
 def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]:
     """Every problem of the checkpoint at `path`, a line each that says the remedy; [] if none.
 
-    Names, headers, published checksums and every number of the weights are looked at; a checkpoint
-    with a checklist.chk is read twice. A bad one does not raise. Progress goes to stderr.
+    Names, headers, checksums and every number of the weights are looked at; a checkpoint with
+    published checksums, or torch's own, is read twice. A bad one does not raise. Progress goes to
+    stderr.
 
     Args:
         path: a folder in Meta's or Hugging Face's layout, or with one GGUF file, or that file.
@@ -83,6 +92,10 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
     if folder.is_dir():
         _check_tokenizer(folder, report)
         _check_sums(folder, report)
+    known = report.files | report.summed
+    for file in [file for file in expected if file.suffix == ".pth" and file not in known]:
+        report.look(file, damaged_entry)
+        blocked = blocked or file in report.files
     if not blocked:
         _check_weights(path, open_source, report)
     return report.lines
@@ -123,11 +136,7 @@ def _check_files(path: Path, report: Report) -> None:
         elif file.suffix in UNFINISHED:
             report.add(file, "is left of an unfinished download", "finish it, or remove the file")
         elif file.suffix in parts:
-            try:
-                if what := damage(file):
-                    report.add(file, f"is {what}", AGAIN)
-            except OSError as e:
-                report.add(file, f"cannot be read ({e.strerror})", "check its permissions")
+            report.look(file, damage)
     if path.is_file() and path.suffix != ".gguf" and not is_gguf(path):
         report.add(path, "is not a checkpoint by itself", "give the folder that it lies in")
 
@@ -187,9 +196,13 @@ def _check_tokenizer(folder: Path, report: Report) -> None:
     sidecar = folder / "tokenizer.model.json"  # says itself which tokenizer it is
     if params.get("vocab_size") != OFFICIAL_VOCABULARY or sidecar.exists() or not path.is_file():
         return
-    found = None if path in report.files else _digest(path, "sha256", report)
-    if found and found != TOKENIZER_SHA256:
-        report.add(path, f"is not Llama 3's: SHA-256 {found}, not {TOKENIZER_SHA256}", AGAIN)
+
+    def not_official(path: Path) -> str | None:
+        same = (found := digest(path, "sha256")) == TOKENIZER_SHA256
+        return None if same else f"not Llama 3's: SHA-256 {found}, not {TOKENIZER_SHA256}"
+
+    if path not in report.files:
+        report.look(path, not_official)
 
 
 def _check_sums(folder: Path, report: Report) -> None:
@@ -211,31 +224,15 @@ def _check_sums(folder: Path, report: Report) -> None:
 
 
 def _check_sum(file: Path, published: str, checklist: str, report: Report) -> None:
+    def not_published(file: Path) -> str | None:
+        same = (found := digest(file, "md5")) == published
+        return None if same else f"not as published: MD5 {found}, not {published}"
+
     if not file.is_file():
         report.add(file, f"is missing and in {checklist}", "download it")
     elif file not in report.files:
-        found = _digest(file, "md5", report)
-        if found and found != published:
-            report.add(file, f"is not as published: MD5 {found}, not {published}", AGAIN)
-
-
-def _digest(path: Path, kind: str, report: Report) -> str | None:
-    """The hash of a file, with a progress bar; None, and a problem, if it cannot be read."""
-    digest = hashlib.new(kind, usedforsecurity=False)
-
-    def blocks() -> Iterator[bytes]:
-        with open(path, "rb") as f:
-            while block := f.read(MIB):
-                yield block
-
-    try:
-        total = -(-path.stat().st_size // MIB)
-        for block in progress(blocks(), f"{kind} of {path.name}", total, " MiB"):
-            digest.update(block)
-    except OSError as e:
-        report.add(path, f"cannot be read ({e.strerror})", "check its permissions and the disk")
-        return None
-    return digest.hexdigest()
+        report.look(file, not_published)
+        report.summed.add(file)
 
 
 def _check_weights(path: Path, open_source: Callable[[Path], Source], report: Report) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import runpy
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -188,6 +191,37 @@ def test_kernels(
     kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
     lines = capsys.readouterr().out.splitlines()[1:]
     assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generation overhead --shape 9b", "unknown shape '9b'; use one of 1b, 3b,"),
+        ("generation turns --dtype int7", "unknown dtype 'int7'; use one of bfloat16,"),
+        ("generation steps --quantize int9", "unknown scheme 'int9'; use int8 or int4"),
+        ("generation ragged --runs 0", "--runs must be 1 or more, not 0"),
+        ("kernels linear --rows a,b", "--rows must be counts such as 2,4,8, not 'a,b'"),
+        ("kernels linear --rows 0", "--rows must be counts such as 2,4,8, not '0'"),
+        ("kernels linear --shapes 64", "--shapes must be counts such as 8192x2048,2048x2048,"),
+        ("kernels attention --threads 0", "--threads must be 1 or more, not 0"),
+        ("ranks --shape 9b", "unknown shape '9b'"),
+        ("load --ckpt_dir /nosuch", "no checkpoint"),
+        ("random_checkpoint 9b /nosuch/out", "unknown shape '9b'"),
+    ],
+)
+def test_mistakes_are_a_line(
+    command: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *words = command.split()
+    monkeypatch.setattr("sys.argv", [name, *words])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process: to be left alone
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("threads were set"))
+    monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and len(said.splitlines()) == 1, said
+    assert said.startswith(f"benchmarks.{name}: ") and message in said
 
 
 def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

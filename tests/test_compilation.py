@@ -63,7 +63,29 @@ def test_without_a_compiler_it_warns_and_does_without(
     )
     assert not found["compiled"] and len(found["warnings"]) == 1
     assert "no-such-compiler" in found["warnings"][0] or "compiler" in found["warnings"][0]
+    assert found["warnings"][0].endswith("it needs a C++ compiler: install g++ or set CXX")
     assert found["same_ids"] and found["difference"] == 0.0 and found["left_in_cache"] == 0.0
+
+
+def test_a_cache_that_cannot_be_written(
+    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """By the command, which gives torch a folder in LLAMA3_CACHE. No compiler: that is quick."""
+    (tmp_path / "file").touch()
+    environment = {"PYTHONPATH": str(SCRIPT.parent.parent), "TMPDIR": str(tmp_path)}
+    environment |= {"LLAMA3_CACHE": str(tmp_path / "file" / "below"), "LLAMA3_KERNELS": "0"}
+    environment["CXX"] = "no-such-compiler"
+    command = [sys.executable, "-m", "llama.cli", "complete", "a", "--compile"]
+    command += [f"--ckpt_dir={tiny_checkpoint()}", f"--tokenizer_path={llama3_tokenizer_path}"]
+    done = subprocess.run(
+        [*command, "--max_gen_len=2"],
+        env={k: v for k, v in os.environ.items() if "CACHE" not in k} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("set TORCHINDUCTOR_CACHE_DIR to a folder of your own") == 1
+    assert "decoding is not compiled: " in done.stderr
 
 
 def test_exact_and_compile_exclude_each_other(
@@ -71,6 +93,13 @@ def test_exact_and_compile_exclude_each_other(
 ) -> None:
     with pytest.raises(ValueError, match="choose one"):
         Llama.build(tiny_checkpoint(), llama3_tokenizer_path, 32, 1, exact=True, compile=True)
+
+
+@pytest.mark.parametrize("name", ["exact", "compile"])
+@pytest.mark.parametrize("value", ["False", "no", 1, None])
+def test_switches_are_true_or_false(name: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be True or False, not {value!r}"):
+        Llama.build(tmp_path, None, 32, 1, **{name: value})
 
 
 def test_real_rotation_is_the_complex_one() -> None:

@@ -240,6 +240,27 @@ def test_a_new_folder_leaves_nothing_after_an_error(error: Any, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (lambda tmp: OSError(27, "File too large"), "{dst} cannot be written (File too large); "),
+        (lambda tmp: OSError(28, "No space", f"{tmp}/a"), "{dst} cannot be written (No space); "),
+        (lambda tmp: OSError(f"{tmp}/a is too much"), "{dst}/a is too much"),
+        (lambda tmp: OSError(5, "Input/output error", "/src"), "[Errno 5] Input/output error: "),
+    ],
+)
+def test_a_new_folder_that_cannot_be_written(error: Any, said: str, tmp_path: Path) -> None:
+    """What failed is named as the user did."""
+    dst = tmp_path / "model"
+    with pytest.raises(OSError) as caught, new_folder(dst) as folder:
+        raise error(folder)
+    assert str(caught.value).startswith(said.format(dst=dst)) and not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    dst = tmp_path / "file" / "model"
+    with pytest.raises(OSError, match=f"^{dst} cannot be written .Not a dir"), new_folder(dst):
+        pass
+
+
 def test_a_new_folder_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "keep").write_text("mine")
     with pytest.raises(FileExistsError, match="remove it or choose another"), new_folder(tmp_path):

@@ -293,7 +293,7 @@ print(kernels.load(), kernels.load(), kernels.linear(torch.ones(1, 8), torch.one
 @pytest.mark.parametrize(
     "environment, reason",
     [
-        ({"CXX": "false"}, "false failed"),
+        ({"CXX": "false"}, "false failed: it said nothing; install g++, or set CXX"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler'"),
         ({"PATH": "", "CXX": ""}, "no C++ compiler 'g++'"),
         ({"LLAMA3_KERNELS": "0"}, "LLAMA3_KERNELS=0"),
@@ -312,6 +312,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = run(LOAD, TORCH_EXTENSIONS_DIR=str(tmp_path / "file" / "below"))
     assert done.stdout.startswith("False False") and "Traceback" not in done.stderr
+    assert "below ([Errno 20]" in done.stderr and "set TORCH_EXTENSIONS_DIR" in done.stderr
+    assert "compiling" not in done.stderr
 
 
 @pytest.mark.slow

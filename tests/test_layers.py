@@ -12,11 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Top to bottom; files of one row do not import each other. docs/architecture.md draws this.
 ROWS = [
-    {"llama.args", "llama.damage", "llama.download", "llama.kernels", "llama.launch",
-     "llama.progress", "llama.rope", "llama.sampling", "llama.splitting", "llama.tools",
-     "llama.vocabulary"},
-    {"llama.attention", "llama.parallel", "llama.python_list", "llama.quantize", "llama.request",
-     "llama.source", "llama.tokenizer"},
+    {"llama.args", "llama.download", "llama.kernels", "llama.launch", "llama.progress",
+     "llama.rope", "llama.sampling", "llama.splitting", "llama.tools", "llama.vocabulary"},
+    {"llama.attention", "llama.damage", "llama.parallel", "llama.python_list", "llama.quantize",
+     "llama.request", "llama.source", "llama.tokenizer"},
     {"llama.command_line", "llama.linears", "llama.model", "llama.shards", "llama.inspection",
      "llama.verification", "llama.tool_calls"},
     {"llama.kernel_layers"},

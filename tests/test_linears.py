@@ -101,11 +101,28 @@ def test_a_tuned_model_still_trains() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_float16_does_not_overflow() -> None:
+@pytest.mark.parametrize("grad", [False, True])
+def test_float16_does_not_overflow(grad: bool) -> None:
     """Codes up to 127 times many inputs leave its range before the scale brings them back."""
     linear = Int8Linear(torch.full((4, 4096), 0.01))
-    x = torch.ones(3, 4096, dtype=torch.float16)
+    x = torch.ones(3, 4096, dtype=torch.float16, requires_grad=grad)
     torch.testing.assert_close(linear(x), torch.full((3, 4), 40.96).half())
+
+
+@pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
+@pytest.mark.parametrize("rows", [1, 40])
+@torch.inference_mode()
+def test_float16_goes_through_float32(rows: int) -> None:
+    """So the weights are not rounded to float16: only the result is, to its nearest."""
+    x, w = torch.randn(rows, 2048).half(), torch.randn(40, 2048)
+    eight, four = Int8Linear(w), Int4Linear(w)
+    for found, plain in (
+        (eight(x), dequantize_int8(eight.q, eight.scale)),
+        (four(x), dequantize_int4(four.packed, four.scale, four.zero, 40)),
+    ):
+        want = x.double() @ plain.double().T
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.double(), want, rtol=2**-11, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -379,11 +379,17 @@ def test_damage_is_named(stored: Path, tmp_path: Path) -> None:
     edit(pth, lambda w: w.update({"norm.weight": w["norm.weight"].to(torch.int8)}))
     assert "norm.weight is torch.int8, not plain" in problem()
     edit(params, lambda p: p["quantization"].update(group=64))
-    assert f"misshapen: {wq}.scale (4, 2, 16) instead of (4, 1, 16)" in problem()
+    line = problem()
+    assert f"misshapen: {wq}.scale (4, 2, 16) instead of (4, 1, 16)" in line
+    assert '"quantization" in params.json says int4 in groups of 64: correct it' in line
+    edit(params, lambda p: p.update(quantization={"scheme": "int8"}))
+    assert '"quantization" in params.json says int8: correct it' in problem()
     edit(params, lambda p: p.pop("vocab_size"))
     assert "lacks 'vocab_size'; quantize it again" in problem()
     edit(params, lambda p: p.pop("quantization"))
-    assert "quantized checkpoints need scales that this layout does not hold" in problem()
+    assert (
+        f'{wq}.packed is of `llama3 quantize`, and the params.json beside it lacks "q' in problem()
+    )
     shutil.copy(pth, stored / "consolidated.01.pth")
     assert "has 2 shards; quantize it again" in problem()
 

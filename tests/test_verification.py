@@ -16,7 +16,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from llama import verification
+from llama import damage, verification
+from llama.damage import damaged_entry
 from llama.formats import open_checkpoint
 from llama.source import Source
 from llama.verification import recognise, verify
@@ -124,13 +125,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "link to nothing": (
         lambda d: ((d / PTH).unlink(), (d / PTH).symlink_to(d / "gone")),
-        f"{PTH} is a link to nothing; download it again",
+        f"{PTH} is a link to nothing; get or make it again",
     ),
     "a folder": (lambda d: ((d / PTH).unlink(), (d / PTH).mkdir()), f"{PTH} is missing"),
-    "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; download it again"),
-    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; download it again"),
+    "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; get or make it again"),
+    "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or"),
     "XML": (lambda d: (d / PTH).write_bytes(b"<?xml?><Error>"), "is a message of the server"),
-    "empty": (lambda d: (d / PTH).write_bytes(b""), f"{PTH} is empty; download it again"),
+    "empty": (lambda d: (d / PTH).write_bytes(b""), f"{PTH} is empty; get or make it again"),
     "tokenizer LFS": (
         lambda d: (d / "tokenizer.model").write_bytes(LFS), "tokenizer.model is a Git-LFS pointer",
     ),
@@ -154,7 +155,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "unknown key": (lambda d: edit_params(d, window=5), "window"),
     "NaN": (
         lambda d: poison(d, "layers.1.feed_forward.w2.weight", float("nan")),
-        "NaN or infinite: layers.1.feed_forward.w2.weight; download it again",
+        "NaN or infinite: layers.1.feed_forward.w2.weight; get or make it again",
     ),
     "infinity": (lambda d: poison(d, "norm.weight", float("inf")), "infinite: norm.weight;"),
     "-infinity": (
@@ -171,6 +172,47 @@ def test_damage(good: Path, kind: str) -> None:
     (good / "checklist.chk").unlink(missing_ok=True)
     problem = only_problem(good)
     assert said in problem and str(good) in problem
+
+
+def overwrite(path: Path, entry: str, at: int = 0) -> None:
+    """Another byte in an entry of a torch checkpoint."""
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        header = archive.getinfo(entry).header_offset
+    at += header + 30 + sum(struct.unpack_from("<HH", raw, header + 26))  # after name and padding
+    path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+
+
+def test_overwritten_numbers(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite ones that no checklist tells: the archive's own checksums do, once for each file."""
+    (good / "checklist.chk").unlink()
+    monkeypatch.setattr(damage, "MIB", 100)
+    split(good, 2)
+    assert verify(good, open_checkpoint) == []
+    for i, (entry, at) in enumerate((("data/3", 333), ("data/2", 4))):
+        overwrite(good / f"consolidated.0{i}.pth", f"consolidated.0{i}/{entry}", at)
+    overwrite(good / "consolidated.01.pth", "consolidated.01/data/5")
+    assert verify(good, open_checkpoint) == [
+        f"{good / f'consolidated.0{i}.pth'} is damaged (consolidated.0{i}/{entry} is not as it was "
+        "written); get or make it again"
+        for i, entry in enumerate(("data/3", "data/2"))
+    ]
+
+
+def test_archives_without_checksums(good: Path) -> None:
+    """torch leaves 0 where it is told to compute none; a pickle from before torch 1.6 has none."""
+    (good / "checklist.chk").unlink()
+    weights = torch.load(good / PTH, weights_only=True)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(weights, good / PTH)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert verify(good, open_checkpoint) == []
+    overwrite(good / PTH, "consolidated.00/data/3")
+    assert verify(good, open_checkpoint) == []
+    torch.save(weights, good / PTH, _use_new_zipfile_serialization=False)
+    assert damaged_entry(good / PTH) is None
 
 
 def test_gap_in_the_shards(good: Path) -> None:
@@ -229,8 +271,8 @@ def test_checklist(good: Path) -> None:
     ("line", "said"),
     [
         ("0" * 32 + "  other.bin", "other.bin is missing and in checklist.chk; download it"),
-        ("0" * 32 + "  ../other", "no 'MD5 filename' on line 6; download it again"),
-        ("no sums", "no 'MD5 filename' on line 6; download it again"),
+        ("0" * 32 + "  ../other", "no 'MD5 filename' on line 6; get or make it again"),
+        ("no sums", "no 'MD5 filename' on line 6; get or make it again"),
         ("0" * 32 + " *params.json", "params.json is not as published: MD5"),
     ],
 )
@@ -407,7 +449,7 @@ def test_gguf_cut_anywhere(good: Path, tmp_path: Path, whole_gguf: bytes) -> Non
 def test_gguf_of_nonsense(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 4000)
-    assert "a.gguf is damaged; download it again" in only_problem(path)
+    assert "a.gguf is damaged; get or make it again" in only_problem(path)
     nested = struct.pack("<IQ", 9, 1) * 5000  # an array of an array of an array ...
     path.write_bytes(
         b"GGUF"

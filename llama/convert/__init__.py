@@ -69,6 +69,7 @@ def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
     Raises:
         FileExistsError: `dst` exists, before the block or after it, and not `force`; or `force`
             would delete something else.
+        OSError: it cannot be written.
     """
     remedy = f"{dst} exists already; remove it or choose another folder"
     if os.path.lexists(dst) and not (force and is_checkpoint_folder(dst)):
@@ -90,12 +91,24 @@ def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
             if dst.exists():  # another process was faster
                 raise FileExistsError(remedy) from e
             raise
-    except BaseException:
+    except BaseException as e:
         shutil.rmtree(tmp, ignore_errors=True)
         if old.exists() and not dst.exists():
             os.rename(old, dst)
+        if isinstance(e, OSError) and (said := _said(e, tmp, dst)):
+            raise OSError(said) from e
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _said(e: OSError, tmp: Path, dst: Path) -> str | None:
+    """What an error of writing in `tmp`, whose name the user does not know, says of `dst`."""
+    if e.errno is None:  # one of ours
+        return str(e).replace(str(tmp), str(dst)) if str(tmp) in str(e) else None
+    at = str(e.filename or tmp)
+    if not at.startswith(str(tmp)) and not str(tmp).startswith(at):
+        return None
+    return f"{dst} cannot be written ({e.strerror}); choose another folder or disk"
 
 
 def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bool) -> bytes:

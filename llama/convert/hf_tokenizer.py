@@ -43,7 +43,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     Raises:
         ValueError: an id that the library would not give back.
     """
-    build_tokenizer(tokenizer).save(str(folder / "tokenizer.json"))
+    text = build_tokenizer(tokenizer).to_str(pretty=True)  # whose `save` knows no OSError
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     text_of = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     roles = {f"{role}_token": text_of[i] for role, i in ids.items() if i >= 0}

@@ -164,12 +164,18 @@ def compiler() -> list[str]:
 
 def _compile(library: Path) -> None:
     """Compile to a temporary folder and move: another process sees all of the file or none."""
-    command = compiler()
+    command, cache = compiler(), library.parent
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            raise PermissionError("no permission to write")
+    except OSError as e:
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder of your own"
+        raise OSError(f"cannot write to {cache} ({e}); {remedy}") from e
     print("compiling CPU kernels, once (about 20 seconds)", file=sys.stderr)
     torch_dir = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=library.parent, prefix="llama3_kernels_") as folder:
+    with tempfile.TemporaryDirectory(dir=cache, prefix="llama3_kernels_") as folder:
         linked = f"{folder}/kernels.so"
         made = {f"{folder}/{source.stem}.o": str(source) for source in SOURCES}
         compile_only = [*command, *FLAGS, abi, f"-I{torch_dir / 'include'}", "-c"]
@@ -186,4 +192,5 @@ def _run(command: list[str]) -> None:
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
         why = next((line for line in said if "error" in line), said[-1])
-        raise RuntimeError(f"{command[0]} failed: {why}")
+        remedy = "install g++, or set CXX to another compiler"
+        raise RuntimeError(f"{command[0]} failed: {why}; {remedy}")
