@@ -78,10 +78,7 @@ def new_folder(dst: Path, force: bool = False) -> Iterator[Path]:
         raise FileExistsError(remedy)
     tmp, old = (dst.with_name(f".{dst.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
     try:
-        try:
-            tmp.mkdir(parents=True)
-        except OSError as e:  # which would name the temporary folder
-            raise OSError(e.errno, f"no folder can be made there: {e.strerror}", str(dst)) from None
+        tmp.mkdir(parents=True)
         yield tmp
         if force and dst.exists():
             os.rename(dst, old)
