@@ -25,6 +25,7 @@ def main(
     max_seq_len: int = 256,
     batch_size: int = 10,
     steps: int = 2500,
+    weight_decay: float = 1.0,
     seed: int = 1,
     resume: bool = False,
     prompt: str = "ROMEO:",
@@ -37,6 +38,7 @@ def main(
         max_seq_len: characters that the model sees at once.
         batch_size: rows of so many characters in an update.
         steps: updates.
+        weight_decay: ten times the usual, because the text is read six times over.
         resume: go on with what an interrupted run left in OUT.
         prompt: what the samples, and the text at the end, begin with.
     """
@@ -48,6 +50,7 @@ def main(
         max_seq_len=max_seq_len,
         batch_size=batch_size,
         steps=steps,
+        weight_decay=weight_decay,
         seed=seed,
         prompt=prompt,
     )
