@@ -93,7 +93,7 @@ def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str
             f"Get the official file. ({str(e).splitlines()[0]})"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
+        if is_of_disk(e):
             raise
         raise ValueError(
             f"{path} is truncated or is not a torch checkpoint; get or make it again. "
@@ -113,6 +113,11 @@ def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str
             "scales that this layout does not hold: get the bfloat16 release"
         )
     return weights
+
+
+def is_of_disk(e: Exception) -> bool:
+    """Whether what `torch.load` raised is about the disk; EINVAL tells of files cut off."""
+    return isinstance(e, OSError) and e.errno != errno.EINVAL
 
 
 class MetaShards(Source):

@@ -12,7 +12,6 @@ DIR/                  a checkpoint: the model with the lowest validation loss so
 from __future__ import annotations
 
 import dataclasses
-import errno
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from llama.args import ModelArgs
 from llama.convert import new_folder
+from llama.shards import is_of_disk
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
 from llama.train.learn_tokenizer import learn
@@ -157,7 +157,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # torch's, for some lengths
+        if is_of_disk(e):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start the run anew ({reason})") from None
