@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import tokenizers
-from gguf_files import SPECIAL, tiktoken_bpe, trained
 from tokenizers import models
 
 from llama import ModelArgs
 from llama.convert import ffn_terms, new_folder, rank_file, sidecar
+from tests.gguf_files import SPECIAL, tiktoken_bpe, trained
 
 
 def metas_hidden(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> int:

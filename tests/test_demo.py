@@ -16,10 +16,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from gguf_files import vocabulary_keys, write_gguf
 
 from llama import conversion, demo
 from llama.convert.gguf import PATTERNS, GGUFSource
+from tests.gguf_files import vocabulary_keys, write_gguf
 
 LOCK = f"{demo.NAME}.lock"  # stays: removing a lock file would be a race
 INSTALLED_GGUF = demo._installed_gguf

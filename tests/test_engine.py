@@ -16,7 +16,7 @@ from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.request import Request
 from llama.sampling import Sampling, sample
-from tests.conftest import random_weights
+from tests.models import random_weights
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60}
 SHAPE |= {"max_seq_len": 48, "max_batch_size": 3, "multiple_of": 16}

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from test_parallel import start_torchrun, torchrun, write
-from training import write_text
+
+from tests.training import write_text
 
 ROOT = Path(__file__).parent.parent
 

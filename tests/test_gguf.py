@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from gguf_files import (
+
+from llama import ModelArgs, Transformer
+from llama.checkpoint import load
+from llama.conversion import convert
+from llama.convert.gguf import GGUFSource
+from llama.formats import open_checkpoint
+from tests.gguf_files import (
     DIM,
     HEADS,
     KV_HEADS,
@@ -29,12 +35,6 @@ from gguf_files import (
     weights,
     write_gguf,
 )
-
-from llama import ModelArgs, Transformer
-from llama.checkpoint import load
-from llama.conversion import convert
-from llama.convert.gguf import GGUFSource
-from llama.formats import open_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Q
-from gguf_files import (
+
+from tests.gguf_files import (
     DIM,
     HIDDEN,
     KEYS,

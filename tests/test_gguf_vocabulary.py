@@ -12,7 +12,11 @@ from typing import Any
 
 import gguf
 import pytest
-from gguf_files import (
+
+from llama import demo
+from llama.conversion import convert
+from llama.convert.gguf import PATTERNS
+from tests.gguf_files import (
     mixed_texts,
     read_tokenizer,
     reference_bpe,
@@ -21,10 +25,6 @@ from gguf_files import (
     vocabulary_keys,
     write_gguf,
 )
-
-from llama import demo
-from llama.conversion import convert
-from llama.convert.gguf import PATTERNS
 
 
 def read(path: Path) -> tuple[bytes, dict[str, Any]]:

@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, random_weights
-from gguf_files import mixed_texts
 from safetensors import safe_open
 
 from llama import ModelArgs, Transformer
@@ -23,6 +21,8 @@ from llama.convert.hf_export import write_hf
 from llama.convert.hf_tokenizer import chat_template, recover_merges, write_tokenizer
 from llama.source import Source
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
+from tests.gguf_files import mixed_texts
+from tests.models import TINY, random_weights
 
 transformers = pytest.importorskip("transformers")
 

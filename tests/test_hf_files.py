@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_files import PRE_TOKENIZERS, mixed_texts, reference_bpe, trained
 from safetensors.torch import load_file, save_file
 from test_hf import edit, hf_model
 from tokenizers import AddedToken, Regex, pre_tokenizers, processors
@@ -20,6 +19,7 @@ from llama.convert.hf import HFSource
 from llama.convert.hf_vocabulary import read_vocabulary
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import LLAMA3_PATTERN, special_token_table
+from tests.gguf_files import PRE_TOKENIZERS, mixed_texts, reference_bpe, trained
 
 transformers = pytest.importorskip("transformers")
 

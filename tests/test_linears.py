@@ -21,7 +21,7 @@ from llama.quantize import (
     quantize_int4,
     scales_and_zeros_int4,
 )
-from tests.conftest import random_weights
+from tests.models import random_weights
 
 SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 SHAPE |= {"vocab_size": 200, "max_seq_len": 64, "max_batch_size": 3, "multiple_of": 32}

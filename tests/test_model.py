@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import meta_model, random_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer, passes
 from llama.model import grouped_attention, plain_attention
 from llama.request import Request
 from llama.sampling import Sampling
+from tests.models import meta_model, random_weights
 
 SHAPES = {
     "grouped": {},

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_cases
 import torch
-from conftest import random_weights
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
@@ -22,6 +20,8 @@ from llama.args import rank_counts
 from llama.footprint import Footprint
 from llama.formats import open_checkpoint
 from llama.source import rank_part
+from tests import rank_cases
+from tests.models import random_weights
 
 SCRIPT = Path(rank_cases.__file__)
 # Split on dim 0 or 1; norms are replicated.

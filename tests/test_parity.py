@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import reference
 import torch
-from conftest import meta_model
 
 from llama import Llama
+from tests import reference
+from tests.models import meta_model
 
 TEXTS = [
     "The capital of France is",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import rank_cases
 import torch
 from test_parallel import LLAMA_8B, SCRIPT, assert_equal, results, torchrun, write
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from llama.linears import exchange, quantized
 from llama.plan import plan
 from llama.quantize import dequantize_int4, dequantize_int8
 from llama.source import Source, possible_ranks, rank_part, weight_shapes
+from tests import rank_cases
 
 # On 4 ranks a KV head of 8 rows each: half a tile of int4.
 WIDE: dict[str, Any] = {"dim": 256, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}

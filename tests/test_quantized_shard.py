@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf_files
 import pytest
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from llama.formats import open_checkpoint
 from llama.inspection import describe
 from llama.quantize import quantize_int4, quantize_int8
 from llama.verification import verify
+from tests import gguf_files
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")

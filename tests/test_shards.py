@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_weights
 from torch import Tensor
 
 from llama import ModelArgs, Transformer, checkpoint, parallel
 from llama.formats import open_checkpoint
 from llama.shards import MetaShards
+from tests.models import random_weights
 
 COUNTS = (1, 2, 4, 8, 16)
 PARAMS: dict[str, Any] = {

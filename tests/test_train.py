@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_train_model import in_their_order
-from training import SMALL, flags, losses, write_text
 
 from benchmarks.transformers_peer import config_of
 from llama import Llama, Tokenizer, Transformer
@@ -34,6 +33,7 @@ from llama.train.report import Report, read_metrics, replacing
 from llama.train.settings import Settings
 from llama.train.state import open_data
 from llama.verification import verify
+from tests.training import SMALL, flags, losses, write_text
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, random_weights
 
 from benchmarks.transformers_peer import config_of
 from llama import ModelArgs, Transformer
@@ -16,6 +15,7 @@ from llama.convert.hf_export import halve
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer
 from llama.train.settings import Settings
+from tests.models import TINY, random_weights
 
 
 def in_their_order(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:

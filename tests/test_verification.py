@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf_files
 import pytest
 import safetensors.torch
 import torch
@@ -21,6 +20,7 @@ from llama.damage import damaged_entry
 from llama.formats import open_checkpoint
 from llama.source import Source
 from llama.verification import recognise, verify
+from tests import gguf_files
 
 Tiny = Callable[..., Path]
 SMALL = {"vocab_size": 300}
