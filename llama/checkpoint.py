@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from llama import kernels, launch, parallel
 from llama.args import ModelArgs, rank_counts, vocabulary_share
+from llama.common.progress import progress
 from llama.inspection import parameter_count
 from llama.kernel_layers import use_kernels
 from llama.linears import (
@@ -19,7 +20,6 @@ from llama.linears import (
     with_tinygemm,
 )
 from llama.model import Transformer
-from llama.progress import progress
 from llama.quantize import GROUPS
 from llama.source import VOCABULARY, Source, possible_ranks, rank_part, undivided
 

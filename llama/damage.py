@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from llama.progress import progress
+from llama.common.progress import progress
 
 # A download that is not finished is often named so.
 UNFINISHED = (".incomplete", ".part", ".partial", ".tmp", ".crdownload", ".download", ".aria2")

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llama import launch
+from llama.common.progress import progress
 from llama.engine import Engine
 from llama.predictions import run
-from llama.progress import progress
 from llama.request import Request
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.common.progress import progress
 from llama.damage import UNFINISHED, damage, damaged_entry, digest, is_gguf, recognise
-from llama.progress import progress
 from llama.source import Source, shard_dim
 
 __all__ = ["recognise", "verify"]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.common.progress import progress
 from llama.convert.hf_config import SCALING, hf_name
 from llama.convert.hf_tokenizer import write_tokenizer
-from llama.progress import progress
 from llama.source import Source, weight_shapes
 from llama.tokenizer import Tokenizer
 

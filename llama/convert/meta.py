@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama.args import ModelArgs, rank_counts
 from llama.checkpoint import read_part
-from llama.progress import progress
+from llama.common.progress import progress
 from llama.quantized_shard import held, params_of
 from llama.source import Source, weight_shapes
 

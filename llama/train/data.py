@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llama.common.progress import progress
 from llama.convert import new_folder
-from llama.progress import progress
 from llama.splitting import passages
 from llama.tokenizer import Tokenizer
 

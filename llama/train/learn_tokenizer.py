@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llama.common.progress import progress
 from llama.convert import rank_file, sidecar
-from llama.progress import progress
 from llama.splitting import passages
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import LLAMA3_PATTERN, read_sidecar

@@ -24,9 +24,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from llama.checkpoint import pick_device, pick_dtype
+from llama.common.progress import progress, say
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock
-from llama.progress import progress, say
 from llama.tokenizer import Tokenizer
 from llama.train.data import Split
 from llama.train.optimizer import initialize, make_optimizer
