@@ -2,9 +2,9 @@
 
 from llama.generation import ChatPrediction, CompletionPrediction, Llama, Piece
 from llama.model import ModelArgs, Transformer
+from llama.text.tool_parser import ToolReply, parse_tool_calls
+from llama.text.tool_prompt import ToolCall
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
-from llama.tool_calls import ToolReply, parse_tool_calls
-from llama.tools import ToolCall
 
 __all__ = [
     "ChatFormat",

@@ -8,8 +8,8 @@ from typing import Any
 from llama.quantized_shard import QuantizedShard
 from llama.shards import QUANTIZATION, MetaShards, read_params
 from llama.source import Source
+from llama.text.rank_file import read_sidecar
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import read_sidecar
 
 
 def open_checkpoint(path: str | Path) -> Source:

@@ -13,8 +13,8 @@ from llama.predictions import ChatPrediction, CompletionPrediction, finish, make
 from llama.request import Request
 from llama.sampling import Sampling, sample_top_p
 from llama.streaming import Streaming
+from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import Dialog, Message
-from llama.tools import Tool, ToolForm
 
 __all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "sample_top_p"]
 

@@ -13,8 +13,8 @@ from llama.predictions import CompletionPrediction, scored
 from llama.request import Request
 from llama.sampling import Sampling
 from llama.scoring import Perplexity, perplexity, score_ids
+from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
-from llama.tools import Tool, ToolForm
 
 
 class Streaming:

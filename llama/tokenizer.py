@@ -9,8 +9,9 @@ from typing import Any, Literal, TypedDict, cast
 
 import tiktoken
 
-from llama.splitting import check_characters, encode_uncut
-from llama.tools import (
+from llama.text.long_text import check_characters, encode_uncut
+from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
+from llama.text.tool_prompt import (
     Tool,
     ToolCall,
     ToolForm,
@@ -19,7 +20,6 @@ from llama.tools import (
     is_code,
     with_tools,
 )  # fmt: skip
-from llama.vocabulary import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
 

@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
 from llama.convert.hf import HFSource
 from llama.convert.hf_vocabulary import read_vocabulary
+from llama.text.rank_file import LLAMA3_PATTERN, special_token_table
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import LLAMA3_PATTERN, special_token_table
 from tests.gguf_files import PRE_TOKENIZERS, mixed_texts, reference_bpe, trained
 
 transformers = pytest.importorskip("transformers")

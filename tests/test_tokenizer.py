@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import tiktoken
 
+from llama.text.rank_file import LLAMA3_PATTERN
 from llama.tokenizer import ChatFormat, Tokenizer
-from llama.vocabulary import LLAMA3_PATTERN
 
 # From here the generated strings draw: scripts, emoji, code, digits, whitespace, special text.
 ALPHABETS = [

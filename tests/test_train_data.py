@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama.splitting import passages
+from llama.text.long_text import passages
 from llama.tokenizer import Tokenizer
 from llama.train import data
 from llama.train.data import SPLITS, Corpus, Split

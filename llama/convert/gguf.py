@@ -18,7 +18,7 @@ from llama.args import ModelArgs
 from llama.convert import ffn_terms, rank_file, sidecar
 from llama.rope import apply_scaling
 from llama.source import Source, weight_shapes
-from llama.vocabulary import LLAMA3_PATTERN
+from llama.text.rank_file import LLAMA3_PATTERN
 
 if TYPE_CHECKING:
     from gguf import ReaderTensor

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama.common.progress import progress
 from llama.convert import new_folder
-from llama.splitting import passages
+from llama.text.long_text import passages
 from llama.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")

@@ -11,9 +11,9 @@ from typing import Any
 
 from llama.common.progress import progress
 from llama.convert import rank_file, sidecar
-from llama.splitting import passages
+from llama.text.long_text import passages
+from llama.text.rank_file import LLAMA3_PATTERN, read_sidecar
 from llama.tokenizer import Tokenizer
-from llama.vocabulary import LLAMA3_PATTERN, read_sidecar
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
 # One character a piece: a piece that is a token is taken whole, so none of its bytes need be one.

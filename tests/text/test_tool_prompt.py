@@ -12,9 +12,15 @@ from typing import Any
 
 import pytest
 
+from llama.text.tool_parser import ToolReply, parse_tool_calls
+from llama.text.tool_prompt import (
+    TOOL_FORMS,
+    ToolCall,
+    check_tools,
+    encode_tool_call,
+    encode_tool_calls,
+)
 from llama.tokenizer import ChatFormat, Tokenizer
-from llama.tool_calls import ToolReply, parse_tool_calls
-from llama.tools import TOOL_FORMS, ToolCall, check_tools, encode_tool_call, encode_tool_calls
 
 PLAIN = string.ascii_letters + string.digits + " .,;:!?'()[]{}<>|/=äß漢😀"
 HOSTILE = PLAIN + '"\\\n\t\r\0\x7f\u2028\ud800'

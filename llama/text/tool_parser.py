@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from llama.python_list import read_python_list, unique
-from llama.tools import BUILTIN_TOOLS, MAX_DEPTH, ToolCall, check_call
+from llama.text.python_list import read_python_list, unique
+from llama.text.tool_prompt import BUILTIN_TOOLS, MAX_DEPTH, ToolCall, check_call
 
 PYTHON_TAG = "<|python_tag|>"
 MAX_LENGTH = 500_000  # characters; more than any official model's context holds

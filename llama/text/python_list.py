@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llama.tools import MAX_DEPTH, ToolCall
+from llama.text.tool_prompt import MAX_DEPTH, ToolCall
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from llama.tool_calls import MAX_LENGTH, ToolReply, parse_tool_calls
-from llama.tools import TOOL_FORMS, ToolCall, encode_tool_call, encode_tool_calls
+from llama.text.tool_parser import MAX_LENGTH, ToolReply, parse_tool_calls
+from llama.text.tool_prompt import TOOL_FORMS, ToolCall, encode_tool_call, encode_tool_calls
 
 
 @pytest.mark.parametrize(
