@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
-from llama import Dialog, Llama, launch
+from llama import Dialog, Llama
 from llama.command_line import run
 from llama.demo import checkpoint_or_demo
+from llama.distributed import job
 
 
 def main(
@@ -61,7 +62,7 @@ def main(
     results = generator.chat_completion(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if launch.leader():
+    if job.leader():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")

@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
-from llama import Llama, launch
+from llama import Llama
 from llama.command_line import run
 from llama.demo import checkpoint_or_demo
+from llama.distributed import job
 
 
 def main(
@@ -50,7 +51,7 @@ def main(
     results = generator.text_completion(
         prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if launch.leader():
+    if job.leader():
         for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")

@@ -21,20 +21,21 @@ from benchmarks.flags import check_counts, check_model
 from benchmarks.generation import build, random_prompts
 from benchmarks.peers import Ours
 from benchmarks.random_checkpoint import SHAPES
-from llama import command_line, launch, parallel
+from llama import command_line
 from llama.checkpoint import tune
+from llama.distributed import job, tensor_parallel
 
 
 def worker(shape: str, dtype: str, prompt: int, new: int) -> None:
     """One rank: generates whenever a line comes; the first rank tells how fast."""
-    parallel.initialize(None, torch.device("cpu"))
+    tensor_parallel.initialize(None, torch.device("cpu"))
     model = build(shape, 1, prompt + new, dtype, "cpu")
     tune(model, None, exact=False)
     system, prompts = Ours(model), random_prompts(SHAPES[shape]["vocab_size"], [prompt])
-    while parallel.share(sys.stdin.readline() if launch.leader() else None):
+    while tensor_parallel.share(sys.stdin.readline() if job.leader() else None):
         ids, first, others = system.generate(prompts, new)
         result = {"first_token_s": first, "step_s": others / (new - 1), "ids": ids[0]}
-        if launch.leader():
+        if job.leader():
             print(json.dumps(result), flush=True)
 
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels, launch, parallel
+from llama import kernels
 from llama.args import ModelArgs, rank_counts, vocabulary_share
 from llama.common.progress import progress
+from llama.distributed import job, tensor_parallel
 from llama.inspection import parameter_count
 from llama.kernel_layers import use_kernels
 from llama.linears import (
@@ -33,7 +34,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         ValueError: it is not there.
     """
     if device is None:
-        mps = torch.backends.mps.is_available() and launch.alone()  # where ranks do not communicate
+        mps = torch.backends.mps.is_available() and job.alone()  # where ranks do not communicate
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         picked = torch.device(device)
@@ -44,9 +45,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if picked.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-        own = picked.index is None and launch.launched()
+        own = picked.index is None and job.launched()
         if own:
-            picked = torch.device("cuda", launch.local_rank())
+            picked = torch.device("cuda", job.local_rank())
         if picked.index is not None and picked.index >= (count := torch.cuda.device_count()):
             raise ValueError(
                 f"torch finds {count} GPU(s) here, and no {picked}: start no more ranks on a "
@@ -91,7 +92,7 @@ def check_quantize(source: Source, args: ModelArgs, quantize: str | None) -> Non
 
 def check_ranks(args: ModelArgs, scheme: str, group: int = 32) -> None:
     """Raise a ValueError if int4's groups divide the columns of the model, and not of each rank."""
-    ranks, possible = parallel.size(), possible_ranks(args, scheme, group)
+    ranks, possible = tensor_parallel.size(), possible_ranks(args, scheme, group)
     if ranks in possible or 1 not in possible or ranks not in rank_counts(args):
         return
     name, columns = next(iter(undivided(args, ranks, group).items()))
@@ -134,7 +135,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     Raises:
         ValueError: the ranks that run cannot share a model of these sizes.
     """
-    rank, size = parallel.rank(), parallel.size()
+    rank, size = tensor_parallel.rank(), tensor_parallel.size()
     if source.quantization is not None:
         check_ranks(args, *source.quantization)
     with torch.device("meta"):
@@ -144,7 +145,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     shown = progress(names, f"loading on {device}", len(names), "tensor")
-    for name in shown if launch.leader() else names:
+    for name in shown if job.leader() else names:
         if name == "output.weight" and source.tied:
             weights[name] = weights["tok_embeddings.weight"]
         else:
@@ -169,7 +170,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
         check_ranks(model.params, quantize)
         if not isinstance(model.output, nn.Linear):
             raise ValueError("this model is quantized already; build it anew from its checkpoint")
-        exchange(model, quantized(quantize, parts=parallel.size() > 1), nn.Linear)
+        exchange(model, quantized(quantize, parts=tensor_parallel.size() > 1), nn.Linear)
     if exact:
         return
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
@@ -204,6 +205,6 @@ def summary(source: Source, model: Transformer, seconds: float, quantize: str | 
         )
     return (
         f"Loaded {source.path}: {parameters:,} parameters, {kind} "
-        f"on {w.device}, {source.n_shards} shard(s) -> {parallel.size()} rank(s), "
+        f"on {w.device}, {source.n_shards} shard(s) -> {tensor_parallel.size()} rank(s), "
         f"{size / 1e9:.2f} GB, {seconds:.1f} s{longer}"
     )

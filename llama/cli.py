@@ -103,20 +103,20 @@ class Commands(CheckpointCommands, TrainCommands):
             quantize: int8 or int4 holds the layers' weights so.
             compile: decode by a compiled step.
         """
-        from llama import launch, parallel
         from llama.chat import Chat, follow, lines_of_stdin
+        from llama.distributed import job, tensor_parallel
         from llama.sampling import Sampling
 
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
-        lines = lines_of_stdin() if launch.leader() else iter(())
+        lines = lines_of_stdin() if job.leader() else iter(())
         llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize, compile)
         how["max_gen_len"] = max_gen_len
-        if not launch.leader():
+        if not job.leader():
             follow(llama, how)
             return
         terminal = sys.stdin.isatty()
-        served = Chat(llama, how, system, terminal and parallel.size() == 1).run(lines)
-        parallel.share(None)  # the others may go
+        served = Chat(llama, how, system, terminal and tensor_parallel.size() == 1).run(lines)
+        tensor_parallel.share(None)  # the others may go
         if not served and not terminal:
             raise SystemExit(1)
 
@@ -144,7 +144,7 @@ class Commands(CheckpointCommands, TrainCommands):
             quantize: int8 or int4 holds the layers' weights so.
             json: print one JSON object.
         """
-        from llama import launch, parallel
+        from llama.distributed import job, tensor_parallel
         from llama.scoring import check_windows, read_text
 
         text = read_text(file)
@@ -153,8 +153,8 @@ class Commands(CheckpointCommands, TrainCommands):
             context = min(context, len(text.encode()) + 2)  # more than its tokens are never needed
             stride = min(stride, context - 1)
         llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1, quantize)
-        result = llama.perplexity(parallel.share(text), stride=stride)
-        if launch.leader():
+        result = llama.perplexity(tensor_parallel.share(text), stride=stride)
+        if job.leader():
             print(result.as_json() if json else result)
 
     def demo(self) -> None:
@@ -193,13 +193,13 @@ def _build(
 
 def _print_completion(stream: Stream, prompt: str | None) -> None:
     """As it comes; or, if the prompt is given, all of it as one JSON object."""
-    from llama import launch
     from llama.chat import say
+    from llama.distributed import job
 
     text = ""
     for piece in stream:
         text += piece.text
-        if launch.leader() and prompt is None:
+        if job.leader() and prompt is None:
             say(piece.text)
     request = stream.request
     result: dict[str, Any] = {
@@ -211,7 +211,7 @@ def _print_completion(stream: Stream, prompt: str | None) -> None:
     }
     if request.logprobs:
         result["logprobs"] = request.generated_logprobs
-    if launch.leader():
+    if job.leader():
         print("" if prompt is None else json.dumps(result, ensure_ascii=False), flush=True)
 
 

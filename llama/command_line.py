@@ -12,9 +12,9 @@ from typing import Any
 
 import fire
 
-from llama import launch, parallel
+from llama.distributed import job, tensor_parallel
 
-MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, launch.RankError)
+MISTAKES = (ValueError, TypeError, OSError, ImportError, RuntimeError, job.RankError)
 
 
 def run(component: Any, name: str) -> None:
@@ -36,33 +36,33 @@ def run(component: Any, name: str) -> None:
             arguments = checked(inspect.signature(function), arguments)
         fire.Fire(component, [*verb, *arguments], name)
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt, launch.Terminated) as e:
+    except (Exception, KeyboardInterrupt, job.Terminated) as e:
         raise SystemExit(_report(e, name)) from None
 
 
 def _terminate(*_: object) -> None:
     """Raise, so that whatever is half-written is removed, as it is by Ctrl-C."""
-    raise launch.Terminated(143)
+    raise job.Terminated(143)
 
 
 def _report(error: BaseException, name: str) -> int:
     """Say why the command ends, with several ranks once for all of them; the exit code."""
     told = error
-    if launch.launched():  # by torchrun, which may interrupt a report, too
+    if job.launched():  # by torchrun, which may interrupt a report, too
         for interrupt in (signal.SIGTERM, signal.SIGINT):
             signal.signal(interrupt, signal.SIG_IGN)
-        reason = parallel.end(error)
-        own = isinstance(error, MISTAKES) and not parallel.of_collective(error)
-        told = error if own and launch.leader() else reason
+        reason = tensor_parallel.end(error)
+        own = isinstance(error, MISTAKES) and not tensor_parallel.of_collective(error)
+        told = error if own and job.leader() else reason
     if isinstance(told, KeyboardInterrupt):
         return 130
-    if isinstance(told, launch.Terminated):
+    if isinstance(told, job.Terminated):
         return 143
     if isinstance(told, BrokenPipeError):  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    mine = launch.first_to_tell()
-    bug = error.__cause__ if isinstance(error, launch.RankError) else error
+    mine = job.first_to_tell()
+    bug = error.__cause__ if isinstance(error, job.RankError) else error
     if isinstance(bug, Exception) and not isinstance(bug, MISTAKES):
         traceback.print_exception(bug)
     if mine and isinstance(told, MISTAKES):

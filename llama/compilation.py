@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama import launch
 from llama.attention import CacheSlice
+from llama.distributed import job
 from llama.model import Transformer, TransformerBlock
 
 # A step reads this many cached positions, or twice as many, and so on: a CUDA graph for each.
@@ -141,7 +141,7 @@ def compile_decoding(model: Transformer) -> bool:
     Returns:
         whether it is compiled.
     """
-    if launch.leader():
+    if job.leader():
         print("compiling a block for decoding (up to a minute, then cached)", file=sys.stderr)
     start, step = time.time(), CompiledStep(model)
     rows, room = next(model.caches()).k.shape[:2]
@@ -162,6 +162,6 @@ def compile_decoding(model: Transformer) -> bool:
             for row in range(rows):
                 cache.clear(row, 0, 1)
     model.compiled = step
-    if launch.leader():
+    if job.leader():
         print(f"compiled in {time.time() - start:.1f} s", file=sys.stderr)
     return True

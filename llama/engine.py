@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama import parallel
+from llama.distributed import tensor_parallel
 from llama.model import Transformer
 from llama.passes import draw_at, hidden_of_chunks, score_prompt
 from llama.request import FinishReason, Request
@@ -76,8 +76,8 @@ class Engine:
             TypeError, ValueError: the request cannot be run. Others are not touched.
         """
         self.check(request)
-        if parallel.size() > 1:
-            parallel.agree(request.facts())
+        if tensor_parallel.size() > 1:
+            tensor_parallel.agree(request.facts())
         with self._changed:
             request.begin(self._room(), self.model.norm.weight.device)
             self._added += 1
@@ -150,7 +150,7 @@ class Engine:
     def _turn(self, ready: Callable[[], object]) -> Iterator[bool]:
         """Be the only thread that steps, or (False) find oneself ready through another's step."""
         me = threading.get_ident()
-        if parallel.size() > 1 and self._thread not in (0, me):
+        if tensor_parallel.size() > 1 and self._thread not in (0, me):
             raise RuntimeError("with several ranks, one thread makes all calls, alike on each rank")
         with self._changed:
             self._thread = me
@@ -185,7 +185,7 @@ class Engine:
         return self._slots.rows if self._slots else []
 
     @torch.inference_mode()
-    @parallel.guarded()
+    @tensor_parallel.guarded()
     def _step(self) -> list[Event]:
         events: list[Event] = []
         slots = self._own_cache(events)
@@ -239,7 +239,7 @@ class Engine:
         try:
             return self._feed(slots, first_row, most)
         except Exception as e:  # such as memory that ran out: the others need not suffer
-            if parallel.size() > 1:  # nor may this rank go on without the others
+            if tensor_parallel.size() > 1:  # nor may this rank go on without the others
                 raise
             for slot in slots:
                 slot.running.fail(e)

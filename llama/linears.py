@@ -12,7 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama import kernels, parallel
+from llama import kernels
+from llama.distributed import tensor_parallel
 from llama.quantize import (
     GROUPS,
     codes_int4,
@@ -162,7 +163,7 @@ def quantized(
 def _largest(name: str, weight: Tensor) -> Tensor | None:
     """`row_largest` of all ranks' columns together; None where the weight has whole rows."""
     columns = shard_dim(f"{name}.weight") == 1
-    return parallel.largest(row_largest(weight)) if columns else None
+    return tensor_parallel.largest(row_largest(weight)) if columns else None
 
 
 def check_scheme(scheme: object, group: object = 32) -> None:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import parallel
 from llama.args import ModelArgs, rank_counts, vocabulary_share
 from llama.attention import (
     CacheSlice,
@@ -22,6 +21,7 @@ from llama.attention import (
     plain_attention,
     repeat_kv,
 )
+from llama.distributed import tensor_parallel
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 __all__ = [
@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        ranks = parallel.size()
+        ranks = tensor_parallel.size()
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         at: CacheSlice | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
-        x = parallel.copy(x)
+        x = tensor_parallel.copy(x)
         xq, xk, xv = self.project(x, self.wq, self.wk, self.wv)
         xq = xq.view(B, T, self.n_local_heads, self.head_dim)
         xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
@@ -90,7 +90,7 @@ class Attention(nn.Module):
             xk, xv = self.cache.update(xk, xv, at)
         positions = None if at is None else at.positions
         out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
-        return parallel.reduce(self.wo(out))
+        return tensor_parallel.reduce(self.wo(out))
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        ranks = parallel.size()
+        ranks = tensor_parallel.size()
         hidden = args.hidden_dim // ranks
         self.project = project
         self.gate = swiglu
@@ -112,8 +112,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = parallel.copy(x)
-        return parallel.reduce(self.w2(self.gate(*self.project(x, self.w1, self.w3))))
+        x = tensor_parallel.copy(x)
+        return tensor_parallel.reduce(self.w2(self.gate(*self.project(x, self.w1, self.w3))))
 
 
 class TransformerBlock(nn.Module):
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
 
     def __init__(self, params: ModelArgs):
         super().__init__()
-        ranks = parallel.size()
+        ranks = tensor_parallel.size()
         if params.vocab_size < 1:
             raise ValueError("set ModelArgs.vocab_size: a model needs to know its vocabulary")
         if ranks not in rank_counts(params):
@@ -200,14 +200,14 @@ class Transformer(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, dim); each rank looks up its own part of the vocabulary."""
-        if parallel.size() == 1:
+        if tensor_parallel.size() == 1:
             h: Tensor = self.tok_embeddings(tokens)
             return h
         n = self.tok_embeddings.num_embeddings
-        local = tokens - parallel.rank() * n
+        local = tokens - tensor_parallel.rank() * n
         mine = (local >= 0) & (local < n)
         h = self.tok_embeddings(local.where(mine, 0)) * mine.unsqueeze(-1)
-        return parallel.reduce(h)
+        return tensor_parallel.reduce(h)
 
     def hidden(
         self,
@@ -256,7 +256,7 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., dim) normed hidden states -> (..., V) fp32."""
-        logits = parallel.gather(self.output(parallel.copy(h)))
+        logits = tensor_parallel.gather(self.output(tensor_parallel.copy(h)))
         return logits.narrow(-1, 0, self.vocab_size).float()  # without the padding of the last rank
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | None = None) -> Tensor:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint, launch, parallel
+from llama import checkpoint
 from llama.compilation import check_cache, compile_decoding
+from llama.distributed import job, tensor_parallel
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.linears import check_scheme
 from llama.model import Transformer
@@ -43,27 +44,29 @@ def open_model(
     check_cache()
     start, device = time.time(), checkpoint.pick_device(device)
     dtype = checkpoint.pick_dtype(dtype, device)
-    parallel.initialize(model_parallel_size, device)
-    with parallel.together():
+    tensor_parallel.initialize(model_parallel_size, device)
+    with tensor_parallel.together():
         source = open_checkpoint(ckpt_dir)
         if max_seq_len is None:
             max_seq_len = min(source.context, UNASKED)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
         checkpoint.check_quantize(source, args, quantize)
         tokenizer = open_tokenizer(source, tokenizer_path)
-    if parallel.size() > 1:
+    if tensor_parallel.size() > 1:
         sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         how = {"device": device.type, "dtype": str(dtype), "quantize": quantize, "exact": exact}
         vocabulary = {"the tokenizer": fingerprint(tokenizer)}
-        parallel.agree(sizes | how | source.fingerprints() | vocabulary)
+        tensor_parallel.agree(sizes | how | source.fingerprints() | vocabulary)
     torch.manual_seed(seed)
-    with parallel.together():
+    with tensor_parallel.together():
         model = checkpoint.load(source, args, device, dtype)
-    with parallel.guarded():  # ranks communicate here, and one that fails must wake the others
+    with (
+        tensor_parallel.guarded()
+    ):  # ranks communicate here, and one that fails must wake the others
         checkpoint.tune(model, None if source.quantization else quantize, exact)
-    with parallel.together():
+    with tensor_parallel.together():
         model.setup_cache(max_batch_size, max_seq_len)
-    if launch.leader():
+    if job.leader():
         print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
     if compile:
         compile_decoding(model)
@@ -77,7 +80,7 @@ def check_switches(exact: bool, compile: bool) -> None:
             raise TypeError(f"{name} must be True or False, not {value!r}")
     if exact and compile:
         raise ValueError("a compiled step does not keep the reference's digits; choose one")
-    if compile and launch.environment().world > 1:
+    if compile and job.environment().world > 1:
         raise ValueError("a compiled step runs on one rank; leave compile out, or run one process")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import parallel
+from llama.distributed import tensor_parallel
 from llama.model import Transformer
 from llama.request import Request
 from llama.sampling import Sampling, sample
@@ -69,7 +69,7 @@ def draw_at(
 def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
     """One id a request, (B, V) -> (B,): the first rank draws for all."""
     groups: dict[tuple[Sampling, bool], list[int]] = {}  # rows that can be drawn together
-    for i, request in enumerate(requests if parallel.rank() == 0 else ()):
+    for i, request in enumerate(requests if tensor_parallel.rank() == 0 else ()):
         groups.setdefault((request.sampling, request.generator is None), []).append(i)
     drawn = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
     for (how, unseeded), rows in groups.items():
@@ -77,7 +77,7 @@ def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
         index = torch.tensor(rows, device=logits.device)
         some = logits if len(groups) == 1 else logits.index_select(0, index)
         drawn.index_copy_(0, index, sample(some, how, generators))
-    return drawn if parallel.size() == 1 else _of_first_rank(requests, drawn)
+    return drawn if tensor_parallel.size() == 1 else _of_first_rank(requests, drawn)
 
 
 def _of_first_rank(requests: Sequence[Request], drawn: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def _of_first_rank(requests: Sequence[Request], drawn: Tensor) -> Tensor:
     """
     known = [(r.id, r.tokens[-1 if r.ids else 0 :]) for r in requests]
     mark = zlib.crc32(repr(known).encode())
-    *ids, other = parallel.broadcast(F.pad(drawn, (0, 1), value=mark)).tolist()
+    *ids, other = tensor_parallel.broadcast(F.pad(drawn, (0, 1), value=mark)).tolist()
     if other != mark:
         raise RuntimeError("rank 0 was asked something else: make the same calls on every rank")
     return drawn.new_tensor(ids)

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, TypedDict, TypeVar
 
-from llama import parallel
+from llama.distributed import tensor_parallel
 from llama.engine import Engine
 from llama.request import FinishReason, Request
 from llama.tokenizer import Message, Tokenizer
@@ -88,7 +88,7 @@ def run(engine: Engine, requests: Sequence[Request], stacklevel: int = 4) -> Non
     errors = [request.error for request in requests if request.error is not None]
     if len(errors) == len(requests):
         raise errors[0]
-    for error in errors if parallel.rank() == 0 else ():
+    for error in errors if tensor_parallel.rank() == 0 else ():
         warnings.warn(str(error), stacklevel=stacklevel)
 
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from llama import launch
 from llama.common.progress import progress
+from llama.distributed import job
 from llama.engine import Engine
 from llama.predictions import run
 from llama.request import Request
@@ -127,7 +127,7 @@ def score_ids(
     scores: list[float | None] = []
     found, at_once = windows(len(ids), params.max_seq_len, stride), params.max_batch_size
     batches = [found[i : i + at_once] for i in range(0, len(found), at_once)]
-    show = show and launch.leader()
+    show = show and job.leader()
     for batch in progress(batches, "scoring", unit="batch") if show else batches:
         requests = [request_of(*window) for window in batch]
         run(engine, requests)

@@ -11,10 +11,10 @@ from typing import Any
 
 import pexpect
 import pytest
-from test_parallel import start_torchrun
 
 from llama import Llama
 from llama.chat import Chat
+from tests.distributed.test_tensor_parallel import start_torchrun
 
 COMMAND = ["-m", "llama.cli", "chat", "--temperature", "0", "--max_seq_len", "512"]
 READY = r">.*\x1b\[\?25h"  # the prompt, and the cursor shown

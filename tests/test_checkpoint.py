@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama, parallel
+from llama import Llama
 from llama.checkpoint import load, pick_device, pick_dtype
+from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.shards import read_params
 
@@ -232,4 +233,4 @@ def test_several_ranks_leave_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     second_rank(monkeypatch, "1")
     assert pick_device(None) == CPU
     with pytest.raises(ValueError, match="several ranks cannot share a model on mps"):
-        parallel.initialize(None, torch.device("mps"))
+        tensor_parallel.initialize(None, torch.device("mps"))

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_parallel import start_torchrun, torchrun, write
 
+from tests.distributed.test_tensor_parallel import start_torchrun, torchrun, write
 from tests.training import write_text
 
 ROOT = Path(__file__).parent.parent

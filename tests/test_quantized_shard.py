@@ -16,8 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import Llama, checkpoint, parallel
+from llama import Llama, checkpoint
 from llama.conversion import convert, quantize
+from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.inspection import describe
 from llama.quantize import quantize_int4, quantize_int8
@@ -247,7 +248,7 @@ def test_too_many_ranks_are_refused_before_reading(
     """wo has 64 columns: two groups."""
     source = open_checkpoint(stored)
     monkeypatch.setattr(source, "read", lambda *part: pytest.fail("weights were read"))
-    monkeypatch.setattr(parallel, "size", lambda: 4)
+    monkeypatch.setattr(tensor_parallel, "size", lambda: 4)
     with pytest.raises(ValueError, match=r"16 columns of each of 4 ranks; use one of \[1, 2\]"):
         checkpoint.load(source, source.args(), CPU, torch.float32)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama import ModelArgs, Transformer, checkpoint
+from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.shards import MetaShards
 from tests.models import random_weights
@@ -183,7 +184,7 @@ def test_logits_on_any_number_of_ranks(
         "gather": lambda x: torch.cat(ranks.exchange(x), -1),
         "copy": lambda x: x,
     }.items():
-        monkeypatch.setattr(parallel, name, collective)
+        monkeypatch.setattr(tensor_parallel, name, collective)
 
     # Meta-device contexts are per thread; models are made before the threads meet.
     def job() -> Tensor:
@@ -219,6 +220,6 @@ def test_a_rank_copies_only_what_spans_files(tmp_path: Path) -> None:
 
 def test_refuses_ranks_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_checkpoint(write(tmp_path / "c", whole_weights(False), 1))
-    monkeypatch.setattr(parallel, "size", lambda: 3)
+    monkeypatch.setattr(tensor_parallel, "size", lambda: 3)
     with pytest.raises(ValueError, match=r"3 ranks .*use one of \[1, 2, 4, 8, 16\] ranks"):
         checkpoint.load(source, source.args(), torch.device("cpu"), torch.float32)

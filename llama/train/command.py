@@ -59,11 +59,11 @@ def run(
     data: str, out: str, settings: Settings, resume: bool = False, tensorboard: bool = False
 ) -> None:
     """Train, and say how it ended; exit code 130 or 143 where a signal ended it."""
-    from llama import launch
+    from llama.distributed import job
     from llama.train.loop import train
 
     result = train(data, out, settings, resume=resume, tensorboard=tensorboard)
-    if launch.leader():
+    if job.leader():
         if result.signal:
             print(f"stopped after step {result.step}; the same command with --resume goes on")
         if result.best_step:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama import launch
+from llama.distributed import job
 
 
 def _leave() -> None:
@@ -43,12 +43,12 @@ class Ranks:
         Raises:
             ValueError: there are some and no `kind`, or a `kind` and no torchrun.
         """
-        world = launch.environment().world
+        world = job.environment().world
         if kind is None:
             if world > 1:
                 raise ValueError(f"{world} processes need --parallel ddp or --parallel fsdp")
             return Ranks(None, device)
-        if not launch.launched():
+        if not job.launched():
             raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama.cli")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
-from llama import launch
+from llama.distributed import job
 
 
 class Stop:
@@ -35,6 +35,6 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and not launch.launched():
+        if self.signal is not None and not job.launched():
             raise KeyboardInterrupt
         self.signal = number

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Transformer, checkpoint, parallel
+from llama import Llama, ModelArgs, Transformer, checkpoint
 from llama.args import rank_counts
+from llama.distributed import tensor_parallel
 from llama.footprint import Footprint
 from llama.formats import open_checkpoint
 from llama.source import rank_part
-from tests import rank_cases
+from tests.distributed import rank_cases
 from tests.models import random_weights
 
 SCRIPT = Path(rank_cases.__file__)
@@ -205,7 +206,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     args = ModelArgs(**LLAMA_8B)
     with torch.device("meta"):
         whole = sum(w.numel() for w in Transformer(args).state_dict().values())
-        monkeypatch.setattr(parallel, "size", lambda: size)
+        monkeypatch.setattr(tensor_parallel, "size", lambda: size)
         held = {name: w.numel() for name, w in Transformer(args).state_dict().items()}
     assert whole == 8_030_261_248
     assert whole / size <= sum(held.values()) <= 1.03 * whole / size
@@ -225,18 +226,22 @@ def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
 
 def test_identity_on_one_rank() -> None:
     x = torch.randn(3, 4)
-    assert parallel.size() == 1 and parallel.rank() == 0
+    assert tensor_parallel.size() == 1 and tensor_parallel.rank() == 0
     for collective in (
-        parallel.copy, parallel.reduce, parallel.gather, parallel.broadcast, parallel.largest
+        tensor_parallel.copy, tensor_parallel.reduce, tensor_parallel.gather, tensor_parallel.broadcast, tensor_parallel.largest
     ):  # fmt: skip
         assert collective(x) is x
-    assert parallel.share({"a": 1}) == {"a": 1}
-    with pytest.raises(KeyError, match="own"), parallel.together(), parallel.guarded():
+    assert tensor_parallel.share({"a": 1}) == {"a": 1}
+    with (
+        pytest.raises(KeyError, match="own"),
+        tensor_parallel.together(),
+        tensor_parallel.guarded(),
+    ):
         raise KeyError("own")
-    assert parallel.size() == 1
+    assert tensor_parallel.size() == 1
 
 
 def test_sizes_that_do_not_fit() -> None:
     for wrong in (2, 0, -1):
         with pytest.raises(ValueError, match="does not divide the 1 running"):
-            parallel.initialize(wrong, torch.device("cpu"))
+            tensor_parallel.initialize(wrong, torch.device("cpu"))

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama import Llama, checkpoint, launch, parallel
+from llama import Llama, checkpoint
+from llama.distributed import job, tensor_parallel
 from llama.engine import Engine
 from llama.formats import open_checkpoint
 from llama.linears import exchange, quantized
@@ -50,7 +51,7 @@ def generate(folder: str | Path) -> dict[str, Any]:
 def generate_by(model: Transformer) -> dict[str, Any]:
     """Greedy, seeded and unseeded rows of a batch; requests that come and go; a second turn."""
     engine = Engine(model, prefill_chunk=7)
-    torch.manual_seed(5 + parallel.rank())  # only the first rank's draws may count
+    torch.manual_seed(5 + tensor_parallel.rank())  # only the first rank's draws may count
     found: dict[str, Any] = {}
     for name, how, seed in (
         ("greedy", Sampling(0.0), None),
@@ -117,14 +118,14 @@ def counted(function: Callable[..., Any], count: Counter[str]) -> Callable[..., 
 def text_of(call: Callable[[], Any]) -> str:
     try:
         call()
-    except (ValueError, OSError, launch.RankError) as e:
+    except (ValueError, OSError, job.RankError) as e:
         return f"{type(e).__name__}: {e}"
     raise AssertionError("this should have failed")
 
 
 def mistakes(folders: list[str]) -> list[str]:
     """What each wrong call raises; the last one ends the job."""
-    second = parallel.rank() == 1
+    second = tensor_parallel.rank() == 1
 
     def build(ckpt_dir: str, max_seq_len: int = 16) -> Llama:
         return Llama.build(ckpt_dir, None, max_seq_len, 1, device="cpu", dtype=torch.float32)
@@ -143,7 +144,7 @@ def mistakes(folders: list[str]) -> list[str]:
     ids = [engine.add(Request([i, 3], 9, Sampling(0.0))) for i in (1, 2)]
     engine.cancel(ids[second])
     told.append(text_of(lambda: [engine.step() for _ in range(2)]))  # the first rank sees it later
-    return [*told, text_of(parallel.size)]
+    return [*told, text_of(tensor_parallel.size)]
 
 
 def replicas(folder: str) -> dict[str, Any]:
@@ -178,7 +179,7 @@ def of_demo(llama: Llama) -> dict[str, Any]:
 
 
 def cases(*folders: str) -> dict[str, Any]:
-    parallel.initialize(None, CPU)
+    tensor_parallel.initialize(None, CPU)
     return {
         "generated": [generate(folder) for folder in folders],
         "gradient": gradient(folders[0]),
@@ -194,7 +195,7 @@ def of_quantized(given: str, folder: str) -> dict[str, Any]:
         given: JSON of {"models": [[plain folder, its quantized one, scheme, group], ...],
             "mistakes": [arguments of `Llama.build`, ...]}: builds that fail.
     """
-    parallel.initialize(None, CPU)
+    tensor_parallel.initialize(None, CPU)
     cases = json.loads(given)
     found = []
     for plain, stored, scheme, group in cases["models"]:
@@ -206,14 +207,16 @@ def of_quantized(given: str, folder: str) -> dict[str, Any]:
             if not same_numbers(codes[name], w, scale=name.endswith("scale"))
         ]
         found.append([generate_by(made), greedy(read), different])
-    missing = torch.nan if parallel.rank() == 1 else 0.0
+    missing = torch.nan if tensor_parallel.rank() == 1 else 0.0
     result = {
         "found": found,
-        "largest": parallel.largest(torch.tensor([parallel.rank(), missing])).tolist(),
+        "largest": tensor_parallel.largest(
+            torch.tensor([tensor_parallel.rank(), missing])
+        ).tolist(),
         "mistakes": [text_of(lambda how=how: build(**how)) for how in cases["mistakes"]],
         "communicated": communicated(made),
     }
-    Path(folder, f"{parallel.rank()}.json").write_text(json.dumps(result))
+    Path(folder, f"{tensor_parallel.rank()}.json").write_text(json.dumps(result))
     return {}
 
 
@@ -235,7 +238,7 @@ def build(**how: Any) -> Llama:
 
 
 def one(folder: str) -> dict[str, Any]:
-    parallel.initialize(None, CPU)
+    tensor_parallel.initialize(None, CPU)
     return generate(folder)
 
 

@@ -22,13 +22,13 @@ from fairscale.nn.model_parallel import mappings
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from llama import launch
+from llama.distributed import job
 
 # Between steps a rank may wait for as long as another loads, or a person thinks.
 UNHURRIED = timedelta(days=300)
 _control: dist.ProcessGroup | None = None  # gloo, of the model-parallel ranks
 _ranks = [0]  # of this model-parallel group, by their numbers in the world
-_ended: launch.Fault | None = None
+_ended: job.Fault | None = None
 _known = False  # whether that is the first cause
 
 
@@ -45,7 +45,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
             device cannot communicate, or the ranks cannot meet.
         RankError: another rank failed.
     """
-    world = dist.get_world_size() if dist.is_initialized() else launch.environment().world
+    world = dist.get_world_size() if dist.is_initialized() else job.environment().world
     wanted = world if model_parallel_size is None else model_parallel_size
     if wanted < 1 or world % wanted:
         raise ValueError(
@@ -77,20 +77,20 @@ def _join(model_parallel_size: int, backend: str) -> None:
                 f"this build of torch has no {backend}, which several ranks need; install one "
                 'that has it, or build with device="cpu"'
             )
-        launch.meet({"model_parallel_size": model_parallel_size, "backend": backend})
-        me = launch.environment()
+        job.meet({"model_parallel_size": model_parallel_size, "backend": backend})
+        me = job.environment()
         dist.init_process_group(
             backend,
-            store=launch.store(),
+            store=job.store(),
             rank=me.rank,
             world_size=me.world,
-            timeout=launch.timeout(),
+            timeout=job.timeout(),
         )
         atexit.register(_leave)
     with contextlib.redirect_stdout(sys.stderr):  # fairscale announces itself
         fs_init.initialize_model_parallel(model_parallel_size)
     # Groups do not take the timeout of the world.
-    _set_pg_timeout(launch.timeout(), fs_init.get_model_parallel_group())
+    _set_pg_timeout(job.timeout(), fs_init.get_model_parallel_group())
     for first in range(0, dist.get_world_size(), model_parallel_size):
         ranks = list(range(first, first + model_parallel_size))
         group = dist.new_group(ranks, UNHURRIED, "gloo")
@@ -102,7 +102,7 @@ def _leave() -> None:
     """Close the group that we opened: gloo's threads abort an interpreter that ends under them."""
     error = getattr(sys, "last_value", None)  # what ends this process, if anything
     if error is not None and _ended is None and dist.is_initialized():
-        launch.publish(error)
+        job.publish(error)
     _close()
 
 
@@ -135,7 +135,7 @@ def guarded(several: bool | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        raise end(e) from (None if isinstance(e, (launch.RankError, KeyboardInterrupt)) else e)
+        raise end(e) from (None if isinstance(e, (job.RankError, KeyboardInterrupt)) else e)
 
 
 def end(error: BaseException) -> BaseException:
@@ -148,14 +148,14 @@ def end(error: BaseException) -> BaseException:
     if _ended is not None and _known:
         return _ended.exception()
     traceback.clear_frames(error.__traceback__)  # whose locals hold groups, and so sockets
-    fault = launch.published()
-    if fault is None and not isinstance(error, launch.Terminated) and not of_collective(error):
-        fault = launch.publish(error)
-    _ended = fault or _ended or launch.fault_of(error)
+    fault = job.published()
+    if fault is None and not isinstance(error, job.Terminated) and not of_collective(error):
+        fault = job.publish(error)
+    _ended = fault or _ended or job.fault_of(error)
     _close()
     if fault is None:
-        fault = launch.find_lost(_ranks)
-        if fault is None and isinstance(error, launch.Terminated):
+        fault = job.find_lost(_ranks)
+        if fault is None and isinstance(error, job.Terminated):
             return error
     _ended, _known = fault or _ended, True
     return _ended.exception()
@@ -238,7 +238,7 @@ def share(value: Any) -> Any:
 
 def agree(facts: dict[str, Any]) -> None:
     """Raise a ValueError on every rank if they differ; it names the first fact that does."""
-    launch.compare(dict(zip(_ranks, exchange(facts), strict=True)))
+    job.compare(dict(zip(_ranks, exchange(facts), strict=True)))
 
 
 @contextlib.contextmanager
@@ -258,4 +258,4 @@ def together() -> Iterator[None]:
         raise error
     for number, text in zip(_ranks, found, strict=True):
         if text is not None:
-            raise launch.RankError(f"rank {number}: {text}") from error
+            raise job.RankError(f"rank {number}: {text}") from error

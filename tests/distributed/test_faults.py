@@ -1,4 +1,4 @@
-"""launch.py, parallel.py, command_line.py: the fault of one rank ends the job, with one message."""
+"""launch.py, tensor_parallel.py, command_line.py: the fault of one rank ends the job, with one message."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from test_parallel import free_port, start_torchrun, write
 
-from llama import launch, parallel
+from llama.distributed import job, tensor_parallel
+from tests.distributed.test_tensor_parallel import free_port, start_torchrun, write
 
 JOB = str(Path(__file__).with_name("rank_job.py"))
 ENDS_WITHIN = 60  # seconds; a hang would be longer than any of this
@@ -160,13 +160,13 @@ def test_environments_that_do_not_fit(
 ) -> None:
     set_environment(monkeypatch, **names)
     with pytest.raises(ValueError, match=message):
-        launch.environment()
+        job.environment()
 
 
 @pytest.mark.parametrize("names", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}])
 def test_one_process(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
     set_environment(monkeypatch, **names)
-    assert launch.environment() == launch.Launch() and launch.leader()
+    assert job.environment() == job.Launch() and job.leader()
 
 
 @pytest.fixture
@@ -174,8 +174,8 @@ def rank_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """The environment of rank 0 of 2, on a free port that is returned."""
     port = free_port()
     set_environment(monkeypatch, **WHOLE, MASTER_PORT=str(port))
-    monkeypatch.setenv(launch.TIMEOUT, "0.5")
-    monkeypatch.setattr(launch, "_store", None)
+    monkeypatch.setenv(job.TIMEOUT, "0.5")
+    monkeypatch.setattr(job, "_store", None)
     yield port
 
 
@@ -184,61 +184,61 @@ def test_a_busy_port(rank_0: int) -> None:
         s.bind(("127.0.0.1", rank_0))
         s.listen()
         with pytest.raises(ValueError, match=f"MASTER_PORT {rank_0} cannot be served"):
-            launch.store()
+            job.store()
 
 
 def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
-        launch.store()
+        job.store()
 
 
 def test_a_rank_that_does_not_come(rank_0: int) -> None:
     with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
-        launch.meet({})
+        job.meet({})
 
 
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
 def test_a_backend_that_torch_lacks(rank_0: int) -> None:
     with pytest.raises(ValueError, match="this build of torch has no nccl"):
-        parallel._join(2, "nccl")
+        tensor_parallel._join(2, "nccl")
 
 
 def test_a_rank_that_comes_twice(rank_0: int) -> None:
-    launch.store().add("came/0", 1)
+    job.store().add("came/0", 1)
     with pytest.raises(ValueError, match="two processes have RANK=0"):
-        launch.meet({})
+        job.meet({})
 
 
 def test_ranks_of_different_jobs(rank_0: int) -> None:
-    launch.store().set("facts/1", json.dumps({"WORLD_SIZE": 3, "backend": "gloo"}))
+    job.store().set("facts/1", json.dumps({"WORLD_SIZE": 3, "backend": "gloo"}))
     with pytest.raises(ValueError, match="differ in WORLD_SIZE: 2 on rank 0, 3 on rank 1"):
-        launch.meet({"backend": "gloo"})
+        job.meet({"backend": "gloo"})
 
 
 def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
-    table = launch.store()
+    table = job.store()
     fault = {"rank": 1, "cause": "ImportError", "text": "no gguf"}
     timer = threading.Timer(0.1, lambda: table.set("fault", json.dumps(fault)))
     timer.start()
-    with pytest.raises(launch.RankError, match=r"^rank 1: ImportError: no gguf$"):
-        launch.meet({})
+    with pytest.raises(job.RankError, match=r"^rank 1: ImportError: no gguf$"):
+        job.meet({})
     timer.join()
 
 
 def test_all_lost_ranks_are_named(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them may only be busy, such as rank 0 while a person types."""
-    monkeypatch.setattr(launch, "ANSWER_WITHIN", 0.1)
-    launch.store().set("lives/1", "")
-    fault = launch.find_lost([0, 1, 2, 3])
+    monkeypatch.setattr(job, "ANSWER_WITHIN", 0.1)
+    job.store().set("lives/1", "")
+    fault = job.find_lost([0, 1, 2, 3])
     assert fault is not None
     assert fault.text.startswith("rank 2 no longer answers, nor 3: it ended, was killed")
 
 
 def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("", "soon", "0", "nan", "inf", "1e300"):
-        monkeypatch.setenv(launch.TIMEOUT, wrong)
+        monkeypatch.setenv(job.TIMEOUT, wrong)
         with pytest.raises(
             ValueError, match=r"LLAMA3_RANK_TIMEOUT=.* must be seconds, more than 0"
         ):
-            launch.timeout()
+            job.timeout()

@@ -14,15 +14,16 @@ import time
 
 import torch
 
-from llama import Llama, launch, linears
+from llama import Llama, linears
 from llama.command_line import run
+from llama.distributed import job
 from llama.request import Request
 from llama.sampling import Sampling
 
 
 def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:
     """Generate; rank 1 fails at its tenth step or quantizing, or looks for its files elsewhere."""
-    one = not launch.leader()
+    one = not job.leader()
     folder = elsewhere if one and elsewhere else ckpt_dir
     scheme = "int8" if fault == "quantize" else None
     if scheme and one:
@@ -33,7 +34,7 @@ def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> No
     def watch() -> None:
         nonlocal steps
         steps += 1
-        if steps == 3 and launch.leader():
+        if steps == 3 and job.leader():
             sys.stdout.write("started\n")
             sys.stdout.flush()
         if steps == 10 and one:

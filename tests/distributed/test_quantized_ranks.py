@@ -8,18 +8,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_parallel import LLAMA_8B, SCRIPT, assert_equal, results, torchrun, write
 from torch import Tensor, nn
 
-from llama import ModelArgs, Transformer, checkpoint, parallel
+from llama import ModelArgs, Transformer, checkpoint
 from llama.conversion import quantize
+from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.inspection import describe, rank_bytes
 from llama.linears import exchange, quantized
 from llama.plan import plan
 from llama.quantize import dequantize_int4, dequantize_int8
 from llama.source import Source, possible_ranks, rank_part, weight_shapes
-from tests import rank_cases
+from tests.distributed import rank_cases
+from tests.distributed.test_tensor_parallel import (
+    LLAMA_8B,
+    SCRIPT,
+    assert_equal,
+    results,
+    torchrun,
+    write,
+)
 
 # On 4 ranks a KV head of 8 rows each: half a tile of int4.
 WIDE: dict[str, Any] = {"dim": 256, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
@@ -136,7 +144,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, scheme: str, size: in
 
     with torch.device("meta"):
         whole = held()
-        monkeypatch.setattr(parallel, "size", lambda: size)
+        monkeypatch.setattr(tensor_parallel, "size", lambda: size)
         assert whole / size <= held() <= 1.03 * whole / size
 
 
