@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.flags import check_counts
-from llama import command_line, kernels
+from llama import command_line
 from llama.attention import fused_grouped_attention
-from llama.quantize import dequantize_int8
+from llama.layers import kernels
+from llama.layers.quantization import dequantize_int8
 
 SHAPES = "576x576,1536x576,576x1536,49152x576,2048x2048,8192x2048,2048x8192,128256x2048"
 COLD_BYTES = 128 << 20  # more than the last cache holds

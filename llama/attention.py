@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels
+from llama.layers import kernels
 
 
 def repeat_kv(x: Tensor, n_rep: int) -> Tensor:

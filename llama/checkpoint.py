@@ -6,13 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels
 from llama.args import ModelArgs, rank_counts, vocabulary_share
 from llama.common.progress import progress
 from llama.distributed import job, tensor_parallel
 from llama.inspection import parameter_count
-from llama.kernel_layers import use_kernels
-from llama.linears import (
+from llama.layers import kernels
+from llama.layers.kernel_modules import use_kernels
+from llama.layers.quantization import GROUPS
+from llama.layers.quantized_linear import (
     Int4Linear,
     check_scheme,
     exchange,
@@ -21,7 +22,6 @@ from llama.linears import (
     with_tinygemm,
 )
 from llama.model import Transformer
-from llama.quantize import GROUPS
 from llama.source import VOCABULARY, Source, possible_ranks, rank_part, undivided
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

@@ -12,7 +12,7 @@ import torch
 from llama.convert import new_folder
 from llama.convert.meta import write_meta
 from llama.formats import open_checkpoint, open_tokenizer, vocabulary_of
-from llama.linears import check_scheme
+from llama.layers.quantized_linear import check_scheme
 from llama.quantized_shard import sizes
 from llama.source import Source, weight_shapes
 

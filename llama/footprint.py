@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from llama.args import ModelArgs
 from llama.attention import EXACT_SCORES
-from llama.linears import check_scheme
-from llama.quantize import BLOCK, GROUPS, TILE
+from llama.layers.quantization import BLOCK, GROUPS, TILE
+from llama.layers.quantized_linear import check_scheme
 from llama.source import possible_ranks, rank_shapes
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

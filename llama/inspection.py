@@ -6,7 +6,7 @@ from collections import Counter
 from math import prod
 
 from llama.args import ModelArgs
-from llama.quantize import TILE
+from llama.layers.quantization import TILE
 from llama.source import CONTEXT, Source, possible_ranks, rank_part, weight_shapes
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}

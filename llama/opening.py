@@ -13,7 +13,7 @@ from llama import checkpoint
 from llama.compilation import check_cache, compile_decoding
 from llama.distributed import job, tensor_parallel
 from llama.formats import open_checkpoint, open_tokenizer
-from llama.linears import check_scheme
+from llama.layers.quantized_linear import check_scheme
 from llama.model import Transformer
 from llama.request import check_seed
 from llama.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from llama.args import ModelArgs
 from llama.checkpoint import check_quantize
 from llama.footprint import PREFILL_CHUNK, Footprint
 from llama.formats import open_checkpoint
-from llama.quantize import GROUPS
+from llama.layers.quantization import GROUPS
 from llama.source import CONTEXT, LONG_CONTEXT
 
 LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}

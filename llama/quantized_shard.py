@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.linears import check_scheme, quantized
-from llama.quantize import rows_int4
+from llama.layers.quantization import rows_int4
+from llama.layers.quantized_linear import check_scheme, quantized
 from llama.shards import DTYPES, QUANTIZATION, find_shards, read_params, read_shard
 from llama.source import Source, check_shapes, weight_shapes
 

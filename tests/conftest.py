@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 
-from llama import Llama, kernels
+from llama import Llama
+from llama.layers import kernels
 from tests.models import TINY, random_weights
 
 

@@ -16,7 +16,7 @@ from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.linears import exchange, quantized
+from llama.layers.quantized_linear import exchange, quantized
 from llama.model import Transformer
 
 BATCH, CONTEXT = 3, 40

@@ -21,7 +21,7 @@ from llama.conversion import convert, quantize
 from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.inspection import describe
-from llama.quantize import quantize_int4, quantize_int8
+from llama.layers.quantization import quantize_int4, quantize_int8
 from llama.verification import verify
 from tests import gguf_files
 

@@ -23,7 +23,7 @@ from llama import Llama, checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine import Engine
 from llama.formats import open_checkpoint
-from llama.linears import exchange, quantized
+from llama.layers.quantized_linear import exchange, quantized
 from llama.model import Transformer
 from llama.request import Request
 from llama.sampling import Sampling

@@ -14,9 +14,10 @@ import time
 
 import torch
 
-from llama import Llama, linears
+from llama import Llama
 from llama.command_line import run
 from llama.distributed import job
+from llama.layers import quantized_linear
 from llama.request import Request
 from llama.sampling import Sampling
 
@@ -27,7 +28,7 @@ def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> No
     folder = elsewhere if one and elsewhere else ckpt_dir
     scheme = "int8" if fault == "quantize" else None
     if scheme and one:
-        linears.quantize_int8 = lambda *_: fail("memory")  # type: ignore[assignment]
+        quantized_linear.quantize_int8 = lambda *_: fail("memory")  # type: ignore[assignment]
     llama = Llama.build(folder, None, 200, 1, device="cpu", dtype=torch.float32, quantize=scheme)
     steps = 0
 

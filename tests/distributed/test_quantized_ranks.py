@@ -15,9 +15,9 @@ from llama.conversion import quantize
 from llama.distributed import tensor_parallel
 from llama.formats import open_checkpoint
 from llama.inspection import describe, rank_bytes
-from llama.linears import exchange, quantized
+from llama.layers.quantization import dequantize_int4, dequantize_int8
+from llama.layers.quantized_linear import exchange, quantized
 from llama.plan import plan
-from llama.quantize import dequantize_int4, dequantize_int8
 from llama.source import Source, possible_ranks, rank_part, weight_shapes
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (

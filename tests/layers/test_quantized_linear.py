@@ -11,15 +11,22 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama import Llama, ModelArgs, Transformer, kernels
+from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import tune
-from llama.linears import Int4Linear, Int8Linear, KernelLinear, TinygemmLinear, with_tinygemm
-from llama.quantize import (
+from llama.layers import kernels
+from llama.layers.quantization import (
     codes_int4,
     dequantize_int4,
     dequantize_int8,
     quantize_int4,
     scales_and_zeros_int4,
+)
+from llama.layers.quantized_linear import (
+    Int4Linear,
+    Int8Linear,
+    KernelLinear,
+    TinygemmLinear,
+    with_tinygemm,
 )
 from tests.models import random_weights
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llama import kernels
 from llama.attention import kernel_attention
-from llama.linears import KernelLinear
+from llama.layers import kernels
+from llama.layers.quantized_linear import KernelLinear
 from llama.model import (
     Attention,
     FeedForward,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama import kernels
+from llama.layers import kernels
 
 TILE = 16  # rows of an int4 weight that lie together
 GROUPS = (32, 64, 128)

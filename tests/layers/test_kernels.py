@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama import kernels
-from llama.quantize import (
+from llama.layers import kernels
+from llama.layers.quantization import (
     dequantize_int4,
     dequantize_int8,
     linear_int4,
@@ -335,8 +335,8 @@ def test_nothing_is_read_beyond_the_end(ops: object) -> None:
     which reading it would end."""
     code = """
 import ctypes, mmap, os, sys, torch
-from llama import kernels
-from llama.quantize import quantize_int4, quantize_int8
+from llama.layers import kernels
+from llama.layers.quantization import quantize_int4, quantize_int8
 PAGE, kept = mmap.PAGESIZE, []
 def guarded(t):
     pages = mmap.mmap(-1, (-(-t.nbytes // PAGE) + 1) * PAGE)
@@ -372,8 +372,8 @@ def test_inductor_compiles_them(ops: object) -> None:
     """In a process of its own: inductor wants to be the first to import distutils."""
     code = """
 import torch
-from llama import kernels
-from llama.quantize import linear_int8, quantize_int8
+from llama.layers import kernels
+from llama.layers.quantization import linear_int8, quantize_int8
 kernels.load()
 w, x = torch.randn(24, 64), torch.randn(1, 64)
 q, scale = quantize_int8(w)

@@ -12,9 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama import kernels
 from llama.distributed import tensor_parallel
-from llama.quantize import (
+from llama.layers import kernels
+from llama.layers.quantization import (
     GROUPS,
     codes_int4,
     linear_int4,

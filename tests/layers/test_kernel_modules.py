@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama.kernel_layers import (
+from llama.layers.kernel_modules import (
     KernelRMSNorm,
     kernel_project,
     kernel_rotary,
     kernel_swiglu,
     use_kernels,
 )
-from llama.linears import with_kernels
+from llama.layers.quantized_linear import with_kernels
 from llama.model import ModelArgs, RMSNorm, Transformer, apply_rotary_emb
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
