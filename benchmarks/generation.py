@@ -28,11 +28,11 @@ from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from llama import checkpoint, command_line
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
 from llama.model import Transformer
 from llama.predictions import make_requests, run
-from llama.request import Request
-from llama.sampling import Sampling
 
 GREEDY = Sampling(0.0)
 

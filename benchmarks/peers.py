@@ -22,13 +22,13 @@ from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
 from llama import checkpoint
 from llama.args import ModelArgs
-from llama.compilation import compile_decoding
 from llama.convert.meta import write_meta
-from llama.engine import Engine
+from llama.engine.compiled_step import compile_decoding
+from llama.engine.engine import Engine
+from llama.engine.sampling import Sampling
 from llama.formats import open_checkpoint
 from llama.model import Transformer
 from llama.predictions import make_requests, run
-from llama.sampling import Sampling
 
 OURS = "llama3"
 # Peer: the packages it needs, as they are imported and as they are installed.

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.distributed import job, tensor_parallel
+from llama.engine.request import Request
 from llama.generation import Llama
 from llama.pieces import Stream
-from llama.request import Request
 from llama.tokenizer import Message
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ class Commands(CheckpointCommands, TrainCommands):
             json: print one JSON object, when all is done.
             logprobs: with --json, also the log-probability of each token.
         """
-        from llama.sampling import Sampling
+        from llama.engine.sampling import Sampling
 
         if logprobs and not json:
             raise ValueError("--logprobs needs --json")
@@ -105,7 +105,7 @@ class Commands(CheckpointCommands, TrainCommands):
         """
         from llama.chat import Chat, follow, lines_of_stdin
         from llama.distributed import job, tensor_parallel
-        from llama.sampling import Sampling
+        from llama.engine.sampling import Sampling
 
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
         lines = lines_of_stdin() if job.leader() else iter(())
@@ -145,7 +145,7 @@ class Commands(CheckpointCommands, TrainCommands):
             json: print one JSON object.
         """
         from llama.distributed import job, tensor_parallel
-        from llama.scoring import check_windows, read_text
+        from llama.engine.scoring import check_windows, read_text
 
         text = read_text(file)
         if context is not None:

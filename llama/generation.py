@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling, sample_top_p
 from llama.opening import open_model
 from llama.pieces import Piece, Reader
 from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
-from llama.request import Request
-from llama.sampling import Sampling, sample_top_p
 from llama.streaming import Streaming
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import Dialog, Message

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from llama import checkpoint
-from llama.compilation import check_cache, compile_decoding
 from llama.distributed import job, tensor_parallel
+from llama.engine.compiled_step import check_cache, compile_decoding
+from llama.engine.request import check_seed
 from llama.formats import open_checkpoint, open_tokenizer
 from llama.layers.quantized_linear import check_scheme
 from llama.model import Transformer
-from llama.request import check_seed
 from llama.tokenizer import Tokenizer
 
 UNASKED = 4096  # tokens in a row, at most, where nobody says how many

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llama.engine import Engine
-from llama.request import FinishReason, Request
+from llama.engine.engine import Engine
+from llama.engine.request import FinishReason, Request
 from llama.tokenizer import Tokenizer
 
 

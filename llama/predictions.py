@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any, TypedDict, TypeVar
 
 from llama.distributed import tensor_parallel
-from llama.engine import Engine
-from llama.request import FinishReason, Request
+from llama.engine.engine import Engine
+from llama.engine.request import FinishReason, Request
 from llama.tokenizer import Message, Tokenizer
 
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
+from llama.engine.scoring import Perplexity, perplexity, score_ids
 from llama.model import Transformer
 from llama.pieces import Reader, Stream
 from llama.predictions import CompletionPrediction, scored
-from llama.request import Request
-from llama.sampling import Sampling
-from llama.scoring import Perplexity, perplexity, score_ids
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 

@@ -16,11 +16,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoint import tune
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.forward import draw_at
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
 from llama.footprint import DTYPE_BYTES, PREFILL_CHUNK, Footprint
-from llama.passes import draw_at
-from llama.request import Request
-from llama.sampling import Sampling
 from llama.source import possible_ranks
 from tests import eight_ranks
 from tests.eight_ranks import BATCH, CONTEXT, DTYPES, SHAPES, cases, held

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama import ModelArgs, Transformer, passes
+from llama import ModelArgs, Transformer
+from llama.engine import forward
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
 from llama.model import grouped_attention, plain_attention
-from llama.request import Request
-from llama.sampling import Sampling
 from tests.models import meta_model, random_weights
 
 SHAPES = {
@@ -163,14 +164,14 @@ def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
         model.setup_cache(3, 64)
         prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
         for chunks, starts in (prompts, [0, 0, 0]), ([[5]] * 3, [3, 4, 1]), ([[5]] * 3, [7] * 3):
-            h = passes.hidden_of_chunks(model, chunks, starts, 0)
+            h = forward.hidden_of_chunks(model, chunks, starts, 0)
             last = torch.arange(3, device="cuda") * h.shape[1]
             logits = model.logits(h.flatten(0, 1).index_select(0, last))
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
             for how in Sampling(0), Sampling(0.6, 0.9, 20, 0.01):
-                ids = passes.draw([Request(p, sampling=how) for p in prompts], logits)
+                ids = forward.draw([Request(p, sampling=how) for p in prompts], logits)
                 assert ids.device.type == "cuda" and ids.shape == (3,)
-            assert passes.chosen_logprobs(logits, ids).device.type == "cuda"
+            assert forward.chosen_logprobs(logits, ids).device.type == "cuda"
         tokens = torch.zeros(3, 9, dtype=torch.long, device="cuda")
         assert model(tokens, 9).shape == (3, 9, 300)
         assert model(tokens).device.type == "cuda"

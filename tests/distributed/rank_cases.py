@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from llama import Llama, checkpoint
 from llama.distributed import job, tensor_parallel
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
 from llama.formats import open_checkpoint
 from llama.layers.quantized_linear import exchange, quantized
 from llama.model import Transformer
-from llama.request import Request
-from llama.sampling import Sampling
 
 CPU = torch.device("cpu")
 SHARED = [0, 3, 2, 1, 4, 2, 3, 1, 0, 4, 1, 1, 2, 3, 4, 0, 2, 2, 3, 1]

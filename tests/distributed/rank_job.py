@@ -17,9 +17,9 @@ import torch
 from llama import Llama
 from llama.command_line import run
 from llama.distributed import job
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
 from llama.layers import quantized_linear
-from llama.request import Request
-from llama.sampling import Sampling
 
 
 def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:

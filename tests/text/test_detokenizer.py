@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.engine.request import Request
 from llama.pieces import Reader
-from llama.request import Request
 from llama.tokenizer import Tokenizer
 
 ALPHABET = "abc déß漢字😀👩‍👩‍👧\n."

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from llama.sampling import Sampling
+from llama.engine.sampling import Sampling
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 

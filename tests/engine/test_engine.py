@@ -1,4 +1,4 @@
-"""engine.py, slots.py, passes.py: every request gets what it would get alone."""
+"""engine.py, slots.py, forward.py: every request gets what it would get alone."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama import passes
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling, sample
 from llama.model import ModelArgs, Transformer
-from llama.request import Request
-from llama.sampling import Sampling, sample
 from tests.models import random_weights
 
 SHAPE = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 60}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from llama.engine.sampling import Sampling, nucleus, sample
 from llama.generation import sample_top_p
-from llama.sampling import Sampling, nucleus, sample
 from tests import reference
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])  # in order: ids 1, 4, 2, 0, 3

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.distributed import tensor_parallel
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling, sample
 from llama.model import Transformer
-from llama.request import Request
-from llama.sampling import Sampling, sample
 
 # Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
 SCORE_CHUNK = 128

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.scoring import windows
+from llama.engine.scoring import windows
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from llama.distributed import tensor_parallel
+from llama.engine.forward import draw_at, hidden_of_chunks, score_prompt
+from llama.engine.request import FinishReason, Request
+from llama.engine.slots import Slot, Slots
 from llama.model import Transformer
-from llama.passes import draw_at, hidden_of_chunks, score_prompt
-from llama.request import FinishReason, Request
-from llama.slots import Slot, Slots
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from llama.engine.request import Request
 from llama.model import Transformer
-from llama.request import Request
 
 # A copy of fewer cached positions from one row to another costs more than it saves.
 WORTH_COPYING = 16

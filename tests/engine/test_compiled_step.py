@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.compilation import CompiledStep, Graph
+from llama.engine.compiled_step import CompiledStep, Graph
 from llama.model import TransformerBlock
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 

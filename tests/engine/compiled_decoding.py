@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from llama import Llama
-from llama.passes import hidden_of_chunks
+from llama.engine.forward import hidden_of_chunks
 
 PROMPTS = ["one two three", "a", "some more words than the others have", "b c", "d"]
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from llama.common.progress import progress
 from llama.distributed import job
-from llama.engine import Engine
+from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.predictions import run
-from llama.request import Request
 
 
 @dataclass(frozen=True)
