@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 from llama import Llama
+from llama.checkpoints.demo_model import checkpoint_or_demo
 from llama.command_line import run
-from llama.demo import checkpoint_or_demo
 from llama.distributed import job
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.convert.gguf import GGUF_NAMES, ROPE_FREQS
+from llama.checkpoints.formats.gguf import GGUF_NAMES, ROPE_FREQS
+from llama.checkpoints.source import Source, weight_shapes
 from llama.rope import apply_scaling
-from llama.source import Source, weight_shapes
 
 BATCH = 512  # ids that one call computes at most, llama.cpp's own default
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # dtype: ggml's name

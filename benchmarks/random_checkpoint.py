@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llama import command_line, plan
 from llama.args import ModelArgs
-from llama.convert import new_folder
-from llama.convert.meta import write_meta
-from llama.source import Source, weight_shapes
+from llama.checkpoints.formats.meta_export import write_meta
+from llama.checkpoints.formats.vocabulary import new_folder
+from llama.checkpoints.source import Source, weight_shapes
 
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,

@@ -22,7 +22,7 @@ from benchmarks.generation import build, random_prompts
 from benchmarks.peers import Ours
 from benchmarks.random_checkpoint import SHAPES
 from llama import command_line
-from llama.checkpoint import tune
+from llama.checkpoints.load import tune
 from llama.distributed import job, tensor_parallel
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from benchmarks.report import machine
 from benchmarks.transformers_peer import config_of
 from llama import command_line
-from llama.checkpoint import pick_device
-from llama.convert.hf_config import hf_name
-from llama.convert.hf_export import halve
+from llama.checkpoints.formats.hf_config import hf_name
+from llama.checkpoints.formats.hf_export import halve
+from llama.checkpoints.load import pick_device
 from llama.model import Transformer
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer

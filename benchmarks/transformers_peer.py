@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
-from llama.convert.hf_config import hf_name
-from llama.convert.hf_export import halve
+from llama.checkpoints.formats.hf_config import hf_name
+from llama.checkpoints.formats.hf_export import halve
 from llama.model import Transformer
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoint import pick_device
+from llama.checkpoints.load import pick_device
 
 
 class Worker:

@@ -25,7 +25,7 @@ class CheckpointCommands:
             dtype: bf16, fp16 or fp32; by default what is stored (bf16 from a GGUF).
             force: replace DST if it exists.
         """
-        from llama.conversion import convert
+        from llama.checkpoints.convert import convert
 
         print(convert(src, dst, to, mp, dtype, force))
 
@@ -36,14 +36,14 @@ class CheckpointCommands:
             scheme: int8, or int4 (the output layer in int8).
             group: 32, 64 or 128 inputs share a scale in int4; by default 32.
         """
-        from llama.conversion import quantize
+        from llama.checkpoints.convert import quantize
 
         print(quantize(src, dst, scheme, group))
 
     def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int | None = None) -> None:
         """Tell what checkpoint PATH is and what it needs, with a cache of that batch and length."""
-        from llama.formats import open_checkpoint
-        from llama.inspection import describe
+        from llama.checkpoints.inspect import describe
+        from llama.checkpoints.open import open_checkpoint
 
         print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
@@ -77,8 +77,8 @@ class CheckpointCommands:
 
     def verify(self, path: str) -> None:
         """Check every file of checkpoint PATH; one line a problem, and exit code 1 if any."""
-        from llama.formats import open_checkpoint, open_tokenizer
-        from llama.verification import verify
+        from llama.checkpoints.open import open_checkpoint, open_tokenizer
+        from llama.checkpoints.verify import verify
 
         problems = verify(path, open_checkpoint)
         if not problems:
@@ -96,6 +96,6 @@ class CheckpointCommands:
         Args:
             include: a pattern of files, such as original/*; by default what is needed to run.
         """
-        from llama.download import download
+        from llama.checkpoints.download import download
 
         self.verify(str(download(repo, Path(dst) if dst else None, include)))

@@ -159,7 +159,7 @@ class Commands(CheckpointCommands, TrainCommands):
 
     def demo(self) -> None:
         """Fetch and convert the demo model if need be, and print its folder."""
-        from llama.demo import ensure_demo_model
+        from llama.checkpoints.demo_model import ensure_demo_model
 
         print(ensure_demo_model())
 
@@ -181,7 +181,7 @@ def _build(
 ) -> Llama:
     """Of a checkpoint, or the demo model."""
     from llama import Llama
-    from llama.demo import cache_dir, checkpoint_or_demo
+    from llama.checkpoints.demo_model import cache_dir, checkpoint_or_demo
 
     folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
     if compile:  # torch's own place is emptied when the machine starts

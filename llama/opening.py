@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from llama import checkpoint
+from llama.checkpoints import load
+from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.distributed import job, tensor_parallel
 from llama.engine.compiled_step import check_cache, compile_decoding
 from llama.engine.request import check_seed
-from llama.formats import open_checkpoint, open_tokenizer
 from llama.layers.quantized_linear import check_scheme
 from llama.model import Transformer
 from llama.tokenizer import Tokenizer
@@ -42,15 +42,15 @@ def open_model(
         check_scheme(quantize)
     check_switches(exact, compile)
     check_cache()
-    start, device = time.time(), checkpoint.pick_device(device)
-    dtype = checkpoint.pick_dtype(dtype, device)
+    start, device = time.time(), load.pick_device(device)
+    dtype = load.pick_dtype(dtype, device)
     tensor_parallel.initialize(model_parallel_size, device)
     with tensor_parallel.together():
         source = open_checkpoint(ckpt_dir)
         if max_seq_len is None:
             max_seq_len = min(source.context, UNASKED)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        checkpoint.check_quantize(source, args, quantize)
+        load.check_quantize(source, args, quantize)
         tokenizer = open_tokenizer(source, tokenizer_path)
     if tensor_parallel.size() > 1:
         sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
@@ -59,15 +59,15 @@ def open_model(
         tensor_parallel.agree(sizes | how | source.fingerprints() | vocabulary)
     torch.manual_seed(seed)
     with tensor_parallel.together():
-        model = checkpoint.load(source, args, device, dtype)
+        model = load.load(source, args, device, dtype)
     with (
         tensor_parallel.guarded()
     ):  # ranks communicate here, and one that fails must wake the others
-        checkpoint.tune(model, None if source.quantization else quantize, exact)
+        load.tune(model, None if source.quantization else quantize, exact)
     with tensor_parallel.together():
         model.setup_cache(max_batch_size, max_seq_len)
     if job.leader():
-        print(checkpoint.summary(source, model, time.time() - start, quantize), file=sys.stderr)
+        print(load.summary(source, model, time.time() - start, quantize), file=sys.stderr)
     if compile:
         compile_decoding(model)
     return model, tokenizer

@@ -56,7 +56,7 @@ def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """The demo model in the official layout."""
-    from llama.demo import ensure_demo_model
+    from llama.checkpoints.demo_model import ensure_demo_model
 
     return ensure_demo_model()
 

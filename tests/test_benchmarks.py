@@ -22,7 +22,7 @@ from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.report import save_plot
 from benchmarks.same_model import differences
 from benchmarks.workers import Reader, Worker
-from llama.convert.gguf import GGUFSource
+from llama.checkpoints.formats.gguf import GGUFSource
 
 TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 TINY |= {"vocab_size": 400, "multiple_of": 32, "use_scaled_rope": True}

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from llama.args import ModelArgs
-from llama.footprint import Footprint
+from llama.checkpoints.footprint import Footprint
 from llama.plan import as_text, parse_size, plan, release, report
-from tests.test_inspection import RELEASES
-from tests.test_inspection import release as published
+from tests.checkpoints.test_inspect import RELEASES
+from tests.checkpoints.test_inspect import release as published
 
 ROOT = Path(__file__).parent.parent
 GB = 10**9

@@ -22,17 +22,17 @@ from test_train_model import in_their_order
 
 from benchmarks.transformers_peer import config_of
 from llama import Llama, Tokenizer, Transformer
-from llama.conversion import convert
-from llama.convert.hf_config import hf_name
-from llama.demo import checkpoint_or_demo
-from llama.formats import open_checkpoint
-from llama.inspection import describe
+from llama.checkpoints.convert import convert
+from llama.checkpoints.demo_model import checkpoint_or_demo
+from llama.checkpoints.formats.hf_config import hf_name
+from llama.checkpoints.inspect import describe
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.verify import verify
 from llama.train.loop import train
 from llama.train.optimizer import initialize
 from llama.train.report import Report, read_metrics, replacing
 from llama.train.settings import Settings
 from llama.train.state import open_data
-from llama.verification import verify
 from tests.training import SMALL, flags, losses, write_text
 
 ROOT = Path(__file__).parent.parent

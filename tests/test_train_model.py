@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.transformers_peer import config_of
 from llama import ModelArgs, Transformer
-from llama.convert.hf_config import hf_name
-from llama.convert.hf_export import halve
+from llama.checkpoints.formats.hf_config import hf_name
+from llama.checkpoints.formats.hf_export import halve
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer
 from llama.train.settings import Settings

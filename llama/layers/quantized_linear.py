@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from llama.checkpoints.source import shard_dim
 from llama.distributed import tensor_parallel
 from llama.layers import kernels
 from llama.layers.quantization import (
@@ -24,7 +25,6 @@ from llama.layers.quantization import (
     row_largest,
     scales_and_zeros_int4,
 )
-from llama.source import shard_dim
 
 SCHEMES = ("int8", "int4")
 

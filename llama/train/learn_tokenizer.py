@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoints.formats.vocabulary import rank_file, sidecar
 from llama.common.progress import progress
-from llama.convert import rank_file, sidecar
 from llama.text.long_text import passages
 from llama.text.rank_file import LLAMA3_PATTERN, read_sidecar
 from llama.tokenizer import Tokenizer

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.convert import new_folder
-from llama.shards import is_of_disk
+from llama.checkpoints.formats.meta import is_of_disk
+from llama.checkpoints.formats.vocabulary import new_folder
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
 from llama.train.learn_tokenizer import learn

@@ -19,12 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from llama import Llama, checkpoint
+from llama import Llama
+from llama.checkpoints import load
+from llama.checkpoints.open import open_checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
-from llama.formats import open_checkpoint
 from llama.layers.quantized_linear import exchange, quantized
 from llama.model import Transformer
 
@@ -36,10 +37,10 @@ PROMPTS = [[1, 2, 3], SHARED, [4], [*SHARED, 2, 1]]
 def load(folder: str | Path, scheme: str | None = None, group: int = 32) -> Transformer:
     source = open_checkpoint(folder)
     args = source.args(max_seq_len=48, max_batch_size=3)
-    model = checkpoint.load(source, args, CPU, torch.float32)
+    model = load.load(source, args, CPU, torch.float32)
     if scheme is not None:
         exchange(model, quantized(scheme, group, parts=True), nn.Linear)
-    checkpoint.tune(model, None, exact=False)
+    load.tune(model, None, exact=False)
     model.setup_cache(3, 48)
     return model
 
@@ -87,7 +88,7 @@ def generate_by(model: Transformer) -> dict[str, Any]:
 def gradient(folder: str | Path) -> list[float]:
     """Of the first norm, which every rank has all of."""
     source = open_checkpoint(folder)
-    model = checkpoint.load(source, source.args(), CPU, torch.float32)
+    model = load.load(source, source.args(), CPU, torch.float32)
     weight = next(w for name, w in model.named_parameters() if "attention_norm" in name)
     weight.requires_grad_()
     model(torch.tensor([SHARED])).logsumexp(-1).sum().backward()

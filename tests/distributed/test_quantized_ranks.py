@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llama import ModelArgs, Transformer, checkpoint
-from llama.conversion import quantize
+from llama import ModelArgs, Transformer
+from llama.checkpoints import load
+from llama.checkpoints.convert import quantize
+from llama.checkpoints.inspect import describe, rank_bytes
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import Source, possible_ranks, rank_part, weight_shapes
 from llama.distributed import tensor_parallel
-from llama.formats import open_checkpoint
-from llama.inspection import describe, rank_bytes
 from llama.layers.quantization import dequantize_int4, dequantize_int8
 from llama.layers.quantized_linear import exchange, quantized
 from llama.plan import plan
-from llama.source import Source, possible_ranks, rank_part, weight_shapes
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (
     LLAMA_8B,
@@ -95,7 +96,7 @@ def numbers(source: Source, layer: str, args: ModelArgs, rank: int, size: int) -
     """What a rank's codes and scales of a weight stand for."""
 
     def part(kind: str) -> Tensor:
-        return checkpoint.read_part(source, f"{layer}.{kind}", args, rank, size)
+        return load.read_part(source, f"{layer}.{kind}", args, rank, size)
 
     if f"{layer}.q" in source.shapes():
         return dequantize_int8(part("q"), part("scale"))
@@ -127,7 +128,7 @@ def test_whole_tiles_are_views_of_the_file(at: Path) -> None:
     args = source.args()
     for kind, view in (("wq", True), ("w1", True), ("wk", False)):
         name = f"layers.1.{'feed_forward' if kind == 'w1' else 'attention'}.{kind}.packed"
-        w, part = source.read(name), checkpoint.read_part(source, name, args, 1, 4)
+        w, part = source.read(name), load.read_part(source, name, args, 1, 4)
         assert (part.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()) == view
         assert part.is_contiguous()
 
@@ -170,7 +171,7 @@ def test_inspect_and_plan_tell_the_ranks(at: Path, name: str, scheme: str, group
     how |= dict.fromkeys(("device_memory", "memory_bandwidth", "interconnect"))
     for n in possible:
         figures = json.loads(plan(ranks=n, **how))
-        parts = [checkpoint.read_part(source, stored, args, 0, n) for stored in source.shapes()]
+        parts = [load.read_part(source, stored, args, 0, n) for stored in source.shapes()]
         assert rank_bytes(source, args, n) == sum(part.nbytes for part in parts)
         assert figures["weights"] == sum(part.nbytes for part in parts)
         assert figures["possible_ranks"] == possible

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama import Llama, ModelArgs, Transformer, checkpoint
+from llama import Llama, ModelArgs, Transformer
 from llama.args import rank_counts
+from llama.checkpoints import load
+from llama.checkpoints.footprint import Footprint
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import rank_part
 from llama.distributed import tensor_parallel
-from llama.footprint import Footprint
-from llama.formats import open_checkpoint
-from llama.source import rank_part
 from tests.distributed import rank_cases
 from tests.models import random_weights
 
@@ -193,7 +194,7 @@ def test_shares_of_a_vocabulary(folders: list[str]) -> None:
         args = source.args()
         for n in (2, 4):
             for name in ("tok_embeddings.weight", "output.weight"):
-                rows = [checkpoint.read_part(source, name, args, r, n) for r in range(n)]
+                rows = [load.read_part(source, name, args, r, n) for r in range(n)]
                 assert len({part.shape for part in rows}) == 1
                 joined, whole = torch.cat(rows), source.read(name)
                 assert torch.equal(joined[: args.vocab_size], whole)
@@ -219,7 +220,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
-    from llama.source import weight_shapes
+    from llama.checkpoints.source import weight_shapes
 
     return weight_shapes(args)[name]
 

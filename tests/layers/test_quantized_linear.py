@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoint import tune
+from llama.checkpoints.load import tune
 from llama.layers import kernels
 from llama.layers.quantization import (
     codes_int4,

@@ -1,0 +1,200 @@
+"""A Hugging Face Llama directory as a `Source`: config.json and safetensors under Meta's names.
+
+Knows the files' layout; `hf_config` knows config.json and names, `hf_vocabulary` tokenizer.json.
+Shapes: D dim, d head_dim. HF's query and key heads hold the first members of all rotary pairs, then
+the second ones; Meta's hold pair after pair.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.checkpoints.formats.hf_config import meta_name, read_config, read_json
+from llama.checkpoints.formats.hf_vocabulary import read_vocabulary
+from llama.checkpoints.source import Source
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+def interleave(rows: Tensor, head_dim: int) -> Tensor:
+    """Whole heads (heads * d, D) from HF's order to Meta's: row j -> 2j, row d/2 + j -> 2j + 1."""
+    halves = rows.view(-1, 2, head_dim // 2, rows.shape[1])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+class _Weight(NamedTuple):
+    """Where a weight is."""
+
+    file: Any  # an open safetensors file
+    name: str  # the file's name of it
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def tensor(self) -> Tensor:
+        """All of it, a view of the mapped file: no page is read before it is used."""
+        view: Tensor = self.file.get_tensor(self.name)
+        return view
+
+
+class HFSource(Source):
+    """An open Hugging Face directory. The files are mapped; a read touches only its own pages.
+
+    Args:
+        path: a folder with config.json and model.safetensors, or several of them.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json or no safetensors in it.
+        ValueError: damaged files, or a model that computes something else than Meta's code; the
+            message says which.
+        ImportError: the `safetensors` package is missing.
+    """
+
+    layout = "hf"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"no Hugging Face folder at {path}; check the path")
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"no config.json in {path}; a Hugging Face model has one beside its safetensors"
+            )
+        config = read_json(self.path / "config.json")
+        self.params = read_config(config, self.path / "config.json")
+        self._head_dim = self.params["dim"] // self.params["n_heads"]
+        self._weights: dict[str, _Weight] = {}
+        for file in weight_files(self.path):
+            self._add(file)
+        self._positions = config.get("max_position_embeddings")
+        self.tied = self._is_tied(config.get("tie_word_embeddings", False))
+        if self.tied and "tok_embeddings.weight" in self._weights:
+            self._weights["output.weight"] = self._weights["tok_embeddings.weight"]
+
+    @property
+    def context(self) -> int:
+        """See `Source.context`."""
+        said = self._positions
+        return said if isinstance(said, int) and said > 0 else super().context
+
+    def _add(self, path: Path) -> None:
+        """Take up the names, shapes and dtypes of one file."""
+        file = open_safetensors(path)
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name.endswith("rotary_emb.inv_freq"):
+                continue  # follows from config.json
+            meta = meta_name(name) or name
+            if meta in self._weights:
+                raise ValueError(f"{path} holds {name} again; remove the files of another model")
+            part = file.get_slice(name)
+            kind = part.get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(
+                    f"{path}: {name} is of type {kind}; use the unquantized model, of a type in "
+                    f"{list(DTYPES)}"
+                )
+            self._weights[meta] = _Weight(file, name, tuple(part.get_shape()), DTYPES[kind])
+
+    def _is_tied(self, said: bool) -> bool:
+        """Whether the output's weights are the embedding's, by config.json and by content."""
+        embed, head = (self._weights.get(f"{n}.weight") for n in ("tok_embeddings", "output"))
+        if embed is None or head is None:
+            if head is None and not said:
+                raise ValueError(
+                    f"{self.path} has no lm_head.weight, and config.json does not tie it to the "
+                    "embedding; download it again, or set tie_word_embeddings to true"
+                )
+            return head is None
+        embedding, output = embed.tensor(), head.tensor()
+        # Nearly all that differ do in the first row, and then nothing else is read.
+        same = (
+            embedding.shape == output.shape
+            and torch.equal(embedding[:1], output[:1])
+            and torch.equal(embedding, output)
+        )
+        if said and not same:
+            raise ValueError(
+                f"{self.path}: config.json ties lm_head.weight to the embedding, and the file has "
+                "another one; set tie_word_embeddings to false, or remove lm_head.weight"
+            )
+        return same
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: weight.shape for name, weight in self._weights.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._weights[name].dtype
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        """See `Source.read`. Query and key rows are copied to Meta's order, the rest are views."""
+        whole = self._weights[name].tensor()
+        stop = whole.shape[dim] if stop is None else stop
+        part = whole.narrow(dim, start, stop - start)
+        if name.split(".")[-2] not in ("wq", "wk"):
+            return part
+        d = self._head_dim
+        assert dim == 1 or start % d == stop % d == 0, f"{name} {start}:{stop}: heads are of {d}"
+        return interleave(part, d)
+
+    def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
+        """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model is.
+
+        Raises:
+            ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
+        """
+        return read_vocabulary(self.path)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a folder: the whole file, those of its index, or every numbered one.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: one of several is missing.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index} has no weight_map; download it again")
+        names = sorted({str(name) for name in weight_map.values()})
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names files outside its folder: {outside[0]}")
+    else:
+        names = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+        totals = {int(m[1]) for name in names if (m := re.search(r"-of-(\d+)\.", name))}
+        if not names:
+            other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
+            raise FileNotFoundError(f"{folder} has no model.safetensors{other}")
+        names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for n in totals for i in range(n)]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")
+    return [folder / name for name in names]
+
+
+def open_safetensors(path: Path) -> Any:
+    """Map a safetensors file; only its header is read.
+
+    Raises:
+        ValueError: the file is truncated, a web page or a Git-LFS pointer.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as e:
+        raise ImportError("Hugging Face files need a package: pip install 'llama3[hf]'") from e
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a Git-LFS pointer; fetch the file itself: git lfs pull")
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page; download the file again")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as e:
+        raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from None

@@ -1,0 +1,141 @@
+"""Hugging Face's config.json and tensor names in Meta's terms. Knows no tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llama.args import ModelArgs
+from llama.checkpoints.formats.vocabulary import ffn_terms
+
+# Hugging Face's names <-> Meta's; a layer's are `model.layers.N.` + HF and `layers.N.` + Meta.
+TOP_NAMES = {
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "lm_head": "output",
+}
+LAYER_NAMES = {
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+_LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+# Keys under which the same weights compute something else, and their only value here.
+PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# What Llama 3.1's scaling fixes, see `llama.rope.apply_scaling`.
+SCALING = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def meta_name(name: str) -> str | None:
+    """Meta's name of the HF tensor `name`; None: it has none."""
+    stem = name.removesuffix(".weight")
+    if stem == name:
+        return None
+    if layer := _LAYER.fullmatch(stem):
+        found = LAYER_NAMES.get(layer[2])
+        return f"layers.{layer[1]}.{found}.weight" if found else None
+    return f"{TOP_NAMES[stem]}.weight" if stem in TOP_NAMES else None
+
+
+def hf_name(name: str) -> str:
+    """HF's name of Meta's weight `name`."""
+    prefix, names = "", TOP_NAMES
+    stem = name.removesuffix(".weight")
+    if stem.startswith("layers."):
+        _, layer, stem = stem.split(".", 2)
+        prefix, names = f"model.layers.{layer}.", LAYER_NAMES
+    return prefix + next(hf for hf, meta in names.items() if meta == stem) + ".weight"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def read_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """config.json in params.json's terms; `path` is for messages.
+
+    Raises:
+        ValueError: a key is missing, or the model computes something else than Meta's code.
+    """
+
+    def count(key: str, default: int | None = None) -> int:
+        value = config.get(key) if config.get(key) is not None else default
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {key} must be a positive integer, not {value!r}")
+        return value
+
+    if config.get("model_type") != "llama":
+        kind = config.get("model_type")
+        raise ValueError(f"{path}: model_type is {kind!r}; only 'llama' can be loaded")
+    dim, n_heads = count("hidden_size"), count("num_attention_heads")
+    for key, plain in (PLAIN | {"head_dim": dim // n_heads}).items():
+        if (value := config.get(key, plain)) not in (plain, None):
+            raise ValueError(f"{path}: {key} is {value!r}; Meta's models have {plain!r} here")
+    if config.get("quantization_config") is not None:
+        raise ValueError(f"{path}: the weights are quantized; use the unquantized model")
+    if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        raise ValueError(
+            f"{path}: auto_map names model code of its own, and this library runs none"
+        )
+    try:
+        multiple_of, multiplier = ffn_terms(dim, count("intermediate_size"))
+        params: dict[str, Any] = {
+            "dim": dim,
+            "n_layers": count("num_hidden_layers"),
+            "n_heads": n_heads,
+            "n_kv_heads": count("num_key_value_heads", n_heads),
+            "vocab_size": count("vocab_size"),
+            "multiple_of": multiple_of,
+            "ffn_dim_multiplier": multiplier,
+            "norm_eps": config.get("rms_norm_eps", 1e-6),  # the default of Hugging Face's class
+            **_rope(config),
+        }
+        ModelArgs(**params)
+    except ValueError as e:
+        text = str(e)
+        raise ValueError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    return params
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta and the scaling, which transformers 5 keeps in one object and 4 apart."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"the RoPE parameters must be an object, not {rope!r}")
+    for holder in (config, rope):
+        if holder.get("partial_rotary_factor", 1) not in (1, None):
+            raise ValueError("partial_rotary_factor is not 1: only part of a head is rotated")
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise ValueError(f"RoPE scaling is of type {kind!r}; only 'llama3' and 'default' are known")
+    for key, fixed in SCALING.items():
+        if rope.get(key) != fixed:
+            raise ValueError(
+                f"RoPE scaling has {key} {rope.get(key)!r}; Meta's models have {fixed} here"
+            )
+    if rope.get("factor") is None:
+        raise ValueError("RoPE scaling has no factor")
+    return {"rope_theta": theta, "use_scaled_rope": True, "rope_scale_factor": rope["factor"]}

@@ -1,0 +1,148 @@
+"""Our tokenizer as Hugging Face's files: tokenizer.json, its settings and a chat template.
+
+Knows what `Tokenizer` and `ChatFormat` do, and says the same with the `tokenizers` library.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama.checkpoints.formats.vocabulary import gpt2_bytes
+from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Jinja, as transformers runs it; content is data, `trim` is Python's `str.strip`.
+LLAMA3_TEMPLATE = (
+    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
+    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{% for message in messages %}SYSTEM"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+DEFAULT_SYSTEM = (
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nTEXT<|im_end|>\\n' }}{% endif %}"
+)
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+    """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
+
+    Args:
+        context: how many positions the model was trained for.
+
+    Raises:
+        ValueError: an id that the library would not give back.
+    """
+    text = build_tokenizer(tokenizer).to_str(pretty=True)  # whose `save` knows no OSError
+    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
+    text_of = {i: text for text, i in tokenizer.special_tokens.items()}
+    ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    roles = {f"{role}_token": text_of[i] for role, i in ids.items() if i >= 0}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        **roles,
+    }
+    if (template := chat_template(tokenizer)) is not None:
+        settings["chat_template"] = template
+    for name, value in (("tokenizer_config", settings), ("special_tokens_map", roles)):
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def chat_template(tokenizer: Tokenizer) -> str | None:
+    """What `ChatFormat.encode_dialog_prompt` does, as a Jinja template; None: no chat format.
+
+    Unlike `ChatFormat`, a template cannot keep special tokens' text in a content from being taken
+    for the tokens.
+    """
+    if tokenizer.chat_format is None:
+        return None
+    if tokenizer.chat_format == "llama3":
+        return LLAMA3_TEMPLATE
+    system = ""
+    if tokenizer.default_system:
+        quoted = tokenizer.default_system
+        for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
+            quoted = quoted.replace(character, escape)
+        system = DEFAULT_SYSTEM.replace("TEXT", quoted)
+    return CHATML_TEMPLATE.replace("SYSTEM", system)
+
+
+def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer by the `tokenizers` library, BOS included."""
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as HFTokenizer
+
+    character = {b: c for c, b in gpt2_bytes().items()}
+
+    def to_text(token: bytes) -> str:
+        return "".join(character[b] for b in token)
+
+    ranks = tokenizer.ranks
+    special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
+    vocab = {to_text(token): i for token, i in ranks.items()}
+    if [i for _, i in special] != list(range(len(ranks), len(ranks) + len(special))):
+        vocab |= tokenizer.special_tokens  # else the library would number them after the ranks
+    merges = [(to_text(left), to_text(right)) for left, right in recover_merges(ranks)]
+    out = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(tokenizer.pat_str), "isolated", invert=False)
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    out.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
+    out.decoder = decoders.ByteLevel()
+    out.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, _ in special])
+    wrong = [text for text, i in special if out.token_to_id(text) != i]
+    if wrong:
+        raise ValueError(f"the special token {wrong[0]!r} cannot have its id in tokenizer.json")
+    after: list[Any] = [processors.ByteLevel(trim_offsets=False)]
+    if tokenizer.bos_id >= 0:
+        bos = next(text for text, i in special if i == tokenizer.bos_id)
+        after.append(
+            processors.TemplateProcessing(
+                single=[bos, "$A"],
+                pair=[bos, "$A", f"{bos}:1", "$B:1"],
+                special_tokens=[(bos, tokenizer.bos_id)],
+            )
+        )
+    out.post_processor = processors.Sequence(after)
+    return out
+
+
+def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The merges of a tiktoken vocabulary, first merge first.
+
+    tiktoken joins the neighbours whose union has the lowest rank. What it does inside a token's own
+    bytes does not depend on what stands around them, so each token comes of one pair: the last two
+    parts of it. A token of which more parts are left, or whose parts are no tokens (a character
+    whose bytes are none), is never made by merging; it is found only as a whole piece
+    (`ignore_merges`).
+    """
+    merges: list[tuple[bytes, bytes]] = []
+    never = max(ranks.values()) + 1
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = list(range(len(token) + 1))  # the parts' ends
+        # joined[i]: the rank of parts i and i + 1 as one
+        joined = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]
+        while len(cuts) > 3 and (lowest := min(joined)) < never:
+            i = joined.index(lowest)
+            del cuts[i + 1], joined[i]
+            if i < len(joined):
+                joined[i] = ranks.get(token[cuts[i] : cuts[i + 2]], never)
+            if i > 0:
+                joined[i - 1] = ranks.get(token[cuts[i - 1] : cuts[i + 1]], never)
+        left, right = token[: cuts[1]], token[cuts[1] :]
+        if len(cuts) == 3 and left in ranks and right in ranks:
+            merges.append((left, right))
+    return merges

@@ -1,0 +1,173 @@
+"""tokenizer.json and the files around it -> a tiktoken rank file and its sidecar.
+
+Knows the files; nothing in them is evaluated, chat templates included. Knows nothing about weights.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama.checkpoints.formats.hf_config import read_json
+from llama.checkpoints.formats.vocabulary import rank_file, sidecar
+
+# What `ByteLevel` splits by (GPT-2's rule), and the same where `Digits` has split before it.
+GPT2_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)  # fmt: skip
+DIGITS_PATTERN = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?=\p{N})|\s+(?!\S)|\s+"
+)
+# Parts of a tokenizer.json's BPE that ranks cannot express, where they are not empty.
+OTHER_BPE = (
+    "dropout",
+    "continuing_subword_prefix",
+    "end_of_word_suffix",
+    "byte_fallback",
+)
+
+
+def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
+    """(rank file, sidecar) of a Hugging Face folder, see `llama.tokenizer`.
+
+    None where the folder has a tiktoken rank file (`tokenizer.model`, `original/tokenizer.model`),
+    which says it better, or no tokenizer.json.
+
+    Raises:
+        ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
+    """
+    if any(is_rank_file(folder / name) for name in ("tokenizer.model", "original/tokenizer.model")):
+        return None
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    spec = _read(path)
+    try:
+        return _convert(spec, folder)
+    except (KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
+
+
+def is_rank_file(path: Path) -> bool:
+    """Whether `path` is a tiktoken file: SentencePiece's has the same name."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as f:
+        first = f.readline(1000).split()
+    return len(first) == 2 and first[1].isdigit()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; nothing where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]:
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise ValueError(f"the tokenizer is a {model['type']}, not a BPE")
+    for key in OTHER_BPE:
+        if model.get(key):
+            raise ValueError(f"the BPE has {key} {model[key]!r}")
+    if spec.get("normalizer"):
+        raise ValueError(f"the text is normalized ({spec['normalizer'].get('type')})")
+    pattern = split_pattern(spec.get("pre_tokenizer"))
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    tokens = {text: i for text, i in model["vocab"].items() if text not in special}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    ranks = rank_file(tokens, merges, whole_pieces=bool(model.get("ignore_merges")))
+    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    stops = list(_stop_ids(folder))
+
+    def id_of(role: str) -> int | None:
+        """The id of the token that the settings give as `role`."""
+        token = settings.get(f"{role}_token")
+        text = token.get("content") if isinstance(token, dict) else token
+        return special.get(text) if text is not None else None
+
+    known = [i for i in stops if i in special.values()]
+    eos = id_of("eos")
+    if eos is None:
+        if not known:
+            raise ValueError("neither tokenizer_config.json nor generation_config.json names EOS")
+        eos = known[0]
+    bos = _added_bos(spec.get("post_processor"), special)
+    out = sidecar(pattern, special, bos, eos, id_of("pad"), _chat_template(folder, settings))
+    if odd := sorted(set(stops) - set(known)):
+        warnings.warn(f"{folder}: stop tokens {odd} are not special tokens: ignored", stacklevel=4)
+    text_of = {i: text for text, i in special.items()}
+    more = [text_of[i] for i in known]
+    return ranks, out | {"stop_tokens": list(dict.fromkeys([*out["stop_tokens"], *more]))}
+
+
+def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
+    """The regular expression by which a byte-level pre-tokenizer splits text.
+
+    Raises:
+        ValueError: another kind of pre-tokenizer.
+    """
+    top = pre_tokenizer or {}
+    steps = top["pretokenizers"] if top.get("type") == "Sequence" else [top]
+    kinds = [step.get("type") for step in steps]
+    unknown = ValueError(f"the pre-tokenizer {kinds} is none of the known kinds")
+    if kinds[-1] != "ByteLevel" or steps[-1].get("add_prefix_space", True):
+        raise unknown
+    gpt2 = steps[-1].get("use_regex", True)
+    first = steps[0]
+    if kinds == ["ByteLevel"] and gpt2:
+        return GPT2_PATTERN
+    if kinds == ["Digits", "ByteLevel"] and gpt2 and first.get("individual_digits"):
+        return DIGITS_PATTERN
+    isolated = first.get("behavior") == "Isolated" and not first.get("invert")
+    if kinds == ["Split", "ByteLevel"] and not gpt2 and isolated and "Regex" in first["pattern"]:
+        return _checked(first["pattern"]["Regex"])
+    raise unknown
+
+
+def _checked(pattern: str) -> str:
+    import regex
+
+    try:
+        regex.compile(pattern)
+    except regex.error as e:
+        raise ValueError(f"the split pattern {pattern!r} is no regular expression ({e})") from None
+    return pattern
+
+
+def _added_bos(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
+    """The special token that the post-processor puts before a text, if it does.
+
+    transformers goes by it alone where there is a tokenizer.json, whatever add_bos_token says.
+    """
+    top = post_processor or {}
+    steps = top["processors"] if top.get("type") == "Sequence" else [top]
+    for step in steps:
+        if step.get("type") == "TemplateProcessing":
+            first = step["single"][0]
+            return special[first["SpecialToken"]["id"]] if "SpecialToken" in first else None
+    return None
+
+
+def _stop_ids(folder: Path) -> Iterator[int]:
+    """The ids at which generation stops, by generation_config.json or else config.json."""
+    for name in ("generation_config.json", "config.json"):
+        found = _read(folder / name).get("eos_token_id")
+        if found is not None:
+            yield from found if isinstance(found, list) else [found]
+            return
+
+
+def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
+    """The text of the default chat template, wherever it is kept."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = next((t["template"] for t in template if t["name"] == "default"), "")
+    return str(template)

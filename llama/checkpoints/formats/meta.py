@@ -1,0 +1,243 @@
+"""The official layout: params.json beside consolidated.00.pth, consolidated.01.pth, ...
+
+Knows how fairscale's shards make up whole weights. Shards are mapped; nothing is read before use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import pickle
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.args import ModelArgs
+from llama.checkpoints.source import Source, shard_dim
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# What inference itself decides; params.json may name it, and is not asked.
+DECIDED_AT_BUILD = {"max_batch_size"}
+# What this library adds for quantized weights; see `llama.quantized_shard`.
+QUANTIZATION = "quantization"
+# Tables that old checkpoints carry although they follow from params.json.
+IGNORED_WEIGHTS = {"rope.freqs"}
+
+
+def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
+    """The contents of `params.json`, checked but for QUANTIZATION, if it has that.
+
+    Raises:
+        FileNotFoundError: no folder, or no params.json in it.
+        ValueError: not JSON, or keys that this model does not have.
+    """
+    folder = Path(ckpt_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint folder at {folder}; check ckpt_dir")
+    path = folder / "params.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no params.json in {folder}; an official checkpoint has one beside its "
+            "consolidated.*.pth (in Hugging Face repositories both lie under original/)"
+        )
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
+    if not isinstance(params, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again")
+    known = {field.name for field in dataclasses.fields(ModelArgs)}
+    if unknown := sorted(set(params) - known - {QUANTIZATION}):
+        raise ValueError(
+            f"{path} has keys this library does not know: {unknown}. It loads the text models of "
+            "Llama 3 to 3.3; vision, LoRA and Meta's quantized checkpoints are other architectures"
+        )
+    if missing := [key for key in ("dim", "n_layers", "n_heads") if key not in params]:
+        raise ValueError(f"{path} lacks {missing}; download it again")
+    params = {key: value for key, value in params.items() if key not in DECIDED_AT_BUILD}
+    try:
+        ModelArgs(**{key: value for key, value in params.items() if key != QUANTIZATION})
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}; download it again") from None
+    return params
+
+
+def find_shards(ckpt_dir: str | Path) -> list[Path]:
+    """The `.pth` files in rank order."""
+    shards = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
+    if not shards:
+        raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; check ckpt_dir")
+    for i, shard in enumerate(shards):
+        if shard.name != f"consolidated.{i:02}.pth":
+            raise FileNotFoundError(
+                f"{ckpt_dir} has {shard.name} and no consolidated.{i:02}.pth; download it again"
+            )
+    return shards
+
+
+def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str, Tensor]:
+    """Map one `.pth` of tensors of `dtypes` into memory; no code in it is run.
+
+    Raises:
+        ValueError: the file is truncated, is no checkpoint, or tries to run code.
+    """
+    try:
+        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as e:
+        raise ValueError(
+            f"{path} holds more than weights and could run code when loaded; it was refused. "
+            f"Get the official file. ({str(e).splitlines()[0]})"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, OSError) as e:
+        if is_of_disk(e):
+            raise
+        raise ValueError(
+            f"{path} is truncated or is not a torch checkpoint; get or make it again. "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
+        ) from None
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
+    weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
+    if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
+        if quantized[0].endswith((".q", ".packed")):
+            raise ValueError(
+                f"{path}: {quantized[0]} is of `llama3 quantize`, and the params.json beside it "
+                f'lacks "{QUANTIZATION}"; get params.json, or quantize it again'
+            )
+        raise ValueError(
+            f"{path}: {quantized[0]} is {weights[quantized[0]].dtype}; quantized checkpoints need "
+            "scales that this layout does not hold: get the bfloat16 release"
+        )
+    return weights
+
+
+def is_of_disk(e: Exception) -> bool:
+    """Whether what `torch.load` raised is about the disk; EINVAL tells of files cut off."""
+    return isinstance(e, OSError) and e.errno != errno.EINVAL
+
+
+class MetaShards(Source):
+    """The official layout as a `Source`: N shards make whole weights."""
+
+    layout = "meta"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.params = read_params(path)
+        files = find_shards(path)
+        self.n_shards = len(files)
+        self.shards = [read_shard(file) for file in files]
+        for file, shard in zip(files, self.shards, strict=True):
+            different = {n: w.shape for n, w in shard.items()} != {
+                n: w.shape for n, w in self.shards[0].items()
+            }
+            if different:
+                raise ValueError(f"{file} and {files[0]} are not shards of one model")
+        embedding = self.shards[0].get("tok_embeddings.weight")
+        if self.params.get("vocab_size", -1) == -1 and embedding is not None:
+            self.params["vocab_size"] = self.n_shards * embedding.shape[0]
+        self.tied = self._tied()
+        self.copies = self._copies_of_kv_heads()
+
+    def _tied(self) -> bool:
+        """Whether output and embedding are equal, by storage or number by number."""
+        for shard in self.shards:
+            a, b = shard.get("tok_embeddings.weight"), shard.get("output.weight")
+            if a is None or b is None or a.shape != b.shape:
+                return False
+            if not (torch.equal(a[:1], b[:1]) and torch.equal(a, b)):  # mostly told by one row
+                return False
+        return True
+
+    def _copies_of_kv_heads(self) -> int:
+        """How many times in a row each KV head is stored.
+
+        The 405B release for 16 ranks stores 8 heads twice each. Its params.json may count them as
+        16: then they are counted here as the 8 they are.
+        """
+        args = ModelArgs(**self.params)
+        copies = len(self.shards) * args.n_heads  # more than there can be
+        for layer in (0, args.n_layers - 1):
+            for kind in ("wk", "wv"):
+                name = f"layers.{layer}.attention.{kind}.weight"
+                parts = [shard[name] for shard in self.shards if name in shard]
+                rows = sum(len(part) for part in parts)
+                stored = rows // args.head_dim
+                if len(parts) < len(self.shards) or rows % args.head_dim or stored < 2:
+                    return 1  # `args` will say what is missing
+                if stored <= args.kv_heads and len(parts) != stored:
+                    return 1  # only the release for more ranks than heads stores heads twice
+                heads = torch.cat(parts).view(stored, args.head_dim, -1)
+                copies = min(copies, _copies(heads))
+        if stored > args.kv_heads and stored // copies != args.kv_heads:
+            return 1  # different heads: `args` will say that there are too many
+        self.params["n_kv_heads"] = stored // copies
+        return copies
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = {}
+        for name, w in self.shards[0].items():
+            shape, dim = list(w.shape), shard_dim(name) if "." in name else None
+            if dim is not None and dim < len(shape):
+                shape[dim] *= self.n_shards
+                if self._is_kv(name):
+                    shape[dim] //= self.copies
+            shapes[name] = tuple(shape)
+        return shapes
+
+    @staticmethod
+    def _is_kv(name: str) -> bool:
+        return name.split(".")[-2] in ("wk", "wv")
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.shards[0][name].dtype
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        split = shard_dim(name)
+        parts = [shard[name] for shard in self.shards]
+        if split is None:  # norms differ a little from shard to shard: a merge takes the first
+            return parts[0][start:stop]
+        if split != dim:
+            whole = torch.cat(parts, split) if len(parts) > 1 else parts[0]
+            return whole[start:stop] if dim == 0 else whole[:, start:stop]
+        size = self.shapes()[name][dim]
+        if self.copies > 1 and self._is_kv(name):
+            return self._read_heads(parts, start, size if stop is None else stop)
+        return _range(parts, dim, start, size if stop is None else stop)
+
+    def _read_heads(self, parts: list[Tensor], start: int, stop: int) -> Tensor:
+        """Rows of whole KV heads, of which the first of each's copies is taken."""
+        d = ModelArgs(**self.params).head_dim
+        assert start % d == stop % d == 0
+        firsts = [head * self.copies * d for head in range(start // d, stop // d)]
+        heads = [_range(parts, 0, row, row + d) for row in firsts]
+        return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
+        return self.shards[rank if size == self.n_shards else 0][name]
+
+
+def _copies(heads: Tensor) -> int:
+    """The greatest power of two c for which every c heads in a row are equal."""
+    copies = 1
+    while len(heads) % (2 * copies) == 0:
+        groups = heads.unflatten(0, (-1, 2 * copies))
+        if not all(torch.equal(groups[:, 0], groups[:, i]) for i in range(1, 2 * copies)):
+            break
+        copies *= 2
+    return copies
+
+
+def _range(parts: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
+    """`torch.cat(parts, dim)[start:stop]` along `dim`, from the parts that it touches."""
+    n = parts[0].shape[dim]
+    pieces = [
+        part.narrow(dim, max(start - i * n, 0), min(stop - i * n, n) - max(start - i * n, 0))
+        for i, part in enumerate(parts)
+        if i * n < stop and start < (i + 1) * n
+    ]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)

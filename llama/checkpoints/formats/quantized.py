@@ -1,0 +1,153 @@
+"""A quantized checkpoint in the official layout: codes and scales in the place of plain weights.
+
+    params.json          ..., "quantization": {"scheme": "int4", "group": 32, "tied": true}
+    consolidated.00.pth  layers.0.attention.wq.packed, .scale and .zero: the buffers of `Int4Linear`
+
+Knows the files. Which weights are quantized, and how, is `linears.quantized`'s to say.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llama.args import ModelArgs
+from llama.checkpoints.formats.meta import (
+    DTYPES,
+    QUANTIZATION,
+    find_shards,
+    read_params,
+    read_shard,
+)
+from llama.checkpoints.source import Source, check_shapes, weight_shapes
+from llama.layers.quantization import rows_int4
+from llama.layers.quantized_linear import check_scheme, quantized
+
+CODES = (torch.int8, torch.int32)
+KEYS = {"scheme", "group", "tied"}
+
+
+def held(name: str, w: Tensor, scheme: str, group: int) -> dict[str, Tensor]:
+    """{stored name: tensor} of Meta's weight `name`: of a linear, what its exchange holds.
+
+    Raises:
+        ValueError: naming the weight that the group does not divide.
+    """
+    layer = name.removesuffix(".weight")
+    if w.dim() == 1 or layer == "tok_embeddings":
+        return {name: w}
+    with torch.device("meta"):
+        linear = nn.Linear(w.shape[1], w.shape[0], bias=False)
+    linear.weight = nn.Parameter(w, requires_grad=False)
+    buffers = quantized(scheme, group)(layer, linear).state_dict()
+    return {f"{layer}.{key}": buffer for key, buffer in buffers.items()}
+
+
+def sizes(args: ModelArgs, scheme: str, group: int) -> dict[str, Tensor]:
+    """{stored name: tensor on the meta device} of a whole model; plain ones are in bf16.
+
+    Raises:
+        ValueError: naming the weight that the group does not divide.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, shape in weight_shapes(args).items():
+        w = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        tensors |= held(name, w, scheme, group)
+    return tensors
+
+
+def params_of(source: Source, scheme: str, group: int) -> dict[str, Any]:
+    """The params.json of `source` quantized so."""
+    said: dict[str, Any] = {"scheme": scheme}
+    if scheme == "int4":
+        said["group"] = group
+    if source.tied:
+        said["tied"] = True
+    return source.params | {QUANTIZATION: said}
+
+
+class QuantizedShard(Source):
+    """An open quantized checkpoint. The file is mapped; nothing is read before use.
+
+    `shapes`, `dtype` and `read` are those of the stored tensors. All lie whole in one file. If
+    `tied`, the output was quantized from the embedding, and still has codes of its own.
+    """
+
+    layout = "meta"
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.params = read_params(path)
+        self.quantization, self.tied = _said(self.params.pop(QUANTIZATION), self.path)
+        if self.params.get("vocab_size", -1) < 1:
+            raise ValueError(f"{self.path / 'params.json'} lacks 'vocab_size'; quantize it again")
+        files = find_shards(path)
+        if len(files) > 1:
+            raise ValueError(f"{path} is quantized and has {len(files)} shards; quantize it again")
+        self.tensors = read_shard(files[0], (*DTYPES, *CODES))
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(w.shape) for name, w in self.tensors.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        w = self.tensors[name]
+        return w.narrow(dim, start, (w.shape[dim] if stop is None else stop) - start)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        w, kind = self.tensors[name], name.rpartition(".")[2]
+        if kind == "weight":
+            return w.narrow(dim, start, stop - start)
+        if dim == 0:
+            return rows_int4(w, start, stop) if w.dim() == 3 else w[start:stop]
+        if w.dim() == 1:  # scales of whole rows
+            return w
+        assert self.quantization is not None
+        columns = {"q": 1, "packed": 8}.get(kind, self.quantization[1])  # that a number stands for
+        return w[:, start // columns : stop // columns]
+
+    def args(self, **build: int) -> ModelArgs:
+        """As `Source.args`."""
+        assert self.quantization is not None
+        args = ModelArgs(**(self.params | build))
+        try:
+            expected = sizes(args, *self.quantization)
+        except ValueError as e:
+            raise ValueError(f"{self.path}: {e}; quantize it again") from None
+        shapes = {name: tuple(w.shape) for name, w in expected.items()}
+        try:
+            check_shapes(self.shapes(), shapes, self.path)
+        except ValueError as e:
+            scheme, group = self.quantization
+            said = f"{scheme} in groups of {group}" if scheme == "int4" else scheme
+            raise ValueError(
+                f'{e}; "{QUANTIZATION}" in params.json says {said}: correct it, or quantize again'
+            ) from None
+        for name, w in expected.items():
+            plain, found = name.endswith(".weight"), self.dtype(name)
+            if found not in DTYPES if plain else found != w.dtype:
+                wanted = "plain" if plain else w.dtype
+                raise ValueError(f"{self.path}: {name} is {found}, not {wanted}; quantize it again")
+        return args
+
+
+def _said(value: object, folder: Path) -> tuple[tuple[str, int], bool]:
+    """((scheme, group), tied) of what params.json says."""
+    try:
+        if not isinstance(value, dict) or not {"scheme"} <= set(value) <= KEYS:
+            raise ValueError(f"{value!r} is not what `llama3 quantize` writes")
+        scheme, group, tied = value["scheme"], value.get("group", 32), value.get("tied", False)
+        check_scheme(scheme, group)
+        if type(tied) is not bool:
+            raise ValueError(f"tied must be a boolean, not {tied!r}")
+    except ValueError as e:
+        raise ValueError(
+            f"{folder / 'params.json'}: {QUANTIZATION}: {e}; quantized checkpoints of other makers "
+            "are not read: quantize the original"
+        ) from None
+    return (scheme, group), tied

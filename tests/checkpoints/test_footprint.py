@@ -1,0 +1,145 @@
+"""footprint.py: bytes are those of models that are really built, on any ranks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing import start_processes
+from torch.profiler import ProfilerActivity, profile
+
+from llama import Llama, ModelArgs, Transformer
+from llama.checkpoints.footprint import DTYPE_BYTES, PREFILL_CHUNK, Footprint
+from llama.checkpoints.load import tune
+from llama.checkpoints.source import possible_ranks
+from llama.engine.engine import Engine
+from llama.engine.forward import draw_at
+from llama.engine.request import Request
+from llama.engine.sampling import Sampling
+from tests.checkpoints import eight_ranks
+from tests.checkpoints.eight_ranks import BATCH, CONTEXT, DTYPES, SHAPES, cases, held
+from tests.checkpoints.test_inspect import RELEASES, release
+
+
+def planned_bytes(
+    ranks: int, shape: int, tied: bool, dtype: str, scheme: str | None
+) -> list[int] | None:
+    args = ModelArgs(**SHAPES[shape])
+    if ranks not in possible_ranks(args, scheme):
+        return None
+    footprint = Footprint(args, tied, ranks, dtype, scheme)
+    assert sum(footprint.weights().values()) == footprint.memory(BATCH, CONTEXT)["weights"]
+    return [sum(footprint.weights().values()), footprint.cache(BATCH, CONTEXT)]
+
+
+@pytest.mark.slow
+def test_bytes_are_those_of_models_on_1_to_8_ranks(tmp_path: Path) -> None:
+    """Each rank of gloo groups, really allocated; the first also on the meta device."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.eight_ranks"])
+    start_processes(eight_ranks.main, (str(tmp_path),), 8, start_method="forkserver")
+    for rank in range(8):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert list(found) == ["1", "2", "4", "8"]
+        for ranks, built in found.items():
+            want = [planned_bytes(int(ranks), *case) for case in cases()]
+            assert built == ([want] if rank else [want, want]), (rank, ranks)
+            assert want.count(None) == (4 if ranks in "48" else 0)  # too narrow for int4
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_kinds_are_those_of_a_models_modules(scheme: str | None) -> None:
+    model = Transformer(ModelArgs(**SHAPES[0]))
+    tune(model, scheme, exact=True)
+    names = {
+        "embedding": "tok_embeddings", "attention": ".attention.", "feed_forward": "feed_forward",
+        "norms": "norm.", "output": "output",
+    }  # fmt: skip
+    for kind, size in Footprint(model.params, False, 1, "fp32", scheme).weights().items():
+        weights = (w for name, w in model.state_dict().items() if names[kind] in name)
+        assert held(weights) == size, kind
+
+
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_of_a_checkpoint(
+    tiny_checkpoint: Callable[..., Path],
+    llama3_tokenizer_path: Path,
+    scheme: str | None,
+    tied: bool,
+) -> None:
+    """What `Llama.build` holds, its table of rotations too."""
+    folder = tiny_checkpoint(multiple_of=32)
+    if tied:
+        path = folder / "consolidated.00.pth"
+        weights = torch.load(path, weights_only=True)
+        torch.save(weights | {"output.weight": weights["tok_embeddings.weight"]}, path)
+    path = llama3_tokenizer_path
+    llama = Llama.build(folder, path, 24, 2, device="cpu", dtype=torch.bfloat16, quantize=scheme)
+    model = llama.model
+    planned = Footprint(model.params, tied, 1, "bf16", scheme).memory(2, 24)
+    assert planned["weights"] == held(iter(model.state_dict().values()))
+    assert planned["kv_cache"] == sum(c.k.nbytes + c.v.nbytes for c in model.caches())
+    assert planned["rotary_table"] == model.freqs_cis.nbytes
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_published_figures(name: str) -> None:
+    params, tied, count, cache = release(name)
+    footprint = Footprint(ModelArgs(**params), tied)
+    assert sum(footprint.weights().values()) == 2 * count
+    assert footprint.cache_token() == cache
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Most bytes allocated at once on the CPU while `run` runs, as torch's allocator tells."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    assert profiled.profiler is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@torch.inference_mode()
+def test_activations_are_near_what_torch_allocates(dtype: str, scheme: str | None) -> None:
+    """Less is allocated where kernels unpack quantized weights in smaller blocks."""
+    batch, context = 8, 1024
+    args = ModelArgs(256, 2, 8, 2, vocab_size=3000, max_seq_len=context, max_batch_size=batch)
+    model = Transformer(args).to((DTYPES | {"fp16": torch.float16})[dtype]).eval()
+    tune(model, scheme, exact=False)
+    model.setup_cache(batch, context)
+    requests = [Request([1], max_gen_len=1, sampling=Sampling(0.6, 1.0)) for _ in range(batch)]
+    for id, request in enumerate(requests):
+        request.begin(context, torch.device("cpu"))
+        request.id = id
+
+    def step(length: int) -> None:
+        """Feed each row its last `length` ids, and draw one for each."""
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        h = model.hidden(tokens, torch.full((batch,), context - length), context)
+        draw_at(model, h, [(request, request.id * length) for request in requests])
+
+    step(1)  # what is allocated once
+    for length in (PREFILL_CHUNK // batch, 1):
+        measured = peak_bytes(partial(step, length))
+        estimate = Footprint(args, False, 1, dtype, scheme).activations(
+            batch, batch * length, context
+        )
+        assert measured < 1.1 * estimate
+        if scheme is None and (dtype != "fp32" or length > 1):  # a kernel holds no scores
+            assert estimate < 1.3 * measured
+
+
+def test_prefill_chunk_is_the_engines() -> None:
+    assert inspect.signature(Engine).parameters["prefill_chunk"].default == PREFILL_CHUNK

@@ -1,0 +1,175 @@
+"""The vocabulary of a GGUF as a rank file and its sidecar, that of the demo model included.
+
+Oracle: the `tokenizers` library, with the same vocabulary and merges and with the pre-tokenizers
+that the models publish.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from llama.checkpoints import demo_model
+from llama.checkpoints.convert import convert
+from llama.checkpoints.formats.gguf import PATTERNS
+from tests.checkpoints.gguf_files import (
+    mixed_texts,
+    read_tokenizer,
+    reference_bpe,
+    tiktoken_bpe,
+    trained,
+    vocabulary_keys,
+    write_gguf,
+)
+
+
+def read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """`read_tokenizer` of a file that has a BPE."""
+    found = read_tokenizer(path)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("pre", PATTERNS)
+def test_rank_file_of_a_trained_bpe(pre: str, tmp_path: Path) -> None:
+    encode = tiktoken_bpe(*read(write_gguf(tmp_path / "m.gguf", keys=vocabulary_keys(pre))))
+    tokens, merges = trained()
+    vocab = {text: i for i, text in enumerate(tokens)}
+    reference = reference_bpe(vocab, merges, pre, ignore_merges=pre == "llama-bpe")
+    for text in mixed_texts(300):
+        assert encode(text) == reference.encode(text).ids, repr(text)
+
+
+def test_whole_pieces_without_merges(tmp_path: Path) -> None:
+    tokens, merges = trained()
+    tokens = [*tokens[:-1], "Ġdogsled"]  # no merge makes it; Llama 3's tokenizer takes it whole
+    merges = merges[:-1]
+    keys = vocabulary_keys("llama-bpe", tokens=tokens, merges=merges)
+    encode = tiktoken_bpe(*read(write_gguf(tmp_path / "m.gguf", keys=keys)))
+    vocab = {text: i for i, text in enumerate(tokens)}
+    reference = reference_bpe(vocab, merges, "llama-bpe", ignore_merges=True)
+    for text in ("a dogsled", "a dogsleds", "dogsled", " dogsled dogsled"):
+        assert encode(text) == reference.encode(text).ids
+    keys = vocabulary_keys("smollm", tokens=tokens, merges=merges)
+    with pytest.raises(ValueError, match="dogsled"):
+        read_tokenizer(write_gguf(tmp_path / "n.gguf", keys=keys))
+
+
+@pytest.fixture(scope="module")
+def demo_bpe(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], list[str]]:
+    """The demo model's own vocabulary and merges, as the `gguf` package reads them."""
+    try:
+        tmp = tmp_path_factory.mktemp("demo")
+        reader = gguf.GGUFReader(demo_model._installed_gguf() or demo_model._fetch_gguf(tmp))
+    except RuntimeError as e:
+        pytest.skip(f"the demo model's GGUF file is out of reach: {e}")
+    tokens = reader.fields["tokenizer.ggml.tokens"].contents()
+    merges = reader.fields["tokenizer.ggml.merges"].contents()
+    return {text: i for i, text in enumerate(tokens) if i > 16}, merges
+
+
+def test_rank_file_of_the_demo_model(
+    demo_dir: Path, demo_bpe: tuple[dict[str, int], list[str]]
+) -> None:
+    reference = reference_bpe(*demo_bpe, "smollm", ignore_merges=False)
+    ranks = (demo_dir / "tokenizer.model").read_bytes()
+    sidecar = json.loads((demo_dir / "tokenizer.model.json").read_text("utf-8"))
+    encode = tiktoken_bpe(ranks, sidecar)
+    for text in [*mixed_texts(500), "a\x04b", "\U00040000 \U000bffff", "tab\x16\x1d."]:
+        assert encode(text) == reference.encode(text).ids, repr(text)
+
+
+@pytest.mark.parametrize(
+    ("pre", "changes", "bos"),
+    [
+        ("smollm", {}, None),
+        ("smollm", {"add_bos_token": True}, "<|im_start|>"),
+        ("llama-bpe", {}, "<|im_start|>"),
+        ("llama-bpe", {"add_bos_token": False}, None),
+        ("llama-bpe", {"add_bos_token": False, "bos_token_id": None}, None),
+    ],
+)
+def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: Path) -> None:
+    keys = vocabulary_keys(pre) | {"tokenizer.chat_template": TEMPLATE}
+    keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    keys["tokenizer.ggml.padding_token_id"] = 497
+    assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1] == {
+        "pat_str": PATTERNS[pre],
+        "special_tokens": {"<|endoftext|>": 497, "<|im_start|>": 498, "<|im_end|>": 499},
+        "bos_token": bos,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
+        "chat_format": "chatml",
+        "default_system": "Be brief.",
+    }
+
+
+TEMPLATE = "{% if true %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
+
+
+def test_unused_tokens_keep_their_ids(tmp_path: Path) -> None:
+    keys = vocabulary_keys("smollm")
+    keys["tokenizer.ggml.token_type"] = [1] * 497 + [5, 4, 3]
+    ranks, sidecar = read(write_gguf(tmp_path / "m.gguf", keys=keys))
+    assert sidecar["special_tokens"] == {
+        "<|endoftext|>": 497,
+        "<|im_start|>": 498,
+        "<|im_end|>": 499,
+    }
+    assert b" 497\n" not in ranks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
+        ({"pre": None}, "no 'tokenizer.ggml.pre'"),
+        ({"tokens": None}, "no 'tokenizer.ggml.tokens'"),
+        ({"token_type": None}, "no 'tokenizer.ggml.token_type'"),
+        ({"merges": None}, "no 'tokenizer.ggml.merges'"),
+        ({"eos_token_id": None}, "no 'tokenizer.ggml.eos_token_id'"),
+        ({"bos_token_id": None, "add_bos_token": True}, "no 'tokenizer.ggml.bos_token_id'"),
+        ({"eos_token_id": 5}, "eos token 5"),
+        ({"padding_token_id": 999}, "pad token 999"),
+        ({"token_type": [1] * 497 + [3, 3, 6]}, "type 6"),
+        ({"token_type": [1] * 499}, "499 types"),
+        ({"tokens": ["a"] * 500}, "same text"),
+        ({"tokens": ["a", "b"], "token_type": [1, 3]}, "500 rows"),
+    ],
+)
+def test_vocabularies_that_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    keys = vocabulary_keys("smollm")
+    keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
+    path = write_gguf(tmp_path / "m.gguf", keys=keys)
+    with pytest.raises(ValueError, match=message) as e:
+        read_tokenizer(path)
+    assert str(path) in str(e.value)
+
+
+@pytest.mark.parametrize("model", [None, "llama", "no_vocab"])
+def test_other_vocabularies_give_none(model: str | None, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": model})
+    assert read_tokenizer(path) is None
+    with pytest.warns(UserWarning, match="no tokenizer"):
+        folder = convert(path, tmp_path / "out")
+    assert {f.name for f in folder.iterdir()} == {"consolidated.00.pth", "params.json"}
+
+
+@pytest.mark.parametrize("pre", ["llama3", "llama-v3"])
+def test_other_names_of_llama_3s_pre_tokenizer(pre: str, tmp_path: Path) -> None:
+    keys = vocabulary_keys("llama-bpe")
+    expected = read(write_gguf(tmp_path / "a.gguf", keys=keys))
+    keys["tokenizer.ggml.pre"] = pre
+    assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
+
+
+def test_padding_by_an_ordinary_token(tmp_path: Path) -> None:
+    keys = vocabulary_keys("smollm") | {"tokenizer.ggml.padding_token_id": 5}
+    assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1]["pad_token"] is None

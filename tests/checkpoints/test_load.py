@@ -1,0 +1,236 @@
+"""checkpoint.py: what is loaded is what the files say, and every bad file is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.checkpoints.formats.meta import read_params
+from llama.checkpoints.load import load, pick_device, pick_dtype
+from llama.checkpoints.open import open_checkpoint
+from llama.distributed import tensor_parallel
+
+Tiny = Callable[..., Path]
+CPU = torch.device("cpu")
+SMALL = {"vocab_size": 300}
+
+
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    source = open_checkpoint(folder)
+    return load(source, source.args(max_seq_len=32), CPU, dtype)
+
+
+def test_weights_are_those_of_the_file(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint(**SMALL)
+    model = load_folder(folder)
+    stored = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    assert set(model.state_dict()) == set(stored)
+    for name, w in model.state_dict().items():
+        assert torch.equal(w, stored[name]), name
+    assert not model.training
+
+
+def test_parameters_are_the_mapped_file(tiny_checkpoint: Tiny) -> None:
+    """In the stored dtype nothing is copied: the parameters lie in the file's mapping."""
+    folder = tiny_checkpoint(**SMALL)
+    model = load_folder(folder)
+    path = os.path.realpath(folder / "consolidated.00.pth")
+    mapped = [
+        [int(end, 16) for end in line.split()[0].split("-")]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(path)
+    ]
+    assert mapped
+    for w in model.parameters():
+        assert any(low <= w.data_ptr() < high for low, high in mapped)
+
+
+def test_tied_weights_stay_one_tensor(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint(**SMALL)
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    torch.save(weights, folder / "consolidated.00.pth")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load_folder(folder, dtype)
+        assert model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
+        assert model.output.weight.dtype == dtype
+
+
+def test_old_rope_table_is_ignored(tiny_checkpoint: Tiny) -> None:
+    folder = tiny_checkpoint(**SMALL)
+    weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
+    torch.save(weights | {"rope.freqs": torch.ones(8)}, folder / "consolidated.00.pth")
+    load_folder(folder)
+
+
+class RunsCode:
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("pwned",)
+
+
+def damage(folder: Path, kind: str) -> None:
+    """Turn a good checkpoint into a bad one."""
+    pth, params = folder / "consolidated.00.pth", folder / "params.json"
+    weights = torch.load(pth, weights_only=True) if pth.is_file() else {}
+    values = json.loads(params.read_text())
+    if kind == "no shards":
+        pth.unlink()
+    elif kind == "no params":
+        params.unlink()
+    elif kind == "params not json":
+        params.write_text("{")
+    elif kind == "params a list":
+        params.write_text("[]")
+    elif kind == "truncated":
+        pth.write_bytes(pth.read_bytes()[:-1000])
+    elif kind == "half":
+        pth.write_bytes(pth.read_bytes()[: pth.stat().st_size // 2])
+    elif kind == "the first 20,000 bytes":  # torch looks for the end in the last 64 KiB
+        pth.write_bytes(pth.read_bytes()[:20000])
+    elif kind == "empty file":
+        pth.write_bytes(b"")
+    elif kind == "web page":
+        pth.write_bytes(b"<!DOCTYPE html><html><body>Access denied</body></html>")
+    elif kind == "pickle bomb":
+        torch.save({"a": RunsCode()}, pth)
+    elif kind == "bare pickle bomb":
+        pth.write_bytes(pickle.dumps(RunsCode()))
+    elif kind == "a list":
+        torch.save([torch.ones(2)], pth)
+    elif kind == "missing":
+        del weights["layers.1.attention.wq.weight"]
+        torch.save(weights, pth)
+    elif kind == "extra":
+        torch.save(weights | {"layers.2.attention.wq.weight": torch.ones(1)}, pth)
+    elif kind == "misshapen":
+        torch.save(weights | {"norm.weight": torch.ones(63)}, pth)
+    elif kind == "integers":
+        torch.save(weights | {"norm.weight": torch.ones(64, dtype=torch.int8)}, pth)
+    elif kind == "no first shard":
+        pth.rename(folder / "consolidated.01.pth")
+    elif kind == "params empty":
+        params.write_text("{}")
+    elif kind == "shards of two models":
+        del weights["layers.1.attention.wq.weight"]
+        torch.save(weights, folder / "consolidated.01.pth")
+    elif kind == "a shard too many":
+        torch.save(weights, folder / "consolidated.01.pth")
+    else:
+        key, _, value = kind.partition("=")
+        params.write_text(json.dumps(values | {key: json.loads(value)}))
+
+
+BAD = {
+    "no first shard": (FileNotFoundError, r"no consolidated\.00\.pth"),
+    "params empty": (ValueError, r"lacks \['dim', 'n_layers', 'n_heads'\]"),
+    "no shards": (FileNotFoundError, r"consolidated.*pth"),
+    "no params": (FileNotFoundError, r"params\.json"),
+    "params not json": (ValueError, "not JSON"),
+    "params a list": (ValueError, "JSON object"),
+    "truncated": (ValueError, "get or make it again"),
+    "half": (ValueError, "get or make it again"),
+    "the first 20,000 bytes": (ValueError, "get or make it again"),
+    "empty file": (ValueError, "get or make it again"),
+    "web page": (ValueError, r"consolidated\.00\.pth"),
+    "pickle bomb": (ValueError, "could run code"),
+    "bare pickle bomb": (ValueError, r"consolidated\.00\.pth"),
+    "a list": (ValueError, "state dict"),
+    "missing": (ValueError, r"missing: layers\.1\.attention\.wq\.weight"),
+    "extra": (ValueError, r"unknown: layers\.2\.attention\.wq\.weight"),
+    "misshapen": (ValueError, r"norm\.weight \(63,\) instead of \(64,\)"),
+    "integers": (ValueError, r"norm\.weight is torch\.int8"),
+    "shards of two models": (ValueError, "not shards of one model"),
+    "a shard too many": (ValueError, "misshapen"),
+    "window=5": (ValueError, "'window'"),
+    "vision_chunk_size=448": (ValueError, "vision"),
+    "dim=0": (ValueError, "dim must be a positive integer"),
+    'dim="64"': (ValueError, "dim must be a positive integer"),
+    "dim=66": (ValueError, "multiple of n_heads"),
+    "dim=128": (ValueError, "misshapen"),
+    "n_heads=3": (ValueError, "n_heads 3"),
+    "n_kv_heads=3": (ValueError, "n_kv_heads"),
+    "n_kv_heads=0": (ValueError, "n_kv_heads"),
+    "n_layers=-1": (ValueError, "n_layers"),
+    "n_layers=3": (ValueError, "missing"),
+    "norm_eps=0": (ValueError, "norm_eps"),
+    "rope_theta=null": (ValueError, "rope_theta"),
+    "ffn_dim_multiplier=1e-9": (ValueError, "feed-forward"),
+    'use_scaled_rope="yes"': (ValueError, "use_scaled_rope"),
+    "vocab_size=1.5": (ValueError, "vocab_size"),
+    "vocab_size=301": (ValueError, "misshapen"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_checkpoint(
+    tiny_checkpoint: Tiny, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint(**SMALL)
+    damage(folder, kind)
+    monkeypatch.chdir(tmp_path)
+    error, message = BAD[kind]
+    with pytest.raises(error, match=message):
+        load_folder(folder)
+    assert not list(tmp_path.iterdir()), "code of the checkpoint was run"
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="ckpt_dir"):
+        read_params(tmp_path / "nowhere")
+
+
+def test_tokenizer_that_does_not_fit(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
+    folder = tiny_checkpoint(**SMALL)
+    with pytest.raises(ValueError, match="128256 tokens and the model 300"):
+        Llama.build(folder, llama3_tokenizer_path, 32, 1, device="cpu")
+
+
+def test_device_and_dtype() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device(None).type in ("cpu", "cuda", "mps")
+    assert pick_dtype(torch.float16, CPU) == torch.float16
+    assert pick_dtype(None, CPU) in (torch.bfloat16, torch.float32)
+    for wrong in ("bfloat16", torch.int8):
+        with pytest.raises(TypeError, match="dtype"):
+            pick_dtype(wrong, CPU)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no GPU"):
+            pick_device("cuda")
+
+
+def second_rank(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
+    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank}
+    for name, value in (names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it on a machine of one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    second_rank(monkeypatch, "1")
+    for device in (None, "cuda", "cuda:1"):
+        with pytest.raises(ValueError, match=r"finds 1 GPU\(s\) here, and no cuda:1: start no"):
+            pick_device(device)
+    second_rank(monkeypatch, "one")
+    with pytest.raises(ValueError, match="LOCAL_RANK=one in the environment must be a number"):
+        pick_device("cuda")
+
+
+def test_several_ranks_leave_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch tells it on such a machine: neither gloo nor nccl serves it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device(None).type == "mps"
+    second_rank(monkeypatch, "1")
+    assert pick_device(None) == CPU
+    with pytest.raises(ValueError, match="several ranks cannot share a model on mps"):
+        tensor_parallel.initialize(None, torch.device("mps"))
