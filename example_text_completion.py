@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from llama import Llama
 from llama.checkpoints.demo_model import checkpoint_or_demo
-from llama.command_line import run
+from llama.commands.run import run
 from llama.distributed import job
 
 

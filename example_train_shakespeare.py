@@ -10,8 +10,8 @@ enough for `--dim 64 --n_layers 2 --max_seq_len 64 --steps 300`.
 from __future__ import annotations
 
 from llama import Llama
-from llama.command_line import run
-from llama.train.command import run as train
+from llama.commands.run import run
+from llama.commands.train import run as train
 from llama.train.settings import Settings
 
 

@@ -28,7 +28,7 @@ from benchmarks.random_checkpoint import SHAPES
 from benchmarks.report import machine, print_table, save_plot
 from benchmarks.same_model import Preparation
 from benchmarks.workers import Reader, Worker
-from llama import command_line
+from llama.commands import run
 
 READ_BYTES = 1 << 30  # of the memory whose reading is timed
 
@@ -219,4 +219,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line.run(main, "benchmarks.decode")
+    run.run(main, "benchmarks.decode")

@@ -27,8 +27,8 @@ from torch import Tensor
 from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
-from llama import command_line
 from llama.checkpoints import load
+from llama.commands import run
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -257,4 +257,4 @@ def report(what: str, shape: str, dtype: str, **figures: float) -> None:
 if __name__ == "__main__":
     commands = (ragged, turns, prefill, overhead, steps)
     verbs = SimpleNamespace(**{command.__name__: command for command in commands})
-    command_line.run(verbs, "benchmarks.generation")
+    run.run(verbs, "benchmarks.generation")

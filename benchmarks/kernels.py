@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.flags import check_counts
-from llama import command_line
 from llama.attention import fused_grouped_attention
+from llama.commands import run
 from llama.layers import kernels
 from llama.layers.quantization import dequantize_int8
 
@@ -200,4 +200,4 @@ def attention(
 
 if __name__ == "__main__":
     verbs = SimpleNamespace(linear=linear, attention=attention)
-    command_line.run(verbs, "benchmarks.kernels")
+    run.run(verbs, "benchmarks.kernels")

@@ -12,7 +12,8 @@ import json
 import time
 from pathlib import Path
 
-from llama import Llama, command_line
+from llama import Llama
+from llama.commands import run
 
 
 def resident_bytes(kind: str) -> int:
@@ -49,4 +50,4 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main, "benchmarks.load")
+    run.run(main, "benchmarks.load")

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama import command_line, plan
 from llama.args import ModelArgs
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source, weight_shapes
+from llama.commands import plan, run
 
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,
@@ -76,4 +76,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line.run(main, "benchmarks.random_checkpoint")
+    run.run(main, "benchmarks.random_checkpoint")

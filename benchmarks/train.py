@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from benchmarks.report import machine
 from benchmarks.transformers_peer import config_of
-from llama import command_line
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
 from llama.checkpoints.load import pick_device
+from llama.commands import run
 from llama.model import Transformer
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer
@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    command_line.run(main, "benchmarks.train")
+    run.run(main, "benchmarks.train")

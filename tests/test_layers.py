@@ -38,7 +38,7 @@ ROWS = [
     {"llama.train.optimizer", "llama.train.state"},
     {"llama.train.loop"},
     {"llama.train.command"},
-    {"llama.cli"},
+    {"llama"},
 ]  # fmt: skip
 ROW_OF = {name: i for i, row in enumerate(ROWS) for name in row}
 

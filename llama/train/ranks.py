@@ -49,7 +49,7 @@ class Ranks:
                 raise ValueError(f"{world} processes need --parallel ddp or --parallel fsdp")
             return Ranks(None, device)
         if not job.launched():
-            raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama.cli")
+            raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             atexit.register(_leave)

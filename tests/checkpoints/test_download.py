@@ -158,7 +158,7 @@ class Client:
                 "HF_HOME": str(home / "hf"),
                 "NO_PROXY": "127.0.0.1",
                 "no_proxy": "127.0.0.1",
-                "PYTHONPATH": str(Path(__file__).parent.parent),
+                "PYTHONPATH": str(Path(__file__).parents[2]),
             }
             | more,
         )

@@ -340,7 +340,7 @@ def test_killed_it_leaves_no_result(folder: Path, tmp_path: Path, number: int) -
     """In the middle of writing; the command line cleans up after all that can be caught."""
     code = f"""
 import os, sys, torch
-from llama.cli import main
+from llama.commands.main import main
 save = torch.save
 def save_and_die(state, path):
     save(state, path)
@@ -426,7 +426,7 @@ def test_the_command(demo_dir: Path, tmp_path: Path) -> None:
     """llama3 quantize, verify and complete, against complete --quantize."""
 
     def llama3(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llama.cli", *arguments]
+        command = [sys.executable, "-m", "llama", *arguments]
         return subprocess.run(command, capture_output=True, text=True)
 
     dst = tmp_path / "int4"

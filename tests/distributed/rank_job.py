@@ -15,7 +15,7 @@ import time
 import torch
 
 from llama import Llama
-from llama.command_line import run
+from llama.commands.run import run
 from llama.distributed import job
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling

@@ -16,10 +16,10 @@ from llama.checkpoints.convert import quantize
 from llama.checkpoints.inspect import describe, rank_bytes
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.source import Source, possible_ranks, rank_part, weight_shapes
+from llama.commands.plan import plan
 from llama.distributed import tensor_parallel
 from llama.layers.quantization import dequantize_int4, dequantize_int8
 from llama.layers.quantized_linear import exchange, quantized
-from llama.plan import plan
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (
     LLAMA_8B,

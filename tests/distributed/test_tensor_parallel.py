@@ -55,7 +55,7 @@ def start_torchrun(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=SCRIPT.parent.parent,
+        cwd=SCRIPT.parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
     )
 

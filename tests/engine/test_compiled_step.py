@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).parent / "compiled_decoding.py"
 def run(*arguments: object, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent), **environment},
+        env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), **environment},
         capture_output=True,
         text=True,
     )
@@ -72,10 +72,10 @@ def test_a_cache_that_cannot_be_written(
 ) -> None:
     """By the command, which gives torch a folder in LLAMA3_CACHE. No compiler: that is quick."""
     (tmp_path / "file").touch()
-    environment = {"PYTHONPATH": str(SCRIPT.parent.parent), "TMPDIR": str(tmp_path)}
+    environment = {"PYTHONPATH": str(SCRIPT.parents[2]), "TMPDIR": str(tmp_path)}
     environment |= {"LLAMA3_CACHE": str(tmp_path / "file" / "below"), "LLAMA3_KERNELS": "0"}
     environment["CXX"] = "no-such-compiler"
-    command = [sys.executable, "-m", "llama.cli", "complete", "a", "--compile"]
+    command = [sys.executable, "-m", "llama", "complete", "a", "--compile"]
     command += [f"--ckpt_dir={tiny_checkpoint()}", f"--tokenizer_path={llama3_tokenizer_path}"]
     done = subprocess.run(
         [*command, "--max_gen_len=2"],

@@ -89,7 +89,7 @@ def test_command(demo_dir: Path, tmp_path: Path) -> None:
     text.write_text("The sun rises in the east and sets in the west. " * 8, "utf-8")
 
     def perplexity(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "llama.cli", "perplexity", *arguments]
+        command = [sys.executable, "-m", "llama", "perplexity", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == code, done.stderr
         return done

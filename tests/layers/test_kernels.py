@@ -24,7 +24,7 @@ from llama.layers.quantization import (
     quantize_int8,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def shapes(seed: int, count: int, multiple: int = 1) -> list[tuple[int, int, int]]:

@@ -179,7 +179,7 @@ def test_perplexity_of_the_demo_model(
     demo: Llama, demo_dir: Path, scheme: str, most: float
 ) -> None:
     """docs/performance.md has it on 20,000 tokens."""
-    text = (Path(__file__).parent.parent / "README.md").read_text("utf-8")[:3000]
+    text = (Path(__file__).parents[2] / "README.md").read_text("utf-8")[:3000]
     quantized = Llama.build(
         demo_dir, None, 256, 8, device="cpu", dtype=torch.float32, quantize=scheme
     )

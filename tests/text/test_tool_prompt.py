@@ -414,7 +414,7 @@ def test_example_of_the_documentation(ours: ChatFormat, capsys: pytest.CaptureFi
             self.prompts += (ours.tokenizer.decode(tokens),)
             return [{"generation": message}]
 
-    text = (Path(__file__).parent.parent / "docs" / "chat.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "chat.md").read_text(encoding="utf-8")
     section = text.split("## A round trip with a tool")[1]
     [code] = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)
     llama = Scripted()

@@ -13,11 +13,11 @@ import pytest
 
 from llama.args import ModelArgs
 from llama.checkpoints.footprint import Footprint
-from llama.plan import as_text, parse_size, plan, release, report
+from llama.commands.plan import as_text, parse_size, plan, release, report
 from tests.checkpoints.test_inspect import RELEASES
 from tests.checkpoints.test_inspect import release as published
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GB = 10**9
 DEFAULTS: dict[str, Any] = {
     "shape": None, "ckpt_dir": None, "ranks": 1, "batch": 1, "context": 8192, "dtype": "bf16",
@@ -183,7 +183,7 @@ def test_int4_needs_whole_groups_on_each_rank() -> None:
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-m", "llama.cli", "plan", *arguments]
+    words = [sys.executable, "-m", "llama", "plan", *arguments]
     return subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
 
 

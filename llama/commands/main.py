@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from llama.checkpoint_commands import CheckpointCommands
-from llama.command_line import run
-from llama.train.command import TrainCommands
+from llama.commands.checkpoints import CheckpointCommands
+from llama.commands.run import run
+from llama.commands.train import TrainCommands
 
 if TYPE_CHECKING:
     from llama import Llama
@@ -103,7 +103,7 @@ class Commands(CheckpointCommands, TrainCommands):
             quantize: int8 or int4 holds the layers' weights so.
             compile: decode by a compiled step.
         """
-        from llama.chat import Chat, follow, lines_of_stdin
+        from llama.commands.chat import Chat, follow, lines_of_stdin
         from llama.distributed import job, tensor_parallel
         from llama.engine.sampling import Sampling
 
@@ -193,7 +193,7 @@ def _build(
 
 def _print_completion(stream: Stream, prompt: str | None) -> None:
     """As it comes; or, if the prompt is given, all of it as one JSON object."""
-    from llama.chat import say
+    from llama.commands.chat import say
     from llama.distributed import job
 
     text = ""

@@ -21,7 +21,7 @@ from llama.train.data import SPLITS, Corpus, Split
 from llama.train.learn_tokenizer import learn
 from tests.test_tokenizer import random_text
 
-SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 # GPT-2's split pattern, and that of a vocabulary of characters.
 PATTERNS = [
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

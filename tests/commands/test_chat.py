@@ -13,10 +13,10 @@ import pexpect
 import pytest
 
 from llama import Llama
-from llama.chat import Chat
+from llama.commands.chat import Chat
 from tests.distributed.test_tensor_parallel import start_torchrun
 
-COMMAND = ["-m", "llama.cli", "chat", "--temperature", "0", "--max_seq_len", "512"]
+COMMAND = ["-m", "llama", "chat", "--temperature", "0", "--max_seq_len", "512"]
 READY = r">.*\x1b\[\?25h"  # the prompt, and the cursor shown
 OPTIONS: dict[str, Any] = {"temperature": 0, "max_gen_len": 12}
 
@@ -200,7 +200,7 @@ def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
 def test_control_characters_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llama.chat import say
+    from llama.commands.chat import say
 
     say("a\x1b[2Jb\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

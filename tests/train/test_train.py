@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_model import in_their_order
 
 from benchmarks.transformers_peer import config_of
 from llama import Llama, Tokenizer, Transformer
@@ -33,9 +32,10 @@ from llama.train.optimizer import initialize
 from llama.train.report import Report, read_metrics, replacing
 from llama.train.settings import Settings
 from llama.train.state import open_data
-from tests.training import SMALL, flags, losses, write_text
+from tests.train.test_train_model import in_their_order
+from tests.train.training import SMALL, flags, losses, write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def write_text(path: Path, seed: int = 0) -> Path:
 def flags(settings: Settings, data: Path, out: Path) -> list[str]:
     """The same settings for `llama3 train`."""
     given: dict[str, Any] = {"data": data, "out": out} | vars(settings)
-    return ["-m", "llama.cli", "train"] + [
+    return ["-m", "llama", "train"] + [
         f"--{name}={value}" for name, value in given.items() if value is not None
     ]
 

@@ -70,7 +70,7 @@ class CheckpointCommands:
             memory_bandwidth: what a rank reads, such as 3.35TB/s.
             interconnect: what a rank sends, such as 450GB/s.
         """
-        from llama.plan import plan
+        from llama.commands.plan import plan
 
         sizes = (device_memory, memory_bandwidth, interconnect)
         print(plan(shape, ckpt_dir, ranks, batch, context, dtype, quantize, *sizes, as_json=json))

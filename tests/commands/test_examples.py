@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.test_tensor_parallel import start_torchrun, torchrun, write
-from tests.training import write_text
+from tests.train.training import write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command: str, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -40,29 +40,29 @@ def test_chat_completion_under_torchrun(demo_dir: Path, ranks: int) -> None:
 
 
 def test_complete(demo_dir: Path) -> None:
-    command = ["-m", "llama.cli", "complete", "The capital of France is"]
+    command = ["-m", "llama", "complete", "The capital of France is"]
     assert "Paris" in run(*command, "--temperature", "0", "--max_gen_len", "4").stdout
     flags = ["--ckpt_dir", str(demo_dir), "-q", "int8", "--temperature=0"]
     assert "Paris" in run(*command, *flags).stdout
     # A prompt that looks like a number stays text.
-    run("-m", "llama.cli", "complete", "1e3", "--max_gen_len", "1")
+    run("-m", "llama", "complete", "1e3", "--max_gen_len", "1")
 
 
 @pytest.mark.slow
 def test_complete_and_perplexity_on_three_ranks(demo_dir: Path, tmp_path: Path) -> None:
-    command = ["-m", "llama.cli", "complete", "The capital of France is", "--temperature", "0"]
+    command = ["-m", "llama", "complete", "The capital of France is", "--temperature", "0"]
     assert torchrun(3, *command, "--max_gen_len", "4").startswith(" Paris")
     text = tmp_path / "text"
     text.write_text("The capital of France is Paris. The capital of Italy is Rome.")
-    out = torchrun(3, "-m", "llama.cli", "perplexity", str(text), "--json")
-    alone = run("-m", "llama.cli", "perplexity", str(text), "--json").stdout
+    out = torchrun(3, "-m", "llama", "perplexity", str(text), "--json")
+    alone = run("-m", "llama", "perplexity", str(text), "--json").stdout
     assert json.loads(out)["nats"] == pytest.approx(json.loads(alone)["nats"], rel=0.02)
 
 
 def test_output_that_is_closed_on_two_ranks(tmp_path: Path) -> None:
     """As by `| head`: the other ranks go without a word."""
     folder = write(tmp_path / "model", vocab_size=261)
-    command = ["-m", "llama.cli", "complete", "Hi", "--ckpt_dir", folder, "--max_gen_len", "2000"]
+    command = ["-m", "llama", "complete", "Hi", "--ckpt_dir", folder, "--max_gen_len", "2000"]
     job = start_torchrun(2, *command)
     assert job.stdout is not None and job.stdout.read(1)
     job.stdout.close()
@@ -72,7 +72,7 @@ def test_output_that_is_closed_on_two_ranks(tmp_path: Path) -> None:
 
 
 def test_complete_as_json(demo_dir: Path) -> None:
-    command = ["-m", "llama.cli", "complete", "The capital of France is", "--temperature", "0"]
+    command = ["-m", "llama", "complete", "The capital of France is", "--temperature", "0"]
     done = run(*command, "--max_gen_len", "30", "--stop", "\n", "--json", "--logprobs")
     result = json.loads(done.stdout)
     assert result["prompt"] == "The capital of France is" and result["generation"] == " Paris."
@@ -93,13 +93,13 @@ def test_complete_as_json(demo_dir: Path) -> None:
     ],
 )
 def test_a_mistake_is_one_line(demo_dir: Path, arguments: list[str], message: str) -> None:
-    done = run("-m", "llama.cli", "complete", "The capital of France", *arguments, code=2)
+    done = run("-m", "llama", "complete", "The capital of France", *arguments, code=2)
     assert done.stdout == "" and "Traceback" not in done.stderr
     assert message in done.stderr.splitlines()[-1]
 
 
 def test_unquoted_prompt() -> None:
-    done = run("-m", "llama.cli", "complete", "Hello", "world", code=2)
+    done = run("-m", "llama", "complete", "Hello", "world", code=2)
     assert "too many words: 'world'" in done.stderr
 
 
@@ -109,19 +109,19 @@ def test_a_mistake_in_an_example_is_one_line() -> None:
 
 
 def test_version_and_demo_folder(demo_dir: Path) -> None:
-    assert run("-m", "llama.cli", "version").stdout.strip() == "0.1.0"
-    assert run("-m", "llama.cli", "demo").stdout.strip() == str(demo_dir)
+    assert run("-m", "llama", "version").stdout.strip() == "0.1.0"
+    assert run("-m", "llama", "demo").stdout.strip() == str(demo_dir)
 
 
 def test_a_switch_takes_no_word(demo_dir: Path) -> None:
-    command = ["-m", "llama.cli", "complete", "--json", "The capital of France is"]
+    command = ["-m", "llama", "complete", "--json", "The capital of France is"]
     done = run(*command, "--max_gen_len", "2", "--temperature", "0")
     assert json.loads(done.stdout)["generation"] == " Paris."
     assert "too many words" in run(*command, "nonsense", code=2).stderr
 
 
 def test_output_that_is_closed(demo_dir: Path) -> None:
-    command = f"{sys.executable} -m llama.cli complete Hi --max_gen_len 2 >&-"
+    command = f"{sys.executable} -m llama complete Hi --max_gen_len 2 >&-"
     assert subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=240).returncode == 0
 
 
@@ -129,7 +129,7 @@ def test_output_that_is_closed(demo_dir: Path) -> None:
 def test_a_flag_is_not_guessed(demo_dir: Path, tmp_path: Path, value: str) -> None:
     dst = tmp_path / "3.10"
     dst.mkdir()
-    command = ["-m", "llama.cli", "convert", str(demo_dir), str(dst), f"--force={value}"]
+    command = ["-m", "llama", "convert", str(demo_dir), str(dst), f"--force={value}"]
     done = run(*command, code=2)
     assert "force must be of type bool" in done.stderr and dst.is_dir()
 
@@ -137,11 +137,11 @@ def test_a_flag_is_not_guessed(demo_dir: Path, tmp_path: Path, value: str) -> No
 def test_paths_are_taken_as_they_are(demo_dir: Path, tmp_path: Path) -> None:
     """Fire alone would read 3.10 as a number and a#b as a."""
     for name in ("3.10", "a#b"):
-        command = [sys.executable, "-m", "llama.cli", "convert", str(demo_dir), name]
+        command = [sys.executable, "-m", "llama", "convert", str(demo_dir), name]
         subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-        done = run("-m", "llama.cli", "inspect", str(tmp_path / name))
+        done = run("-m", "llama", "inspect", str(tmp_path / name))
         assert "134,515,008" in done.stdout
-        done = run("-m", "llama.cli", "verify", str(tmp_path / name))
+        done = run("-m", "llama", "verify", str(tmp_path / name))
         assert "every check passed" in done.stdout
 
 
@@ -149,7 +149,7 @@ def test_verify_tells_a_damaged_copy(demo_dir: Path, tmp_path: Path) -> None:
     for name in ("params.json", "tokenizer.model", "tokenizer.model.json"):
         (tmp_path / name).write_bytes((demo_dir / name).read_bytes())
     (tmp_path / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html><html>")
-    done = run("-m", "llama.cli", "verify", str(tmp_path), code=1)
+    done = run("-m", "llama", "verify", str(tmp_path), code=1)
     assert "HTML" in done.stdout and "consolidated.00.pth" in done.stdout
 
 

@@ -12,7 +12,7 @@ import torch
 
 from llama.train.loop import train
 from tests.distributed.test_tensor_parallel import start_torchrun, torchrun
-from tests.training import SMALL, flags, losses, write_text
+from tests.train.training import SMALL, flags, losses, write_text
 
 TWO = replace(SMALL, batch_size=2, steps=8, eval_every=4, warmup=0, final_lr=1.0)
 
