@@ -28,7 +28,6 @@ from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from llama.checkpoints import load
-from llama.commands import run
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.checkpoints.formats.gguf import GGUF_NAMES, ROPE_FREQS
-from llama.checkpoints.source import Source, weight_shapes
+from llama.checkpoints.source import Source
+from llama.distributed.sharding import weight_shapes
 from llama.rope import apply_scaling
 
 BATCH = 512  # ids that one call computes at most, llama.cpp's own default

@@ -81,19 +81,3 @@ class ModelArgs:
         if self.rope_scale_factor is not None:
             return self.rope_scale_factor
         return 32.0 if (self.dim, self.n_layers) in ((2048, 16), (3072, 28)) else 8.0
-
-
-def rank_counts(args: ModelArgs) -> list[int]:
-    """The numbers of ranks that can share a model of these sizes; any can share a vocabulary."""
-    return [
-        n
-        for n in range(1, args.n_heads + 1)
-        if args.n_heads % n == 0
-        and (args.kv_heads % n == 0 or n % args.kv_heads == 0)
-        and args.hidden_dim % n == 0
-    ]
-
-
-def vocabulary_share(args: ModelArgs, ranks: int) -> int:
-    """Rows of the embedding and of the output that each rank holds; the last may hold padding."""
-    return -(-args.vocab_size // ranks)

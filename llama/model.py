@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.args import ModelArgs, rank_counts, vocabulary_share
+from llama.args import ModelArgs
 from llama.attention import (
     CacheSlice,
     KVCache,
@@ -22,6 +22,7 @@ from llama.attention import (
     repeat_kv,
 )
 from llama.distributed import tensor_parallel
+from llama.distributed.sharding import rank_counts, vocabulary_share
 from llama.rope import apply_rotary_emb, precompute_freqs_cis
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Files <-> weights: formats, loading, converting, inspecting, verifying, the demo model."""

@@ -13,7 +13,8 @@ from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.quantized import sizes
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.open import open_checkpoint, open_tokenizer, vocabulary_of
-from llama.checkpoints.source import Source, weight_shapes
+from llama.checkpoints.source import Source
+from llama.distributed.sharding import weight_shapes
 from llama.layers.quantized_linear import check_scheme
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from llama.args import ModelArgs
 from llama.attention import EXACT_SCORES
-from llama.checkpoints.source import possible_ranks, rank_shapes
+from llama.distributed.sharding import rank_shapes
 from llama.layers.quantization import BLOCK, GROUPS, TILE
-from llama.layers.quantized_linear import check_scheme
+from llama.layers.quantized_linear import check_scheme, possible_ranks
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PREFILL_CHUNK = 512  # as `Engine` has it

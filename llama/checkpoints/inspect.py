@@ -6,8 +6,10 @@ from collections import Counter
 from math import prod
 
 from llama.args import ModelArgs
-from llama.checkpoints.source import CONTEXT, Source, possible_ranks, rank_part, weight_shapes
+from llama.checkpoints.source import CONTEXT, Source
+from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import TILE
+from llama.layers.quantized_linear import possible_ranks
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
 

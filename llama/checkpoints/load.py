@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.args import ModelArgs, rank_counts, vocabulary_share
+from llama.args import ModelArgs
 from llama.checkpoints.inspect import parameter_count
-from llama.checkpoints.source import VOCABULARY, Source, possible_ranks, rank_part, undivided
+from llama.checkpoints.source import Source
 from llama.common.progress import progress
 from llama.distributed import job, tensor_parallel
+from llama.distributed.sharding import VOCABULARY, rank_counts, rank_part, vocabulary_share
 from llama.layers import kernels
 from llama.layers.kernel_modules import use_kernels
 from llama.layers.quantization import GROUPS
@@ -18,7 +19,9 @@ from llama.layers.quantized_linear import (
     Int4Linear,
     check_scheme,
     exchange,
+    possible_ranks,
     quantized,
+    undivided,
     with_kernels,
     with_tinygemm,
 )

@@ -7,95 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, rank_counts, vocabulary_share
+from llama.args import ModelArgs
+from llama.distributed.sharding import weight_shapes
 
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
 CONTEXT, LONG_CONTEXT = 8192, 131072
-# The dimension along which fairscale's layout splits a weight; norms are on every rank.
-SHARD_DIM = {
-    "wq": 0, "wk": 0, "wv": 0, "wo": 1,
-    "w1": 0, "w2": 1, "w3": 0,
-    "tok_embeddings": 0, "output": 0,
-}  # fmt: skip
-# Weights with a row for each id; see `vocabulary_share`.
-VOCABULARY = ("tok_embeddings.weight", "output.weight")
 WEIGHT_FILES = (".pth", ".safetensors", ".gguf")
-
-
-def shard_dim(name: str) -> int | None:
-    """The dimension along which the weight `name` is split; None: every rank has all of it."""
-    return SHARD_DIM.get(name.split(".")[-2])
-
-
-def weight_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """{name: whole shape} of every weight of a model, in the order of Meta's files."""
-    dim, hidden, kv_dim = args.dim, args.hidden_dim, args.kv_heads * args.head_dim
-    layer: dict[str, tuple[int, ...]] = {
-        "attention.wq": (dim, dim),
-        "attention.wk": (kv_dim, dim),
-        "attention.wv": (kv_dim, dim),
-        "attention.wo": (dim, dim),
-        "feed_forward.w1": (hidden, dim),
-        "feed_forward.w2": (dim, hidden),
-        "feed_forward.w3": (hidden, dim),
-        "attention_norm": (dim,),
-        "ffn_norm": (dim,),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.weight": (args.vocab_size, dim)}
-    for i in range(args.n_layers):
-        shapes |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-    return shapes | {"norm.weight": (dim,), "output.weight": (args.vocab_size, dim)}
-
-
-def rank_part(name: str, args: ModelArgs, rank: int, size: int) -> tuple[int, int, int] | None:
-    """What rank `rank` of `size` holds of a whole weight: (dim, start, stop); None: all of it.
-
-    With more ranks than KV heads, consecutive ranks hold the same head. Where the vocabulary does
-    not divide, the last ranks hold less of it than `vocabulary_share`, or nothing.
-    """
-    dim = shard_dim(name)
-    if dim is None:
-        return None
-    if name.split(".")[-2] in ("wk", "wv"):
-        heads = max(args.kv_heads // size, 1)
-        first = rank * args.kv_heads // size
-        return dim, first * args.head_dim, (first + heads) * args.head_dim
-    if name in VOCABULARY:
-        n = vocabulary_share(args, size)
-        return dim, min(rank * n, args.vocab_size), min((rank + 1) * n, args.vocab_size)
-    n = weight_shapes(args)[name][dim] // size
-    return dim, rank * n, (rank + 1) * n
-
-
-def rank_shapes(args: ModelArgs, ranks: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the weights of rank 0, with one layer for all. No rank holds more."""
-    one = replace(args, n_layers=1)
-    shapes = weight_shapes(one)
-    for name, shape in shapes.items():
-        if part := rank_part(name, one, 0, ranks):
-            dim, start, stop = part
-            shapes[name] = (*shape[:dim], stop - start, *shape[dim + 1 :])
-    return shapes
-
-
-def undivided(args: ModelArgs, ranks: int, group: int) -> dict[str, int]:
-    """{name: columns} of the first layer's matrices that groups of inputs do not divide."""
-    shapes = rank_shapes(args, ranks).items()
-    matrices = {name: s[1] for name, s in shapes if len(s) == 2 and name.startswith("layers.")}
-    return {name: columns for name, columns in matrices.items() if columns % group}
-
-
-def possible_ranks(args: ModelArgs, quantize: str | None = None, group: int = 32) -> list[int]:
-    """`rank_counts`, without those whose parts of a weight int4's groups do not divide."""
-    counts = rank_counts(args)
-    return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]
 
 
 class Source(ABC):

@@ -23,8 +23,9 @@ from llama.checkpoints.file_damage import (
     is_gguf,
     recognise,
 )
-from llama.checkpoints.source import Source, shard_dim
+from llama.checkpoints.source import Source
 from llama.common.progress import progress
+from llama.distributed.sharding import shard_dim
 
 __all__ = ["recognise", "verify"]
 

@@ -1,0 +1,1 @@
+"""Generation from ids to ids: requests, slots of the KV cache, sampling, scoring."""

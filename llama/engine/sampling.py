@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.common.options import option
+
 # Logits divided by less than this may overflow, and nothing but the most probable id has a chance.
 GREEDY_BELOW = 1e-6
 # How many of the most probable ids to look for the nucleus among, before sorting them all.
@@ -22,7 +24,7 @@ class Sampling:
     """How to draw an id.
 
     Attributes:
-        temperature: logits are divided by it; 0 takes the most probable id.
+        temperature: divides the logits; 0 takes the most probable id.
         top_p: mass of the nucleus, in [0, 1]; see `sample_top_p`.
         top_k: only the k most probable ids; 0 is no limit.
         min_p: only ids at least this times as probable as the most probable one, in [0, 1].
@@ -31,10 +33,12 @@ class Sampling:
         TypeError, ValueError: not a number, or out of range.
     """
 
-    temperature: float = 0.6
-    top_p: float = 0.9
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float = option(0.6, "randomness; 0 always takes the most probable token")
+    top_p: float = option(0.9, "draw from the most probable tokens that hold this much of the mass")
+    top_k: int = option(0, "draw from this many most probable tokens; 0 is no limit")
+    min_p: float = option(
+        0.0, "draw from tokens at least this times as probable as the most probable one"
+    )
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "top_k", "min_p"):

@@ -1,0 +1,1 @@
+"""Replacements of the model's modules: fast attention and norms, kernels, quantized linears."""

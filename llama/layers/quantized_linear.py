@@ -12,8 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoints.source import shard_dim
 from llama.distributed import tensor_parallel
+from llama.distributed.sharding import Sizes, rank_counts, rank_shapes, shard_dim
 from llama.layers import kernels
 from llama.layers.quantization import (
     GROUPS,
@@ -172,3 +172,16 @@ def check_scheme(scheme: object, group: object = 32) -> None:
         raise ValueError(f"unknown scheme {scheme!r}; use one of {list(SCHEMES)}")
     if type(group) is not int or group not in GROUPS:
         raise ValueError(f"groups of {group!r} weights are not possible; use one of {GROUPS}")
+
+
+def undivided(args: Sizes, ranks: int, group: int) -> dict[str, int]:
+    """{name: columns} of the first layer's matrices that groups of inputs do not divide."""
+    shapes = rank_shapes(args, ranks).items()
+    matrices = {name: s[1] for name, s in shapes if len(s) == 2 and name.startswith("layers.")}
+    return {name: columns for name, columns in matrices.items() if columns % group}
+
+
+def possible_ranks(args: Sizes, quantize: str | None = None, group: int = 32) -> list[int]:
+    """`rank_counts`, without those whose parts of a weight int4's groups do not divide."""
+    counts = rank_counts(args)
+    return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]

@@ -1,0 +1,1 @@
+"""What the tokenizer and `Llama` need of text: rank files, long texts, tools, detokenizing."""

@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.footprint import DTYPE_BYTES, PREFILL_CHUNK, Footprint
 from llama.checkpoints.load import tune
-from llama.checkpoints.source import possible_ranks
 from llama.engine.engine import Engine
 from llama.engine.forward import draw_at
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
+from llama.layers.quantized_linear import possible_ranks
 from tests.checkpoints import eight_ranks
 from tests.checkpoints.eight_ranks import BATCH, CONTEXT, DTYPES, SHAPES, cases, held
 from tests.checkpoints.test_inspect import RELEASES, release

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs, rank_counts
+from llama.args import ModelArgs
 from llama.checkpoints.inspect import cache_bytes, describe, parameter_count, rank_bytes
-from llama.checkpoints.source import Source, weight_shapes
+from llama.checkpoints.source import Source
+from llama.distributed.sharding import rank_counts, weight_shapes
 
 COMMON = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 # params.json of the releases, and of each: tied, parameters, bytes of KV cache a token.
@@ -142,7 +143,7 @@ def test_mixed_dtypes() -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_rank_bytes_are_those_of_the_parts(size: int) -> None:
     """Against the weights that a rank really is given, KV heads on several ranks included."""
-    from llama.checkpoints.source import rank_part
+    from llama.distributed.sharding import rank_part
 
     source = Sizes({"dim": 64, "n_layers": 2, "n_heads": 4} | SMALL)
     args = source.args()

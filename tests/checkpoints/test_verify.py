@@ -31,7 +31,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160606
 
 def split(folder: Path, n: int) -> None:
     """Make shards 0..n-1 of one."""
-    from llama.checkpoints.source import shard_dim
+    from llama.distributed.sharding import shard_dim
 
     whole = torch.load(folder / PTH, weights_only=True)
     for rank in range(n):

@@ -15,11 +15,12 @@ from llama.checkpoints import load
 from llama.checkpoints.convert import quantize
 from llama.checkpoints.inspect import describe, rank_bytes
 from llama.checkpoints.open import open_checkpoint
-from llama.checkpoints.source import Source, possible_ranks, rank_part, weight_shapes
+from llama.checkpoints.source import Source
 from llama.commands.plan import plan
 from llama.distributed import tensor_parallel
+from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import dequantize_int4, dequantize_int8
-from llama.layers.quantized_linear import exchange, quantized
+from llama.layers.quantized_linear import exchange, possible_ranks, quantized
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (
     LLAMA_8B,

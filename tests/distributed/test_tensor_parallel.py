@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
-from llama.args import rank_counts
 from llama.checkpoints import load
 from llama.checkpoints.footprint import Footprint
 from llama.checkpoints.open import open_checkpoint
-from llama.checkpoints.source import rank_part
 from llama.distributed import tensor_parallel
+from llama.distributed.sharding import rank_counts, rank_part
 from tests.distributed import rank_cases
 from tests.models import random_weights
 
@@ -220,7 +219,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
-    from llama.checkpoints.source import weight_shapes
+    from llama.distributed.sharding import weight_shapes
 
     return weight_shapes(args)[name]
 

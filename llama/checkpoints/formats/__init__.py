@@ -1,0 +1,1 @@
+"""The layouts of checkpoints: Meta's, quantized, Hugging Face's, GGUF."""

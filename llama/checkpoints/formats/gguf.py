@@ -16,7 +16,8 @@ import torch
 
 from llama.args import ModelArgs
 from llama.checkpoints.formats.vocabulary import ffn_terms, rank_file, sidecar
-from llama.checkpoints.source import Source, weight_shapes
+from llama.checkpoints.source import Source
+from llama.distributed.sharding import weight_shapes
 from llama.rope import apply_scaling
 from llama.text.rank_file import LLAMA3_PATTERN
 

@@ -22,7 +22,8 @@ from llama.checkpoints.formats.meta import (
     read_params,
     read_shard,
 )
-from llama.checkpoints.source import Source, check_shapes, weight_shapes
+from llama.checkpoints.source import Source, check_shapes
+from llama.distributed.sharding import weight_shapes
 from llama.layers.quantization import rows_int4
 from llama.layers.quantized_linear import check_scheme, quantized
 
