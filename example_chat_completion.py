@@ -62,7 +62,7 @@ def main(
     results = generator.chat_completion(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if job.leader():
+    if job.is_leader():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")

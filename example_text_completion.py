@@ -51,7 +51,7 @@ def main(
     results = generator.text_completion(
         prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if job.leader():
+    if job.is_leader():
         for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")

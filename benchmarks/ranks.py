@@ -32,10 +32,10 @@ def worker(shape: str, dtype: str, prompt: int, new: int) -> None:
     model = build(shape, 1, prompt + new, dtype, "cpu")
     tune(model, None, exact=False)
     system, prompts = Ours(model), random_prompts(SHAPES[shape]["vocab_size"], [prompt])
-    while tensor_parallel.share(sys.stdin.readline() if job.leader() else None):
+    while tensor_parallel.broadcast_json(sys.stdin.readline() if job.is_leader() else None):
         ids, first, others = system.generate(prompts, new)
         result = {"first_token_s": first, "step_s": others / (new - 1), "ids": ids[0]}
-        if job.leader():
+        if job.is_leader():
             print(json.dumps(result), flush=True)
 
 

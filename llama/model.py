@@ -80,7 +80,7 @@ class Attention(nn.Module):
         at: CacheSlice | None = None,
     ) -> Tensor:
         B, T, _ = x.shape
-        x = tensor_parallel.copy(x)
+        x = tensor_parallel.copy_to_ranks(x)
         xq, xk, xv = self.project(x, self.wq, self.wk, self.wv)
         xq = xq.view(B, T, self.n_local_heads, self.head_dim)
         xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
             xk, xv = self.cache.update(xk, xv, at)
         positions = None if at is None else at.positions
         out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
-        return tensor_parallel.reduce(self.wo(out))
+        return tensor_parallel.reduce_from_ranks(self.wo(out))
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
@@ -113,8 +113,10 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(args.dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = tensor_parallel.copy(x)
-        return tensor_parallel.reduce(self.w2(self.gate(*self.project(x, self.w1, self.w3))))
+        x = tensor_parallel.copy_to_ranks(x)
+        return tensor_parallel.reduce_from_ranks(
+            self.w2(self.gate(*self.project(x, self.w1, self.w3)))
+        )
 
 
 class TransformerBlock(nn.Module):
@@ -208,7 +210,7 @@ class Transformer(nn.Module):
         local = tokens - tensor_parallel.rank() * n
         mine = (local >= 0) & (local < n)
         h = self.tok_embeddings(local.where(mine, 0)) * mine.unsqueeze(-1)
-        return tensor_parallel.reduce(h)
+        return tensor_parallel.reduce_from_ranks(h)
 
     def hidden(
         self,
@@ -257,7 +259,7 @@ class Transformer(nn.Module):
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., dim) normed hidden states -> (..., V) fp32."""
-        logits = tensor_parallel.gather(self.output(tensor_parallel.copy(h)))
+        logits = tensor_parallel.gather_from_ranks(self.output(tensor_parallel.copy_to_ranks(h)))
         return logits.narrow(-1, 0, self.vocab_size).float()  # without the padding of the last rank
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | None = None) -> Tensor:

@@ -45,7 +45,7 @@ def open_model(
     start, device = time.time(), load.pick_device(device)
     dtype = load.pick_dtype(dtype, device)
     tensor_parallel.initialize(model_parallel_size, device)
-    with tensor_parallel.together():
+    with tensor_parallel.fails_on_all_ranks():
         source = open_checkpoint(ckpt_dir)
         if max_seq_len is None:
             max_seq_len = min(source.context, UNASKED)
@@ -56,17 +56,17 @@ def open_model(
         sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
         how = {"device": device.type, "dtype": str(dtype), "quantize": quantize, "exact": exact}
         vocabulary = {"the tokenizer": fingerprint(tokenizer)}
-        tensor_parallel.agree(sizes | how | source.fingerprints() | vocabulary)
+        tensor_parallel.check_same_on_ranks(sizes | how | source.fingerprints() | vocabulary)
     torch.manual_seed(seed)
-    with tensor_parallel.together():
+    with tensor_parallel.fails_on_all_ranks():
         model = load.load(source, args, device, dtype)
     with (
-        tensor_parallel.guarded()
+        tensor_parallel.ends_job_on_error()
     ):  # ranks communicate here, and one that fails must wake the others
         load.tune(model, None if source.quantization else quantize, exact)
-    with tensor_parallel.together():
+    with tensor_parallel.fails_on_all_ranks():
         model.setup_cache(max_batch_size, max_seq_len)
-    if job.leader():
+    if job.is_leader():
         print(load.summary(source, model, time.time() - start, quantize), file=sys.stderr)
     if compile:
         compile_decoding(model)

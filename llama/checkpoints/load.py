@@ -37,7 +37,9 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         ValueError: it is not there.
     """
     if device is None:
-        mps = torch.backends.mps.is_available() and job.alone()  # where ranks do not communicate
+        mps = (
+            torch.backends.mps.is_available() and job.is_single_process()
+        )  # where ranks do not communicate
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         picked = torch.device(device)
@@ -48,7 +50,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     if picked.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("device 'cuda' was asked for, and torch finds no GPU here; use 'cpu'")
-        own = picked.index is None and job.launched()
+        own = picked.index is None and job.is_launched()
         if own:
             picked = torch.device("cuda", job.local_rank())
         if picked.index is not None and picked.index >= (count := torch.cuda.device_count()):
@@ -148,7 +150,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     shown = progress(names, f"loading on {device}", len(names), "tensor")
-    for name in shown if job.leader() else names:
+    for name in shown if job.is_leader() else names:
         if name == "output.weight" and source.tied:
             weights[name] = weights["tok_embeddings.weight"]
         else:

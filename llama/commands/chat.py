@@ -96,14 +96,14 @@ class Chat:
         answer, start, first, n = "", time.perf_counter(), 0.0, 0
         stream: Stream | None = None
         asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
-        tensor_parallel.share(asked)
+        tensor_parallel.broadcast_json(asked)
         try:
             stream = self.llama.chat_stream(asked, **self.options)
             for piece in stream:
                 first = first or time.perf_counter()
                 n += len(piece.tokens)
                 answer += piece.text
-                with tensor_parallel.guarded():  # the other ranks go on with the answer
+                with tensor_parallel.ends_job_on_error():  # the other ranks go on with the answer
                     say(piece.text)
             reason = stream.request.finish_reason
         except KeyboardInterrupt:
@@ -189,7 +189,7 @@ class Chat:
 
 def follow(llama: Llama, options: dict[str, Any]) -> None:
     """What every rank but the first does: compute the answers that the first one is asked for."""
-    while (asked := tensor_parallel.share(None)) is not None:
+    while (asked := tensor_parallel.broadcast_json(None)) is not None:
         with suppress(ValueError, TypeError, RuntimeError):  # which the first rank tells
             for _ in llama.chat_stream(asked, **options):
                 pass
@@ -239,7 +239,7 @@ def lines_of_stdin() -> Iterator[str]:
 
 
 def _typed_lines(session: PromptSession[str]) -> Iterator[str]:
-    stopped = "the job" if job.launched() else "an answer"
+    stopped = "the job" if job.is_launched() else "an answer"
     tell(f"/help lists commands, Ctrl-C stops {stopped}, Ctrl-D ends")
     failures = 0
     while failures < 3:

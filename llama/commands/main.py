@@ -108,15 +108,15 @@ class Commands(CheckpointCommands, TrainCommands):
         from llama.engine.sampling import Sampling
 
         how = asdict(Sampling(temperature, top_p, top_k, min_p))  # checked before a long load
-        lines = lines_of_stdin() if job.leader() else iter(())
+        lines = lines_of_stdin() if job.is_leader() else iter(())
         llama = _build(ckpt_dir, tokenizer_path, max_seq_len, 1, seed, quantize, compile)
         how["max_gen_len"] = max_gen_len
-        if not job.leader():
+        if not job.is_leader():
             follow(llama, how)
             return
         terminal = sys.stdin.isatty()
         served = Chat(llama, how, system, terminal and tensor_parallel.size() == 1).run(lines)
-        tensor_parallel.share(None)  # the others may go
+        tensor_parallel.broadcast_json(None)  # the others may go
         if not served and not terminal:
             raise SystemExit(1)
 
@@ -153,8 +153,8 @@ class Commands(CheckpointCommands, TrainCommands):
             context = min(context, len(text.encode()) + 2)  # more than its tokens are never needed
             stride = min(stride, context - 1)
         llama = _build(ckpt_dir, tokenizer_path, context, max_batch_size, 1, quantize)
-        result = llama.perplexity(tensor_parallel.share(text), stride=stride)
-        if job.leader():
+        result = llama.perplexity(tensor_parallel.broadcast_json(text), stride=stride)
+        if job.is_leader():
             print(result.as_json() if json else result)
 
     def demo(self) -> None:
@@ -199,7 +199,7 @@ def _print_completion(stream: Stream, prompt: str | None) -> None:
     text = ""
     for piece in stream:
         text += piece.text
-        if job.leader() and prompt is None:
+        if job.is_leader() and prompt is None:
             say(piece.text)
     request = stream.request
     result: dict[str, Any] = {
@@ -211,7 +211,7 @@ def _print_completion(stream: Stream, prompt: str | None) -> None:
     }
     if request.logprobs:
         result["logprobs"] = request.generated_logprobs
-    if job.leader():
+    if job.is_leader():
         print("" if prompt is None else json.dumps(result, ensure_ascii=False), flush=True)
 
 

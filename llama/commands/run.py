@@ -48,12 +48,12 @@ def _terminate(*_: object) -> None:
 def _report(error: BaseException, name: str) -> int:
     """Say why the command ends, with several ranks once for all of them; the exit code."""
     told = error
-    if job.launched():  # by torchrun, which may interrupt a report, too
+    if job.is_launched():  # by torchrun, which may interrupt a report, too
         for interrupt in (signal.SIGTERM, signal.SIGINT):
             signal.signal(interrupt, signal.SIG_IGN)
-        reason = tensor_parallel.end(error)
-        own = isinstance(error, MISTAKES) and not tensor_parallel.of_collective(error)
-        told = error if own and job.leader() else reason
+        reason = tensor_parallel.end_job(error)
+        own = isinstance(error, MISTAKES) and not tensor_parallel.is_collective_error(error)
+        told = error if own and job.is_leader() else reason
     if isinstance(told, KeyboardInterrupt):
         return 130
     if isinstance(told, job.Terminated):
@@ -61,7 +61,7 @@ def _report(error: BaseException, name: str) -> int:
     if isinstance(told, BrokenPipeError):  # the reader of our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    mine = job.first_to_tell()
+    mine = job.claim_report()
     bug = error.__cause__ if isinstance(error, job.RankError) else error
     if isinstance(bug, Exception) and not isinstance(bug, MISTAKES):
         traceback.print_exception(bug)

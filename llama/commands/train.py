@@ -63,7 +63,7 @@ def run(
     from llama.train.loop import train
 
     result = train(data, out, settings, resume=resume, tensorboard=tensorboard)
-    if job.leader():
+    if job.is_leader():
         if result.signal:
             print(f"stopped after step {result.step}; the same command with --resume goes on")
         if result.best_step:

@@ -59,14 +59,14 @@ class Fault:
         return RankError(f"rank {self.rank}: {self.cause}: {self.text}")
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether this process was started by torchrun (or anything that sets its environment)."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def alone() -> bool:
+def is_single_process() -> bool:
     """Whether it is the only one of its job."""
-    return not launched() or os.environ["WORLD_SIZE"] == "1"
+    return not is_launched() or os.environ["WORLD_SIZE"] == "1"
 
 
 def environment() -> Launch:
@@ -108,11 +108,11 @@ def local_rank() -> int:
     return _integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
 
 
-def leader() -> bool:
+def is_leader() -> bool:
     """Whether this process reads the terminal and prints: rank 0 of the whole job."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
-    return not launched() or os.environ["RANK"] == "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def timeout() -> timedelta:
@@ -163,12 +163,14 @@ def _served_by_torchrun() -> bool:
 def _reachable() -> dist.Store | None:
     """The store, if it is there without waiting for other ranks."""
     with suppress(ValueError):
-        if _store is not None or (launched() and _served_by_torchrun() and environment().world > 1):
+        if _store is not None or (
+            is_launched() and _served_by_torchrun() and environment().world > 1
+        ):
             return store()
     return None
 
 
-def meet(facts: dict[str, Any]) -> None:
+def rendezvous(facts: dict[str, Any]) -> None:
     """Wait until all ranks of the job have come, with the same facts.
 
     Raises:
@@ -183,10 +185,10 @@ def meet(facts: dict[str, Any]) -> None:
     while True:
         come = [r for r in absent if table.check([f"facts/{r}"])]
         absent = [r for r in absent if r not in come]
-        compare({r: json.loads(table.get(f"facts/{r}")) for r in come} | {me.rank: facts})
+        check_equal({r: json.loads(table.get(f"facts/{r}")) for r in come} | {me.rank: facts})
         if not absent:
             return
-        if (fault := published()) is not None:
+        if (fault := published_fault()) is not None:
             raise fault.exception()
         if time.monotonic() > end:
             raise ValueError(
@@ -196,7 +198,7 @@ def meet(facts: dict[str, Any]) -> None:
         time.sleep(POLL)
 
 
-def compare(facts: dict[int, dict[str, Any]]) -> None:
+def check_equal(facts: dict[int, dict[str, Any]]) -> None:
     """Raise a ValueError that names the first fact, by rank, in which two ranks differ."""
     first = min(facts)
     for rank in sorted(facts):
@@ -208,12 +210,12 @@ def compare(facts: dict[int, dict[str, Any]]) -> None:
                 )
 
 
-def publish(error: BaseException) -> Fault:
+def publish_fault(error: BaseException) -> Fault:
     """Record why this rank ends; the first fault that any rank recorded."""
-    return _record(fault_of(error))
+    return _record(make_fault(error))
 
 
-def fault_of(error: BaseException) -> Fault:
+def make_fault(error: BaseException) -> Fault:
     """This rank's fault, unrecorded."""
     lines = str(error).strip().splitlines() or [""]
     return Fault(_rank(), type(error).__name__, lines[0])
@@ -233,7 +235,7 @@ def _record(fault: Fault) -> Fault:
     return fault
 
 
-def published() -> Fault | None:
+def published_fault() -> Fault | None:
     """The recorded fault, if any rank has ended."""
     with suppress(RuntimeError):
         if (table := _reachable()) is not None and table.check(["fault"]):
@@ -241,7 +243,7 @@ def published() -> Fault | None:
     return None
 
 
-def find_lost(ranks: Sequence[int]) -> Fault | None:
+def find_lost_rank(ranks: Sequence[int]) -> Fault | None:
     """Which of the ranks no longer answers, if one does; each rank that lost another asks this."""
     me, silent = _rank(), list(ranks)
     try:
@@ -250,7 +252,7 @@ def find_lost(ranks: Sequence[int]) -> Fault | None:
             return None
         table.set(f"lives/{me}", "")
         while silent and time.monotonic() < end:
-            if (fault := published()) is not None:
+            if (fault := published_fault()) is not None:
                 return fault
             silent = [r for r in silent if not table.check([f"lives/{r}"])]
             time.sleep(POLL)
@@ -266,13 +268,13 @@ def find_lost(ranks: Sequence[int]) -> Fault | None:
     return _record(Fault(silent[0], RankError.__name__, why))
 
 
-def first_to_tell() -> bool:
+def claim_report() -> bool:
     """Whether this process is the one of the job that reports its end: rank 0 while it lives."""
     with suppress(RuntimeError):
         table = _reachable()
         if table is None:
             return True
-        end = time.monotonic() + (0 if leader() else TELL_WITHIN)
+        end = time.monotonic() + (0 if is_leader() else TELL_WITHIN)
         while time.monotonic() < end and not table.check(["told"]):
             time.sleep(POLL)
         return bool(table.add("told", 1) == 1)

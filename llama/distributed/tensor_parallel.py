@@ -65,7 +65,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
         raise ValueError(
             f'several ranks cannot share a model on {device.type}; build with device="cpu"'
         )
-    with guarded(several=True):
+    with ends_job_on_error(several=True):
         _join(wanted, "nccl" if device.type == "cuda" else "gloo")
 
 
@@ -77,7 +77,7 @@ def _join(model_parallel_size: int, backend: str) -> None:
                 f"this build of torch has no {backend}, which several ranks need; install one "
                 'that has it, or build with device="cpu"'
             )
-        job.meet({"model_parallel_size": model_parallel_size, "backend": backend})
+        job.rendezvous({"model_parallel_size": model_parallel_size, "backend": backend})
         me = job.environment()
         dist.init_process_group(
             backend,
@@ -102,7 +102,7 @@ def _leave() -> None:
     """Close the group that we opened: gloo's threads abort an interpreter that ends under them."""
     error = getattr(sys, "last_value", None)  # what ends this process, if anything
     if error is not None and _ended is None and dist.is_initialized():
-        job.publish(error)
+        job.publish_fault(error)
     _close()
 
 
@@ -123,8 +123,8 @@ def _close() -> None:
 
 
 @contextlib.contextmanager
-def guarded(several: bool | None = None) -> Iterator[None]:
-    """Whatever ends this on one rank ends the job on every rank: see `end`.
+def ends_job_on_error(several: bool | None = None) -> Iterator[None]:
+    """Whatever ends this on one rank ends the job on every rank: see `end_job`.
 
     Args:
         several: whether there are several ranks; None asks `size`.
@@ -135,10 +135,10 @@ def guarded(several: bool | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as e:
-        raise end(e) from (None if isinstance(e, (job.RankError, KeyboardInterrupt)) else e)
+        raise end_job(e) from (None if isinstance(e, (job.RankError, KeyboardInterrupt)) else e)
 
 
-def end(error: BaseException) -> BaseException:
+def end_job(error: BaseException) -> BaseException:
     """Leave the group because of an error; what to raise, of the same text on every rank.
 
     If the error is a collective's, it is another rank's fault that is looked for. An interrupt may
@@ -148,20 +148,20 @@ def end(error: BaseException) -> BaseException:
     if _ended is not None and _known:
         return _ended.exception()
     traceback.clear_frames(error.__traceback__)  # whose locals hold groups, and so sockets
-    fault = job.published()
-    if fault is None and not isinstance(error, job.Terminated) and not of_collective(error):
-        fault = job.publish(error)
-    _ended = fault or _ended or job.fault_of(error)
+    fault = job.published_fault()
+    if fault is None and not isinstance(error, job.Terminated) and not is_collective_error(error):
+        fault = job.publish_fault(error)
+    _ended = fault or _ended or job.make_fault(error)
     _close()
     if fault is None:
-        fault = job.find_lost(_ranks)
+        fault = job.find_lost_rank(_ranks)
         if fault is None and isinstance(error, job.Terminated):
             return error
     _ended, _known = fault or _ended, True
     return _ended.exception()
 
 
-def of_collective(error: BaseException) -> bool:
+def is_collective_error(error: BaseException) -> bool:
     """Whether it says no more than that ranks lost each other."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
@@ -184,17 +184,17 @@ def rank() -> int:
     return int(fs_init.get_model_parallel_rank())
 
 
-def copy(x: Tensor) -> Tensor:
+def copy_to_ranks(x: Tensor) -> Tensor:
     """Identity; its gradient is summed over the ranks. Opens a split region."""
     return x if size() == 1 else mappings.copy_to_model_parallel_region(x)
 
 
-def reduce(x: Tensor) -> Tensor:
+def reduce_from_ranks(x: Tensor) -> Tensor:
     """Sum over the ranks. Closes a split region."""
     return x if size() == 1 else mappings.reduce_from_model_parallel_region(x)
 
 
-def largest(x: Tensor) -> Tensor:
+def max_over_ranks(x: Tensor) -> Tensor:
     """The largest of each number that a rank has. What is none (NaN) counts as infinite."""
     if size() > 1:
         x = x.masked_fill(x.isnan(), torch.inf)
@@ -202,23 +202,23 @@ def largest(x: Tensor) -> Tensor:
     return x
 
 
-def gather(x: Tensor) -> Tensor:
+def gather_from_ranks(x: Tensor) -> Tensor:
     """Concatenate the ranks' last dimensions."""
     return x if size() == 1 else mappings.gather_from_model_parallel_region(x)
 
 
-def broadcast(x: Tensor) -> Tensor:
+def broadcast_from_first(x: Tensor) -> Tensor:
     """The group's first rank's `x`, on every rank."""
     if size() > 1:
         dist.broadcast(x, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group())
     return x
 
 
-def exchange(value: Any) -> list[Any]:
+def gather_json(value: Any) -> list[Any]:
     """What JSON can say, of every rank of the group, on all of them. Waits as long as it takes."""
     if size() == 1:
         return [value]
-    with guarded():
+    with ends_job_on_error():
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros(1, dtype=torch.long) for _ in range(size())]
         dist.all_gather(lengths, torch.tensor([len(data)]), _control)
@@ -231,18 +231,18 @@ def exchange(value: Any) -> list[Any]:
         ]
 
 
-def share(value: Any) -> Any:
+def broadcast_json(value: Any) -> Any:
     """The group's first rank's value, which JSON can say, on every rank."""
-    return exchange(value if rank() == 0 else None)[0]
+    return gather_json(value if rank() == 0 else None)[0]
 
 
-def agree(facts: dict[str, Any]) -> None:
+def check_same_on_ranks(facts: dict[str, Any]) -> None:
     """Raise a ValueError on every rank if they differ; it names the first fact that does."""
-    job.compare(dict(zip(_ranks, exchange(facts), strict=True)))
+    job.check_equal(dict(zip(_ranks, gather_json(facts), strict=True)))
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def fails_on_all_ranks() -> Iterator[None]:
     """What fails inside on one rank fails on all: its own error where all have the same.
 
     Raises:
@@ -253,7 +253,7 @@ def together() -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    found = exchange(None if error is None else f"{type(error).__name__}: {error}")
+    found = gather_json(None if error is None else f"{type(error).__name__}: {error}")
     if error is not None and len(set(found)) == 1:
         raise error
     for number, text in zip(_ranks, found, strict=True):

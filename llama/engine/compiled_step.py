@@ -141,7 +141,7 @@ def compile_decoding(model: Transformer) -> bool:
     Returns:
         whether it is compiled.
     """
-    if job.leader():
+    if job.is_leader():
         print("compiling a block for decoding (up to a minute, then cached)", file=sys.stderr)
     start, step = time.time(), CompiledStep(model)
     rows, room = next(model.caches()).k.shape[:2]
@@ -162,6 +162,6 @@ def compile_decoding(model: Transformer) -> bool:
             for row in range(rows):
                 cache.clear(row, 0, 1)
     model.compiled = step
-    if job.leader():
+    if job.is_leader():
         print(f"compiled in {time.time() - start:.1f} s", file=sys.stderr)
     return True

@@ -77,7 +77,7 @@ class Engine:
         """
         self.check(request)
         if tensor_parallel.size() > 1:
-            tensor_parallel.agree(request.facts())
+            tensor_parallel.check_same_on_ranks(request.facts())
         with self._changed:
             request.begin(self._room(), self.model.norm.weight.device)
             self._added += 1
@@ -185,7 +185,7 @@ class Engine:
         return self._slots.rows if self._slots else []
 
     @torch.inference_mode()
-    @tensor_parallel.guarded()
+    @tensor_parallel.ends_job_on_error()
     def _step(self) -> list[Event]:
         events: list[Event] = []
         slots = self._own_cache(events)

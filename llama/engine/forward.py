@@ -88,7 +88,7 @@ def _of_first_rank(requests: Sequence[Request], drawn: Tensor) -> Tensor:
     """
     known = [(r.id, r.tokens[-1 if r.ids else 0 :]) for r in requests]
     mark = zlib.crc32(repr(known).encode())
-    *ids, other = tensor_parallel.broadcast(F.pad(drawn, (0, 1), value=mark)).tolist()
+    *ids, other = tensor_parallel.broadcast_from_first(F.pad(drawn, (0, 1), value=mark)).tolist()
     if other != mark:
         raise RuntimeError("rank 0 was asked something else: make the same calls on every rank")
     return drawn.new_tensor(ids)

@@ -127,7 +127,7 @@ def score_ids(
     scores: list[float | None] = []
     found, at_once = windows(len(ids), params.max_seq_len, stride), params.max_batch_size
     batches = [found[i : i + at_once] for i in range(0, len(found), at_once)]
-    show = show and job.leader()
+    show = show and job.is_leader()
     for batch in progress(batches, "scoring", unit="batch") if show else batches:
         requests = [request_of(*window) for window in batch]
         run(engine, requests)

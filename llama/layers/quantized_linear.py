@@ -163,7 +163,7 @@ def quantized(
 def _largest(name: str, weight: Tensor) -> Tensor | None:
     """`row_largest` of all ranks' columns together; None where the weight has whole rows."""
     columns = shard_dim(f"{name}.weight") == 1
-    return tensor_parallel.largest(row_largest(weight)) if columns else None
+    return tensor_parallel.max_over_ranks(row_largest(weight)) if columns else None
 
 
 def check_scheme(scheme: object, group: object = 32) -> None:

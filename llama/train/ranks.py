@@ -48,7 +48,7 @@ class Ranks:
             if world > 1:
                 raise ValueError(f"{world} processes need --parallel ddp or --parallel fsdp")
             return Ranks(None, device)
-        if not job.launched():
+        if not job.is_launched():
             raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama")
         if not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

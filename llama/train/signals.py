@@ -35,6 +35,6 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and not job.launched():
+        if self.signal is not None and not job.is_launched():
             raise KeyboardInterrupt
         self.signal = number

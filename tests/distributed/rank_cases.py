@@ -211,7 +211,7 @@ def of_quantized(given: str, folder: str) -> dict[str, Any]:
     missing = torch.nan if tensor_parallel.rank() == 1 else 0.0
     result = {
         "found": found,
-        "largest": tensor_parallel.largest(
+        "largest": tensor_parallel.max_over_ranks(
             torch.tensor([tensor_parallel.rank(), missing])
         ).tolist(),
         "mistakes": [text_of(lambda how=how: build(**how)) for how in cases["mistakes"]],

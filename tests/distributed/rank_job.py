@@ -24,7 +24,7 @@ from llama.layers import quantized_linear
 
 def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:
     """Generate; rank 1 fails at its tenth step or quantizing, or looks for its files elsewhere."""
-    one = not job.leader()
+    one = not job.is_leader()
     folder = elsewhere if one and elsewhere else ckpt_dir
     scheme = "int8" if fault == "quantize" else None
     if scheme and one:
@@ -35,7 +35,7 @@ def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> No
     def watch() -> None:
         nonlocal steps
         steps += 1
-        if steps == 3 and job.leader():
+        if steps == 3 and job.is_leader():
             sys.stdout.write("started\n")
             sys.stdout.flush()
         if steps == 10 and one:

@@ -166,7 +166,7 @@ def test_environments_that_do_not_fit(
 @pytest.mark.parametrize("names", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}])
 def test_one_process(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
     set_environment(monkeypatch, **names)
-    assert job.environment() == job.Launch() and job.leader()
+    assert job.environment() == job.Launch() and job.is_leader()
 
 
 @pytest.fixture
@@ -195,7 +195,7 @@ def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_rank_that_does_not_come(rank_0: int) -> None:
     with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
-        job.meet({})
+        job.rendezvous({})
 
 
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
@@ -207,13 +207,13 @@ def test_a_backend_that_torch_lacks(rank_0: int) -> None:
 def test_a_rank_that_comes_twice(rank_0: int) -> None:
     job.store().add("came/0", 1)
     with pytest.raises(ValueError, match="two processes have RANK=0"):
-        job.meet({})
+        job.rendezvous({})
 
 
 def test_ranks_of_different_jobs(rank_0: int) -> None:
     job.store().set("facts/1", json.dumps({"WORLD_SIZE": 3, "backend": "gloo"}))
     with pytest.raises(ValueError, match="differ in WORLD_SIZE: 2 on rank 0, 3 on rank 1"):
-        job.meet({"backend": "gloo"})
+        job.rendezvous({"backend": "gloo"})
 
 
 def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
@@ -222,7 +222,7 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
     timer = threading.Timer(0.1, lambda: table.set("fault", json.dumps(fault)))
     timer.start()
     with pytest.raises(job.RankError, match=r"^rank 1: ImportError: no gguf$"):
-        job.meet({})
+        job.rendezvous({})
     timer.join()
 
 
@@ -230,7 +230,7 @@ def test_all_lost_ranks_are_named(rank_0: int, monkeypatch: pytest.MonkeyPatch) 
     """One of them may only be busy, such as rank 0 while a person types."""
     monkeypatch.setattr(job, "ANSWER_WITHIN", 0.1)
     job.store().set("lives/1", "")
-    fault = job.find_lost([0, 1, 2, 3])
+    fault = job.find_lost_rank([0, 1, 2, 3])
     assert fault is not None
     assert fault.text.startswith("rank 2 no longer answers, nor 3: it ended, was killed")
 

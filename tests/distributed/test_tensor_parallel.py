@@ -228,14 +228,14 @@ def test_identity_on_one_rank() -> None:
     x = torch.randn(3, 4)
     assert tensor_parallel.size() == 1 and tensor_parallel.rank() == 0
     for collective in (
-        tensor_parallel.copy, tensor_parallel.reduce, tensor_parallel.gather, tensor_parallel.broadcast, tensor_parallel.largest
+        tensor_parallel.copy_to_ranks, tensor_parallel.reduce_from_ranks, tensor_parallel.gather_from_ranks, tensor_parallel.broadcast_from_first, tensor_parallel.max_over_ranks
     ):  # fmt: skip
         assert collective(x) is x
-    assert tensor_parallel.share({"a": 1}) == {"a": 1}
+    assert tensor_parallel.broadcast_json({"a": 1}) == {"a": 1}
     with (
         pytest.raises(KeyError, match="own"),
-        tensor_parallel.together(),
-        tensor_parallel.guarded(),
+        tensor_parallel.fails_on_all_ranks(),
+        tensor_parallel.ends_job_on_error(),
     ):
         raise KeyError("own")
     assert tensor_parallel.size() == 1
