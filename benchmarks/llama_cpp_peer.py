@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.gguf import GGUF_NAMES, ROPE_FREQS
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
-from llama.rope import apply_scaling
+from llama.model import ModelArgs, apply_scaling
 
 BATCH = 512  # ids that one call computes at most, llama.cpp's own default
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # dtype: ggml's name

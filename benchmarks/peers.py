@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llama.predictions import make_requests, run
 from torch import Tensor
 
 from benchmarks import llama_cpp_peer
@@ -20,15 +21,13 @@ from benchmarks.generation import meta_model
 from benchmarks.llama_cpp_peer import KINDS, SCHEMES, LlamaCpp, quantize_gguf, write_gguf
 from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
-from llama.args import ModelArgs
 from llama.checkpoints import load
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.open import open_checkpoint
 from llama.engine.compiled_step import compile_decoding
 from llama.engine.engine import Engine
 from llama.engine.sampling import Sampling
-from llama.model import Transformer
-from llama.predictions import make_requests, run
+from llama.model import ModelArgs, Transformer
 
 OURS = "llama3"
 # Peer: the packages it needs, as they are imported and as they are installed.

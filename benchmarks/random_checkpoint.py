@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source
 from llama.commands import plan, run
 from llama.distributed.sharding import weight_shapes
+from llama.model import ModelArgs
 
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,

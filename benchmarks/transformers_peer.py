@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 
 
 def config_of(args: ModelArgs) -> Any:

@@ -1,26 +1,356 @@
-"""`Llama`: checkpoints in, text out, with the methods and return types of Meta's class."""
+"""`Llama`: checkpoints in, text out, with the methods and return types of Meta's class.
+
+Three tiers, each on top of the one before: `Engine.step` (ids), a `Stream` (text, piece by piece),
+and the completions (whole answers).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
-from llama.engine.request import Request
+from llama.checkpoints.load import check_quantize, load, summary
+from llama.checkpoints.open import open_checkpoint, open_tokenizer
+from llama.common.dtypes import parse_dtype
+from llama.common.options import option
+from llama.distributed import job, tensor_parallel
+from llama.distributed.device import pick_device, pick_dtype
+from llama.engine.compiled_step import check_cache
+from llama.engine.engine import Engine
+from llama.engine.request import FinishReason, Generation, Request, check_seed
 from llama.engine.sampling import Sampling, sample_top_p
-from llama.opening import open_model
-from llama.pieces import Piece, Reader
-from llama.predictions import ChatPrediction, CompletionPrediction, finish, make_requests, run
-from llama.streaming import Streaming
+from llama.engine.scoring import Perplexity, perplexity, score_ids
+from llama.layers.optimize import optimize
+from llama.layers.quantized_linear import check_scheme
+from llama.model import Transformer
+from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.tool_prompt import Tool, ToolForm
-from llama.tokenizer import Dialog, Message
+from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
-__all__ = ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "sample_top_p"]
+__all__ = [
+    "BuildOptions",
+    "ChatPrediction",
+    "CompletionPrediction",
+    "GenerationOptions",
+    "Llama",
+    "Piece",
+    "Stream",
+    "sample_top_p",
+]
+
+log = logging.getLogger("llama")
+DEFAULT_CONTEXT = 4096  # most positions where max_seq_len is None
 
 
-class Llama(Streaming):
-    """A model and its tokenizer, ready to generate."""
+class CompletionPrediction(TypedDict, total=False):
+    """`tokens` and `logprobs` are present if log-probabilities were asked for.
+
+    `error` says what is wrong with a prompt where `finish_reason` is "error".
+    """
+
+    generation: str
+    tokens: list[str]
+    logprobs: list[float | None]
+    finish_reason: FinishReason
+    error: str
+
+
+class ChatPrediction(TypedDict, total=False):
+    """As `CompletionPrediction`. The message has a `stop_reason` if it ended with `<|eom_id|>`."""
+
+    generation: Message
+    tokens: list[str]
+    logprobs: list[float | None]
+    finish_reason: FinishReason
+    error: str
+
+
+Prediction = TypeVar("Prediction", CompletionPrediction, ChatPrediction)
+
+
+class MoreBuildOptions(TypedDict, total=False):
+    """What `Llama.build` takes beyond Meta's parameters; see `BuildOptions`."""
+
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    quantize: str | None
+    exact: bool
+    compile: bool
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a checkpoint is built into a `Llama`.
+
+    Attributes:
+        max_seq_len: most tokens of prompt and answer together; None: what the checkpoint was
+            trained for, at most 4096.
+        max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
+            max_batch_size x max_seq_len positions.
+        model_parallel_size: ranks that share the model; None takes all. With fewer, every group of
+            so many ranks (0 and 1, 2 and 3, ...) has a model and calls of its own.
+        seed: of torch's global generator; each group's first rank draws for the group.
+        device: None takes cuda, then mps, then cpu.
+        dtype: a torch dtype or its name ("bfloat16", "bf16"); None or "auto" takes bfloat16 where
+            the device computes in it, else float16 (GPU) or float32 (CPU).
+        quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
+        exact: the reference's arithmetic, bit-identical to Meta's code, instead of the fastest.
+        compile: decode by a compiled step, on one rank. Without a compiler: a warning, and eager.
+
+    Raises:
+        TypeError, ValueError: an option is of another type or out of range, or two exclude each
+            other.
+    """
+
+    max_seq_len: int | None = option(
+        None, "most tokens of prompt and answer; by default as trained, at most 4096"
+    )
+    max_batch_size: int = option(1, "most rows at once")
+    model_parallel_size: int | None = option(None, "ranks that share the model; by default all")
+    seed: int = option(1, "the same seed draws the same tokens")
+    device: str | torch.device | None = option(
+        None, "cuda, mps or cpu; by default the first of them that is there"
+    )
+    dtype: str | torch.dtype | None = option(
+        None, "bf16, fp16 or fp32; by default bf16 where the device computes in it"
+    )
+    quantize: str | None = option(None, "int8 or int4: store the layers' weights in 8 or 4 bits")
+    exact: bool = option(False, "the reference's arithmetic, bit-identical to Meta's code")
+    compile: bool = option(False, "decode by a compiled step")
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        size = self.model_parallel_size
+        if size is not None and type(size) is not int:
+            raise TypeError(f"model_parallel_size must be an integer, not {size!r}")
+        if self.quantize is not None:
+            check_scheme(self.quantize)
+        parse_dtype(self.dtype)
+        for name in ("exact", "compile"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.exact and self.compile:
+            raise ValueError("a compiled step rounds differently from the reference; choose one")
+        if self.compile and job.environment().world > 1:
+            raise ValueError(
+                "a compiled step runs on one rank; leave compile out, or run one process"
+            )
+
+
+class MoreOptions(TypedDict, total=False):
+    """What the generating methods take beyond Meta's parameters; see `GenerationOptions`."""
+
+    top_k: int
+    min_p: float
+    stop: Sequence[str]
+    seed: int | Sequence[int] | None
+    reuse_prefix: bool
+
+
+class StreamOptions(MoreOptions, total=False):
+    """Keyword arguments of a stream: those of `text_completion` but `echo`."""
+
+    temperature: float
+    top_p: float
+    max_gen_len: int | None
+    logprobs: bool
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """What the generating methods take beyond Meta's parameters.
+
+    Attributes:
+        top_k, min_p: see `Sampling`.
+        stop: an answer ends before the first of these texts; `tokens` includes those of the text.
+        seed: gives each row draws of its own, the same in any batch: one seed for all rows, or one
+            a row. None draws from torch's global generator.
+        reuse_prefix: do not compute again the beginning of a prompt that is still cached from an
+            earlier call. Without it a call gives the same result whatever was called before.
+    """
+
+    top_k: int = Sampling.top_k
+    min_p: float = Sampling.min_p
+    stop: Sequence[str] = ()
+    seed: int | Sequence[int] | None = None
+    reuse_prefix: bool = False
+
+
+@dataclass
+class Piece:
+    """A part of an answer.
+
+    Attributes:
+        text: may be empty while a character or a possible stop string is incomplete.
+        tokens: the ids generated since the last piece.
+        logprobs: of `tokens`, if they were asked for.
+        finish_reason: "stop", "length" or "cancelled" in the last piece, None before.
+    """
+
+    text: str
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+
+class Answer:
+    """A generation as text, read between the engine's steps. Ends it at a stop string.
+
+    Attributes:
+        text: all of it so far.
+        finish_reason: as the generation's, or "stop" at a stop string.
+        error: the generation's, or that of a token without text.
+    """
+
+    def __init__(
+        self, engine: Engine, generation: Generation, tokenizer: Tokenizer, stop: Sequence[str]
+    ):
+        self.engine, self.generation = engine, generation
+        self.detokenizer = Detokenizer(tokenizer.decode_bytes, stop)
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.error: Exception | None = None
+
+    @property
+    def prompt(self) -> list[int]:
+        """The prompt's ids; none if the engine refused it."""
+        return self.generation.tokens[: len(self.generation.request.prompt)]
+
+    @property
+    def prompt_logprobs(self) -> list[float | None]:
+        return self.generation.prompt_logprobs
+
+    @property
+    def ids(self) -> list[int]:
+        """The generated ids that were read, including those of a stop string."""
+        return self.generation.ids[: self.detokenizer.used]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """The log-probability of each of `ids`."""
+        return self.generation.generated_logprobs[: self.detokenizer.used]
+
+    @property
+    def unread(self) -> bool:
+        """Whether the generation has what `read` has not seen."""
+        generation = self.generation
+        start = len(generation.request.prompt) + self.detokenizer.used
+        return len(generation.tokens) > start or generation.finish_reason is not None
+
+    def read(self) -> Piece | None:
+        """What is new; None after the end, or if the generation failed."""
+        generation, detokenizer = self.generation, self.detokenizer
+        if self.finish_reason is not None:
+            return None
+        reason, used = generation.finish_reason, detokenizer.used
+        if generation.error is not None:
+            self.finish_reason, self.error = "error", generation.error
+            return None
+        new = generation.tokens[len(generation.request.prompt) + used :]
+        try:
+            text = detokenizer.feed(new, last=reason is not None)
+        except ValueError as e:  # such as an id that the tokenizer lacks
+            self.finish_reason, self.error = "error", e
+            self.engine.cancel(generation.id)
+            return None
+        if detokenizer.stopped:
+            reason = "stop"
+            self.engine.cancel(generation.id)
+        self.finish_reason = reason
+        self.text += text
+        n = detokenizer.used - used
+        return Piece(text, new[:n], generation.generated_logprobs[used : used + n], reason)
+
+
+class Stream:
+    """An iterator over the pieces of one answer, which is generated as it is read.
+
+    Streams of one `Llama` may run at the same time, in one thread or in several: each step of the
+    engine advances all that have begun. `close` (from any thread), the end of a `with` block, or
+    the last reference going away ends the generation.
+
+    Attributes:
+        request: what was asked.
+        generation: what has been generated; None until the first piece is read.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, stop: Sequence[str]):
+        self._closed = True  # in case the request is refused
+        engine.check(request)
+        self._engine, self._tokenizer, self._stop = engine, tokenizer, check_stop(stop)
+        self.request = request
+        self.generation: Generation | None = None
+        self._answer: Answer | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        return self
+
+    def __next__(self) -> Piece:
+        with self._lock:
+            if self._answer is None and not self._closed:
+                self.generation = self._engine.add(self.request)
+                self._answer = Answer(self._engine, self.generation, self._tokenizer, self._stop)
+        answer = self._answer
+        try:
+            while not self._closed and answer is not None:
+                self._engine.wait(lambda: answer.unread or self._closed)
+                with self._lock:
+                    piece = answer.read()
+                    if answer.finish_reason is not None:
+                        self._closed = True
+                if piece is not None and (piece.tokens or piece.finish_reason):
+                    return piece
+                if answer.error is not None:
+                    raise answer.error from None
+        except BaseException:
+            self.close()
+            raise
+        raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the generation and free its slot at once."""
+        if not self._closed:
+            self._closed = True
+            if self.generation is not None:
+                self._engine.cancel(self.generation.id)
+
+
+class Llama:
+    """A model and its tokenizer, ready to generate. `close`, or a `with` block, frees its memory.
+
+    Attributes:
+        model, tokenizer, engine: the parts; see their classes.
+        formatter: the chat format; None for a base model's vocabulary.
+    """
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer):
+        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
+        self.formatter: ChatFormat | None = None
+        with suppress(ValueError):  # a base model: only the chat methods are refused
+            self.formatter = ChatFormat(tokenizer)
 
     @staticmethod
     def build(
@@ -29,13 +359,8 @@ class Llama(Streaming):
         max_seq_len: int | None,
         max_batch_size: int,
         model_parallel_size: int | None = None,
-        seed: int = 1,
-        *,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        quantize: str | None = None,
-        exact: bool = False,
-        compile: bool = False,
+        seed: int = BuildOptions.seed,
+        **more: Unpack[MoreBuildOptions],
     ) -> Llama:
         """Load a checkpoint. May be called any number of times in a process.
 
@@ -43,168 +368,324 @@ class Llama(Streaming):
             ckpt_dir: a folder in Meta's layout (`params.json`, `consolidated.*.pth`) or Hugging
                 Face's (`config.json`, `*.safetensors`), or a GGUF file.
             tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
-            max_seq_len: most tokens of prompt and answer together; None: as trained, at most 4096.
-            max_batch_size: most rows at once; more prompts take turns. The KV cache reserves
-                max_batch_size x max_seq_len positions.
-            model_parallel_size: ranks that share the model; None takes all that run. Fewer make
-                groups of so many (0 and 1, 2 and 3, ...), each with a model and calls of its own.
-            seed: of torch's global generator; each group's first rank draws for all of it.
-            device: None picks cuda, then mps, then cpu.
-            dtype: None picks bfloat16 where the device computes in it, else float16 or float32.
-            quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
-            exact: the reference's arithmetic, digit for digit, instead of what is fastest.
-            compile: decode by a compiled step, on one rank; without a compiler warn and do without.
+            max_seq_len, max_batch_size, model_parallel_size, seed: see `BuildOptions`.
+            more: `device`, `dtype`, `quantize`, `exact`, `compile`; see `BuildOptions`.
 
         Raises:
-            FileNotFoundError, ValueError, TypeError: saying what to mend.
-            llama.launch.RankError: another rank failed, and how.
+            FileNotFoundError, ValueError, TypeError: saying what to do.
+            llama.RankError: another rank failed, and how.
         """
-        opened = open_model(
-            ckpt_dir,
-            tokenizer_path,
-            max_seq_len,
-            max_batch_size,
-            model_parallel_size,
-            seed,
-            device,
-            dtype,
-            quantize,
-            exact,
-            compile,
+        options = BuildOptions(max_seq_len, max_batch_size, model_parallel_size, seed, **more)
+        check_cache()
+        start, device = time.time(), pick_device(options.device)
+        dtype = pick_dtype(options.dtype, device)
+        tensor_parallel.initialize(options.model_parallel_size, device)
+        with tensor_parallel.fails_on_all_ranks():
+            source = open_checkpoint(ckpt_dir)
+            if max_seq_len is None:
+                max_seq_len = min(source.context, DEFAULT_CONTEXT)
+            args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            check_quantize(source, args, options.quantize)
+            tokenizer = open_tokenizer(source, tokenizer_path)
+        if tensor_parallel.size() > 1:
+            shared: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+            shared |= {"device": device.type, "dtype": str(dtype), "quantize": options.quantize}
+            shared |= {"exact": options.exact, **source.fingerprints()}
+            shared |= {"the tokenizer": fingerprint(tokenizer)}
+            tensor_parallel.check_same_on_ranks(shared)
+        torch.manual_seed(seed)
+        with tensor_parallel.fails_on_all_ranks():
+            model = load(source, args, device, dtype)
+        with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
+            optimize(model, None if source.quantization else options.quantize, options.exact)
+        with tensor_parallel.fails_on_all_ranks():
+            llama = Llama(model, tokenizer)
+        if job.is_leader():
+            log.info(summary(source, model, time.time() - start, options.quantize))
+        if options.compile:
+            llama.engine.compile()
+        return llama
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "model"):
+            return "Llama(closed)"
+        args, w, ranks = self.model.params, self.model.norm.weight, tensor_parallel.size()
+        dtype = str(w.dtype).removeprefix("torch.")
+        return (
+            f"Llama(dim={args.dim}, n_layers={args.n_layers}, n_heads={args.n_heads}, "
+            f"vocab_size={args.vocab_size}, max_seq_len={args.max_seq_len}, "
+            f"max_batch_size={args.max_batch_size}, dtype={dtype}, device={w.device}, "
+            f"ranks={ranks})"
         )
-        return Llama(*opened)
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all requests and free the weights and the KV cache. May be called again."""
+        if not hasattr(self, "model"):
+            return
+        device = self.model.norm.weight.device
+        self.engine.close()
+        del self.model, self.engine
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            closed = ": this Llama is closed; build another" * (name in ("model", "engine"))
+            raise AttributeError(f"Llama has no attribute {name!r}{closed}")
 
     def generate(
         self,
         prompt_tokens: Sequence[Sequence[int]],
         max_gen_len: int,
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | Sequence[int] | None = None,
-        reuse_prefix: bool = False,
+        **more: Unpack[MoreOptions],
     ) -> tuple[list[list[int]], list[list[float | None]] | None]:
         """Generate ids for a batch of prompts of any lengths.
 
-        A prompt that cannot be run (say, too long) gets an empty row and a warning, and the others
-        run; if none can be run, its error is raised.
+        A prompt that cannot be run (for example, too long) gets an empty row and a warning, and the
+        others run; if none can be run, the first one's error is raised.
 
         Args:
             prompt_tokens: non-empty lists of ids.
             max_gen_len: most ids to generate a row; 0 generates nothing (and with `echo` and
                 `logprobs` scores the prompts).
-            temperature, top_p, top_k, min_p: see `Sampling`; temperature 0 is greedy.
+            temperature, top_p: see `Sampling`; temperature 0 is greedy.
             logprobs: also return each id's natural log-probability under the raw distribution.
             echo: return the prompt's ids too. The first has the log-probability None.
-            seed: gives each row draws of its own, the same in any batch: one seed for all rows,
-                or one a row. None draws from torch's global generator.
-            reuse_prefix: do not compute again the beginning of a prompt that is still cached from
-                an earlier call. Off, a call gives the same digits whatever was called before.
+            more: `top_k`, `min_p`, `stop`, `seed`, `reuse_prefix`; see `GenerationOptions`.
 
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
-        requests = make_requests(
+        options = GenerationOptions(**more)
+        requests = self._requests(
             prompt_tokens,
-            seed,
-            stop_tokens=self.tokenizer.stop_tokens,
+            options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, top_k, min_p),
+            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
             logprobs=logprobs,
             score_from=0 if logprobs and echo else None,
-            reuse=reuse_prefix,
         )
-        run(self.engine, requests, stacklevel=3)
-        ids = [r.tokens if echo else r.ids for r in requests]
+        answers = self._run(requests, options.stop)
+        ids = [[*a.prompt, *a.ids] if echo else a.ids for a in answers]
         if not logprobs:
             return ids, None
-        return ids, [[*r.prompt_logprobs, *r.generated_logprobs] for r in requests]
+        return ids, [[*a.prompt_logprobs, *a.logprobs] for a in answers]
 
     def text_completion(
         self,
         prompts: Sequence[str],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         echo: bool = False,
-        *,
-        stop: Sequence[str] = (),
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | Sequence[int] | None = None,
-        reuse_prefix: bool = False,
+        **more: Unpack[MoreOptions],
     ) -> list[CompletionPrediction]:
-        """Continue each text. Arguments as in `generate`, and
+        """Continue each text.
 
         Args:
             max_gen_len: None is all that fits.
-            stop: an answer ends before the first of these texts; `tokens` still holds theirs.
+            temperature, top_p, logprobs, echo, more: as in `generate`.
         """
-        requests = make_requests(
+        options = GenerationOptions(**more)
+        requests = self._requests(
             self._encode(prompts),
-            seed,
-            stop_tokens=self.tokenizer.stop_tokens,
+            options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, top_k, min_p),
+            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
             logprobs=logprobs,
             score_from=0 if logprobs and echo else None,
-            reuse=reuse_prefix,
         )
         predictions: list[CompletionPrediction] = []
-        for request, text in zip(requests, self._texts(requests, stop), strict=True):
-            prompt = self.tokenizer.decode(request.prompt) if echo else ""
-            prediction: CompletionPrediction = {"generation": prompt + text}
-            predictions.append(finish(prediction, request, self.tokenizer, logprobs, echo))
+        for answer in self._run(requests, options.stop):
+            prompt = self.tokenizer.decode(answer.generation.request.prompt) if echo else ""
+            prediction: CompletionPrediction = {"generation": prompt + answer.text}
+            predictions.append(self._finish(prediction, answer, logprobs, echo))
         return predictions
 
     def chat_completion(
         self,
         dialogs: Sequence[Dialog],
-        temperature: float = 0.6,
-        top_p: float = 0.9,
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
         max_gen_len: int | None = None,
         logprobs: bool = False,
         *,
-        stop: Sequence[str] = (),
-        top_k: int = 0,
-        min_p: float = 0.0,
-        seed: int | Sequence[int] | None = None,
-        reuse_prefix: bool = False,
         tools: Sequence[Tool] | None = None,
         tool_form: ToolForm = "json",
+        **more: Unpack[MoreOptions],
     ) -> list[ChatPrediction]:
-        """Answer each dialog. Arguments as in `text_completion`, and
+        """Answer each dialog.
 
         Args:
             tools, tool_form: see `ChatFormat.encode_dialog_prompt`.
+            temperature, top_p, max_gen_len, logprobs, more: as in `text_completion`.
         """
         if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
             raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
-        requests = make_requests(
+        options = GenerationOptions(**more)
+        requests = self._requests(
             [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
-            seed,
-            stop_tokens=self.tokenizer.stop_tokens,
+            options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, top_k, min_p),
+            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
             logprobs=logprobs,
-            reuse=reuse_prefix,
         )
         predictions: list[ChatPrediction] = []
-        for request, text in zip(requests, self._texts(requests, stop), strict=True):
-            message: Message = {"role": "assistant", "content": text}
-            if request.stop_token is not None and request.stop_token == self.tokenizer.eom_id:
+        for answer in self._run(requests, options.stop):
+            message: Message = {"role": "assistant", "content": answer.text}
+            stop_token = answer.generation.stop_token
+            if stop_token is not None and stop_token == self.tokenizer.eom_id:
                 message["stop_reason"] = "end_of_message"
             prediction: ChatPrediction = {"generation": message}
-            predictions.append(finish(prediction, request, self.tokenizer, logprobs))
+            predictions.append(self._finish(prediction, answer, logprobs))
         return predictions
 
-    def _texts(self, requests: Sequence[Request], stop: Sequence[str]) -> list[str]:
-        """Run to the end; the text of each answer."""
-        readers = [Reader(request, self.tokenizer, stop) for request in requests]
-        run(self.engine, requests)
-        return [reader.text() for reader in readers]
+    def text_stream(self, prompt: str, **options: Unpack[StreamOptions]) -> Stream:
+        """An iterator of pieces, generated as it is read; their texts make up the completion.
+
+        Args:
+            options: those of `text_completion`, without `echo`. `reuse_prefix` is on by default.
+        """
+        return self._stream(self.tokenizer.encode(prompt, bos=True, eos=False), **options)
+
+    def chat_stream(
+        self,
+        dialog: Dialog,
+        tools: Sequence[Tool] | None = None,
+        tool_form: ToolForm = "json",
+        **options: Unpack[StreamOptions],
+    ) -> Stream:
+        """Answer one dialog, piece by piece. As `text_stream`."""
+        return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
+
+    def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
+        """Log-probability of each token of each text given those before it.
+
+        In a text longer than max_seq_len each token sees at least half of max_seq_len before it.
+
+        Returns:
+            what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
+        """
+        rows = self._encode(prompts)
+        if [] in rows:
+            raise ValueError(f"prompt {rows.index([])} is empty; give at least one token")
+        return [
+            {
+                "generation": self.tokenizer.decode(ids),
+                "tokens": [self.tokenizer.decode([i]) for i in ids],
+                "logprobs": score_ids(self.engine, ids, self.tokenizer.bos_id),
+                "finish_reason": "length",
+            }
+            for ids in rows
+        ]
+
+    def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
+        """How well the model predicts a text, in windows that advance by `stride` tokens."""
+        ids = self.tokenizer.encode(text, bos=True, eos=False)
+        return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
+
+    def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise TypeError("prompts must be a list of texts; for one text give [text]")
+        return [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
+
+    def _chat_prompt(
+        self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
+    ) -> list[int]:
+        formatter = self.formatter or ChatFormat(self.tokenizer)  # raises, saying why there is none
+        return formatter.encode_dialog_prompt(dialog, tools, tool_form)
+
+    def _requests(
+        self, prompts: Sequence[Sequence[int]], options: GenerationOptions, **fields: Any
+    ) -> list[Request]:
+        """A request for each prompt; `fields` are those of every `Request`.
+
+        Raises:
+            TypeError, ValueError: no such batch is possible.
+        """
+        if not isinstance(prompts, Sequence):
+            raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
+        if not prompts:
+            raise ValueError("the batch is empty; give at least one prompt")
+        seeds: list[Any] = [options.seed] * len(prompts)
+        if isinstance(options.seed, Sequence) and not isinstance(options.seed, (str, bytes)):
+            seeds = list(options.seed)
+        if len(seeds) != len(prompts):
+            raise TypeError(f"seed must be one integer, or one a prompt, not {options.seed!r}")
+        fields |= {"stop_tokens": self.tokenizer.stop_tokens, "reuse": options.reuse_prefix}
+        return [
+            Request(prompt, seed=seed, name=f"prompt {i}", **fields)
+            for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+        ]
+
+    def _run(self, requests: Sequence[Request], stop: Sequence[str]) -> list[Answer]:
+        """Run to the end. Failed requests give a warning each; if all fail, the first error."""
+        answers: list[Answer] = []
+
+        def read(generations: Sequence[Generation]) -> None:
+            if not answers:
+                answers.extend(Answer(self.engine, g, self.tokenizer, stop) for g in generations)
+            for answer in answers:
+                answer.read()
+
+        check_stop(stop)
+        read(self.engine.run(requests, read))
+        errors = [answer.error for answer in answers if answer.error is not None]
+        if len(errors) == len(requests):
+            raise errors[0]
+        for error in errors if tensor_parallel.rank() == 0 else ():
+            warnings.warn(str(error), stacklevel=3)
+        return answers
+
+    def _finish(
+        self, prediction: Prediction, answer: Answer, logprobs: bool, echo: bool = False
+    ) -> Prediction:
+        """Add to a prediction the fields that texts and dialogs have in common."""
+        prediction["finish_reason"] = answer.finish_reason or "length"
+        if answer.error is not None:
+            prediction["error"] = str(answer.error)
+        elif logprobs:
+            tokens = [*answer.prompt, *answer.ids] if echo else answer.ids
+            prediction["tokens"] = [self.tokenizer.decode([t]) for t in tokens]
+            prediction["logprobs"] = [*answer.prompt_logprobs, *answer.logprobs]
+        return prediction
+
+    def _stream(
+        self,
+        prompt: list[int],
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+        **more: Unpack[MoreOptions],
+    ) -> Stream:
+        """Check the arguments now, generate when iterated."""
+        options = dataclasses.replace(GenerationOptions(reuse_prefix=True), **more)
+        [request] = self._requests(
+            [prompt],
+            options,
+            max_gen_len=max_gen_len,
+            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
+            logprobs=logprobs,
+        )
+        request = dataclasses.replace(request, name="the prompt")
+        return Stream(self.engine, self.tokenizer, request, options.stop)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A short text that is the same for equal vocabularies only."""
+    digest = hashlib.sha256(b"\n".join(tokenizer.ranks))
+    digest.update(repr(sorted(tokenizer.special_tokens.items())).encode())
+    return digest.hexdigest()[:8]

@@ -1,35 +1,103 @@
 """The Llama 3 transformer: token ids in, logits out. Knows nothing about files, text or sampling.
 
-Shapes: B rows, T new positions a row, S cached positions read, V vocabulary, D head_dim,
-H / K this rank's query / key-value heads. Names are those of Meta's checkpoints.
+Plain torch, to be read from top to bottom. What is faster or smaller replaces modules of this file
+(llama/layers), and is tested against it.
+
+Shapes: B rows, T new positions a row, S positions read, V vocabulary, D head_dim,
+H / K this rank's query / key-value heads. Names are those of Meta's code and checkpoints.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.args import ModelArgs
-from llama.attention import (
-    CacheSlice,
-    KVCache,
-    causal_mask,
-    grouped_attention,
-    plain_attention,
-    repeat_kv,
-)
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_counts, vocabulary_share
-from llama.rope import apply_rotary_emb, precompute_freqs_cis
+from llama.distributed.tensor_parallel import copy_to_ranks, gather_from_ranks, reduce_from_ranks
 
-__all__ = [
-    "Attention", "FeedForward", "KVCache", "ModelArgs", "RMSNorm", "Transformer",
-    "TransformerBlock", "apply_rotary_emb", "grouped_attention", "plain_attention",
-    "precompute_freqs_cis", "repeat_kv",
-]  # fmt: skip
+
+@dataclass
+class ModelArgs:
+    """The sizes of a model: the keys of params.json, and the size of the KV cache.
+
+    Raises:
+        ValueError: no model can have these sizes.
+    """
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # -1: taken from the tokenizer by `Llama.build`
+    multiple_of: int = 256  # the feed-forward's hidden size is rounded up to a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 500000
+    use_scaled_rope: bool = False  # Llama 3.1 and later
+    rope_scale_factor: float | None = None  # None: follows from the shape
+
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scale_factor"):
+            value = getattr(self, name)
+            optional = name in ("ffn_dim_multiplier", "rope_scale_factor")
+            if value is None and optional:
+                continue
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        if type(self.vocab_size) is not int or (self.vocab_size < 1 and self.vocab_size != -1):
+            raise ValueError(f"vocab_size must be a positive integer, not {self.vocab_size!r}")
+        if type(self.use_scaled_rope) is not bool:
+            raise ValueError(f"use_scaled_rope must be a boolean, not {self.use_scaled_rope!r}")
+        if self.dim % (2 * self.n_heads):
+            raise ValueError(f"dim {self.dim} must be an even multiple of n_heads {self.n_heads}")
+        if type(self.kv_heads) is not int or self.kv_heads < 1 or self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"n_kv_heads must divide n_heads {self.n_heads}, and is {self.n_kv_heads!r}"
+            )
+        if self.hidden_dim < 1:
+            raise ValueError(
+                f"ffn_dim_multiplier {self.ffn_dim_multiplier} makes the feed-forward empty"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the feed-forward: 2/3 of 4 * dim, times the multiplier, rounded up."""
+        hidden = int(2 * (4 * self.dim) / 3)
+        if self.ffn_dim_multiplier is not None:
+            hidden = int(self.ffn_dim_multiplier * hidden)
+        return self.multiple_of * ((hidden + self.multiple_of - 1) // self.multiple_of)
+
+    @property
+    def scale_factor(self) -> float:
+        """Divisor of the low RoPE frequencies. params.json omits it, so it follows from the shape.
+
+        It is 32 for Llama 3.2 1B and 3B and 8 for every other release (source: model cards).
+        """
+        if self.rope_scale_factor is not None:
+            return self.rope_scale_factor
+        return 32.0 if (self.dim, self.n_layers) in ((2048, 16), (3072, 28)) else 8.0
 
 
 class RMSNorm(nn.Module):
@@ -47,13 +115,158 @@ class RMSNorm(nn.Module):
         return self._norm(x.float()).type_as(x) * self.weight
 
 
-def project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """What each linear makes of x."""
-    return [linear(x) for linear in linears]
+def apply_scaling(freqs: Tensor, scale_factor: float = 8.0) -> Tensor:
+    """Llama 3.1's RoPE scaling (arXiv:2407.21783, section 3.4.2): stretch the long wavelengths.
+
+    The frequency of a wavelength above 8192 positions is divided by `scale_factor`; below 2048 it
+    is unchanged; between them the two are blended linearly in 8192 / wavelength.
+    """
+    low_freq_factor, high_freq_factor, original_context = 1, 4, 8192
+    wavelen = 2 * math.pi / freqs
+    smooth = (original_context / wavelen - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    smooth = smooth.clamp(0, 1)
+    return (1 - smooth) * freqs / scale_factor + smooth * freqs
+
+
+def precompute_freqs_cis(
+    dim: int,
+    end: int,
+    theta: float = 10000.0,
+    use_scaled: bool = False,
+    scale_factor: float = 8.0,
+) -> Tensor:
+    """RoPE, arXiv:2104.09864: position m turns pair i by the angle m * theta^(-2i/dim).
+
+    Returns:
+        (end, dim / 2) complex64 of modulus 1, on the CPU.
+    """
+    exponent = torch.arange(0, dim, 2, device="cpu", dtype=torch.float32)[: dim // 2] / dim
+    freqs = 1.0 / (theta**exponent)
+    if use_scaled:
+        freqs = apply_scaling(freqs, scale_factor)
+    angles = torch.outer(torch.arange(end, device="cpu", dtype=torch.float32), freqs)
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn each pair (2i, 2i + 1) of every head, in fp32 whatever the dtype of x.
+
+    Args:
+        xq, xk: (B, T, heads, D).
+        freqs_cis: (T, D / 2), or (B, T, D / 2) where rows have different positions.
+    """
+    freqs_cis = freqs_cis.unsqueeze(-2)  # the same for all heads
+
+    def rotate(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+
+    return rotate(xq), rotate(xk)
+
+
+class CacheSlice(NamedTuple):
+    """The part of a KV cache that a step writes and reads.
+
+    Attributes:
+        rows, positions: int64, (B, 1) and (B or 1, T): where each new position is written.
+        first_row: `rows` are this one and the B - 1 after it.
+        length: positions 0 to length - 1 of those rows are read.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    first_row: int
+    length: int
+
+
+class KVCache:
+    """Keys and values of one layer, (max_batch, max_seq, K, D) each.
+
+    Row b's position p is `k[b, p]`. For example, a row with 3 cached positions that is fed 2 ids
+    writes positions 3 and 4, and its new queries read positions 0 to 3 and 0 to 4. Positions after
+    a row's own may hold anything finite: the mask gives them weight 0 (and 0 times NaN is NaN),
+    and they are overwritten before the row reaches them.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device):
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, xk: Tensor, xv: Tensor, at: CacheSlice) -> tuple[Tensor, Tensor]:
+        """Write (B, T, K, D) keys and values; return all to read, (B, at.length, K, D), as views."""
+        B = len(xk)
+        self.k.index_put_((at.rows, at.positions), xk)
+        self.v.index_put_((at.rows, at.positions), xv)
+        keys = self.k.narrow(0, at.first_row, B).narrow(1, 0, at.length)
+        values = self.v.narrow(0, at.first_row, B).narrow(1, 0, at.length)
+        return keys, values
+
+    def clear(self, row: int, start: int, stop: int) -> None:
+        """Zero the positions `start`:`stop` of a row."""
+        for cache in (self.k, self.v):
+            cache[row, start:stop] = 0
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of row `source` to row `target`."""
+        for cache in (self.k, self.v):
+            cache[target, :length] = cache[source, :length]
+
+    def swap_rows(self, a: int, b: int, length: int) -> None:
+        """Exchange the first `length` positions of two rows."""
+        for cache in (self.k, self.v):
+            kept = cache[a, :length].clone()
+            cache[a, :length] = cache[b, :length]
+            cache[b, :length] = kept
+
+
+def repeat_kv(x: Tensor, n_rep: int) -> Tensor:
+    """(B, S, K, D) -> (B, S, K * n_rep, D): each key-value head n_rep times in a row."""
+    return x if n_rep == 1 else x.repeat_interleave(n_rep, dim=2)
+
+
+def causal_mask(positions: Tensor, length: int) -> Tensor:
+    """True where a query may look, keys 0 to its own position: (T, S), or (B, 1, T, S)."""
+    mask = torch.arange(length, device=positions.device) <= positions.unsqueeze(-1)
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
+
+
+class DotProductAttention(nn.Module):
+    """softmax(q k^T / sqrt(D)) v, arXiv:1706.03762, with grouped queries, arXiv:2305.13245."""
+
+    def forward(
+        self,
+        xq: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Read the values with scores in the model's dtype and the softmax in fp32.
+
+        Args:
+            xq: (B, T, H, D); query head h reads key-value head h // (H / K).
+            keys, values: (B, S, K, D).
+            mask: booleans, true where a query may look, (T, S) or (B, 1, T, S). None: causal if
+                T = S, everything if T = 1.
+            positions: int64, (B or 1, T), with a cache: each query's own position, which says the
+                same as the mask. Not used here; replacements may read it instead of the mask.
+
+        Returns:
+            (B, T, H, D).
+        """
+        _, T, H, D = xq.shape
+        S = keys.shape[1]
+        keys, values = (repeat_kv(x, H // x.shape[2]).transpose(1, 2) for x in (keys, values))
+        scores = xq.transpose(1, 2) @ keys.transpose(2, 3) / math.sqrt(D)  # (B, H, T, S)
+        if mask is None:
+            mask = torch.ones(T, S, dtype=torch.bool, device=xq.device).tril(S - T)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = F.softmax(scores.float(), dim=-1).type_as(xq)
+        return (scores @ values).transpose(1, 2)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; this rank holds its share of the heads."""
+    """Grouped-query attention; this rank has its share of the heads."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -61,10 +274,7 @@ class Attention(nn.Module):
         self.n_local_heads = args.n_heads // ranks
         self.n_local_kv_heads = max(args.kv_heads // ranks, 1)  # several ranks may share a head
         self.head_dim = args.head_dim
-        self.project = project
-        self.rotate = apply_rotary_emb
-        self.attend = grouped_attention
-        self.cache: KVCache | None = None
+        self.core = DotProductAttention()
 
         q_dim, kv_dim = self.n_local_heads * self.head_dim, self.n_local_kv_heads * self.head_dim
         self.wq = nn.Linear(args.dim, q_dim, bias=False)
@@ -72,51 +282,47 @@ class Attention(nn.Module):
         self.wv = nn.Linear(args.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, args.dim, bias=False)
 
+    def heads(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, T, H, D), rotated keys and plain values (B, T, K, D)."""
+        B, T, _ = x.shape
+        xq = self.wq(x).view(B, T, self.n_local_heads, self.head_dim)
+        xk = self.wk(x).view(B, T, self.n_local_kv_heads, self.head_dim)
+        xv = self.wv(x).view(B, T, self.n_local_kv_heads, self.head_dim)
+        xq, xk = apply_rotary_emb(xq, xk, freqs_cis)
+        return xq, xk, xv
+
     def forward(
         self,
         x: Tensor,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
         at: CacheSlice | None = None,
     ) -> Tensor:
+        """(B, T, dim) -> (B, T, dim). With a cache, new keys and values are written `at` there."""
         B, T, _ = x.shape
-        x = tensor_parallel.copy_to_ranks(x)
-        xq, xk, xv = self.project(x, self.wq, self.wk, self.wv)
-        xq = xq.view(B, T, self.n_local_heads, self.head_dim)
-        xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
-        xv = xv.view(B, T, self.n_local_kv_heads, self.head_dim)
-        xq, xk = self.rotate(xq, xk, freqs_cis)
-        if at is not None:
-            assert self.cache is not None
-            xk, xv = self.cache.update(xk, xv, at)
-        positions = None if at is None else at.positions
-        out = self.attend(xq, xk, xv, mask, positions).reshape(B, T, -1)
-        return tensor_parallel.reduce_from_ranks(self.wo(out))
-
-
-def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b, arXiv:2002.05202."""
-    return F.silu(a) * b
+        xq, keys, values = self.heads(copy_to_ranks(x), freqs_cis)
+        positions = None
+        if cache is not None and at is not None:
+            keys, values = cache.update(keys, values, at)
+            positions = at.positions
+        out = self.core(xq, keys, values, mask, positions).reshape(B, T, -1)
+        return reduce_from_ranks(self.wo(out))
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, arXiv:2002.05202: w2(silu(w1 x) * w3 x); this rank holds a share of the width."""
+    """SwiGLU, arXiv:2002.05202: w2(silu(w1 x) * w3 x); this rank has its share of the width."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        ranks = tensor_parallel.size()
-        hidden = args.hidden_dim // ranks
-        self.project = project
-        self.gate = swiglu
+        hidden = args.hidden_dim // tensor_parallel.size()
         self.w1 = nn.Linear(args.dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, args.dim, bias=False)
         self.w3 = nn.Linear(args.dim, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = tensor_parallel.copy_to_ranks(x)
-        return tensor_parallel.reduce_from_ranks(
-            self.w2(self.gate(*self.project(x, self.w1, self.w3)))
-        )
+        x = copy_to_ranks(x)
+        return reduce_from_ranks(self.w2(F.silu(self.w1(x)) * self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -135,9 +341,10 @@ class TransformerBlock(nn.Module):
         x: Tensor,
         freqs_cis: Tensor,
         mask: Tensor | None = None,
+        cache: KVCache | None = None,
         at: CacheSlice | None = None,
     ) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, at)
+        h = x + self.attention(self.attention_norm(x), freqs_cis, mask, cache, at)
         out: Tensor = h + self.feed_forward(self.ffn_norm(h))
         return out
 
@@ -146,7 +353,8 @@ class Transformer(nn.Module):
     """Llama 3. The state dict's names are those of Meta's checkpoints.
 
     `model(tokens)` is a causal model over whole sequences that can be trained.
-    `model(tokens, start_pos)` continues a cache, as Meta's does, and computes no gradients.
+    `model(tokens, start_pos)` continues the model's own cache, as Meta's does, without gradients.
+    Others bring a cache: `model.hidden(tokens, start_pos, model.new_cache(...))`.
     """
 
     def __init__(self, params: ModelArgs):
@@ -167,9 +375,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = nn.Linear(params.dim, share, bias=False)
-        self.cache_owner: object = None  # who knows what the cache holds; see engine.py
-        # `hidden` for one position of each of the cache's first rows; see compilation.py
-        self.compiled: Callable[[Tensor, Tensor, int], Tensor] | None = None
+        self.cache: list[KVCache] | None = None  # of `model(tokens, start_pos)` alone
         # Not a buffer: `.to(torch.bfloat16)` would cast it and lose the imaginary part.
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim,
@@ -179,27 +385,21 @@ class Transformer(nn.Module):
             params.scale_factor,
         )
 
-    def attentions(self) -> Iterator[Attention]:
-        """The attention of every layer, in order."""
-        return (module for module in self.modules() if isinstance(module, Attention))
+    def new_cache(self, max_batch: int, max_seq: int) -> list[KVCache]:
+        """An empty KV cache of `max_batch` rows of `max_seq` positions for each layer.
 
-    def setup_cache(self, max_batch: int, max_seq: int) -> None:
-        """Install an empty KV cache of `max_batch` rows of `max_seq` positions in every layer."""
+        Raises:
+            ValueError: the model was built for fewer positions.
+        """
         if max_seq > len(self.freqs_cis):
             raise ValueError(
                 f"a cache of {max_seq} positions needs a model built with max_seq_len >= {max_seq}"
             )
-        self.cache_owner = None
+        args, w = self.params, self.norm.weight
+        kv_heads = max(args.kv_heads // tensor_parallel.size(), 1)
+        shape = (max_batch, max_seq, kv_heads, args.head_dim)
         with torch.inference_mode(False):  # else nobody outside inference mode could write it
-            for a in self.attentions():
-                shape = (max_batch, max_seq, a.n_local_kv_heads, a.head_dim)
-                a.cache = KVCache(shape, like=self.norm.weight)
-
-    def caches(self) -> Iterator[KVCache]:
-        """The installed cache of every layer, in order."""
-        for a in self.attentions():
-            assert a.cache is not None
-            yield a.cache
+            return [KVCache(shape, w.dtype, w.device) for _ in self.layers]
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(B, T) ids -> (B, T, dim); each rank looks up its own part of the vocabulary."""
@@ -210,56 +410,80 @@ class Transformer(nn.Module):
         local = tokens - tensor_parallel.rank() * n
         mine = (local >= 0) & (local < n)
         h = self.tok_embeddings(local.where(mine, 0)) * mine.unsqueeze(-1)
-        return tensor_parallel.reduce_from_ranks(h)
+        return reduce_from_ranks(h)
+
+    def locate(
+        self,
+        shape: tuple[int, int],
+        start_pos: int | Tensor | None,
+        cache: Sequence[KVCache] | None,
+        cache_len: int | None = None,
+        first_row: int = 0,
+    ) -> tuple[Tensor, Tensor | None, CacheSlice | None]:
+        """Where (B, T) new ids stand: rotations (freqs_cis), mask, slice of the cache.
+
+        Args and errors: see `hidden`.
+        """
+        B, T = shape
+        self.freqs_cis = self.freqs_cis.to(self.norm.weight.device)
+        steps = torch.arange(T, device=self.freqs_cis.device)
+        if start_pos is None or cache is None:
+            check_room(0, T, len(self.freqs_cis))
+            return F.embedding(steps, self.freqs_cis), None, None
+        max_batch, max_seq = cache[0].k.shape[:2]
+        if first_row + B > max_batch:
+            raise ValueError(
+                f"{first_row + B} rows do not fit a cache of {max_batch}; make a larger one"
+            )
+        mask = None
+        if isinstance(start_pos, Tensor) and start_pos.dim() > 0:
+            cache_len = max_seq if cache_len is None else cache_len
+            check_room(0, cache_len, max_seq)
+            positions = start_pos.unsqueeze(1) + steps  # (B, T)
+            mask = causal_mask(positions, cache_len)
+        else:
+            start = int(start_pos)
+            cache_len = start + T
+            check_room(start, cache_len, max_seq)
+            positions = steps + start  # (T,)
+            if start > 0 and T > 1:  # otherwise attention needs no mask
+                mask = causal_mask(positions, cache_len)
+        rows = torch.arange(first_row, first_row + B, device=steps.device).unsqueeze(1)
+        at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
+        return F.embedding(positions, self.freqs_cis), mask, at
 
     def hidden(
         self,
         tokens: Tensor,
         start_pos: int | Tensor | None = None,
+        cache: Sequence[KVCache] | None = None,
         cache_len: int | None = None,
         first_row: int = 0,
-        block: Callable[..., Tensor] = TransformerBlock.__call__,
     ) -> Tensor:
         """All layers and the final norm: (B, T) ids -> (B, T, dim).
 
         Args:
             start_pos: the position of `tokens[:, 0]`: one for all rows, or (B,) int64, one a row.
                 None: position 0 and no cache.
+            cache: of `new_cache`, one a layer; the new positions are written to it.
             cache_len: how many cached positions to read where `start_pos` is a tensor, at least
                 max(start_pos) + T; None reads the whole cache.
             first_row: the cache row of `tokens[0]`; the next rows follow it.
-            block: runs a layer: block(layer, h, freqs_cis, mask, at).
+
+        Raises:
+            ValueError: more rows or positions than the cache has.
         """
         B, T = tokens.shape
-        if start_pos is not None and (not isinstance(start_pos, Tensor) or start_pos.dim() == 0):
-            start_pos = int(start_pos)
-        steps = torch.arange(T, device=tokens.device)
-        mask, at = None, None
-        if start_pos is None:
-            self._check_room(0, T, len(self.freqs_cis))
-            positions = steps
-        else:
-            cache_len = self._span(start_pos, cache_len, first_row + B, T)
-            if isinstance(start_pos, int):
-                positions = steps + start_pos
-                causal_or_single = start_pos == 0 or T == 1  # attention needs no mask for these
-            else:
-                positions = start_pos.unsqueeze(1) + steps  # (B, T)
-                causal_or_single = False
-            mask = None if causal_or_single else causal_mask(positions, cache_len)
-            rows = torch.arange(first_row, first_row + B, device=tokens.device).unsqueeze(1)
-            at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
+        freqs_cis, mask, at = self.locate((B, T), start_pos, cache, cache_len, first_row)
         h = self.embed(tokens)
-        self.freqs_cis = self.freqs_cis.to(h.device)
-        freqs_cis = F.embedding(positions, self.freqs_cis)
-        for layer in self.layers:
-            h = block(layer, h, freqs_cis, mask, at)
+        for i, layer in enumerate(self.layers):
+            h = layer(h, freqs_cis, mask, None if cache is None else cache[i], at)
         out: Tensor = self.norm(h)
         return out
 
     def logits(self, h: Tensor) -> Tensor:
         """(..., dim) normed hidden states -> (..., V) fp32."""
-        logits = tensor_parallel.gather_from_ranks(self.output(tensor_parallel.copy_to_ranks(h)))
+        logits = gather_from_ranks(self.output(copy_to_ranks(h)))
         return logits.narrow(-1, 0, self.vocab_size).float()  # without the padding of the last rank
 
     def forward(self, tokens: Tensor, start_pos: int | Tensor | None = None) -> Tensor:
@@ -268,36 +492,19 @@ class Transformer(nn.Module):
         Args:
             tokens: (B, T) int64.
             start_pos: None runs whole sequences without a cache, with gradients. Otherwise the
-                number of positions already cached (or (B,) of them), as in Meta's code; the first
-                such call installs a cache of params.max_batch_size x params.max_seq_len unless
-                `setup_cache` did.
+                number of positions already cached (or (B,) of them), as in Meta's code. The first
+                such call makes a cache of params.max_batch_size x params.max_seq_len.
 
         Returns:
             (B, T, V) fp32.
         """
-        if start_pos is not None:
-            self.cache_owner = None  # whoever else counted on the cache's contents
+        if start_pos is not None and self.cache is None:
+            self.cache = self.new_cache(self.params.max_batch_size, self.params.max_seq_len)
         with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
-            return self.logits(self.hidden(tokens, start_pos))
+            return self.logits(self.hidden(tokens, start_pos, self.cache))
 
-    def _span(self, start_pos: int | Tensor, cache_len: int | None, rows: int, T: int) -> int:
-        """How many cached positions to read; refuses what the cache has no room for."""
-        attention = next(self.attentions())
-        if attention.cache is None:
-            self.setup_cache(self.params.max_batch_size, self.params.max_seq_len)
-        assert attention.cache is not None
-        max_batch, max_seq = attention.cache.k.shape[:2]
-        if max_batch < rows:
-            raise ValueError(f"{rows} rows do not fit a cache of {max_batch}; setup_cache a larger")
-        if isinstance(start_pos, int):
-            cache_len = start_pos + T
-            self._check_room(start_pos, cache_len, max_seq)
-            return cache_len
-        cache_len = max_seq if cache_len is None else cache_len
-        self._check_room(0, cache_len, max_seq)
-        return cache_len
 
-    @staticmethod
-    def _check_room(start: int, end: int, room: int) -> None:
-        if not 0 <= start <= end <= room:
-            raise ValueError(f"positions {start} to {end - 1} are outside max_seq_len {room}")
+def check_room(start: int, end: int, room: int) -> None:
+    """Raise a ValueError unless positions `start` to `end` - 1 are within `room`."""
+    if not 0 <= start <= end <= room:
+        raise ValueError(f"positions {start} to {end - 1} are outside max_seq_len {room}")

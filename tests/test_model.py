@@ -9,9 +9,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer
 from llama.engine import forward
-from llama.engine.request import Request
+from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
-from llama.model import grouped_attention, plain_attention
+from llama.layers.attention import grouped_attention
+from llama.layers.optimize import optimize
+from llama.model import DotProductAttention
 from tests.models import meta_model, random_weights
 
 SHAPES = {
@@ -55,15 +57,16 @@ def test_rows_at_their_own_positions() -> None:
     model, tokens = ours(**BASE), torch.randint(0, 300, (3, 30))
     whole = model(tokens)
     lengths = [5, 17, 11]
-    model(tokens[:, :17], 0)
+    cache = model.new_cache(3, 64)
+    model.hidden(tokens[:, :17], 0, cache)
     start = torch.tensor(lengths)
     step = torch.stack([row[n : n + 4] for row, n in zip(tokens, lengths, strict=True)])
-    h = model.hidden(step, start, cache_len=21)
+    h = model.hidden(step, start, cache, cache_len=21)
     for row, n in enumerate(lengths):
         want = whole[row, n : n + 4]
         torch.testing.assert_close(model.logits(h[row]), want, atol=1e-5, rtol=0)
-    one = model(step[:, :1], start)  # one position a row: the other branch of attention
-    torch.testing.assert_close(one, model.logits(h[:, :1]), atol=1e-5, rtol=0)
+    one = model.hidden(step[:, :1], start, cache)  # one position a row, the whole cache read
+    torch.testing.assert_close(model.logits(one), model.logits(h[:, :1]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("exact_scores", [0, 1 << 24], ids=["fused", "exact"])
@@ -71,7 +74,7 @@ def test_rows_at_their_own_positions() -> None:
 def test_grouped_attention_equals_plain(
     monkeypatch: pytest.MonkeyPatch, exact_scores: int, heads: tuple[int, int]
 ) -> None:
-    monkeypatch.setattr("llama.attention.EXACT_SCORES", exact_scores)
+    monkeypatch.setattr("llama.layers.attention.EXACT_SCORES", exact_scores)
     H, K = heads
     for B, T, S, ragged in [(2, 7, 7, None), (3, 1, 9, None), (3, 1, 9, True), (2, 3, 9, True)]:
         xq, keys, values = torch.randn(B, T, H, 8), torch.randn(B, S, K, 8), torch.randn(B, S, K, 8)
@@ -79,7 +82,7 @@ def test_grouped_attention_equals_plain(
         if mask is not None:
             mask[..., 0] = True
         got = grouped_attention(xq, keys, values, mask)
-        torch.testing.assert_close(got, plain_attention(xq, keys, values, mask))
+        torch.testing.assert_close(got, DotProductAttention()(xq, keys, values, mask))
 
 
 def test_without_a_cache_it_is_causal_and_trains() -> None:
@@ -93,7 +96,7 @@ def test_without_a_cache_it_is_causal_and_trains() -> None:
         logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     ).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-    assert all(a.cache is None for a in model.attentions())
+    assert model.cache is None
 
 
 @pytest.mark.parametrize("factor", [8, 32, 16])
@@ -114,15 +117,14 @@ def test_rope_stays_complex64_whatever_the_dtype() -> None:
     model = ours(**BASE).to(torch.bfloat16)
     model(torch.tensor([[1, 2, 3]]), 0)
     assert model.freqs_cis.dtype == torch.complex64
-    attention = next(model.attentions())
-    assert attention.cache is not None and attention.cache.k.dtype == torch.bfloat16
+    assert model.cache is not None and model.cache[0].k.dtype == torch.bfloat16
 
 
 def test_cache_is_not_in_the_state_dict() -> None:
     model = ours(**BASE)
     names = set(model.state_dict())
-    model.setup_cache(1, 8)
-    assert set(model.state_dict()) == names
+    model(torch.tensor([[1, 2]]), 0)
+    assert model.cache is not None and set(model.state_dict()) == names
 
 
 def test_start_pos_of_other_integer_types() -> None:
@@ -149,9 +151,12 @@ def test_vocabulary_must_be_known() -> None:
         Transformer(ModelArgs(dim=64, n_layers=1, n_heads=2))
 
 
-@pytest.mark.parametrize("scaled", [False, True])
-def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
+@pytest.mark.parametrize(("scaled", "exact"), [(False, True), (True, False)])
+def test_cuda_path_keeps_every_tensor_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, scaled: bool, exact: bool
+) -> None:
     """Prefill, decode and sampling on fake CUDA tensors: a CPU tensor among them would raise."""
+    monkeypatch.setattr("llama.layers.optimize.has_tinygemm", lambda device: False)
     args = ModelArgs(**(BASE | {"use_scaled_rope": scaled}))  # type: ignore[arg-type]
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
         with torch.device("meta"):
@@ -161,15 +166,16 @@ def test_cuda_path_keeps_every_tensor_on_the_device(scaled: bool) -> None:
             for name, w in model.state_dict().items()
         }
         model.load_state_dict(weights, strict=True, assign=True)
-        model.setup_cache(3, 64)
+        optimize(model, exact=exact)
+        cache = model.new_cache(3, 64)
         prompts = [[1, 2, 3], [4, 5, 6, 7], [8]]
         for chunks, starts in (prompts, [0, 0, 0]), ([[5]] * 3, [3, 4, 1]), ([[5]] * 3, [7] * 3):
-            h = forward.hidden_of_chunks(model, chunks, starts, 0)
+            h = forward.hidden_of_chunks(model, cache, chunks, starts, 0)
             last = torch.arange(3, device="cuda") * h.shape[1]
             logits = model.logits(h.flatten(0, 1).index_select(0, last))
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
             for how in Sampling(0), Sampling(0.6, 0.9, 20, 0.01):
-                ids = forward.draw([Request(p, sampling=how) for p in prompts], logits)
+                ids = forward.draw([Generation(Request(p, sampling=how)) for p in prompts], logits)
                 assert ids.device.type == "cuda" and ids.shape == (3,)
             assert forward.chosen_logprobs(logits, ids).device.type == "cuda"
         tokens = torch.zeros(3, 9, dtype=torch.long, device="cuda")

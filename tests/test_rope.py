@@ -1,4 +1,4 @@
-"""rope.py against the arithmetic that the model cards describe."""
+"""RoPE in model.py against the arithmetic that the model cards describe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llama import ModelArgs
-from llama.rope import apply_rotary_emb, apply_scaling, precompute_freqs_cis
+from llama.model import apply_rotary_emb, apply_scaling, precompute_freqs_cis
 
 
 @pytest.mark.parametrize(("head_dim", "counts"), [(128, (29, 6, 29)), (64, (15, 3, 14))])

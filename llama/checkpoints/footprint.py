@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llama.args import ModelArgs
-from llama.attention import EXACT_SCORES
+from llama.layers.attention import EXACT_SCORES
 from llama.distributed.sharding import rank_shapes
 from llama.layers.quantization import BLOCK, GROUPS, TILE
 from llama.layers.quantized_linear import check_scheme, possible_ranks
+from llama.model import ModelArgs
 
 DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 PREFILL_CHUNK = 512  # as `Engine` has it

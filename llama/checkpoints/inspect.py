@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from math import prod
 
-from llama.args import ModelArgs
 from llama.checkpoints.source import CONTEXT, Source
 from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import TILE
 from llama.layers.quantized_linear import possible_ranks
+from llama.model import ModelArgs
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
 

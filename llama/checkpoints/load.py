@@ -6,26 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.args import ModelArgs
 from llama.checkpoints.inspect import parameter_count
 from llama.checkpoints.source import Source
 from llama.common.progress import progress
 from llama.distributed import job, tensor_parallel
-from llama.distributed.sharding import VOCABULARY, rank_counts, rank_part, vocabulary_share
-from llama.layers import kernels
-from llama.layers.kernel_modules import use_kernels
-from llama.layers.quantization import GROUPS
-from llama.layers.quantized_linear import (
-    Int4Linear,
-    check_scheme,
-    exchange,
-    possible_ranks,
-    quantized,
-    undivided,
-    with_kernels,
-    with_tinygemm,
-)
-from llama.model import Transformer
+from llama.distributed.sharding import VOCABULARY, rank_part, vocabulary_share
+from llama.layers.quantized_linear import check_ranks, check_scheme, quantized
+from llama.layers.replace import replace_modules
+from llama.model import ModelArgs, Transformer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -95,21 +83,6 @@ def check_quantize(source: Source, args: ModelArgs, quantize: str | None) -> Non
         check_ranks(args, *(stored or (quantize,)))
 
 
-def check_ranks(args: ModelArgs, scheme: str, group: int = 32) -> None:
-    """Raise a ValueError if int4's groups divide the columns of the model, and not of each rank."""
-    ranks, possible = tensor_parallel.size(), possible_ranks(args, scheme, group)
-    if ranks in possible or 1 not in possible or ranks not in rank_counts(args):
-        return
-    name, columns = next(iter(undivided(args, ranks, group).items()))
-    groups = [str(g) for g in GROUPS if ranks in possible_ranks(args, scheme, g)]
-    raise ValueError(
-        f"{name}: groups of {group} do not divide the {columns} columns of each of {ranks} ranks; "
-        f"use one of {possible} ranks"
-        + (f", groups of {' or '.join(groups)}" if groups else "")
-        + ", or int8"
-    )
-
-
 def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) -> Tensor:
     """What rank `rank` of `size` holds of the tensor `name`; a view of the file if it can be.
 
@@ -146,7 +119,7 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
     with torch.device("meta"):
         model = Transformer(args)
     if source.quantization is not None:
-        exchange(model, quantized(*source.quantization), nn.Linear)
+        replace_modules(model, {nn.Linear: quantized(*source.quantization)})
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     shown = progress(names, f"loading on {device}", len(names), "tensor")
@@ -159,36 +132,6 @@ def load(source: Source, args: ModelArgs, device: torch.device, dtype: torch.dty
             weights[name] = part.to(device=device, dtype=kept).contiguous()
     model.load_state_dict(weights, strict=True, assign=True)
     return model.eval()
-
-
-def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
-    """Exchange modules of a loaded model for faster ones.
-
-    Args:
-        quantize: "int8", "int4" or None; see `linears.quantized`.
-        exact: otherwise keep torch's products and the reference's arithmetic.
-
-    Raises:
-        ValueError: it cannot be quantized so.
-    """
-    if quantize is not None:
-        check_ranks(model.params, quantize)
-        if not isinstance(model.output, nn.Linear):
-            raise ValueError("this model is quantized already; build it anew from its checkpoint")
-        exchange(model, quantized(quantize, parts=tensor_parallel.size() > 1), nn.Linear)
-    if exact:
-        return
-    device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    if device.type == "cpu" and kernels.load():
-        exchange(model, with_kernels, nn.Linear)
-    if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
-        exchange(model, with_tinygemm, Int4Linear)
-    use_kernels(model)
-
-
-def has_tinygemm(device: torch.device) -> bool:
-    """Whether torch's int4 kernel runs there: NVIDIA's Ampere and later."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def summary(source: Source, model: Transformer, seconds: float, quantize: str | None = None) -> str:

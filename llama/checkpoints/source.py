@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.distributed.sharding import weight_shapes
+from llama.model import ModelArgs
 
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
 CONTEXT, LONG_CONTEXT = 8192, 131072

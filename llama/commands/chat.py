@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.distributed import job, tensor_parallel
-from llama.engine.request import Request
-from llama.generation import Llama
-from llama.pieces import Stream
+from llama.engine.request import Generation
+from llama.generation import Llama, Stream
 from llama.tokenizer import Message
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class Chat:
                 answer += piece.text
                 with tensor_parallel.ends_job_on_error():  # the other ranks go on with the answer
                     say(piece.text)
-            reason = stream.request.finish_reason
+            reason = stream.generation.finish_reason if stream.generation else None
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -124,9 +123,9 @@ class Chat:
         if answer or reason != "cancelled":
             self.dialog = [*asked, {"role": "assistant", "content": answer}]
         say("\n")
-        if stream is not None and stream.request.tokens:
+        if stream is not None and stream.generation is not None:
             rate = (n - 1) / (time.perf_counter() - first) if n > 1 else 0.0
-            tell(_status(stream.request, reason, first - start if first else 0.0, rate))
+            tell(_status(stream.generation, reason, first - start if first else 0.0, rate))
 
     def system(self, text: str) -> None:
         """Set the system message, or show it."""
@@ -195,10 +194,11 @@ def follow(llama: Llama, options: dict[str, Any]) -> None:
                 pass
 
 
-def _status(request: Request, reason: str | None, first: float, rate: float) -> str:
-    prompt, n = len(request.prompt), len(request.ids)
+def _status(generation: Generation, reason: str | None, first: float, rate: float) -> str:
+    prompt, n = len(generation.request.prompt), len(generation.ids)
+    reused = generation.reused
     parts = [
-        f"{prompt} prompt tokens: {request.reused} reused, {prompt - request.reused} prefilled",
+        f"{prompt} prompt tokens: {reused} reused, {prompt - reused} prefilled",
         f"first token {first:.2f} s" if first else "",
         f"{n} tokens" + (f", {rate:.1f} tok/s" if rate else ""),
         {"cancelled": "stopped", "length": "cut at its greatest length"}.get(reason or "", ""),

@@ -14,7 +14,7 @@ from llama.commands.train import TrainCommands
 
 if TYPE_CHECKING:
     from llama import Llama
-    from llama.pieces import Stream
+    from llama.generation import Stream
 
 
 class Commands(CheckpointCommands, TrainCommands):
@@ -201,16 +201,17 @@ def _print_completion(stream: Stream, prompt: str | None) -> None:
         text += piece.text
         if job.is_leader() and prompt is None:
             say(piece.text)
-    request = stream.request
+    generation = stream.generation
+    assert generation is not None
     result: dict[str, Any] = {
         "prompt": prompt,
         "generation": text,
-        "finish_reason": request.finish_reason,
-        "prompt_tokens": len(request.prompt),
-        "tokens": request.ids,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": len(stream.request.prompt),
+        "tokens": generation.ids,
     }
-    if request.logprobs:
-        result["logprobs"] = request.generated_logprobs
+    if stream.request.logprobs:
+        result["logprobs"] = generation.generated_logprobs
     if job.is_leader():
         print("" if prompt is None else json.dumps(result, ensure_ascii=False), flush=True)
 

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from llama.args import ModelArgs
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
 from llama.checkpoints.load import check_quantize
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.source import CONTEXT, LONG_CONTEXT
 from llama.layers.quantization import GROUPS
+from llama.model import ModelArgs
 
 LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
 # params.json of the releases from 3.1 on; 1B and 3B are tied.

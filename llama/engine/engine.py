@@ -1,7 +1,7 @@
 """Continuous batching: requests of ids in, ids out, a step at a time. Knows nothing about text.
 
 Every request has a slot, a row of the KV cache, and its own position, sampling, generator and
-budget. A step feeds each running request what is pending: a chunk of its prompt, or the id drawn
+budget. A step feeds each running request its pending ids: a chunk of its prompt, or the id drawn
 last. Requests come and go between steps (continuous batching, as in Orca, OSDI 2022).
 """
 
@@ -12,89 +12,84 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from llama.distributed import tensor_parallel
-from llama.engine.forward import draw_at, hidden_of_chunks, score_prompt
-from llama.engine.request import FinishReason, Request
+from llama.engine.compiled_step import CompiledStep, compile_step
+from llama.engine.forward import Chunk, compute
+from llama.engine.request import Event, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.model import Transformer
 
 
-@dataclass(frozen=True)
-class Event:
-    """What a step did for a request.
-
-    Attributes:
-        id: as `Engine.add` returned it.
-        token: the id generated; None for a stop token or where the request ended without one.
-        logprob: of `token`, if the request asked for it.
-        finish_reason: None while the request goes on.
-    """
-
-    id: int
-    token: int | None = None
-    logprob: float | None = None
-    finish_reason: FinishReason | None = None
-
-
 class Engine:
-    """Generates for any number of requests, as many at once as the model's cache has rows.
+    """Generates for any number of requests, as many at once as its cache has rows.
 
-    Its methods may be called from any thread; with several ranks from one, alike on each. What a
-    request gets does not depend on the others, up to the rounding of its dtype, if it is greedy or
-    has a seed.
+    Its methods may be called from any thread; with several ranks from one, with the same calls on
+    each rank. A request that is greedy or has a seed gets the same ids whatever runs beside it, up
+    to the rounding of the model's dtype.
 
     Args:
-        model: its cache belongs to the engine from here on; another user of the cache (such as
-            `model(tokens, start_pos)`) ends the requests that are running.
+        model: its params size the cache: max_batch_size rows of max_seq_len positions.
         prefill_chunk: most prompt positions computed in a step, shared by all prompts. It bounds
-            the memory of a long prompt, and how long it holds up the others.
+            the memory of a long prompt, and how long that delays the other requests.
+        max_seq_len: fewer positions than the model's.
     """
 
-    def __init__(self, model: Transformer, prefill_chunk: int = 512):
+    def __init__(
+        self, model: Transformer, prefill_chunk: int = 512, max_seq_len: int | None = None
+    ):
         if type(prefill_chunk) is not int or prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
         self.model = model
         self.prefill_chunk = prefill_chunk
-        self._requests: dict[int, Request] = {}  # those not finished, by id
-        self._waiting: deque[Request] = deque()  # for a slot
-        self._slots: Slots | None = None
+        self.room = model.params.max_seq_len if max_seq_len is None else max_seq_len
+        self.cache = model.new_cache(model.params.max_batch_size, self.room)
+        self.compiled: CompiledStep | None = None
+        self.steps = 0  # made so far
+        self._slots = Slots(self.cache)
+        self._arranged = True  # whether the cache's rows are in the slots' order
+        self._requests: dict[int, Generation] = {}  # those not finished, by id
+        self._waiting: deque[Generation] = deque()  # for a slot
         self._added = 0
         self._changed = threading.Condition(threading.RLock())
-        self._ended: list[Request] = []  # whose slots are to be freed
+        self._ended: list[Generation] = []  # whose slots are to be freed
         self._stepper = 0  # the thread that steps
-        self._telling = False  # a watcher runs
-        self._thread = 0  # the only one, with several ranks
+        self._thread = 0  # the only thread allowed, with several ranks
 
-    def add(self, request: Request) -> int:
-        """Queue a request, which takes part from the next step on; its id.
+    def compile(self) -> bool:
+        """Decode by a compiled step from now on. False, with a warning, where that is impossible.
+
+        Nothing may have been generated yet: compiling uses the cache.
+        """
+        self.compiled = compile_step(self.model, self.cache)
+        return self.compiled is not None
+
+    def add(self, request: Request) -> Generation:
+        """Queue a request, which takes part from the next step on.
 
         Raises:
             TypeError, ValueError: the request cannot be run. Others are not touched.
         """
         self.check(request)
         if tensor_parallel.size() > 1:
-            tensor_parallel.check_same_on_ranks(request.facts())
+            tensor_parallel.check_same_on_ranks(request.shared_fields())
         with self._changed:
-            request.begin(self._room(), self.model.norm.weight.device)
             self._added += 1
-            request.id = self._added
-            self._requests[request.id] = request
-            self._waiting.append(request)
-            return request.id
+            device = self.model.norm.weight.device
+            generation = Generation.start(request, self._added, self.room, device)
+            self._requests[generation.id] = generation
+            self._waiting.append(generation)
+            return generation
 
     def check(self, request: Request) -> None:
         """Raise the TypeError or ValueError that `add` would."""
+        if not self.cache:
+            raise RuntimeError("this engine is closed; build another Llama")
         if not isinstance(request, Request):
             raise TypeError(f"add takes a Request, not {type(request)}")
-        request.check(self.model.params.vocab_size, self._room())
-
-    def _room(self) -> int:
-        cache = next(self.model.attentions()).cache
-        return self.model.params.max_seq_len if cache is None else cache.k.shape[1]
+        request.check(self.model.params.vocab_size, self.room)
 
     def cancel(self, id: int) -> bool:
         """End a request and free its slot. False if it had ended already.
@@ -105,12 +100,12 @@ class Engine:
         with self._changed:
             if type(id) is not int or not 1 <= id <= self._added:
                 raise ValueError(f"no request has the id {id!r}")
-            request = self._requests.get(id)
-            if request is None or request.finish_reason is not None:
+            generation = self._requests.get(id)
+            if generation is None or generation.finish_reason is not None:
                 return False
-            request.finish_reason = "cancelled"
-            self._ended.append(request)
-            if not self._stepper:  # else the end of the step frees it
+            generation.finish_reason = "cancelled"
+            self._ended.append(generation)
+            if not self._stepper:  # otherwise the end of the step frees it
                 self._sweep()
             self._changed.notify_all()
             return True
@@ -121,42 +116,82 @@ class Engine:
         return bool(self._requests)
 
     def step(self) -> list[Event]:
-        """Advance every request that has a slot; what happened, in no certain order.
+        """Advance every request that has a slot; the events, in no particular order.
 
-        A request that cannot go on ends with the finish_reason "error"; nothing is raised. What
-        another thread's steps, or those of `wait`, do is seen by the requests' watchers only.
+        A request that cannot go on ends with the finish_reason "error"; nothing is raised. Events
+        of the steps that other threads make, and `wait`, are not returned: read the generations.
         """
         with self._turn(lambda: False):
             return self._step()
 
     def wait(self, ready: Callable[[], object]) -> None:
-        """Return once `ready()` is true, stepping unless another thread does."""
+        """Return once `ready()` is true, stepping unless another thread does.
+
+        Raises:
+            RuntimeError: no request is left, and `ready()` is false.
+        """
         while not ready():
             with self._turn(ready) as mine:
                 if mine and not self.busy:
-                    raise RuntimeError("nothing is left to run, and what was waited for is not so")
+                    raise RuntimeError("no request is left to run, and the condition is not met")
                 if mine:
                     self._step()
 
+    def run(
+        self,
+        requests: Sequence[Request],
+        after_step: Callable[[Sequence[Generation]], object] | None = None,
+    ) -> list[Generation]:
+        """Run requests to the end. Refused and failed ones have the finish_reason "error".
+
+        Args:
+            after_step: called between steps; it may cancel requests.
+        """
+        generations: list[Generation] = []
+        try:
+            for request in requests:
+                try:
+                    generations.append(self.add(request))
+                except ValueError as e:
+                    generations.append(Generation(request))
+                    generations[-1].fail(e)
+            while not all(g.finish_reason for g in generations):
+                steps = self.steps
+                self.wait(lambda: self.steps != steps or all(g.finish_reason for g in generations))
+                if after_step is not None:
+                    after_step(generations)
+        finally:
+            for generation in generations:
+                if generation.id:
+                    self.cancel(generation.id)
+        return generations
+
     def forget(self) -> None:
-        """Let no later request build upon what is cached now, as after a change of weights."""
+        """Let no later request reuse what is cached now, for example after a change of weights."""
         with self._turn(lambda: False):
-            for slot in self._rows():
+            for slot in self._slots.rows:
                 slot.stale = True
-                if slot.request is None:
+                if slot.generation is None:
                     slot.cached = []
+
+    def close(self) -> None:
+        """Cancel all requests and let go of the model and the cache."""
+        with self._turn(lambda: False):
+            for id in list(self._requests):
+                self.cancel(id)
+        self.compiled, self.cache = None, []
+        self._slots.cache, self._slots.rows = [], []
+        del self.model
 
     @contextmanager
     def _turn(self, ready: Callable[[], object]) -> Iterator[bool]:
-        """Be the only thread that steps, or (False) find oneself ready through another's step."""
+        """Become the stepping thread; False if another thread's step already satisfied `ready`."""
         me = threading.get_ident()
         if tensor_parallel.size() > 1 and self._thread not in (0, me):
-            raise RuntimeError("with several ranks, one thread makes all calls, alike on each rank")
+            raise RuntimeError("with several ranks, one thread makes all calls, on every rank")
         with self._changed:
             self._thread = me
-            if self._telling and self._stepper == me:
-                raise RuntimeError("a watcher cannot make a step within a step")
-            # A step of this thread that an interrupt ended may not have said so.
+            # If an interrupt ended a step of this thread, `_stepper` may still name it.
             self._changed.wait_for(lambda: ready() or self._stepper in (0, me))
             mine = not ready()
             if mine:
@@ -173,64 +208,58 @@ class Engine:
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
         while self._ended:
-            request = self._ended.pop()
-            self._requests.pop(request.id, None)
-            held = [slot for slot in self._rows() if slot.request is request]
+            generation = self._ended.pop()
+            self._requests.pop(generation.id, None)
+            held = [slot for slot in self._slots.rows if slot.generation is generation]
             for slot in held:
                 slot.release()
-            if not held and request in self._waiting:
-                self._waiting.remove(request)
-
-    def _rows(self) -> list[Slot]:
-        return self._slots.rows if self._slots else []
+            if not held and generation in self._waiting:
+                self._waiting.remove(generation)
 
     @torch.inference_mode()
     @tensor_parallel.ends_job_on_error()
     def _step(self) -> list[Event]:
-        events: list[Event] = []
-        slots = self._own_cache(events)
-        events += self._admit(slots)
-        self.model.cache_owner = None  # should an interrupt leave it half arranged
-        decoding, prefilling = slots.arrange()
-        self.model.cache_owner = self
+        events = [] if self._arranged else self._start_over()
+        events += self._admit()
+        self._arranged = False  # in case an interrupt comes while rows change places
+        decoding, prefilling = self._slots.arrange()
+        self._arranged = True
         if decoding:
             events += self._advance(decoding, 0, 1)
         if prefilling:
             share = max(1, self.prefill_chunk // len(prefilling))
             # The padding must not pass the end of the cache.
-            share = min(share, slots.room - max(len(slot.cached) for slot in prefilling))
+            share = min(share, self.room - max(len(slot.cached) for slot in prefilling))
             events += self._advance(prefilling, len(decoding), share)
+        self.steps += 1
         return events
 
-    def _own_cache(self, events: list[Event]) -> Slots:
-        """The slots; anew, and without the requests that ran, if the cache changed hands."""
-        if self._slots is None or self.model.cache_owner is not self:
-            for slot in self._rows():
-                if slot.request is not None:
-                    slot.request.fail(RuntimeError("another user of the cache wrote over this"))
-                    events.append(self._tell(slot.request))
-            if next(self.model.attentions()).cache is None:
-                params = self.model.params
-                self.model.setup_cache(params.max_batch_size, params.max_seq_len)
-            self._slots = Slots(self.model)
-        return self._slots
-
-    def _admit(self, slots: Slots) -> list[Event]:
-        """Give free slots to those who wait, first come, first served."""
+    def _start_over(self) -> list[Event]:
+        """New slots, after an interrupt has left the cache's rows in an unknown order."""
         events = []
+        for slot in self._slots.rows:
+            if slot.generation is not None:
+                slot.generation.fail(RuntimeError("an interrupt lost this request's cache"))
+                events.append(self._event(slot.generation))
+        self._slots = Slots(self.cache)
+        return events
+
+    def _admit(self) -> list[Event]:
+        """Give free slots to those who wait, first come, first served."""
+        events, slots = [], self._slots
         with self._changed:
-            for slot in slots.rows:  # an interrupt may have kept an end from being noted
-                if slot.request is not None and slot.request.finish_reason is not None:
+            for slot in slots.rows:  # an interrupt may have come before an ended request was noted
+                if slot.generation is not None and slot.generation.finish_reason is not None:
                     slot.release()
             while self._waiting:
-                request = self._waiting[0]
-                if request.budget == 0 and request.score_from is None:
-                    request.finish_reason = "length"
-                    events.append(self._tell(request))
-                elif all(slot.request is not request for slot in slots.rows):
+                generation = self._waiting[0]
+                if generation.budget == 0 and generation.request.score_from is None:
+                    generation.finish_reason = "length"
+                    events.append(self._event(generation))
+                elif all(slot.generation is not generation for slot in slots.rows):
                     if not slots.free():
                         break
-                    slots.place(request)
+                    slots.place(generation)
                 self._waiting.popleft()
         return events
 
@@ -238,62 +267,42 @@ class Engine:
         """Feed neighbouring slots at most `most` pending ids each; draw where none is left."""
         try:
             return self._feed(slots, first_row, most)
-        except Exception as e:  # such as memory that ran out: the others need not suffer
-            if tensor_parallel.size() > 1:  # nor may this rank go on without the others
+        except Exception as e:  # such as out of memory: the other requests go on
+            if tensor_parallel.size() > 1:  # this rank must not go on without the others
                 raise
             for slot in slots:
                 slot.running.fail(e)
-            return [self._tell(slot.running) for slot in slots]
+            return [self._event(slot.running) for slot in slots]
 
     def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
-        """Compute all, then note it: what an interrupt keeps from being noted is done again."""
-        starts = [len(slot.cached) for slot in slots]
-        chunks = [
-            slot.running.tokens[start : start + most]
-            for slot, start in zip(slots, starts, strict=True)
-        ]
-        h = hidden_of_chunks(self.model, chunks, starts, first_row)
-        scored = [
-            score_prompt(self.model, slot.running, h[i], starts[i], len(chunks[i]))
-            for i, slot in enumerate(slots)
-        ]
-        last = [  # where in `h` the next ids are predicted
-            (slot.running, i * h.shape[1] + len(chunks[i]) - 1)
-            for i, slot in enumerate(slots)
-            if slot.pending == len(chunks[i]) and slot.running.budget > 0
-        ]
-        drawn = draw_at(self.model, h, last) if last else {}
+        """Compute everything, then record it: what an interrupt keeps unrecorded is done again."""
+        chunks = [Chunk.pending(slot.running, len(slot.cached), most) for slot in slots]
+        width, scored, drawn = compute(self.model, self.cache, chunks, first_row, self.compiled)
         events = []
-        for slot, start, chunk, scores in zip(slots, starts, chunks, scored, strict=True):
-            request = slot.running
-            slot.written = max(slot.written, start + h.shape[1])
-            whole = slot.pending == len(chunk)
-            token, logprob = drawn.get(request.id, (None, 0.0))
-            before = len(request.tokens)
+        for slot, chunk, scores in zip(slots, chunks, scored, strict=True):
+            generation = slot.running
+            slot.written = max(slot.written, chunk.start + width)
+            token, logprob = drawn.get(generation.id, (None, 0.0))
+            before = len(generation.tokens)
             if not all(map(math.isfinite, [*scores, logprob])):
-                request.fail(ValueError(f"{request.name} made the model's logits not a number"))
+                name = generation.request.name
+                generation.fail(ValueError(f"{name} made the model's logits not a number"))
             elif token is not None:
-                request.take(token, logprob)
-            elif whole and request.finish_reason is None:  # it was to be scored
-                request.finish_reason = "length"
-            request.prompt_logprobs += scores
-            slot.cached += chunk
-            if whole or request.finish_reason is not None:
-                new = len(request.tokens) > before
-                events.append(self._tell(request, token if new else None, logprob))
+                generation.append(token, logprob)
+            elif chunk.whole and generation.finish_reason is None:  # it was only to be scored
+                generation.finish_reason = "length"
+            generation.prompt_logprobs += scores
+            slot.cached += chunk.ids
+            if chunk.whole or generation.finish_reason is not None:
+                new = len(generation.tokens) > before
+                events.append(self._event(generation, token if new else None, logprob))
         return events
 
-    def _tell(self, request: Request, token: int | None = None, logprob: float = 0.0) -> Event:
-        """Let the request's watcher see it; the event of it."""
-        if request.watch is not None:
-            self._telling = True
-            try:
-                request.watch()
-            except Exception as e:
-                request.fail(e)
-            finally:
-                self._telling = False
-        if request.finish_reason is not None:
-            self._ended.append(request)
-        score = logprob if request.logprobs and token is not None else None
-        return Event(request.id, token, score, request.finish_reason)
+    def _event(
+        self, generation: Generation, token: int | None = None, logprob: float = 0.0
+    ) -> Event:
+        """The event of a generation that has changed. One that has ended will free its slot."""
+        if generation.finish_reason is not None:
+            self._ended.append(generation)
+        score = logprob if generation.request.logprobs and token is not None else None
+        return Event(generation.id, token, score, generation.finish_reason)

@@ -1,96 +1,156 @@
-"""What a step computes for neighbouring rows of the cache: hidden states, scores, draws."""
+"""What a step computes for neighbouring rows of the cache: hidden states, scores, drawn ids."""
 
 from __future__ import annotations
 
 import math
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llama.distributed import tensor_parallel
-from llama.engine.request import Request
+from llama.engine.compiled_step import CompiledStep
+from llama.engine.request import Generation
 from llama.engine.sampling import Sampling, sample
-from llama.model import Transformer
+from llama.model import KVCache, Transformer
 
 # Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
 SCORE_CHUNK = 128
 
 
+class Chunk(NamedTuple):
+    """The ids that a step feeds one row.
+
+    Attributes:
+        start: the position of the first of them.
+        whole: they are all that was pending, so that the next id can be drawn.
+    """
+
+    generation: Generation
+    start: int
+    ids: list[int]
+    whole: bool
+
+    @staticmethod
+    def pending(generation: Generation, start: int, most: int) -> Chunk:
+        """At most `most` of a generation's ids from position `start` on."""
+        ids = generation.tokens[start : start + most]
+        return Chunk(generation, start, ids, start + len(ids) == len(generation.tokens))
+
+
+def compute(
+    model: Transformer,
+    cache: Sequence[KVCache],
+    chunks: Sequence[Chunk],
+    first_row: int,
+    compiled: CompiledStep | None = None,
+) -> tuple[int, list[list[float]], dict[int, tuple[int, float]]]:
+    """Feed neighbouring rows, score their prompts, and draw where a chunk is whole.
+
+    Args:
+        first_row: the cache row of the first chunk.
+        compiled: computes single ids from row 0 on, if there is one.
+
+    Returns:
+        (positions written in each row, scores of each row's prompt ids, `draw_at`).
+    """
+    ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
+    h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
+    width = h.shape[1]
+    scores = [
+        score_prompt(model, chunk.generation, h[i], chunk.start, len(chunk.ids))
+        for i, chunk in enumerate(chunks)
+    ]
+    last = [  # where in `h` the next ids are predicted
+        (chunk.generation, i * width + len(chunk.ids) - 1)
+        for i, chunk in enumerate(chunks)
+        if chunk.whole and chunk.generation.budget > 0
+    ]
+    return width, scores, draw_at(model, h, last) if last else {}
+
+
 def hidden_of_chunks(
-    model: Transformer, chunks: Sequence[Sequence[int]], starts: Sequence[int], first_row: int
+    model: Transformer,
+    cache: Sequence[KVCache],
+    chunks: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    first_row: int,
+    compiled: CompiledStep | None = None,
 ) -> Tensor:
     """Feed rows of the cache the next ids of each: (B, longest chunk, dim) hidden states.
 
-    Shorter chunks are padded on the right. The padding's keys lie beyond the row's own position,
-    where the causal mask hides them until they are written over.
+    Shorter chunks are padded on the right. The padding's keys are beyond the row's own position,
+    where the causal mask hides them until they are overwritten.
 
     Args:
         starts: the position of each chunk's first id.
-        first_row: of the cache.
+        first_row: the cache row of the first chunk.
+        compiled: computes single ids from row 0 on, if there is one.
     """
     T = max(len(chunk) for chunk in chunks)
     padded = [[*chunk, *[chunk[-1]] * (T - len(chunk))] for chunk in chunks]
     tokens = torch.tensor(padded, device=model.norm.weight.device)
-    compiled = model.compiled if T == 1 and first_row == 0 else None
-    if len(set(starts)) == 1 and compiled is None:
-        return model.hidden(tokens, starts[0], first_row=first_row)
-    start_pos = torch.tensor(starts, device=tokens.device)
-    if compiled is not None:
+    if T == 1 and first_row == 0 and compiled is not None:
+        start_pos = torch.tensor(starts, device=tokens.device)
         return compiled(tokens, start_pos, max(starts) + 1)
-    return model.hidden(tokens, start_pos, max(starts) + T, first_row)
+    if len(set(starts)) == 1:
+        return model.hidden(tokens, starts[0], cache, first_row=first_row)
+    start_pos = torch.tensor(starts, device=tokens.device)
+    return model.hidden(tokens, start_pos, cache, max(starts) + T, first_row)
 
 
 def draw_at(
-    model: Transformer, h: Tensor, last: Sequence[tuple[Request, int]]
+    model: Transformer, h: Tensor, last: Sequence[tuple[Generation, int]]
 ) -> dict[int, tuple[int, float]]:
-    """By request id, the id drawn and its log-probability, not a number where the logits are none.
+    """{generation id: (drawn id, its log-probability)}; NaN where the logits are not finite.
 
     Args:
         h: (B, T, dim) hidden states.
-        last: where each request's next id is predicted, in h as (B T, dim).
+        last: where each generation's next id is predicted, as an index into (B T, dim).
     """
-    requests = [request for request, _ in last]
+    generations = [generation for generation, _ in last]
     index = torch.tensor([at for _, at in last], device=h.device)
     logits = model.logits(h.flatten(0, 1).index_select(0, index))
     finite = logits.amax(-1).isfinite().tolist()
-    if not all(finite):  # drawing would fail, and for all
+    if not all(finite):  # drawing would fail, for all rows
         logits = logits.nan_to_num(0.0, 0.0)
-    drawn = draw(requests, logits)
-    scores = [0.0] * len(requests)
-    if any(request.logprobs for request in requests):
+    drawn = draw(generations, logits)
+    scores = [0.0] * len(generations)
+    if any(generation.request.logprobs for generation in generations):
         scores = chosen_logprobs(logits, drawn).tolist()
-    rows = zip(requests, drawn.tolist(), scores, finite, strict=True)
-    return {r.id: (token, score if known else math.nan) for r, token, score, known in rows}
+    rows = zip(generations, drawn.tolist(), scores, finite, strict=True)
+    return {g.id: (token, score if known else math.nan) for g, token, score, known in rows}
 
 
-def draw(requests: Sequence[Request], logits: Tensor) -> Tensor:
-    """One id a request, (B, V) -> (B,): the first rank draws for all."""
+def draw(generations: Sequence[Generation], logits: Tensor) -> Tensor:
+    """One id a generation, (B, V) -> (B,). The first rank draws for all ranks."""
     groups: dict[tuple[Sampling, bool], list[int]] = {}  # rows that can be drawn together
-    for i, request in enumerate(requests if tensor_parallel.rank() == 0 else ()):
-        groups.setdefault((request.sampling, request.generator is None), []).append(i)
-    drawn = torch.zeros(len(requests), dtype=torch.long, device=logits.device)
+    for i, g in enumerate(generations if tensor_parallel.rank() == 0 else ()):
+        groups.setdefault((g.request.sampling, g.generator is None), []).append(i)
+    drawn = torch.zeros(len(generations), dtype=torch.long, device=logits.device)
     for (how, unseeded), rows in groups.items():
-        generators = None if unseeded else [requests[i].own_generator for i in rows]
+        generators = None if unseeded else [generations[i].own_generator for i in rows]
         index = torch.tensor(rows, device=logits.device)
         some = logits if len(groups) == 1 else logits.index_select(0, index)
         drawn.index_copy_(0, index, sample(some, how, generators))
-    return drawn if tensor_parallel.size() == 1 else _of_first_rank(requests, drawn)
+    return drawn if tensor_parallel.size() == 1 else ids_of_first_rank(generations, drawn)
 
 
-def _of_first_rank(requests: Sequence[Request], drawn: Tensor) -> Tensor:
-    """The first rank's ids, with a check that it was asked the same.
+def ids_of_first_rank(generations: Sequence[Generation], drawn: Tensor) -> Tensor:
+    """The first rank's ids, after a check that it runs the same requests.
 
     Raises:
-        RuntimeError: it was not, or not in the same order.
+        RuntimeError: it runs others, or in another order.
     """
-    known = [(r.id, r.tokens[-1 if r.ids else 0 :]) for r in requests]
-    mark = zlib.crc32(repr(known).encode())
-    *ids, other = tensor_parallel.broadcast_from_first(F.pad(drawn, (0, 1), value=mark)).tolist()
-    if other != mark:
-        raise RuntimeError("rank 0 was asked something else: make the same calls on every rank")
+    state = [(g.id, g.tokens[-1 if g.ids else 0 :]) for g in generations]
+    checksum = zlib.crc32(repr(state).encode())
+    padded = F.pad(drawn, (0, 1), value=checksum)
+    *ids, other = tensor_parallel.broadcast_from_first(padded).tolist()
+    if other != checksum:
+        raise RuntimeError("rank 0 runs other requests: make the same calls on every rank")
     return drawn.new_tensor(ids)
 
 
@@ -100,21 +160,22 @@ def chosen_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
 
 
 def score_prompt(
-    model: Transformer, request: Request, hidden: Tensor, start: int, length: int
+    model: Transformer, generation: Generation, hidden: Tensor, start: int, length: int
 ) -> list[float]:
     """Log-probabilities of the prompt's ids that a chunk predicts, a slice of logits at a time.
 
     Args:
         hidden: (T, dim) normed hidden states of a chunk.
-        start: its position.
+        start: the chunk's position.
         length: how much of it is not padding.
     """
+    request = generation.request
     if request.score_from is None:
         return []
     scores: list[float] = []
     end = min(start + length + 1, len(request.prompt))
     for at in range(max(start + 1, request.score_from), end, SCORE_CHUNK):
-        chosen = request.tokens[at : min(at + SCORE_CHUNK, end)]
+        chosen = generation.tokens[at : min(at + SCORE_CHUNK, end)]
         logits = model.logits(hidden.narrow(0, at - 1 - start, len(chosen)))
         index = torch.tensor(chosen, device=hidden.device)
         scores += chosen_logprobs(logits, index).tolist()

@@ -1,4 +1,4 @@
-"""Log-probabilities of given ids, and the perplexity they make. Knows no tokenizer."""
+"""Log-probabilities of given ids, and perplexity. Knows no tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from llama.common.progress import progress
 from llama.distributed import job
 from llama.engine.engine import Engine
 from llama.engine.request import Request
-from llama.predictions import run
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,9 @@ class Perplexity:
 
     Attributes:
         tokens: how many were predicted.
-        nats: their summed negative log-probability.
-        size: the text's UTF-8 bytes.
-        seconds: it took.
+        nats: the sum of their negative natural log-probabilities.
+        size: UTF-8 bytes of the text.
+        seconds: how long scoring took.
     """
 
     tokens: int
@@ -55,13 +54,14 @@ class Perplexity:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text.
+    """The text of a UTF-8 file, with its line ends as they are.
 
     Raises:
-        ValueError, OSError: it is none.
+        ValueError: it is empty or not UTF-8.
+        OSError: it cannot be read.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")  # line ends as they are
+        text = Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not text in UTF-8: {e.reason} at byte {e.start}") from None
     if not text:
@@ -70,10 +70,10 @@ def read_text(path: str | Path) -> str:
 
 
 def check_windows(context: int, stride: int | None) -> int:
-    """The stride: half of the context if None.
+    """The stride of sliding windows over a text; half of the context if None.
 
     Raises:
-        ValueError: there are no such windows.
+        ValueError: the context or the stride is out of range.
     """
     if type(context) is not int or context < 2:
         raise ValueError(f"context must be 2 or more tokens, not {context!r}")
@@ -86,8 +86,8 @@ def check_windows(context: int, stride: int | None) -> int:
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, first scored, end) of windows of at most `context` ids that score each id once.
 
-    After the first window each scores its last `stride` ids, so that every id has at least
-    context - stride ids before it.
+    The first window scores all its ids, and each later one its last `stride` ids, which thus have
+    at least context - stride ids before them.
     """
     found = [(0, 0, min(context, length))]
     while (scored := found[-1][2]) < length:
@@ -106,15 +106,15 @@ def score_ids(
     """Log-probability of each id given those before it in its window; None for the first.
 
     Args:
-        bos_id: if `ids` begin with it, every window does.
+        bos_id: if `ids` begin with it, every window begins with it.
         stride: ids that each window of max_seq_len adds to the one before; None is half of it.
-        show: a progress bar, if it takes over two seconds.
+        show: show a progress bar if it takes more than two seconds.
 
     Raises:
-        ValueError: there is nothing to score, or no such windows.
+        ValueError: there is nothing to score, or the stride is out of range.
     """
-    params = engine.model.params
-    stride = check_windows(params.max_seq_len, stride)
+    context, at_once = engine.room, engine.model.params.max_batch_size
+    stride = check_windows(context, stride)
     if not ids:
         raise ValueError("there are no tokens to score")
 
@@ -125,23 +125,21 @@ def score_ids(
         return Request(window, 0, score_from=scored - begin)
 
     scores: list[float | None] = []
-    found, at_once = windows(len(ids), params.max_seq_len, stride), params.max_batch_size
+    found = windows(len(ids), context, stride)
     batches = [found[i : i + at_once] for i in range(0, len(found), at_once)]
     show = show and job.is_leader()
     for batch in progress(batches, "scoring", unit="batch") if show else batches:
-        requests = [request_of(*window) for window in batch]
-        run(engine, requests)
-        for request in requests:
-            if request.error is not None:
-                raise request.error
-            scores += request.prompt_logprobs[request.score_from or 0 :]
+        for generation in engine.run([request_of(*window) for window in batch]):
+            if generation.error is not None:
+                raise generation.error
+            scores += generation.prompt_logprobs[generation.request.score_from or 0 :]
     return scores
 
 
 def perplexity(
     engine: Engine, ids: Sequence[int], size: int, bos_id: int = -1, stride: int | None = None
 ) -> Perplexity:
-    """Of `ids`, the tokens of a text of `size` bytes; with a progress bar. See `score_ids`."""
+    """The perplexity of `ids`, the tokens of a text of `size` bytes. See `score_ids`."""
     start = time.perf_counter()
     scores = score_ids(engine, ids, bos_id, stride, show=True)
     known = [score for score in scores if score is not None]

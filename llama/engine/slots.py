@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from llama.engine.request import Request
-from llama.model import Transformer
+from llama.engine.request import Generation
+from llama.model import KVCache
 
-# A copy of fewer cached positions from one row to another costs more than it saves.
+# Copying fewer cached positions from one row to another costs more than it saves.
 WORTH_COPYING = 16
 
 
@@ -17,100 +17,102 @@ class Slot:
     """One row of the cache.
 
     Attributes:
-        cached: the ids whose keys and values it holds, from position 0 on. They outlive their
-            request, for the next one that begins alike.
+        cached: the ids whose keys and values the row holds, from position 0 on. They stay after
+            their request has ended, for the next one with the same beginning.
         written: positions from here on are zero.
-        used: when it was last given to a request, in requests.
-        stale: nothing that comes later may build upon `cached`.
+        used: when it was last given to a request, counted in requests.
+        stale: no later request may build upon `cached`.
     """
 
-    request: Request | None = None
+    generation: Generation | None = None
     cached: list[int] = field(default_factory=list)
     written: int = 0
     used: int = 0
     stale: bool = False
 
     @property
-    def running(self) -> Request:
-        """The request of a slot that is not free."""
-        assert self.request is not None
-        return self.request
+    def running(self) -> Generation:
+        """The generation of a slot that is not free."""
+        assert self.generation is not None
+        return self.generation
 
     @property
     def pending(self) -> int:
-        """How many ids of its request are not cached yet."""
+        """How many ids of its generation are not cached yet."""
         return len(self.running.tokens) - len(self.cached)
 
     def release(self) -> None:
-        """Free it. What a failed request computed is not built upon."""
-        if self.stale or (self.request is not None and self.request.error is not None):
+        """Free the slot. Nobody builds upon what a failed request computed."""
+        if self.stale or (self.generation is not None and self.generation.error is not None):
             self.cached = []
-        self.request = None
+        self.generation = None
 
 
 class Slots:
-    """The rows of a model's cache, in order: those that decode, those that prefill, free ones.
+    """The rows of a cache, in this order: decoding, prefilling, free.
 
     A model reads neighbouring rows, so slots change places as requests come and go.
+
+    Args:
+        cache: of each layer; see `Transformer.new_cache`. It may hold anything.
     """
 
-    def __init__(self, model: Transformer):
-        self.model = model
-        rows, self.room = next(model.caches()).k.shape[:2]
-        # Whoever had the cache before may have left anything in it.
-        self.rows = [Slot(written=self.room) for _ in range(rows)]
+    def __init__(self, cache: Sequence[KVCache]):
+        self.cache = cache
+        n, self.room = cache[0].k.shape[:2]
+        self.rows = [Slot(written=self.room) for _ in range(n)]
         self.uses = 0
 
     def free(self) -> list[Slot]:
-        """Slots without a request, those that hold nothing first, then the longest unused."""
-        free = [slot for slot in self.rows if slot.request is None]
+        """Slots without a request: first those with nothing cached, then the longest unused."""
+        free = [slot for slot in self.rows if slot.generation is None]
         return sorted(free, key=lambda slot: (bool(slot.cached), slot.used))
 
-    def place(self, request: Request) -> None:
-        """Give a free slot to a request, with as much of its prompt cached as any slot holds."""
-        tokens, free = request.tokens, self.free()
+    def place(self, generation: Generation) -> None:
+        """Give a free slot to a generation, with as much of its prompt as any slot has cached."""
+        tokens, free, request = generation.tokens, self.free(), generation.request
         kept, source = 0, free[0]
         if request.reuse and request.score_from is None:
             for slot in (slot for slot in self.rows if not slot.stale):
                 n = min(common_prefix(slot.cached, tokens), len(tokens) - 1)
-                if n > kept and (n >= WORTH_COPYING or slot.request is None):
+                if n > kept and (n >= WORTH_COPYING or slot.generation is None):
                     kept, source = n, slot
         target = free[0]
-        if source.request is None and 2 * kept >= len(source.cached):
-            target = source  # most of what it holds goes on being used
-        target.cached = []  # should an interrupt come, or memory run out
+        if source.generation is None and 2 * kept >= len(source.cached):
+            target = source  # most of its cached ids stay in use
+        target.cached = []  # in case an interrupt comes, or memory runs out
         if target is not source:
             kept = kept if kept >= WORTH_COPYING else 0
-            for cache in self.model.caches():
+            for cache in self.cache:
                 cache.copy_row(self.rows.index(source), self.rows.index(target), kept)
         row = self.rows.index(target)
         # Rows of different lengths read up to each other's position: nothing there may be NaN.
-        for cache in self.model.caches():
+        for cache in self.cache:
             cache.clear(row, kept, target.written)
         self.uses += 1
         target.cached, target.written, target.stale = tokens[:kept], kept, False
-        target.request, target.used = request, self.uses
-        request.reused = kept
+        target.generation, target.used = generation, self.uses
+        generation.reused = kept
 
     def arrange(self) -> tuple[list[Slot], list[Slot]]:
-        """Bring the slots into order; (those that decode, those that prefill)."""
+        """Bring the slots into order; (decoding slots, prefilling slots)."""
 
-        def rank(slot: Slot) -> int:
-            if slot.request is None:
+        def order(slot: Slot) -> int:
+            if slot.generation is None:
                 return 2
-            return 0 if len(slot.request.tokens) > len(slot.request.prompt) else 1
+            return 0 if len(slot.generation.tokens) > len(slot.generation.request.prompt) else 1
 
         for i in range(len(self.rows)):
-            j = min(range(i, len(self.rows)), key=lambda j: rank(self.rows[j]))
-            if rank(self.rows[j]) < rank(self.rows[i]):
+            j = min(range(i, len(self.rows)), key=lambda j: order(self.rows[j]))
+            if order(self.rows[j]) < order(self.rows[i]):
                 self._swap(i, j)
-        ranks = [rank(slot) for slot in self.rows]
-        decoding, working = ranks.count(0), len(ranks) - ranks.count(2)
+        orders = [order(slot) for slot in self.rows]
+        decoding, working = orders.count(0), len(orders) - orders.count(2)
         return self.rows[:decoding], self.rows[decoding:working]
 
     def _swap(self, i: int, j: int) -> None:
         a, b = self.rows[i], self.rows[j]
-        for cache in self.model.caches():
+        for cache in self.cache:
             cache.swap_rows(i, j, max(a.written, b.written))
         self.rows[i], self.rows[j] = b, a
 

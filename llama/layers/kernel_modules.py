@@ -1,26 +1,22 @@
-"""What lies between a layer's products, by CPU kernels where they can serve, for a ready model."""
+"""Replacements of the model's modules that use the CPU kernels where they apply.
+
+Elsewhere (other devices, dtypes, gradients) each computes what the module that it replaces does.
+Shapes: B rows, T positions, D head_dim.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.attention import kernel_attention
+from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers import kernels
-from llama.layers.quantized_linear import KernelLinear
-from llama.model import (
-    Attention,
-    FeedForward,
-    RMSNorm,
-    Transformer,
-    apply_rotary_emb,
-    project,
-    swiglu,
-)
+from llama.model import Attention, FeedForward, RMSNorm, apply_rotary_emb
 
 
 class KernelRMSNorm(RMSNorm):
-    """The same norm in one pass."""
+    """The norm in one pass over x."""
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
@@ -32,44 +28,67 @@ class KernelRMSNorm(RMSNorm):
         return y
 
 
-def kernel_rotary(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """As `apply_rotary_emb`, which a compiler fuses (of real pairs)."""
-    if freqs_cis.is_complex() and kernels.takes(xq) and kernels.takes(xk):
+class KernelLinear(nn.Linear):
+    """A linear that reads its weight at the memory's speed where x has few rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight)
+
+
+class KernelHeads(Attention):
+    """Attention whose queries, keys and values come of one call, and are rotated by a kernel."""
+
+    def heads(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        B, T, _ = x.shape
+        xq, xk, xv = linears(x, self.wq, self.wk, self.wv)
+        xq = xq.view(B, T, self.n_local_heads, self.head_dim)
+        xk = xk.view(B, T, self.n_local_kv_heads, self.head_dim)
+        xv = xv.view(B, T, self.n_local_kv_heads, self.head_dim)
+        xq, xk = rotate(xq, xk, freqs_cis)
+        return xq, xk, xv
+
+
+class KernelFeedForward(FeedForward):
+    """A feed-forward whose w1 and w3 are one call, and whose gate is one pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = linears(copy_to_ranks(x), self.w1, self.w3)
+        return reduce_from_ranks(self.w2(swiglu(gate, up)))
+
+
+def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
+    """[module(x), ...]. Plain weights are read in one call, which small matrices gain by."""
+    weights = [module.weight for module in modules if isinstance(module, KernelLinear)]
+    if len(weights) == len(modules) and kernels.serves(x, *weights):
+        ys: list[Tensor] = torch.ops.llama3.linears(x, weights)
+        return ys
+    return [module(x) for module in modules]
+
+
+def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+    """`apply_rotary_emb`.
+
+    Args:
+        freqs_cis: as there, or `torch.view_as_real` of it: torch.compile has no complex numbers.
+    """
+    if not freqs_cis.is_complex():
+        return rotate_pairs(xq, freqs_cis), rotate_pairs(xk, freqs_cis)
+    if kernels.takes(xq) and kernels.takes(xk):
         rotary = torch.ops.llama3.rotary
         return rotary(xq, freqs_cis), rotary(xk, freqs_cis)
     return apply_rotary_emb(xq, xk, freqs_cis)
 
 
-def kernel_swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """As `swiglu`."""
-    if kernels.takes(a) and kernels.takes(b):
-        y: Tensor = torch.ops.llama3.swiglu(a, b)
+def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
+    """Rotate x (B, T, heads, D) by cosines and sines (T or B x T, D / 2, 2)."""
+    cos, sin = cos_sin.unsqueeze(-3).unbind(-1)
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    if kernels.takes(gate) and kernels.takes(up):
+        y: Tensor = torch.ops.llama3.swiglu(gate, up)
         return y
-    return swiglu(a, b)
-
-
-def kernel_project(x: Tensor, *linears: nn.Module) -> list[Tensor]:
-    """As `project`; matrices side by side are read in one go, which small ones gain by."""
-    ws = [linear.weight for linear in linears if isinstance(linear, KernelLinear)]
-    if len(ws) == len(linears) and kernels.serves(x, *ws):
-        ys: list[Tensor] = torch.ops.llama3.linears(x, ws)
-        return ys
-    return project(x, *linears)
-
-
-def use_kernels(model: Transformer) -> None:
-    """Attention, norms, rotation and gate by kernels where they serve, else as before."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child) is RMSNorm:
-                with torch.device("meta"):
-                    made = KernelRMSNorm(len(child.weight), child.eps)
-                made.weight = child.weight
-                setattr(module, name, made.train(child.training))
-        if isinstance(module, Attention):
-            module.project = kernel_project
-            module.rotate = kernel_rotary
-            module.attend = kernel_attention
-        if isinstance(module, FeedForward):
-            module.project = kernel_project
-            module.gate = kernel_swiglu
+    return F.silu(gate) * up

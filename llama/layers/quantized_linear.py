@@ -1,20 +1,17 @@
-"""Linears that a ready model's own are exchanged for: CPU kernels, int8, int4. It knows none.
+"""Replacements of a linear that store its weight in 8 or 4 bits. Imports no model.
 
-Shapes: N outputs, K inputs. Each takes x (..., K) and gives (..., N) in x's dtype.
+Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's dtype.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import Sizes, rank_counts, rank_shapes, shard_dim
-from llama.layers import kernels
 from llama.layers.quantization import (
     GROUPS,
     codes_int4,
@@ -25,21 +22,17 @@ from llama.layers.quantization import (
     row_largest,
     scales_and_zeros_int4,
 )
+from llama.layers.replace import Factory
 
 SCHEMES = ("int8", "int4")
 
 
-class KernelLinear(nn.Linear):
-    """`nn.Linear` that reads its weight at the memory's speed where x has few rows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self.weight)
-
-
 class Int8Linear(nn.Module):
-    """A byte a weight, and a scale an output. A weight on the meta device gives empty ones.
+    """One byte a weight and one scale an output.
 
-    `largest` is as in `quantize_int8`.
+    Args:
+        weight: (N, K); one on the meta device gives empty codes and scales.
+        largest: see `quantize_int8`.
     """
 
     q: Tensor
@@ -56,7 +49,12 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Half a byte a weight, and a scale and a zero for each group of inputs. As `Int8Linear`."""
+    """Half a byte a weight, and one scale and one zero for each group of inputs.
+
+    Args:
+        weight: (N, K); one on the meta device gives empty codes, scales and zeros.
+        group: inputs that share a scale and a zero; must divide K.
+    """
 
     packed: Tensor
     scale: Tensor
@@ -75,9 +73,9 @@ class Int4Linear(nn.Module):
 
 
 class TinygemmLinear(nn.Module):
-    """An `Int4Linear` in the layout of torch's CUDA kernel, for x of bf16; groups as they were.
+    """An `Int4Linear` in the layout of torch's CUDA kernel, for x in bf16; the groups stay.
 
-    The kernel multiplies codes as they are read; see docs/decisions/0001-int4-on-cuda.md.
+    The kernel multiplies codes as it reads them; see docs/decisions/0001-int4-on-cuda.md.
     """
 
     weight: Tensor
@@ -99,69 +97,49 @@ class TinygemmLinear(nn.Module):
         return y.narrow(1, 0, self.n).view(*x.shape[:-1], self.n)
 
 
-L = TypeVar("L", bound=nn.Module)
-
-
-def exchange(model: nn.Module, make: Callable[[str, L], nn.Module], kind: type[L]) -> None:
-    """Put `make(name, linear)` in the place of every linear of a kind, one after the other."""
-    names = [name for name, m in model.named_modules() if isinstance(m, kind)]
-    for name in names:  # no list of modules, which would keep all of the old ones
-        linear = model.get_submodule(name)
-        assert isinstance(linear, kind)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, make(name, linear))
-
-
-def with_kernels(name: str, linear: nn.Linear) -> nn.Module:
-    """The same weight behind `KernelLinear`."""
-    with torch.device("meta"):
-        made = KernelLinear(linear.in_features, linear.out_features, bias=False)
-    made.weight = linear.weight
-    return made
-
-
-def with_tinygemm(name: str, linear: Int4Linear) -> nn.Module:
-    """The same weight behind `TinygemmLinear`; as it was if that gives other numbers."""
-    made = TinygemmLinear(linear)
+def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
+    """The `TinygemmLinear` of an `Int4Linear`; the latter if the results differ on this device."""
+    replacement = TinygemmLinear(linear)
     x = torch.linspace(-1, 1, linear.packed.shape[1] * 8, device=linear.packed.device).bfloat16()
-    found, expected = made(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
+    found, expected = replacement(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
     if (found - expected).abs().max() <= 0.02 * expected.abs().max():
-        return made
-    warnings.warn(f"{name}: torch's int4 kernel gives other numbers here; not used", stacklevel=2)
+        return replacement
+    warnings.warn(
+        f"{name}: torch's int4 kernel computes something else here; it is not used", stacklevel=2
+    )
     return linear
 
 
-def quantized(
-    scheme: str, group: int = 32, parts: bool = False
-) -> Callable[[str, nn.Linear], nn.Module]:
-    """What `exchange` takes to quantize a model.
+def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:
+    """What a table of `replace_modules` takes to quantize linears.
 
-    "int4" keeps the output layer at 8 bits: at 4 it costs more perplexity than all other layers
-    together (docs/performance.md). The embedding stays as it is, since a step reads one row of it.
+    "int4" keeps the output layer at 8 bits: at 4 bits it costs more perplexity than all other
+    layers together (docs/performance.md). The embedding is no linear and stays as it is.
 
     Args:
-        parts: the linears are this rank's parts, and all ranks quantize theirs. They get the codes
-            and scales that the whole would have.
+        group: inputs that share a scale in int4.
+        sharded: the linears are this rank's part of the weights, and every rank quantizes its own.
+            They get the codes and scales that the whole weights would have.
 
     Raises:
-        ValueError: there is no such scheme.
+        ValueError: there is no such scheme or group.
     """
     check_scheme(scheme, group)
 
-    def make(name: str, linear: nn.Linear) -> nn.Module:
+    def quantize(name: str, linear: nn.Linear) -> nn.Module:
         weight = linear.weight.detach()
         if scheme == "int8" or name == "output":
-            return Int8Linear(weight, _largest(name, weight) if parts else None)
+            return Int8Linear(weight, largest_over_ranks(name, weight) if sharded else None)
         try:
             return Int4Linear(weight, group)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
 
-    return make
+    return quantize
 
 
-def _largest(name: str, weight: Tensor) -> Tensor | None:
-    """`row_largest` of all ranks' columns together; None where the weight has whole rows."""
+def largest_over_ranks(name: str, weight: Tensor) -> Tensor | None:
+    """`row_largest` of all ranks' columns together; None where this rank has whole rows."""
     columns = shard_dim(f"{name}.weight") == 1
     return tensor_parallel.max_over_ranks(row_largest(weight)) if columns else None
 
@@ -175,13 +153,32 @@ def check_scheme(scheme: object, group: object = 32) -> None:
 
 
 def undivided(args: Sizes, ranks: int, group: int) -> dict[str, int]:
-    """{name: columns} of the first layer's matrices that groups of inputs do not divide."""
+    """{name: columns} of the first layer's matrices whose columns `group` does not divide."""
     shapes = rank_shapes(args, ranks).items()
     matrices = {name: s[1] for name, s in shapes if len(s) == 2 and name.startswith("layers.")}
     return {name: columns for name, columns in matrices.items() if columns % group}
 
 
 def possible_ranks(args: Sizes, quantize: str | None = None, group: int = 32) -> list[int]:
-    """`rank_counts`, without those whose parts of a weight int4's groups do not divide."""
+    """`rank_counts`, without those whose part of a weight int4's groups do not divide."""
     counts = rank_counts(args)
     return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]
+
+
+def check_ranks(args: Sizes, scheme: str, group: int = 32) -> None:
+    """Refuse a number of ranks for which int4's groups no longer divide the columns of a rank.
+
+    Raises:
+        ValueError: naming the weight, and the ranks and groups that are possible.
+    """
+    ranks, possible = tensor_parallel.size(), possible_ranks(args, scheme, group)
+    if ranks in possible or 1 not in possible or ranks not in rank_counts(args):
+        return
+    name, columns = next(iter(undivided(args, ranks, group).items()))
+    groups = [str(g) for g in GROUPS if ranks in possible_ranks(args, scheme, g)]
+    raise ValueError(
+        f"{name}: groups of {group} do not divide the {columns} columns of each of {ranks} ranks; "
+        f"use one of {possible} ranks"
+        + (f", groups of {' or '.join(groups)}" if groups else "")
+        + ", or int8"
+    )

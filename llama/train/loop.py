@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from llama.checkpoints.load import pick_device, pick_dtype
 from llama.common.progress import progress, say
+from llama.distributed.device import pick_device, pick_dtype
 from llama.generation import Llama
+from llama.layers.optimize import optimize
+from llama.layers.replace import factory_of, replace_modules
 from llama.model import Transformer, TransformerBlock
 from llama.tokenizer import Tokenizer
 from llama.train.data import Split
@@ -50,19 +52,25 @@ SAMPLE = 200  # ids, if the context has room for them
 TEMPERATURE = 0.8
 
 
+class RecomputedBlock(TransformerBlock):
+    """A block whose activations are computed again in the backward pass instead of kept."""
+
+    def forward(self, x: Tensor, *rest: Any) -> Tensor:
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        out: Tensor = again(super().forward, x, *rest)
+        return out
+
+
 class Objective(nn.Module):
     """What is minimised: the mean cross-entropy of each next id, in nats."""
 
-    def __init__(self, model: Transformer, recompute: bool):
+    def __init__(self, model: Transformer):
         super().__init__()
         self.model = model
-        # A layer's activations are computed again in the backward pass instead of kept.
-        kept = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        self.block = kept if recompute else TransformerBlock.__call__
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """(B, T) ids and those that follow them -> a scalar."""
-        logits = self.model.logits(self.model.hidden(x, block=self.block))  # (B, T, V)
+        logits = self.model(x)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
@@ -143,7 +151,10 @@ class Trainer:
             self.autocast = torch.autocast(ranks.device.type, torch.bfloat16)
         with torch.device("meta"):
             model = Transformer(self.args)
-        self.objective = Objective(model, settings.recompute)
+        optimize(model, exact=True)  # plain linears and norms, which have gradients
+        if settings.recompute:
+            replace_modules(model, {TransformerBlock: factory_of(RecomputedBlock)})
+        self.objective = Objective(model)
         ranks.shard(self.objective, list(model.layers))
         model.to_empty(device=ranks.device)
         initialize(model, settings.seed)
@@ -279,8 +290,8 @@ class Trainer:
         with torch.device("meta"):
             model = Transformer(self.args)
         model.load_state_dict(weights, assign=True)
-        model.eval().setup_cache(1, self.args.max_seq_len)
-        llama = Llama(model, self.tokenizer)
+        optimize(model, exact=True)
+        llama = Llama(model.eval(), self.tokenizer)
         room = min(SAMPLE, self.args.max_seq_len - len(self.prompt))
         drawn, _ = llama.generate(
             [self.prompt], room, TEMPERATURE, echo=True, seed=self.settings.seed

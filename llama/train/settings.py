@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llama.args import ModelArgs
+from llama.model import ModelArgs
 
 DTYPES = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")

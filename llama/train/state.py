@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.meta import is_of_disk
 from llama.checkpoints.formats.vocabulary import new_folder
+from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
 from llama.train.learn_tokenizer import learn

@@ -15,9 +15,8 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor, nn
 
-from llama.args import ModelArgs
 from llama.layers.quantized_linear import exchange, quantized
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 
 BATCH, CONTEXT = 3, 40
 SHAPES: list[dict[str, Any]] = [

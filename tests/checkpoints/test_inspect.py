@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.inspect import cache_bytes, describe, parameter_count, rank_bytes
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import rank_counts, weight_shapes
+from llama.model import ModelArgs
 
 COMMON = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
 # params.json of the releases, and of each: tied, parameters, bytes of KV cache a token.

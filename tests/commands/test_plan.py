@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from llama.args import ModelArgs
 from llama.checkpoints.footprint import Footprint
 from llama.commands.plan import as_text, parse_size, plan, release, report
+from llama.model import ModelArgs
 from tests.checkpoints.test_inspect import RELEASES
 from tests.checkpoints.test_inspect import release as published
 

@@ -1,4 +1,4 @@
-"""Run by test_compilation.py in a process of its own: inductor wants to be the first to import
+"""Run by test_compiled_step.py in a process of its own, since inductor must be the first to import
 distutils. Prints one JSON object."""
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ def difference(a: Llama, b: Llama) -> float:
     with torch.inference_mode():
         for llama in (a, b):
             tokens = torch.arange(3 * 260).view(3, 260) % 1000
-            llama.model.hidden(tokens, 0)
-            llama.model.cache_owner = None
-            logits.append(llama.model.logits(hidden_of_chunks(llama.model, step, starts, 0)))
+            model, engine = llama.model, llama.engine
+            model.hidden(tokens, 0, engine.cache)
+            h = hidden_of_chunks(model, engine.cache, step, starts, 0, engine.compiled)
+            logits.append(model.logits(h))
     return float((logits[0] - logits[1]).abs().max())
 
 
@@ -51,8 +52,8 @@ def main(folder: Path, tokenizer: Path, quantize: str | None) -> None:
     at_build = counters["stats"]["unique_graphs"]
     result = {
         "warnings": [str(w.message) for w in caught if "not compiled" in str(w.message)],
-        "compiled": compiled.model.compiled is not None,
-        "left_in_cache": max(float(c.k.abs().max()) for c in compiled.model.caches()),
+        "compiled": compiled.engine.compiled is not None,
+        "left_in_cache": max(float(c.k.abs().max()) for c in compiled.engine.cache),
         "graphs": at_build,
         "same_ids": answers(plain) == answers(compiled),
         "difference": difference(plain, compiled),

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from llama import Llama, ModelArgs, Transformer
 from llama.engine.compiled_step import CompiledStep, Graph
-from llama.model import TransformerBlock
-from llama.rope import apply_rotary_emb, precompute_freqs_cis
+from llama.layers.kernel_modules import rotate
+from llama.layers.optimize import optimize
+from llama.model import TransformerBlock, apply_rotary_emb, precompute_freqs_cis
 
 SCRIPT = Path(__file__).parent / "compiled_decoding.py"
 
@@ -107,9 +108,7 @@ def test_real_rotation_is_the_complex_one() -> None:
     freqs_cis = precompute_freqs_cis(16, 32)
     for some in (freqs_cis[5:8], freqs_cis[torch.tensor([[0, 1, 2], [9, 10, 11]])]):
         expected = apply_rotary_emb(xq, xk, some)
-        for found, wanted in zip(
-            apply_rotary_emb(xq, xk, torch.view_as_real(some)), expected, strict=True
-        ):
+        for found, wanted in zip(rotate(xq, xk, torch.view_as_real(some)), expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
@@ -136,34 +135,37 @@ def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -
     assert graph(torch.tensor([[5], [6]]), torch.tensor([7, 8])).tolist() == [[507], [608]]
 
 
-def test_a_graph_for_each_shape_and_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def optimized_model() -> Transformer:
     model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=600))
-    model.setup_cache(2, 600)
-    made: list[Callable[[Tensor, Tensor], Tensor]] = []
+    optimize(model)
+    return model
+
+
+def test_a_graph_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = optimized_model()
+    cache = model.new_cache(2, 600)
+    captured: list[Callable[[Tensor, Tensor], Tensor]] = []
 
     def graph(run: Callable[[Tensor, Tensor], Tensor], *inputs: object) -> object:
-        made.append(run)
+        captured.append(run)
         return run
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr("llama.compilation.Graph", graph)
-    step = CompiledStep(model)
-    step.graphed, step.forward = True, TransformerBlock.forward
+    monkeypatch.setattr("llama.engine.compiled_step.Graph", graph)
+    step = CompiledStep(model, cache)
+    step.graphed, step.block = True, TransformerBlock.forward
     for rows, length in ((1, 3), (1, 256), (2, 4), (2, 257), (2, 600), (1, 200)):
         start_pos = torch.full((rows,), length - 1)
         tokens = torch.ones(rows, 1, dtype=torch.long)
         found = step(tokens, start_pos, length)
         with torch.inference_mode():
-            torch.testing.assert_close(found, model.hidden(tokens, start_pos, length))
-    assert sorted(step.graphs) == [(1, 256), (2, 256), (2, 512), (2, 600)] and len(made) == 4
-    model.setup_cache(2, 600)
-    step(torch.ones(1, 1, dtype=torch.long), torch.tensor([0]), 1)
-    assert len(made) == 5  # what held the old cache's addresses is gone
+            torch.testing.assert_close(found, model.hidden(tokens, start_pos, cache, length))
+    assert sorted(step.graphs) == [(1, 256), (2, 256), (2, 512), (2, 600)] and len(captured) == 4
 
 
 def test_a_graph_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=4, vocab_size=50, max_seq_len=600))
-    model.setup_cache(2, 600)
+    model = optimized_model()
+    cache = model.new_cache(2, 600)
     tries = []
 
     def graph(*inputs: object) -> None:
@@ -171,12 +173,12 @@ def test_a_graph_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> Non
         raise torch.OutOfMemoryError("no memory left")
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
-    monkeypatch.setattr("llama.compilation.Graph", graph)
-    step = CompiledStep(model)
-    step.graphed, step.forward = True, TransformerBlock.forward
+    monkeypatch.setattr("llama.engine.compiled_step.Graph", graph)
+    step = CompiledStep(model, cache)
+    step.graphed, step.block = True, TransformerBlock.forward
     tokens, start_pos = torch.tensor([[7]]), torch.tensor([0])
     with torch.inference_mode():
-        expected = model.hidden(tokens, start_pos, 256)
+        expected = model.hidden(tokens, start_pos, cache, 256)
     with pytest.warns(UserWarning, match="without CUDA graphs: no memory left"):
         torch.testing.assert_close(step(tokens, start_pos, 1), expected)
     torch.testing.assert_close(step(tokens, start_pos, 1), expected)

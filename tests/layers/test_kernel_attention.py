@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama.attention import kernel_attention, plain_attention
+from llama.layers.attention import KernelAttention
+from llama.model import DotProductAttention
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+kernel_attention, plain_attention = KernelAttention(), DotProductAttention()
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -8,14 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama.layers.kernel_modules import (
-    KernelRMSNorm,
-    kernel_project,
-    kernel_rotary,
-    kernel_swiglu,
-    use_kernels,
-)
-from llama.layers.quantized_linear import with_kernels
+from llama.layers.kernel_modules import KernelLinear, KernelRMSNorm, linears, rotate, swiglu
+from llama.layers.optimize import optimize
+from llama.layers.replace import as_class
 from llama.model import ModelArgs, RMSNorm, Transformer, apply_rotary_emb
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -69,7 +64,7 @@ def test_a_model_that_uses_them(ops: object) -> None:
     want.sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    use_kernels(model)
+    optimize(model)
     assert isinstance(model.norm, KernelRMSNorm) and list(model.state_dict()) == names
     model(tokens).sum().backward()
     for p, grad in zip(model.parameters(), gradients, strict=True):
@@ -84,7 +79,7 @@ def test_a_model_that_uses_them(ops: object) -> None:
 @torch.inference_mode()
 def test_projections_are_read_together(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all are plain weights behind kernels; in one call, and alike."""
-    linears = [with_kernels("", nn.Linear(64, n, bias=False)) for n in (48, 16, 16)]
+    modules = [as_class(nn.Linear(64, n, bias=False), KernelLinear) for n in (48, 16, 16)]
     plain = nn.Linear(64, 8, bias=False)
     calls: list[int] = []
     together = torch.ops.llama3.linears
@@ -95,9 +90,9 @@ def test_projections_are_read_together(ops: object, monkeypatch: pytest.MonkeyPa
         return found
 
     monkeypatch.setattr(torch.ops.llama3, "linears", spy)
-    for rows, some in ((1, linears), (1, [*linears, plain]), (300, linears)):
+    for rows, some in ((1, modules), (1, [*modules, plain]), (300, modules)):
         x = torch.randn(rows, 64)
-        for found, linear in zip(kernel_project(x, *some), some, strict=True):
+        for found, linear in zip(linears(x, *some), some, strict=True):
             weight = linear.weight
             assert isinstance(weight, torch.Tensor)
             torch.testing.assert_close(found, x @ weight.T, atol=1e-5, rtol=0)
@@ -109,8 +104,8 @@ def test_compiled_and_fake(ops: object) -> None:
 
     def step(x: torch.Tensor) -> torch.Tensor:
         x = norm(x).view(1, 2, 2, 32)
-        xq, xk = kernel_rotary(x, x, turns)
-        return kernel_swiglu(xq, xk)
+        xq, xk = rotate(x, x, turns)
+        return swiglu(xq, xk)
 
     x = torch.randn(1, 2, 64)
     with torch.inference_mode():

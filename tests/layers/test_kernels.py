@@ -285,7 +285,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 LOAD = """
 import logging; logging.basicConfig(level=logging.INFO)
-import torch; from llama import kernels
+import torch; from llama.layers import kernels
 print(kernels.load(), kernels.load(), kernels.linear(torch.ones(1, 8), torch.ones(2, 8)).tolist())
 """
 

@@ -12,8 +12,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Transformer
-from llama.checkpoints.load import tune
 from llama.layers import kernels
+from llama.layers.kernel_modules import KernelLinear
+from llama.layers.optimize import optimize
 from llama.layers.quantization import (
     codes_int4,
     dequantize_int4,
@@ -24,9 +25,8 @@ from llama.layers.quantization import (
 from llama.layers.quantized_linear import (
     Int4Linear,
     Int8Linear,
-    KernelLinear,
     TinygemmLinear,
-    with_tinygemm,
+    tinygemm_or_same,
 )
 from tests.models import random_weights
 
@@ -61,7 +61,7 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
 @torch.inference_mode()
 def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
     model = make_model()
-    tune(model, scheme, exact=False)
+    optimize(model, scheme)
     plain, untouched = with_dequantized_weights(model), make_model()
     for tokens in (TOKENS, TOKENS[:1, :3]):  # more rows than the kernels take, and fewer
         want = plain(tokens)
@@ -76,7 +76,7 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
 def test_quantized_weights_are_near(scheme: str, most: float) -> None:
     model = make_model()
-    tune(model, scheme, exact=False)
+    optimize(model, scheme)
     near = dict(with_dequantized_weights(model).named_parameters())
     for name, w in make_model().named_parameters():
         if "norm" not in name:
@@ -88,12 +88,12 @@ def test_kernels_share_the_weights_and_names() -> None:
     model = make_model(torch.bfloat16)
     model.output.weight = model.tok_embeddings.weight  # tied
     before = {name: w.data_ptr() for name, w in model.state_dict().items()}
-    tune(model, None, exact=False)
+    optimize(model)
     assert {name: w.data_ptr() for name, w in model.state_dict().items()} == before
     assert sum(isinstance(m, KernelLinear) for m in model.modules()) == 15
     exact = make_model(torch.bfloat16)
     exact.output.weight = exact.tok_embeddings.weight
-    tune(exact, None, exact=True)
+    optimize(exact, exact=True)
     assert not any(isinstance(m, KernelLinear) for m in exact.modules())
     with torch.inference_mode():
         torch.testing.assert_close(model(TOKENS, 0), exact(TOKENS, 0), atol=0.1, rtol=0.1)
@@ -103,7 +103,7 @@ def test_kernels_share_the_weights_and_names() -> None:
 
 def test_a_tuned_model_still_trains() -> None:
     model = make_model()
-    tune(model, None, exact=False)
+    optimize(model)
     model(TOKENS[:, :2]).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -147,10 +147,11 @@ def build(
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_rows_of_a_quantized_model_are_independent(
-    build: Callable[..., Llama], scheme: str, capfd: pytest.CaptureFixture[str]
+    build: Callable[..., Llama], scheme: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    llama = build(quantize=scheme)
-    assert f"float32 and {scheme}" in capfd.readouterr().err
+    with caplog.at_level("INFO", logger="llama"):
+        llama = build(quantize=scheme)
+    assert f"float32 and {scheme}" in caplog.text
     prompts = [[128000, 9, 8, 7], [128000, *range(500, 520)], [128000], [128000, *range(40)]]
     for options in ({"temperature": 0}, {"temperature": 1.0, "seed": 7}):
         together, _ = llama.generate(prompts, 12, **options)  # type: ignore[arg-type]
@@ -167,9 +168,9 @@ def test_bad_quantization(
     with pytest.raises(ValueError, match=r"layers.0.attention.wq: groups of 32 do not divide 48"):
         Llama.build(odd, llama3_tokenizer_path, 8, 1, device="cpu", quantize="int4")
     model = make_model()
-    tune(model, "int8", exact=False)
+    optimize(model, "int8")
     with pytest.raises(ValueError, match="quantized already"):
-        tune(model, "int8", exact=False)
+        optimize(model, "int8")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_int4_on_cuda_by_fake_tensors() -> None:
 
 
 def test_an_int4_kernel_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`with_tinygemm` compares; here the stand-in for CUDA's product is right, then wrong."""
+    """`tinygemm_or_same` compares; here the stand-in for CUDA's product is right, then wrong."""
     linear = Int4Linear(torch.randn(40, 128), 32)
     plain = dequantize_int4(linear.packed, linear.scale, linear.zero, 48)
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda pairs, inner: pairs)
@@ -222,7 +223,7 @@ def test_an_int4_kernel_with_other_numbers_is_not_used(monkeypatch: pytest.Monke
         w = (plain * factor).bfloat16()
         monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, *rest, w=w: x @ w.T)
         if factor == 1:
-            assert isinstance(with_tinygemm("w1", linear), TinygemmLinear)
+            assert isinstance(tinygemm_or_same("w1", linear), TinygemmLinear)
         else:
             with pytest.warns(UserWarning, match="w1: torch's int4 kernel"):
-                assert with_tinygemm("w1", linear) is linear
+                assert tinygemm_or_same("w1", linear) is linear

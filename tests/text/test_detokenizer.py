@@ -1,4 +1,4 @@
-"""pieces.py: a stream is the completion, cut neither in a character nor in a stop string."""
+"""A stream is the completion, and is never cut within a character or a stop string."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.engine.request import Request
-from llama.pieces import Reader
+from llama.text.detokenizer import Detokenizer
 from llama.tokenizer import Tokenizer
 
 ALPHABET = "abc déß漢字😀👩‍👩‍👧\n."
@@ -35,18 +34,18 @@ def feed(
     tokenizer: Tokenizer, ids: list[int], stop: list[str], cut: bool = False
 ) -> tuple[str, str | None]:
     """What a row of these ids yields, one id at a time as the engine adds them."""
-    request = Request([1], len(ids))
-    request.begin(1 << 20, torch.device("cpu"))
-    reader, text = Reader(request, tokenizer, stop), ""
-    for token in ids:
-        request.take(token, 0.0)
-        reader.read()
-        piece = reader.pieces.popleft()
-        text += piece.text
-        assert cut or "\ufffd" not in piece.text
-        if piece.finish_reason:
-            return text, piece.finish_reason
-    raise AssertionError("the row never finished")
+    detokenizer, text = Detokenizer(tokenizer.decode_bytes, stop), ""
+    for i, token in enumerate(ids):
+        new = detokenizer.feed([token], last=i == len(ids) - 1)
+        text += new
+        assert cut or "\ufffd" not in new
+        if detokenizer.stopped:
+            assert detokenizer.used == i + 1
+            assert detokenizer.feed(ids) == "" and detokenizer.used == i + 1
+            return text, "stop"
+    at_once = Detokenizer(tokenizer.decode_bytes, stop)
+    assert at_once.feed(ids, last=True) == text and at_once.used == len(ids)
+    return text, "length"
 
 
 def random_pieces(rng: random.Random, tokenizer: Tokenizer) -> tuple[str, list[int]]:
@@ -153,9 +152,9 @@ def test_streams_in_threads(tiny: Llama) -> None:
 @pytest.mark.parametrize("how", ["close", "with", "del"])
 def test_an_abandoned_stream_frees_its_slot(tiny: Llama, how: str) -> None:
     stream = tiny.text_stream("Hello", temperature=0)
-    request = stream.request
     next(stream)
-    assert tiny.engine.busy
+    generation = stream.generation
+    assert tiny.engine.busy and generation is not None
     if how == "close":
         stream.close()
     elif how == "with":
@@ -164,7 +163,7 @@ def test_an_abandoned_stream_frees_its_slot(tiny: Llama, how: str) -> None:
     else:
         del stream
         gc.collect()
-    assert not tiny.engine.busy and request.finish_reason == "cancelled"
+    assert not tiny.engine.busy and generation.finish_reason == "cancelled"
     assert tiny.generate([[1, 2]] * 4, 2, temperature=0)[0]
 
 
@@ -172,7 +171,8 @@ def test_a_stream_tells_what_it_reused(tiny: Llama) -> None:
     tiny.engine.forget()
     for text, reused in [("One two three four", 0), ("One two three five", 4)]:
         stream = tiny.text_stream(text, temperature=0, max_gen_len=2)
-        assert len(list(stream)) == 2 and stream.request.reused == reused
+        assert len(list(stream)) == 2 and stream.generation is not None
+        assert stream.generation.reused == reused
 
 
 def test_a_token_without_text_ends_its_own_stream(
@@ -192,7 +192,8 @@ def test_a_token_without_text_ends_its_own_stream(
     stream = tiny.text_stream("Hi", temperature=0, max_gen_len=6)
     text = next(other).text
     next(stream)
-    stream.request.tokens.append(128000)
+    assert stream.generation is not None
+    stream.generation.tokens.append(128000)
     with pytest.raises(ValueError, match="no token has the id 128000"):
         list(stream)
     assert text + "".join(piece.text for piece in other) == want["generation"]
@@ -222,7 +223,8 @@ def test_close_from_another_thread(tiny: Llama) -> None:
         if i == 3:
             thread.start()
             thread.join(60)
-    assert i <= 4 and stream.request.finish_reason == "cancelled" and not tiny.engine.busy
+    assert stream.generation is not None and stream.generation.finish_reason == "cancelled"
+    assert i <= 4 and not tiny.engine.busy
     assert list(stream) == []
 
 

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.vocabulary import ffn_terms, rank_file, sidecar
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
-from llama.rope import apply_scaling
+from llama.model import ModelArgs, apply_scaling
 from llama.text.rank_file import LLAMA3_PATTERN
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.vocabulary import ffn_terms
+from llama.model import ModelArgs
 
 # Hugging Face's names <-> Meta's; a layer's are `model.layers.N.` + HF and `layers.N.` + Meta.
 TOP_NAMES = {

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.hf_config import SCALING, hf_name
 from llama.checkpoints.formats.hf_tokenizer import write_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.progress import progress
 from llama.distributed.sharding import weight_shapes
+from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 
 MAX_SHARD_BYTES = 10**9  # a file holds at least one tensor, however large

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import shard_dim
+from llama.model import ModelArgs
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # What inference itself decides; params.json may name it, and is not asked.

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.quantized import held, params_of
 from llama.checkpoints.load import read_part
 from llama.checkpoints.source import Source
 from llama.common.progress import progress
 from llama.distributed.sharding import rank_counts, weight_shapes
+from llama.model import ModelArgs
 
 
 def write_meta(

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.args import ModelArgs
 from llama.checkpoints.formats.meta import (
     DTYPES,
     QUANTIZATION,
@@ -26,6 +25,7 @@ from llama.checkpoints.source import Source, check_shapes
 from llama.distributed.sharding import weight_shapes
 from llama.layers.quantization import rows_int4
 from llama.layers.quantized_linear import check_scheme, quantized
+from llama.model import ModelArgs
 
 CODES = (torch.int8, torch.int32)
 KEYS = {"scheme", "group", "tied"}

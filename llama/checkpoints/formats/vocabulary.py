@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from llama.args import ModelArgs
+from llama.model import ModelArgs
 
 # A turn ends at any of these, where the vocabulary has them.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")

@@ -1,0 +1,99 @@
+"""Replacements of `DotProductAttention`, the core of attention: faster, with the same result.
+
+Shapes: B rows, T new positions a row, S positions read, D head_dim, H / K query / key-value heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.layers import kernels
+from llama.model import DotProductAttention
+
+# Up to this many scores the reference's arithmetic is kept (scores in the model's dtype, the softmax
+# in fp32), so that a seed draws the same ids as in Meta's code. Above it the scores would take more
+# than 64 MB in fp32, and torch's fused kernel serves, which does not store them.
+EXACT_SCORES = 1 << 24
+
+
+class GroupedAttention(DotProductAttention):
+    """The reference's arithmetic without copying key-value heads; long prompts by torch's kernel."""
+
+    def forward(
+        self,
+        xq: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        return grouped_attention(xq, keys, values, mask)
+
+
+class KernelAttention(DotProductAttention):
+    """By the CPU kernel, which reads a cache at the memory's speed and only up to each position.
+
+    Where it does not apply: by torch's fused kernel in half precision, else as `GroupedAttention`.
+    In fp32 the CPU kernel serves single queries only: a prompt keeps the reference's arithmetic.
+    """
+
+    def forward(
+        self,
+        xq: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        fits = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
+        if positions is not None and fits and kernels.takes(xq):
+            out: Tensor = torch.ops.llama3.attend(xq, keys, values, positions)
+            return out
+        if xq.dtype in (torch.bfloat16, torch.float16):
+            return fused_attention(xq, keys, values, mask)
+        return grouped_attention(xq, keys, values, mask)
+
+
+def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """See `GroupedAttention`. Arguments and result: `DotProductAttention.forward`."""
+    B, T, H, _ = xq.shape
+    if B * H * T * keys.shape[1] <= EXACT_SCORES:
+        return folded_attention(xq, keys, values, mask)
+    return fused_attention(xq, keys, values, mask)
+
+
+def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """By torch's kernel, which does not store scores. Arguments as `grouped_attention`."""
+    B, T, H, D = xq.shape
+    K = keys.shape[2]
+    if xq.device.type == "mps":  # several releases of torch give wrong results there
+        return folded_attention(xq, keys, values, mask)
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if T == 1:  # a group's query heads become the queries of their key-value head
+        xq = xq.view(B, K, H // K, D)
+        return F.scaled_dot_product_attention(xq, keys, values, mask).reshape(B, 1, H, D)
+    out = F.scaled_dot_product_attention(
+        xq.transpose(1, 2), keys, values, mask, is_causal=mask is None, enable_gqa=H != K
+    )
+    return out.transpose(1, 2)
+
+
+def folded_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """A group's heads as rows of one matrix multiplication. Arguments as `grouped_attention`."""
+    B, T, H, D = xq.shape
+    S, K = keys.shape[1:3]
+    folded = xq.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)
+    scores = folded @ keys.permute(0, 2, 3, 1) / math.sqrt(D)
+    scores = scores.view(B, K, H // K, T, S)
+    if mask is None and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=xq.device).tril(S - T)
+    if mask is not None:
+        hidden = (mask.unsqueeze(1) if mask.dim() == 4 else mask).logical_not()
+        scores = scores.masked_fill(hidden, -math.inf)
+    weights = F.softmax(scores.float(), dim=-1).type_as(xq).view(B, K, -1, S)
+    out = (weights @ values.transpose(1, 2)).view(B, K, H // K, T, D)
+    return out.permute(0, 3, 1, 2, 4).reshape(B, T, H, D)

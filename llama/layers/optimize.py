@@ -1,0 +1,59 @@
+"""Which replacements a loaded model gets, by its device and by what the user asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from llama.distributed import tensor_parallel
+from llama.layers import kernels
+from llama.layers.attention import GroupedAttention, KernelAttention
+from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
+from llama.layers.quantized_linear import Int4Linear, check_ranks, quantized, tinygemm_or_same
+from llama.layers.replace import Factory, factory_of, replace_modules
+from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
+
+Table = dict[type[nn.Module], Factory]
+
+# The reference's arithmetic, without its copies of key-value heads.
+REFERENCE: Table = {DotProductAttention: factory_of(GroupedAttention)}
+# The fastest that gives the same result up to rounding, on any device.
+FAST: Table = {
+    DotProductAttention: factory_of(KernelAttention),
+    Attention: factory_of(KernelHeads),
+    FeedForward: factory_of(KernelFeedForward),
+    RMSNorm: factory_of(KernelRMSNorm),
+}
+
+
+def optimize(model: Transformer, quantize: str | None = None, exact: bool = False) -> None:
+    """Replace modules of a loaded model by faster or smaller ones.
+
+    Args:
+        quantize: "int8", "int4" or None; see `quantized`.
+        exact: keep the reference's arithmetic in everything but quantized linears.
+
+    Raises:
+        ValueError: the model cannot be quantized this way.
+    """
+    if quantize is not None:
+        check_ranks(model.params, quantize)
+        if not isinstance(model.output, nn.Linear):
+            raise ValueError("this model is quantized already; build it anew from its checkpoint")
+        sharded = tensor_parallel.size() > 1
+        replace_modules(model, {nn.Linear: quantized(quantize, sharded=sharded)})
+    if exact:
+        replace_modules(model, REFERENCE)
+        return
+    device, dtype = model.norm.weight.device, model.norm.weight.dtype
+    table = dict(FAST)
+    if device.type == "cpu" and kernels.load():
+        table[nn.Linear] = factory_of(KernelLinear)
+    if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
+        table[Int4Linear] = tinygemm_or_same
+    replace_modules(model, table)
+
+
+def has_tinygemm(device: torch.device) -> bool:
+    """Whether torch's int4 kernel runs on this GPU: NVIDIA's Ampere and later."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
