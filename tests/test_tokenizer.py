@@ -219,8 +219,8 @@ def test_sidecar(tmp_path: Path) -> None:
     [
         ({"unknown": 1}, "keys among"),
         ({"eos_token": "</t>"}, "</t>"),
-        ({"special_tokens": {"<s>": 3}}, r"both give the ids \[3\]"),
-        ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token the id 261"),
+        ({"special_tokens": {"<s>": 3}}, r"both use the ids \[3\]"),
+        ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token with id 261"),
         ({"chat_format": "alpaca"}, "chat_format"),
     ],
 )
