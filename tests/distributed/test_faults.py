@@ -183,7 +183,7 @@ def test_a_busy_port(rank_0: int) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", rank_0))
         s.listen()
-        with pytest.raises(ValueError, match=f"MASTER_PORT {rank_0} cannot be served"):
+        with pytest.raises(ValueError, match=f"rank 0 cannot serve MASTER_PORT {rank_0}"):
             job.store()
 
 
@@ -194,18 +194,18 @@ def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rank_that_does_not_come(rank_0: int) -> None:
-    with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
+    with pytest.raises(ValueError, match=r"rank 1 of 2 did not start within 0.5 s"):
         job.rendezvous({})
 
 
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
 def test_a_backend_that_torch_lacks(rank_0: int) -> None:
     with pytest.raises(ValueError, match="this build of torch has no nccl"):
-        tensor_parallel._join(2, "nccl")
+        tensor_parallel._create_groups(2, "nccl")
 
 
 def test_a_rank_that_comes_twice(rank_0: int) -> None:
-    job.store().add("came/0", 1)
+    job.store().add("arrived/0", 1)
     with pytest.raises(ValueError, match="two processes have RANK=0"):
         job.rendezvous({})
 
@@ -229,7 +229,7 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
 def test_all_lost_ranks_are_named(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them may only be busy, such as rank 0 while a person types."""
     monkeypatch.setattr(job, "ANSWER_WITHIN", 0.1)
-    job.store().set("lives/1", "")
+    job.store().set("alive/1", "")
     fault = job.find_lost_rank([0, 1, 2, 3])
     assert fault is not None
     assert fault.text.startswith("rank 2 no longer answers, nor 3: it ended, was killed")
