@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def quantized_models(arguments: str, folder: str) -> dict[str, Any]:
         "maximum": tensor_parallel.max_over_ranks(
             torch.tensor([tensor_parallel.rank(), nan_on_rank_1])
         ).tolist(),
-        "errors": [error_of(lambda how=how: build(**how)) for how in cases["wrong_builds"]],
+        "errors": [error_of(partial(build, **options)) for options in cases["wrong_builds"]],
         "collectives": count_collectives(model),
     }
     Path(folder, f"{tensor_parallel.rank()}.json").write_text(json.dumps(result))
@@ -239,7 +240,12 @@ def same_weight(a: Tensor, b: Tensor, scale: bool) -> bool:
 
 
 def build(**options: Any) -> Llama:
-    fixed = {"tokenizer_path": None, "max_seq_len": 16, "max_batch_size": 1, "device": "cpu"}
+    fixed: dict[str, Any] = {
+        "tokenizer_path": None,
+        "max_seq_len": 16,
+        "max_batch_size": 1,
+        "device": "cpu",
+    }
     return Llama.build(**fixed, **options)
 
 
@@ -249,7 +255,7 @@ def one(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    modes = {
+    modes: dict[str, Callable[..., dict[str, Any]]] = {
         "cases": cases, "demo": demo, "one": one, "replicas": replicas,
         "quantized": quantized_models,
     }  # fmt: skip

@@ -85,7 +85,11 @@ def write(folder: Path, shards: int = 1, seed: int = 0, tied: bool = False, **pa
         lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
         (folder / "tokenizer.model").write_bytes(b"".join(lines))
         special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259, "<x>": 260}
-        sidecar = {"pat_str": r"[\s\S]", "special_tokens": special, "bos_token": "<s>"}
+        sidecar: dict[str, Any] = {
+            "pat_str": r"[\s\S]",
+            "special_tokens": special,
+            "bos_token": "<s>",
+        }
         sidecar |= {"eos_token": "</s>", "pad_token": None, "stop_tokens": []}
         sidecar |= {"chat_format": "chatml", "default_system": None}
         (folder / "tokenizer.model.json").write_text(json.dumps(sidecar))

@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import random
 import re
-import string
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama.text.tool_parser import ToolReply, parse_tool_calls
-from llama.text.tool_prompt import (
-    TOOL_FORMS,
-    ToolCall,
-    check_tools,
-    encode_tool_call,
-    encode_tool_calls,
-)
+from llama.text.tool_parser import parse_tool_calls
+from llama.text.tool_prompt import TOOL_FORMS, ToolCall, check_tools
 from llama.tokenizer import ChatFormat, Tokenizer
+from tests.text.tool_calls import PLAIN, random_call, random_plain_call, random_text, to_meta
 
-PLAIN = string.ascii_letters + string.digits + " .,;:!?'()[]{}<>|/=äß漢😀"
-HOSTILE = PLAIN + '"\\\n\t\r\0\x7f\u2028\ud800'
-PIECES = ["<|python_tag|>", "</function>", '")', "')", '\\"', "<function=x>", "[f(a=1)]", "}{"]
 SONGS = {
     "type": "function",
     "function": {
@@ -38,152 +29,6 @@ SONGS = {
     },
 }
 SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 21 September 2024\n\nBe kind."
-
-
-@pytest.fixture(scope="module")
-def ours(llama3_tokenizer_path: Path) -> ChatFormat:
-    return ChatFormat(Tokenizer(llama3_tokenizer_path, "llama3.1"))
-
-
-@pytest.fixture(scope="module")
-def meta(llama3_tokenizer_path: Path) -> Any:
-    from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
-    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-
-    return MetaChatFormat(MetaTokenizer(llama3_tokenizer_path))
-
-
-# Random calls
-
-
-def random_text(rng: random.Random, alphabet: str) -> str:
-    text = "".join(rng.choices(alphabet, k=rng.randint(0, 12)))
-    return text + rng.choice(PIECES) if alphabet is HOSTILE and rng.random() < 0.3 else text
-
-
-def random_value(rng: random.Random, alphabet: str, depth: int = 0) -> Any:
-    kind = rng.randrange(5 if depth == 3 else 7)
-    if kind == 5:
-        return [random_value(rng, alphabet, depth + 1) for _ in range(rng.randint(0, 3))]
-    if kind == 6:
-        return {
-            random_text(rng, alphabet): random_value(rng, alphabet, depth + 1)
-            for _ in range(rng.randint(0, 3))
-        }
-    choices: list[Any] = [
-        rng.randint(-(10**20), 10**20), rng.uniform(-1e30, 1e30), rng.random() < 0.5, None,
-        random_text(rng, alphabet),
-    ]  # fmt: skip
-    return choices[kind]
-
-
-def random_call(rng: random.Random, alphabet: str, builtin: bool = True) -> ToolCall:
-    kind = rng.randrange(6) if builtin else 5
-    text = random_text(rng, alphabet)
-    if kind < 3:
-        name = ("brave_search", "wolfram_alpha", "photogen")[kind]
-        return {"name": name, "arguments": {"query": text}}
-    if kind == 3:
-        return {"name": "code_interpreter", "arguments": {"code": f"x = {text}"}}
-    keys = rng.sample(["a", "city", "n_best", "query", "_x", "B2"], rng.randint(0, 4))
-    return {
-        "name": rng.choice(["f", "get_weather", "Tool2"]),
-        "arguments": {key: random_value(rng, alphabet) for key in keys},
-    }
-
-
-def to_meta(call: ToolCall) -> Any:
-    from llama_models.datatypes import ToolCall as MetaToolCall
-
-    # Meta's class rejects nested lists, though its code can write them.
-    meta_call = MetaToolCall(call_id="c", tool_name=call["name"], arguments={})
-    return meta_call.model_copy(update={"arguments": call["arguments"]})
-
-
-def has_dict(value: Any) -> bool:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(v, dict) or has_dict(v) for v in values)
-
-
-def random_plain_call(rng: random.Random, form: str) -> ToolCall:
-    """A call that Meta's code writes correctly: no quotes, and no dicts in Python."""
-    while True:
-        call = random_call(rng, PLAIN)
-        if form != "python_list" or not has_dict(call["arguments"]):
-            return call
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_calls_are_written_like_metas(form: str) -> None:
-    from llama_models.datatypes import ToolPromptFormat
-    from llama_models.llama3.tool_utils import ToolUtils
-
-    rng = random.Random(3)
-    for _ in range(300):
-        call = random_plain_call(rng, form)
-        expected = ToolUtils.encode_tool_call(to_meta(call), ToolPromptFormat(form))
-        assert encode_tool_call(call, form) == expected
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_calls_are_parsed_like_metas(form: str, meta: Any) -> None:
-    """Where Meta's code is right; it ends tags at the first brace, and changes quotes."""
-    from llama_models.datatypes import StopReason
-
-    rng, compared = random.Random(4), 0
-    for _ in range(400):
-        call = random_plain_call(rng, form)
-        text = encode_tool_call(call, form)
-        if call["name"] == "code_interpreter":
-            text = "<|python_tag|>" + text
-        try:
-            theirs = meta.decode_assistant_message_from_content(text, StopReason.end_of_turn)
-            [got] = theirs.tool_calls
-        except Exception:
-            continue
-        name = getattr(got.tool_name, "value", got.tool_name)
-        if (name, got.arguments) == (call["name"], call["arguments"]):
-            compared += 1
-            assert parse_tool_calls(text) == ToolReply("", [call])
-    assert compared > 100
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_round_trip_of_calls(form: str) -> None:
-    rng = random.Random(5)
-    for _ in range(1000):
-        calls = [random_call(rng, HOSTILE) for _ in range(rng.choice([1, 1, 2, 3]))]
-        text = "".join(encode_tool_calls(calls, form))
-        if len(calls) == 1 and calls[0]["name"] == "code_interpreter":
-            text = "Let me see:<|python_tag|>" + text
-        reply = parse_tool_calls({"role": "assistant", "content": text})
-        assert reply.problem is None, (text, reply.problem)
-        assert reply.tool_calls == calls, text
-        # Also after the tag, as the models write it.
-        tagged = "<|python_tag|>" + text.split("see:<|python_tag|>")[-1]
-        assert parse_tool_calls(tagged).tool_calls == calls, text
-
-
-def test_backslashes_of_a_query() -> None:
-    for query in (r"\frac{1}{2}", "C:\\", 'a "b" \\"c\\\\"', "\\", '"', "\\\\", "two\nlines"):
-        call: ToolCall = {"name": "wolfram_alpha", "arguments": {"query": query}}
-        assert parse_tool_calls(encode_tool_call(call)).tool_calls == [call]
-    assert encode_tool_call(call | {"arguments": {"query": r"\frac{1}{2}"}}) == (
-        r'wolfram_alpha.call(query="\frac{1}{2}")'
-    )
-
-
-def test_a_call_that_is_no_valid_python_is_json() -> None:
-    call: ToolCall = {"name": "f", "arguments": {"a-b": 1}}
-    for calls in ([call], [call, call]):
-        assert (
-            parse_tool_calls("".join(encode_tool_calls(calls, "python_list"))).tool_calls == calls
-        )
-    odd: ToolCall = {"name": "brave_search", "arguments": {"q": "x", "n": 3}}
-    assert parse_tool_calls(encode_tool_call(odd)).tool_calls == [odd]
-
-
-# Dialogs
 
 
 @pytest.mark.parametrize("form", TOOL_FORMS)
@@ -312,9 +157,6 @@ def test_only_code_has_a_real_tag_and_turns_cannot_be_forged(ours: ChatFormat) -
         got = ours.encode_dialog_prompt([message], [forged], form)  # type: ignore[arg-type]
         roles = got.count(ours.tokenizer.special_tokens["<|start_header_id|>"])
         assert got.count(ours.tokenizer.eot_id) == roles - 1
-
-
-# Errors
 
 
 def tool(**change: Any) -> dict[str, Any]:

@@ -12,14 +12,9 @@ import torch
 
 from llama.train.loop import train
 from tests.distributed.test_tensor_parallel import start_torchrun, torchrun
-from tests.train.training import SMALL, flags, losses, write_text
+from tests.train.training import SMALL, flags, losses
 
 TWO_RANKS = replace(SMALL, batch_size=2, steps=8, eval_every=4, warmup=0, final_lr=1.0)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""data.py against plain Python code on the same text."""
+"""`Corpus` of data.py against plain Python code on the same text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,12 +46,6 @@ def open_corpus(
     corpus = Corpus(write(folder / "texts", files), **fractions)
     path = learn(kind, corpus.texts(), corpus.texts("train"), folder)
     return corpus, Tokenizer(path), corpus.tokenized(path, folder / "data")
-
-
-def numbered(lengths: list[int]) -> Split:
-    """A split with documents of these lengths; its ids are 0, 1, 2, ..."""
-    starts = np.cumsum([0, *lengths])[:-1]
-    return Split("train", np.arange(sum(lengths), dtype=np.uint16), starts)
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe:280"])
@@ -104,7 +97,7 @@ def test_any_text_round_trips(text: str, percent: int) -> None:
     if text[0] == "\ufeff" or "\0" in text:
         return
     with tempfile.TemporaryDirectory() as name:
-        fractions = {"val_fraction": percent / 100, "test_fraction": 0.4}
+        fractions: dict[str, Any] = {"val_fraction": percent / 100, "test_fraction": 0.4}
         _, t, splits = open_corpus(Path(name), {"a.txt": text}, **fractions)
         ids = [i for name in SPLITS if name in splits for i in splits[name].ids.tolist()]
         assert ids[0] == t.bos_id and ids[-1] == t.eos_id and t.decode(ids[1:-1]) == text
@@ -145,90 +138,6 @@ def test_a_long_text_is_encoded_in_passages(
     ids = [t.encode(text, bos=True, eos=True) for text in files.values()]
     assert splits["train"].ids.tolist() == ids[0] + ids[1]
     assert splits["train"].starts.tolist() == [0, len(ids[0])]
-
-
-def test_batch_rows_are_windows_of_the_text() -> None:
-    split = numbered([5000])
-    x, y = split.batch(step=3, batch_size=7, context=20)
-    assert x.shape == y.shape == (7, 20) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(x, x[:, :1] + torch.arange(20)) and torch.equal(y, x + 1)
-
-
-def test_batch_depends_on_seed_and_step_alone() -> None:
-    first, again = numbered([5000]), numbered([5000])
-    steps = {step: first.batch(step, 4, 16, seed=1) for step in range(10)}
-    for step in (7, 2, 9):  # in any order
-        assert all(map(torch.equal, again.batch(step, 4, 16, seed=1), steps[step]))
-    starts = {tuple(x[:, 0].tolist()) for x, _ in steps.values()}
-    others = {tuple(first.batch(step, 4, 16, seed=2)[0][:, 0].tolist()) for step in range(10)}
-    assert len(starts | others) == 20
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 8])
-def test_parts_are_one_batch(n: int) -> None:
-    split = numbered([300, 40, 20, 4000, 7])
-    whole = split.batch(5, 24, 10, seed=3)
-    parts = [split.batch(5, 24 // n, 10, seed=3, part=i, parts=n) for i in range(n)]
-    for expected, got in zip(whole, zip(*parts, strict=True), strict=True):
-        assert torch.equal(expected, torch.cat(got))
-
-
-def test_windows_are_drawn_uniformly() -> None:
-    split = numbered([90, 33, 5, 5, 200])
-    context = 4  # 8 contexts are 32 ids: both documents of 5 join the last one
-    allowed = [*range(90 - 4), *range(90, 123 - 4), *range(123, 333 - 4)]
-    x, _ = split.batch(0, 100_000, context)
-    counts = torch.bincount(x[:, 0], minlength=333)
-    assert counts.nonzero().flatten().tolist() == allowed
-    mean = 100_000 / len(allowed)
-    assert (counts[allowed] - mean).abs().max() < 6 * mean**0.5
-
-
-def spans(lengths: list[int], least: int) -> list[list[int]]:
-    """Ids of the spans: short documents are joined with the next, the last with the previous."""
-    out: list[list[int]] = []
-    at = 0
-    for n in lengths:
-        ids = list(range(at, at + n))
-        at += n
-        if out and len(out[-1]) < least:
-            out[-1] += ids
-        else:
-            out.append(ids)
-    if len(out) > 1 and len(out[-1]) < least:
-        out[-2:] = [out[-2] + out[-1]]
-    return out
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 60), max_size=12), st.integers(1, 9), st.integers(1, 5), st.integers()
-)
-def test_windows_cover_each_span_once(
-    lengths: list[int], context: int, batch_size: int, step: int
-) -> None:
-    split = numbered(lengths)
-    expected = []
-    for span in spans(lengths, 8 * context):
-        for i in range(0, len(span) - 1, context):
-            expected.append(span[i : i + context + 1])
-    got, sizes = [], []
-    for x, y in split.windows(context, batch_size):
-        assert x.shape == y.shape and len(x) <= batch_size and x.dtype == torch.int64
-        sizes.append(len(x))
-        got += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert torch.equal(x[:, 1:], y[:, :-1])
-    assert got == expected
-    for most in (1, 3, 7):
-        few = list(split.windows(context, batch_size, most))
-        some = [[*a, b[-1]] for x, y in few for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert some == expected[:: -(-len(expected) // most) or 1] and len(some) <= most
-    if split.ids.size > context:
-        inside = {
-            tuple(s[i : i + context]) for s in spans(lengths, 8 * context) for i in range(999)
-        }
-        x, _ = split.batch(abs(step), 20, context)
-        assert {tuple(row) for row in x.tolist()} <= inside
 
 
 def test_cache_is_used_until_an_input_changes(tmp_path: Path) -> None:

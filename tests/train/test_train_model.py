@@ -58,7 +58,8 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
 def test_recompute_saves_fewer_activations() -> None:
     """Counts the numbers that autograd saves for the backward pass."""
     saved = {}
-    model = Transformer(ModelArgs(**TINY | {"vocab_size": 101}, max_seq_len=40))
+    params: dict[str, Any] = TINY | {"vocab_size": 101}
+    model = Transformer(ModelArgs(**params, max_seq_len=40))
     ids = torch.randint(0, 101, (3, 41))
     for recompute in (False, True):
         sizes: list[int] = []

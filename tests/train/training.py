@@ -35,3 +35,9 @@ def losses(out: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl without tokens_per_s."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """{relative path: contents} of all files of a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
