@@ -30,7 +30,7 @@ def learn(kind: str, texts: Iterable[str], training: Iterable[str], folder: Path
             learned from `training`, with Llama 3's split pattern. Both add begin-of-text,
             end-of-text and padding tokens. Otherwise the path of a tokenizer.model, which is copied
             with its sidecar.
-        texts: all text, so that the characters of the held-out parts are tokens too.
+        texts: all text, so that the characters of the other splits are tokens too.
         training: the part of the text that a model is trained on.
 
     Raises:
