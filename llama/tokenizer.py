@@ -1,4 +1,4 @@
-"""Text <-> token ids: the BPE and chat prompts. Knows nothing about tensors."""
+"""Text <-> token ids: byte-pair encoding and chat prompts. Knows nothing about tensors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, cast
 import tiktoken
 
 from llama.text.long_text import check_characters, encode_uncut
+from llama.text.messages import NO_TOOLS, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.tool_prompt import (
     Tool,
@@ -24,16 +25,16 @@ from llama.text.tool_prompt import (
 Role = Literal["system", "user", "assistant", "ipython", "tool"]
 
 
-class _OfAssistant(TypedDict, total=False):
+class _AssistantFields(TypedDict, total=False):
     tool_calls: list[ToolCall]
     stop_reason: Literal["end_of_turn", "end_of_message"]
 
 
-class Message(_OfAssistant):
+class Message(_AssistantFields):
     """One turn of a dialog.
 
-    A tool's result has the role "ipython", or "tool", which means the same. The assistant may
-    make `tool_calls`; its `stop_reason` is "end_of_message" where it then awaits their results.
+    A tool's result has the role "ipython" or its synonym "tool". Messages of the assistant may
+    have `tool_calls`, and a `stop_reason`: "end_of_message" if the model waits for tool results.
     """
 
     role: Role
@@ -41,41 +42,47 @@ class Message(_OfAssistant):
 
 
 Dialog = Sequence[Message]
-_NO_TOOLS = "this vocabulary has no tokens for tools; they need Llama 3.1 or later"
 
 
 class Tokenizer:
-    """Byte-pair encoding over tiktoken, with Llama 3's special tokens.
+    """Byte-pair encoding by tiktoken, with Llama 3's special tokens.
 
     Args:
-        model_path: a rank file (`tokenizer.model`), local or anything blobfile opens.
-        version: "llama3" or "llama3.1" (and later): which special tokens follow the ranks.
-            `Llama.build` chooses by the checkpoint; None here means "llama3".
+        model_path: a rank file (`tokenizer.model`): a local path, or a URL that blobfile opens.
+        version: which special tokens follow the ranks: "llama3", or "llama3.1" (3.1 and later).
+            `Llama.build` chooses it by the checkpoint; None means "llama3".
 
-    A JSON file named like the rank file plus ".json" may describe another vocabulary: `pat_str`
-    (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`, `pad_token` (a
-    special token's text, or null for none), `stop_tokens` (a list of texts), `chat_format`
-    ("llama3" or "chatml") and `default_system`. It wins over `version`.
+    A sidecar, a JSON file named like the rank file plus ".json", may describe another vocabulary:
+    `pat_str` (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`,
+    `pad_token` (text of a special token, or null), `stop_tokens` (a list of texts), `chat_format`
+    ("llama3", "chatml" or null) and `default_system`. It takes precedence over `version`.
+
+    Attributes:
+        model: the tiktoken encoding.
+        n_words: size of the vocabulary, special tokens included.
+        special_tokens: {text: id}.
+        bos_id, eos_id, eot_id, eom_id, pad_id: -1 where the vocabulary has no such token.
+        stop_tokens: ids that end a generation.
+
+    Raises:
+        FileNotFoundError: there is no rank file.
+        ValueError: the rank file or the sidecar is damaged, or `version` is unknown.
     """
 
     def __init__(self, model_path: str | Path, version: str | None = None):
         model_path = str(model_path)
-        self._set_up(read_ranks(model_path), read_sidecar(model_path), model_path, version)
+        self._initialize(read_ranks(model_path), read_sidecar(model_path), model_path, version)
 
     @classmethod
     def from_vocabulary(
         cls, rank_file: bytes, sidecar: dict[str, Any], name: str, version: str | None = None
     ) -> Tokenizer:
-        """A tokenizer of a rank file's contents and of what a sidecar would say.
-
-        Args:
-            name: where they come from, for messages.
-        """
+        """A tokenizer from the contents of a rank file and a sidecar; `name` is for messages."""
         tokenizer = cls.__new__(cls)
-        tokenizer._set_up(parse_ranks(rank_file, name), sidecar, name, version)
+        tokenizer._initialize(parse_ranks(rank_file, name), sidecar, name, version)
         return tokenizer
 
-    def _set_up(
+    def _initialize(
         self, ranks: dict[bytes, int], sidecar: dict[str, Any], where: str, version: str | None
     ) -> None:
         spec = default_spec(version or "llama3", max(ranks.values()) + 1) | sidecar
@@ -91,7 +98,7 @@ class Tokenizer:
             special_tokens=self.special_tokens,
         )
         self.ranks = ranks
-        self._lacking = frozenset(b for b in range(256) if bytes([b]) not in ranks)
+        self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab
 
         def id_of(text: str | None) -> int:
@@ -116,19 +123,23 @@ class Tokenizer:
         """Encode `s`, of any length.
 
         Args:
-            bos, eos: put the begin / end token around (nothing where the vocabulary has none).
-            allowed_special: special tokens whose text in `s` becomes their id ("all": every one).
-                By default none: such text is encoded as ordinary characters, so that content can
-                not forge a turn.
+            bos, eos: add the begin / end token, if the vocabulary has one.
+            allowed_special: special tokens whose text in `s` becomes their id; "all" for every
+                one. By default none: the text of special tokens is encoded as ordinary characters,
+                so that content cannot forge a turn.
             disallowed_special: special tokens whose text in `s` raises a ValueError.
 
-        Unlike the reference this never cuts a run of characters, whose tokens would change there.
+        Unlike the reference, this does not cut long runs of characters, which would change tokens.
+
+        Raises:
+            TypeError: `s` is not a str.
+            ValueError: `s` has a disallowed special token or a character without tokens.
         """
         if not isinstance(s, str):
             raise TypeError(f"text to encode must be a str, not {type(s).__name__}")
         allowed = allowed_special or set()
-        if self._lacking:
-            check_characters(s, self.pat_str, self.ranks, self._lacking)
+        if self._missing_bytes:
+            check_characters(s, self.pat_str, self.ranks, self._missing_bytes)
         t = encode_uncut(s, self.model, self.pat_str, self.ranks, allowed, disallowed_special)
         if bos and self.bos_id >= 0:
             t.insert(0, self.bos_id)
@@ -137,7 +148,7 @@ class Tokenizer:
         return t
 
     def decode(self, t: Sequence[int]) -> str:
-        """Decode ids to text; bytes that are not UTF-8 become U+FFFD.
+        """Decode ids to text; bytes that are not valid UTF-8 become U+FFFD.
 
         Raises:
             ValueError: an id is outside the vocabulary.
@@ -145,12 +156,12 @@ class Tokenizer:
         return self.decode_bytes(t).decode("utf-8", errors="replace")
 
     def decode_bytes(self, t: Sequence[int]) -> bytes:
-        """Decode ids to bytes, which may begin or end inside a character."""
+        """Like `decode`, but to bytes, which may start or end inside a character."""
         try:
             return self.model.decode_bytes(list(t))
         except (KeyError, OverflowError):
             wrong = next(i for i in t if not self._has(i))
-            raise ValueError(f"no token has the id {wrong}; {self.n_words} are known") from None
+            raise ValueError(f"no token has the id {wrong}; use 0 to {self.n_words - 1}") from None
 
     def _has(self, token: int) -> bool:
         try:
@@ -161,11 +172,14 @@ class Tokenizer:
 
 
 class ChatFormat:
-    """Llama 3's chat prompt: BOS, then per message its header, content and end-of-turn token.
+    """Llama 3's chat prompt: BOS, then for each message header, content and end-of-turn token.
 
-    With the vocabulary of 3.1 and later also tools: their calls and their results.
+    With the vocabulary of Llama 3.1 and later, messages may also be tool calls and tool results.
 
-    `ChatFormat(tokenizer)` gives the format that the tokenizer's vocabulary was trained with.
+    `ChatFormat(tokenizer)` returns the subclass for `tokenizer.chat_format`.
+
+    Raises:
+        ValueError: the tokenizer has no chat format, or lacks a token of it.
     """
 
     roles: tuple[str, ...] = ("system", "user", "assistant")
@@ -182,9 +196,9 @@ class ChatFormat:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        if lacking := [t for t in self.tokens if t not in tokenizer.special_tokens]:
-            raise ValueError(f"this vocabulary has no {lacking}, which its chat format needs")
-        # 3.1 and later; the ChatML of other models has conventions of its own.
+        if missing := [t for t in self.tokens if t not in tokenizer.special_tokens]:
+            raise ValueError(f"this vocabulary has no {missing}, which its chat format needs")
+        # Llama 3.1 and later. ChatML models have conventions of their own.
         self.takes_tools = type(self) is ChatFormat and {"<|python_tag|>", "<|eom_id|>"} <= set(
             tokenizer.special_tokens
         )
@@ -203,33 +217,36 @@ class ChatFormat:
         ]
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
-        """One whole turn: its content, then its calls; `<|python_tag|>` opens code."""
-        self._check(message)
+        """A whole turn: header, content, tool calls, end. `<|python_tag|>` comes before code."""
+        check_message(message, self.roles, self.takes_tools)
         special, calls = self.tokenizer.special_tokens, message.get("tool_calls") or []
         texts = encode_tool_calls(calls, tool_form)
         tokens = self.encode_header(message)
         tokens += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
         if len(calls) == 1 and is_code(calls[0]):
             tokens.append(special["<|python_tag|>"])
-        for text in texts:  # each on its own, as llama-models does
+        for text in texts:  # each call separately, as llama-models does
             tokens += self.tokenizer.encode(text, bos=False, eos=False)
-        awaits = message.get("stop_reason") == "end_of_message"
-        return [*tokens, special["<|eom_id|>" if awaits else "<|eot_id|>"]]
+        waits = message.get("stop_reason") == "end_of_message"
+        return [*tokens, special["<|eom_id|>" if waits else "<|eot_id|>"]]
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
     ) -> list[int]:
-        """A dialog, and the header of the assistant's turn for the model to complete.
+        """A dialog, then the header of the assistant's turn that the model completes.
 
         Args:
-            tools: what the model may call: JSON-schema definitions, and names of Meta's built-in
-                tools. Llama 3.1 and later.
-            tool_form: how calls are written: "json" (3.1), "python_list" (3.2, 3.3), or
-                "function_tag". docs/chat.md shows the prompts.
+            tools: tools that the model may call (Llama 3.1 and later): JSON-schema definitions,
+                and names of Meta's built-in tools.
+            tool_form: how calls are written: "json" (3.1), "python_list" (3.2, 3.3) or
+                "function_tag"; see docs/chat.md.
+
+        Raises:
+            TypeError, ValueError: the dialog or a tool is invalid, or the vocabulary has no tools.
         """
         self._check_dialog(dialog, tools, tool_form)
         if tools:
-            self._check(dialog[0])
+            check_message(dialog[0], self.roles, self.takes_tools)
             dialog = cast(Dialog, with_tools(dialog, tools, tool_form))
         tokens = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
@@ -237,31 +254,10 @@ class ChatFormat:
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
     def _check_dialog(self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: str) -> None:
-        if isinstance(dialog, (str, dict)) or not isinstance(dialog, Sequence):
-            raise TypeError("a dialog is a list of {'role': ..., 'content': ...} messages")
-        if not dialog:
-            raise ValueError("the dialog is empty; give at least one message")
+        check_dialog(dialog)
         check_form(tool_form)
         if tools and not self.takes_tools:
-            raise ValueError(f"tools: {_NO_TOOLS}")
-
-    def _check(self, message: Message) -> None:
-        if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-            raise TypeError(f"a message is {{'role': ..., 'content': ...}}, not {message!r}")
-        if message["role"] not in self.roles:
-            raise ValueError(f"unknown role {message['role']!r}; use one of {list(self.roles)}")
-        if not isinstance(message["content"], str):
-            raise TypeError(f"a message's content is a str, not {type(message['content'])}")
-        if unknown := set(message) - {"role", "content", "tool_calls", "stop_reason"}:
-            raise ValueError(f"unknown keys in a message: {sorted(unknown, key=str)}")
-        reason = message.get("stop_reason", "end_of_turn")
-        if reason not in ("end_of_turn", "end_of_message"):
-            raise ValueError(f"stop_reason {reason!r}; use 'end_of_turn' or 'end_of_message'")
-        keys = [key for key in ("tool_calls", "stop_reason") if message.get(key)]
-        if keys and message["role"] != "assistant":
-            raise ValueError(f"only an assistant's message has {keys[0]}")
-        if (message.get("tool_calls") or reason == "end_of_message") and not self.takes_tools:
-            raise ValueError(f"{keys[0]}: {_NO_TOOLS}")
+            raise ValueError(f"tools: {NO_TOOLS}")
 
 
 class ChatMLFormat(ChatFormat):
@@ -273,8 +269,8 @@ class ChatMLFormat(ChatFormat):
         return self._turn(message["role"] + "\n")
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
-        self._check(message)
-        # Encoded in one go, as the template's text was in training.
+        check_message(message, self.roles, self.takes_tools)
+        # Role and content are encoded as one text, as in training.
         text = f"{message['role']}\n{message['content']}"
         end = self.tokenizer.special_tokens["<|im_end|>"]
         return [*self._turn(text), end, *self.tokenizer.encode("\n", bos=False, eos=False)]
@@ -284,7 +280,7 @@ class ChatMLFormat(ChatFormat):
     ) -> list[int]:
         self._check_dialog(dialog, tools, tool_form)
         tokens: list[int] = []
-        self._check(dialog[0])
+        check_message(dialog[0], self.roles, self.takes_tools)
         if self.tokenizer.default_system and dialog[0]["role"] != "system":
             system: Message = {"role": "system", "content": self.tokenizer.default_system}
             tokens.extend(self.encode_message(system))

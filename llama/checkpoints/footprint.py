@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llama.layers.attention import EXACT_SCORES
 from llama.distributed.sharding import rank_shapes
+from llama.layers.attention import EXACT_SCORES
 from llama.layers.quantization import BLOCK, GROUPS, TILE
 from llama.layers.quantized_linear import check_scheme, possible_ranks
 from llama.model import ModelArgs

@@ -1,1 +1,1 @@
-"""Ranks: torchrun's job, tensor parallelism, how weights are split, a rank's device."""
+"""Ranks: the job that torchrun starts, tensor parallelism, how weights are split."""

@@ -1,7 +1,8 @@
-"""The processes that torchrun started as one job: who they are, and why they end.
+"""The ranks that torchrun started as one job: environment, rendezvous, and faults.
 
-They meet in a store, a small table that torchrun serves (without torchrun, rank 0). It works before
-there is a process group and after one broke. Knows nothing about tensors.
+The ranks exchange small values through a store, a TCP key-value table that torchrun serves (rank 0
+without torchrun). The store works before the process group exists and after it has broken. Knows
+nothing about tensors.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from typing import Any
 
 import torch.distributed as dist
 
-TIMEOUT = "LLAMA3_RANK_TIMEOUT"  # environment: seconds that a rank may keep the others waiting
-ANSWER_WITHIN = 3.0  # seconds for the others to say that they live, once one of them is lost
-TELL_WITHIN = 2.0  # seconds for rank 0 to report, before another rank does
-POLL = 0.02  # seconds between looks: a store that waits by itself hears no signals
+TIMEOUT = "LLAMA3_RANK_TIMEOUT"  # environment variable: see `timeout`
+ANSWER_WITHIN = 3.0  # seconds in which a live rank answers `find_lost_rank`
+REPORT_WITHIN = 2.0  # seconds for rank 0 to claim the error report before another rank does
+POLL = 0.02  # seconds between polls; a blocking wait of the store would delay signal handlers
 
 
 class RankError(Exception):
-    """What happened to one rank, raised on every rank: the job is over."""
+    """An error of one rank, raised on every rank. The message names the rank."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM came, as torchrun sends it to the other ranks when one has ended."""
+    """Raised on SIGTERM, which torchrun sends to the other ranks when one has ended."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's number in the job, how many there are, and its number on its machine."""
+    """This process's rank, the number of ranks in the job, and its rank on its machine."""
 
     rank: int = 0
     world: int = 1
@@ -43,80 +44,80 @@ class Launch:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why the job ends: the first that was recorded. `cause` is the name of an exception."""
+    """The error that ends the job: class name `cause`, and the first line of its message."""
 
     rank: int
     cause: str
     text: str
 
     def exception(self) -> BaseException:
-        """What every rank raises."""
+        """The exception that every rank raises."""
         quiet = {"KeyboardInterrupt": KeyboardInterrupt, "BrokenPipeError": BrokenPipeError}
         if self.cause in quiet:
             return quiet[self.cause]()
-        if self.cause == RankError.__name__:  # which says whose fault it is
+        if self.cause == RankError.__name__:  # its message already names the rank
             return RankError(self.text)
         return RankError(f"rank {self.rank}: {self.cause}: {self.text}")
 
 
 def is_launched() -> bool:
-    """Whether this process was started by torchrun (or anything that sets its environment)."""
+    """Whether torchrun, or a launcher that sets the same variables, started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def is_single_process() -> bool:
-    """Whether it is the only one of its job."""
+    """Whether this process is the only one of its job."""
     return not is_launched() or os.environ["WORLD_SIZE"] == "1"
 
 
 def environment() -> Launch:
-    """What the environment says; one process if it says nothing.
+    """Read RANK, WORLD_SIZE and LOCAL_RANK. Without them the job is one process.
 
     Raises:
-        ValueError: it says half, or what cannot be.
+        ValueError: a variable is missing or out of range.
     """
-    given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
-    if given in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}):
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE") if name in os.environ}
+    if found in ({}, {"RANK": "0"}, {"WORLD_SIZE": "1"}):
         return Launch()
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    needed = names[:2] if given.get("WORLD_SIZE") == "1" else names
+    needed = names[:2] if found.get("WORLD_SIZE") == "1" else names
     if absent := [name for name in needed if name not in os.environ]:
         raise ValueError(
-            f"the environment has {' and '.join(f'{k}={v}' for k, v in given.items())} but not "
+            f"the environment has {' and '.join(f'{k}={v}' for k, v in found.items())} but not "
             f"{', '.join(absent)}; start the ranks with torchrun, which sets them all"
         )
-    world = _integer("WORLD_SIZE", 1, 1 << 20)
-    rank = _integer("RANK", 0, world - 1)
+    world = _read_integer("WORLD_SIZE", 1, 1 << 20)
+    rank = _read_integer("RANK", 0, world - 1)
     if world == 1:
         return Launch()
-    _integer("MASTER_PORT", 1, 65535)
-    return Launch(rank, world, _integer("LOCAL_RANK", 0, rank))
+    _read_integer("MASTER_PORT", 1, 65535)
+    return Launch(rank, world, _read_integer("LOCAL_RANK", 0, rank))
 
 
-def _integer(name: str, least: int, most: int) -> int:
+def _read_integer(name: str, low: int, high: int) -> int:
     text = os.environ[name]
-    if not text.isdecimal() or not least <= int(text) <= most:
+    if not text.isdecimal() or not low <= int(text) <= high:
         raise ValueError(
-            f"{name}={text} in the environment must be a number from {least} to {most}; "
+            f"{name}={text} in the environment must be a number from {low} to {high}; "
             "start the ranks with torchrun, which sets it"
         )
     return int(text)
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is also the number of its GPU."""
-    return _integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
+    """This process's rank on its machine, which is also the index of its GPU."""
+    return _read_integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
 
 
 def is_leader() -> bool:
-    """Whether this process reads the terminal and prints: rank 0 of the whole job."""
+    """Whether this is rank 0 of the job, which reads stdin and prints."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def timeout() -> timedelta:
-    """How long a rank may keep the others waiting within a step."""
+    """How long a rank waits for another within a step: LLAMA3_RANK_TIMEOUT, in seconds."""
     text = os.environ.get(TIMEOUT, "60")
     with suppress(ValueError, OverflowError):
         if 0 < (seconds := float(text)) < math.inf:
@@ -128,28 +129,30 @@ _store: dist.Store | None = None
 
 
 def store() -> dist.Store:
-    """The job's table, which torchrun serves, else rank 0.
+    """The job's key-value store. Rank 0 serves it where torchrun does not.
 
     Raises:
-        ValueError: its port is in use, or nobody answers there.
+        ValueError: MASTER_PORT is in use, or no server answers there.
     """
     global _store
     if _store is None:
-        me, served = environment(), _served_by_torchrun()
+        launch, served = environment(), _served_by_torchrun()
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        serves = me.rank == 0 and not served
+        serves = launch.rank == 0 and not served
         try:
-            table = dist.TCPStore(host, port, me.world, serves, timeout(), wait_for_workers=False)
+            table = dist.TCPStore(
+                host, port, launch.world, serves, timeout(), wait_for_workers=False
+            )
         except RuntimeError as e:
             if serves:
+                reason = str(e).splitlines()[0]
                 raise ValueError(
-                    f"MASTER_PORT {port} cannot be served, it may be in use: choose another "
-                    f"({str(e).splitlines()[0]})"
+                    f"rank 0 cannot serve MASTER_PORT {port}: {reason}; choose another port"
                 ) from None
             raise ValueError(
-                f"rank {me.rank} of {me.world} found no rank 0 at {host}:{port} within "
-                f"{timeout().total_seconds():g} s; start all ranks, with one MASTER_ADDR and "
-                "MASTER_PORT"
+                f"rank {launch.rank} of {launch.world} found no rank 0 at {host}:{port} within "
+                f"{timeout().total_seconds():g} s; start all ranks, with the same MASTER_ADDR "
+                "and MASTER_PORT"
             ) from None
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts
         _store = dist.PrefixStore(f"llama3/{attempt}", table)
@@ -161,7 +164,7 @@ def _served_by_torchrun() -> bool:
 
 
 def _reachable() -> dist.Store | None:
-    """The store, if it is there without waiting for other ranks."""
+    """The store, or None where opening it would wait for other ranks."""
     with suppress(ValueError):
         if _store is not None or (
             is_launched() and _served_by_torchrun() and environment().world > 1
@@ -171,35 +174,43 @@ def _reachable() -> dist.Store | None:
 
 
 def rendezvous(facts: dict[str, Any]) -> None:
-    """Wait until all ranks of the job have come, with the same facts.
+    """Wait until all ranks of the job have called this with the same facts.
 
     Raises:
-        ValueError: some differ, or have not come in time.
+        ValueError: the facts differ, or a rank did not call within `timeout`.
+        RankError: another rank failed before it got here.
     """
-    me, table = environment(), store()
-    facts = {"WORLD_SIZE": me.world} | facts
-    if table.add(f"came/{me.rank}", 1) > 1:
-        raise ValueError(f"two processes have RANK={me.rank}; number them 0 to {me.world - 1}")
-    table.set(f"facts/{me.rank}", json.dumps(facts))
-    absent, end = list(range(me.world)), time.monotonic() + timeout().total_seconds()
+    launch, table = environment(), store()
+    facts = {"WORLD_SIZE": launch.world} | facts
+    if table.add(f"arrived/{launch.rank}", 1) > 1:
+        raise ValueError(
+            f"two processes have RANK={launch.rank}; number the ranks 0 to {launch.world - 1}"
+        )
+    table.set(f"facts/{launch.rank}", json.dumps(facts))
+    absent, deadline = list(range(launch.world)), time.monotonic() + timeout().total_seconds()
     while True:
-        come = [r for r in absent if table.check([f"facts/{r}"])]
-        absent = [r for r in absent if r not in come]
-        check_equal({r: json.loads(table.get(f"facts/{r}")) for r in come} | {me.rank: facts})
+        arrived = [r for r in absent if table.check([f"facts/{r}"])]
+        absent = [r for r in absent if r not in arrived]
+        others = {r: json.loads(table.get(f"facts/{r}")) for r in arrived}
+        check_equal(others | {launch.rank: facts})
         if not absent:
             return
         if (fault := published_fault()) is not None:
             raise fault.exception()
-        if time.monotonic() > end:
+        if time.monotonic() > deadline:
             raise ValueError(
-                f"rank {absent[0]} of {me.world} has not come in {timeout().total_seconds():g} s; "
-                f"start all ranks together, or give them longer with {TIMEOUT}"
+                f"rank {absent[0]} of {launch.world} did not start within "
+                f"{timeout().total_seconds():g} s; start all ranks together, or raise {TIMEOUT}"
             )
         time.sleep(POLL)
 
 
 def check_equal(facts: dict[int, dict[str, Any]]) -> None:
-    """Raise a ValueError that names the first fact, by rank, in which two ranks differ."""
+    """Raise a ValueError that names the first value in which two ranks differ.
+
+    Args:
+        facts: {rank: {name: value}}.
+    """
     first = min(facts)
     for rank in sorted(facts):
         for name in facts[first] | facts[rank]:
@@ -211,24 +222,24 @@ def check_equal(facts: dict[int, dict[str, Any]]) -> None:
 
 
 def publish_fault(error: BaseException) -> Fault:
-    """Record why this rank ends; the first fault that any rank recorded."""
-    return _record(make_fault(error))
+    """Store this rank's error unless a fault is stored already; return the stored fault."""
+    return _publish(make_fault(error))
 
 
 def make_fault(error: BaseException) -> Fault:
-    """This rank's fault, unrecorded."""
+    """The fault of this rank, not written to the store."""
     lines = str(error).strip().splitlines() or [""]
     return Fault(_rank(), type(error).__name__, lines[0])
 
 
 def _rank() -> int:
-    """This process's, also if the environment is wrong."""
+    """This process's rank; 0 where RANK is not a number."""
     rank = os.environ.get("RANK", "0")
     return int(rank) if rank.isdecimal() else 0
 
 
-def _record(fault: Fault) -> Fault:
-    with suppress(RuntimeError):  # the store may have gone with its rank
+def _publish(fault: Fault) -> Fault:
+    with suppress(RuntimeError):  # the rank that served the store may have ended
         if (table := _reachable()) is not None:
             first = table.compare_set("fault", "", json.dumps(asdict(fault)))
             return Fault(**json.loads(first))
@@ -236,7 +247,7 @@ def _record(fault: Fault) -> Fault:
 
 
 def published_fault() -> Fault | None:
-    """The recorded fault, if any rank has ended."""
+    """The fault that is in the store, or None."""
     with suppress(RuntimeError):
         if (table := _reachable()) is not None and table.check(["fault"]):
             return Fault(**json.loads(table.get("fault")))
@@ -244,38 +255,42 @@ def published_fault() -> Fault | None:
 
 
 def find_lost_rank(ranks: Sequence[int]) -> Fault | None:
-    """Which of the ranks no longer answers, if one does; each rank that lost another asks this."""
-    me, silent = _rank(), list(ranks)
+    """Find which of `ranks` no longer runs; None if all answer.
+
+    Every rank that lost the connection to another calls this, and so shows that it is alive. A
+    fault that is in the store already is returned at once.
+    """
+    silent = list(ranks)
     try:
-        table, end = _reachable(), time.monotonic() + ANSWER_WITHIN
+        table, deadline = _reachable(), time.monotonic() + ANSWER_WITHIN
         if table is None:
             return None
-        table.set(f"lives/{me}", "")
-        while silent and time.monotonic() < end:
+        table.set(f"alive/{_rank()}", "")
+        while silent and time.monotonic() < deadline:
             if (fault := published_fault()) is not None:
                 return fault
-            silent = [r for r in silent if not table.check([f"lives/{r}"])]
+            silent = [r for r in silent if not table.check([f"alive/{r}"])]
             time.sleep(POLL)
     except RuntimeError:
-        silent = [0]  # which served the store
+        silent = [0]  # rank 0 served the store
     if not silent:
         return None
     others = "".join(f", nor {rank}" for rank in silent[1:])
-    why = (
-        f"rank {silent[0]} no longer answers{others}: it ended, was killed (perhaps for want of "
+    text = (
+        f"rank {silent[0]} no longer answers{others}: it ended, was killed (perhaps out of "
         f"memory), or kept the others waiting for {timeout().total_seconds():g} s ({TIMEOUT})"
     )
-    return _record(Fault(silent[0], RankError.__name__, why))
+    return _publish(Fault(silent[0], RankError.__name__, text))
 
 
 def claim_report() -> bool:
-    """Whether this process is the one of the job that reports its end: rank 0 while it lives."""
+    """Whether this rank prints the job's error; True on one rank, on rank 0 unless it is lost."""
     with suppress(RuntimeError):
         table = _reachable()
         if table is None:
             return True
-        end = time.monotonic() + (0 if is_leader() else TELL_WITHIN)
-        while time.monotonic() < end and not table.check(["told"]):
+        deadline = time.monotonic() + (0 if is_leader() else REPORT_WITHIN)
+        while time.monotonic() < deadline and not table.check(["reported"]):
             time.sleep(POLL)
-        return bool(table.add("told", 1) == 1)
+        return bool(table.add("reported", 1) == 1)
     return True

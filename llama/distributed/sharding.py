@@ -1,25 +1,25 @@
 """How the weights of a model are split over the ranks that share it. Imports no model.
 
-Sharding follows fairscale's layout, which is also that of Meta's checkpoints: a matrix is split
-along one of its dimensions, and the norms are on every rank.
+The layout is fairscale's, as in Meta's checkpoints: a matrix is split along one of its dimensions,
+and norms are replicated on every rank.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-# The dimension along which a weight is split: 0 its outputs (or ids), 1 its inputs.
+# The dimension along which a weight is split: 0 for outputs (or token ids), 1 for inputs.
 SHARD_DIM = {
     "wq": 0, "wk": 0, "wv": 0, "wo": 1,
     "w1": 0, "w2": 1, "w3": 0,
     "tok_embeddings": 0, "output": 0,
 }  # fmt: skip
-# Weights with a row for each id; see `vocabulary_share`.
+# Weights with one row per token id; see `vocabulary_share`.
 VOCABULARY = ("tok_embeddings.weight", "output.weight")
 
 
 class Sizes(Protocol):
-    """The sizes of a model, as `llama.model.ModelArgs` has them."""
+    """The sizes of a model, such as `llama.model.ModelArgs`."""
 
     dim: int
     n_layers: int
@@ -37,7 +37,7 @@ class Sizes(Protocol):
 
 
 def rank_counts(args: Sizes) -> list[int]:
-    """The numbers of ranks that can share a model. The vocabulary can be split over any number."""
+    """The numbers of ranks that can share a model; any number can split the vocabulary."""
     return [
         n
         for n in range(1, args.n_heads + 1)
@@ -48,20 +48,20 @@ def rank_counts(args: Sizes) -> list[int]:
 
 
 def vocabulary_share(args: Sizes, ranks: int) -> int:
-    """Rows of the embedding and of the output on each rank. The last rank's may include padding."""
+    """Rows of the embedding and of the output on each rank, padding of the last ranks included."""
     return -(-args.vocab_size // ranks)
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which the weight `name` is split; None: every rank has all of it."""
+    """The dimension along which the weight `name` is split; None if it is replicated."""
     return SHARD_DIM.get(name.split(".")[-2])
 
 
 def weight_shapes(args: Sizes, n_layers: int | None = None) -> dict[str, tuple[int, ...]]:
-    """{name: whole shape} of every weight of a model, in the order of Meta's files.
+    """{name: unsplit shape} of every weight of a model, in the order of Meta's files.
 
     Args:
-        n_layers: count only the first layers; None counts all.
+        n_layers: only this number of layers; None means all.
     """
     dim, hidden, kv_dim = args.dim, args.hidden_dim, args.kv_heads * args.head_dim
     layer: dict[str, tuple[int, ...]] = {
@@ -82,10 +82,10 @@ def weight_shapes(args: Sizes, n_layers: int | None = None) -> dict[str, tuple[i
 
 
 def rank_part(name: str, args: Sizes, rank: int, size: int) -> tuple[int, int, int] | None:
-    """The part of a whole weight on rank `rank` of `size`: (dim, start, stop); None: all of it.
+    """The part of a weight on rank `rank` of `size`: (dim, start, stop); None if it is replicated.
 
-    With more ranks than KV heads, consecutive ranks hold the same head. Where the number of ranks
-    does not divide the vocabulary, the last ranks hold fewer rows than `vocabulary_share`, or none.
+    With more ranks than KV heads, consecutive ranks share a head. If the number of ranks does not
+    divide the vocabulary, the last ranks have fewer rows than `vocabulary_share`, or none.
     """
     dim = shard_dim(name)
     if dim is None:
@@ -102,7 +102,7 @@ def rank_part(name: str, args: Sizes, rank: int, size: int) -> tuple[int, int, i
 
 
 def rank_shapes(args: Sizes, ranks: int) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the weights of rank 0, with one layer for all. No rank holds more."""
+    """{name: shape} of the weights of rank 0, the largest part, with one layer for all."""
     shapes = weight_shapes(args, n_layers=1)
     for name, shape in shapes.items():
         if part := rank_part(name, args, 0, ranks):

@@ -24,25 +24,25 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from llama.distributed import job
 
-# Between steps a rank may wait for as long as another loads, or a person thinks.
-UNHURRIED = timedelta(days=300)
-_control: dist.ProcessGroup | None = None  # gloo, of the model-parallel ranks
-_ranks = [0]  # of this model-parallel group, by their numbers in the world
-_ended: job.Fault | None = None
-_known = False  # whether that is the first cause
+# Between steps a rank may wait without limit: another one loads, or a person types.
+NO_TIMEOUT = timedelta(days=300)
+_control: dist.ProcessGroup | None = None  # gloo, of the model-parallel ranks, for `gather_json`
+_ranks = [0]  # the model-parallel group, as ranks of the world
+_fault: job.Fault | None = None  # why the group was closed; None while it works
+_fault_is_final = False  # whether the search for the first cause is complete
 
 
 def initialize(model_parallel_size: int | None, device: torch.device) -> None:
     """Set up the model-parallel group; repeated calls with the same size do nothing.
 
     Args:
-        model_parallel_size: ranks that share one model; None takes the whole world. The world
-            may hold several such groups, each with a model of its own.
-        device: nccl serves a CUDA device, gloo any other.
+        model_parallel_size: ranks that share one model; None means all. With fewer than all, each
+            group of so many consecutive ranks has its own model.
+        device: CUDA devices communicate through nccl, others through gloo.
 
     Raises:
-        ValueError: the size does not divide the world, another size is already in use, the
-            device cannot communicate, or the ranks cannot meet.
+        ValueError: the size does not divide the number of ranks, another size is in use, the
+            device cannot communicate, or a rank did not start.
         RankError: another rank failed.
     """
     world = dist.get_world_size() if dist.is_initialized() else job.environment().world
@@ -65,11 +65,11 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
         raise ValueError(
             f'several ranks cannot share a model on {device.type}; build with device="cpu"'
         )
-    with ends_job_on_error(several=True):
-        _join(wanted, "nccl" if device.type == "cuda" else "gloo")
+    with ends_job_on_error(enabled=True):
+        _create_groups(wanted, "nccl" if device.type == "cuda" else "gloo")
 
 
-def _join(model_parallel_size: int, backend: str) -> None:
+def _create_groups(model_parallel_size: int, backend: str) -> None:
     global _control, _ranks
     if not dist.is_initialized():
         if not dist.is_backend_available(backend) or not dist.is_backend_available("gloo"):
@@ -78,42 +78,49 @@ def _join(model_parallel_size: int, backend: str) -> None:
                 'that has it, or build with device="cpu"'
             )
         job.rendezvous({"model_parallel_size": model_parallel_size, "backend": backend})
-        me = job.environment()
+        launch = job.environment()
         dist.init_process_group(
             backend,
             store=job.store(),
-            rank=me.rank,
-            world_size=me.world,
+            rank=launch.rank,
+            world_size=launch.world,
             timeout=job.timeout(),
         )
-        atexit.register(_leave)
-    with contextlib.redirect_stdout(sys.stderr):  # fairscale announces itself
+        close_at_exit()
+    with contextlib.redirect_stdout(sys.stderr):  # fairscale prints
         fs_init.initialize_model_parallel(model_parallel_size)
-    # Groups do not take the timeout of the world.
+    # New groups do not inherit the timeout of `init_process_group`.
     _set_pg_timeout(job.timeout(), fs_init.get_model_parallel_group())
     for first in range(0, dist.get_world_size(), model_parallel_size):
         ranks = list(range(first, first + model_parallel_size))
-        group = dist.new_group(ranks, UNHURRIED, "gloo")
+        group = dist.new_group(ranks, NO_TIMEOUT, "gloo")
         if dist.get_rank() in ranks:
             _control, _ranks = group, ranks
 
 
+def close_at_exit() -> None:
+    """Close the process group when the interpreter exits; gloo's threads would abort it.
+
+    An uncaught exception is published as the job's fault first.
+    """
+    atexit.register(_leave)
+
+
 def _leave() -> None:
-    """Close the group that we opened: gloo's threads abort an interpreter that ends under them."""
-    error = getattr(sys, "last_value", None)  # what ends this process, if anything
-    if error is not None and _ended is None and dist.is_initialized():
+    error = getattr(sys, "last_value", None)  # the uncaught exception, if any
+    if error is not None and _fault is None and dist.is_initialized():
         job.publish_fault(error)
-    _close()
+    _close_groups()
 
 
-def _close() -> None:
-    """Let go of all groups; with gloo the others then see at once that this rank has left."""
+def _close_groups() -> None:
+    """Destroy all groups. Over gloo, waiting ranks then fail at once instead of timing out."""
     global _control
     control, _control = _control, None
     if not dist.is_initialized():
         return
-    if _ended is not None and dist.get_backend() != "gloo":
-        # A broken nccl group may never be done; it ends with the process.
+    if _fault is not None and dist.get_backend() != "gloo":
+        # Destroying a broken nccl group may block; it ends with the process.
         if control is not None:
             dist.destroy_process_group(control)
         return
@@ -123,13 +130,13 @@ def _close() -> None:
 
 
 @contextlib.contextmanager
-def ends_job_on_error(several: bool | None = None) -> Iterator[None]:
-    """Whatever ends this on one rank ends the job on every rank: see `end_job`.
+def ends_job_on_error(enabled: bool | None = None) -> Iterator[None]:
+    """A block in which an exception on one rank ends the job on every rank; see `end_job`.
 
     Args:
-        several: whether there are several ranks; None asks `size`.
+        enabled: None means wherever `size` is more than 1.
     """
-    if not (size() > 1 if several is None else several):
+    if not (size() > 1 if enabled is None else enabled):
         yield
         return
     try:
@@ -139,39 +146,43 @@ def ends_job_on_error(several: bool | None = None) -> Iterator[None]:
 
 
 def end_job(error: BaseException) -> BaseException:
-    """Leave the group because of an error; what to raise, of the same text on every rank.
+    """Close the groups because of `error`; return the exception to raise, the same on every rank.
 
-    If the error is a collective's, it is another rank's fault that is looked for. An interrupt may
-    end the search; the next call goes on with it.
+    If `error` comes from a collective, another rank failed first, and this finds which. If an
+    interrupt ends the search, the next call resumes it.
     """
-    global _ended, _known
-    if _ended is not None and _known:
-        return _ended.exception()
-    traceback.clear_frames(error.__traceback__)  # whose locals hold groups, and so sockets
+    global _fault, _fault_is_final
+    if _fault is not None and _fault_is_final:
+        return _fault.exception()
+    traceback.clear_frames(error.__traceback__)  # their locals keep groups, and so sockets, open
     fault = job.published_fault()
     if fault is None and not isinstance(error, job.Terminated) and not is_collective_error(error):
         fault = job.publish_fault(error)
-    _ended = fault or _ended or job.make_fault(error)
-    _close()
+    _fault = fault or _fault or job.make_fault(error)
+    _close_groups()
     if fault is None:
         fault = job.find_lost_rank(_ranks)
         if fault is None and isinstance(error, job.Terminated):
             return error
-    _ended, _known = fault or _ended, True
-    return _ended.exception()
+    _fault, _fault_is_final = fault or _fault, True
+    return _fault.exception()
 
 
 def is_collective_error(error: BaseException) -> bool:
-    """Whether it says no more than that ranks lost each other."""
+    """Whether a collective raised `error`, so that another rank is the cause."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error).lower()
     )
 
 
 def size() -> int:
-    """Number of ranks that share one model."""
-    if _ended is not None:
-        raise _ended.exception()
+    """Number of ranks that share one model.
+
+    Raises:
+        RankError: the job has ended because of a fault.
+    """
+    if _fault is not None:
+        raise _fault.exception()
     if not fs_init.model_parallel_is_initialized():
         return 1
     return int(fs_init.get_model_parallel_world_size())
@@ -185,17 +196,17 @@ def rank() -> int:
 
 
 def copy_to_ranks(x: Tensor) -> Tensor:
-    """Identity; its gradient is summed over the ranks. Opens a split region."""
+    """Identity; its gradient is summed over the ranks. Before weights split by outputs."""
     return x if size() == 1 else mappings.copy_to_model_parallel_region(x)
 
 
 def reduce_from_ranks(x: Tensor) -> Tensor:
-    """Sum over the ranks. Closes a split region."""
+    """Sum over the ranks (all-reduce). After weights split by inputs."""
     return x if size() == 1 else mappings.reduce_from_model_parallel_region(x)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
-    """The largest of each number that a rank has. What is none (NaN) counts as infinite."""
+    """Elementwise maximum over the ranks. NaN counts as infinity."""
     if size() > 1:
         x = x.masked_fill(x.isnan(), torch.inf)
         dist.all_reduce(x, dist.ReduceOp.MAX, fs_init.get_model_parallel_group())
@@ -203,19 +214,23 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def gather_from_ranks(x: Tensor) -> Tensor:
-    """Concatenate the ranks' last dimensions."""
+    """Concatenate the ranks' tensors along the last dimension (all-gather)."""
     return x if size() == 1 else mappings.gather_from_model_parallel_region(x)
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
-    """The group's first rank's `x`, on every rank."""
+    """Overwrite `x` by that of the group's first rank; return it."""
     if size() > 1:
         dist.broadcast(x, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group())
     return x
 
 
 def gather_json(value: Any) -> list[Any]:
-    """What JSON can say, of every rank of the group, on all of them. Waits as long as it takes."""
+    """Every rank's `value`, in the order of ranks, on every rank. Waits without a timeout.
+
+    Args:
+        value: anything that JSON can represent.
+    """
     if size() == 1:
         return [value]
     with ends_job_on_error():
@@ -232,30 +247,36 @@ def gather_json(value: Any) -> list[Any]:
 
 
 def broadcast_json(value: Any) -> Any:
-    """The group's first rank's value, which JSON can say, on every rank."""
+    """The JSON value of the group's first rank, on every rank. Waits without a timeout."""
     return gather_json(value if rank() == 0 else None)[0]
 
 
 def check_same_on_ranks(facts: dict[str, Any]) -> None:
-    """Raise a ValueError on every rank if they differ; it names the first fact that does."""
+    """Check on every rank that all have the same facts.
+
+    Raises:
+        ValueError: they differ; the message names the first fact that does.
+    """
     job.check_equal(dict(zip(_ranks, gather_json(facts), strict=True)))
 
 
 @contextlib.contextmanager
 def fails_on_all_ranks() -> Iterator[None]:
-    """What fails inside on one rank fails on all: its own error where all have the same.
+    """A block in which an exception on one rank raises on all; the group stays usable.
+
+    If all ranks have the same error, each raises its own.
 
     Raises:
-        RankError: what happened to another rank. The group goes on.
+        RankError: the error of the first rank that failed.
     """
     error: Exception | None = None
     try:
         yield
     except Exception as e:
         error = e
-    found = gather_json(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None and len(set(found)) == 1:
+    errors = gather_json(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None and len(set(errors)) == 1:
         raise error
-    for number, text in zip(_ranks, found, strict=True):
+    for number, text in zip(_ranks, errors, strict=True):
         if text is not None:
             raise job.RankError(f"rank {number}: {text}") from error

@@ -156,8 +156,7 @@ class Engine:
                     generations.append(Generation(request))
                     generations[-1].fail(e)
             while not all(g.finish_reason for g in generations):
-                steps = self.steps
-                self.wait(lambda: self.steps != steps or all(g.finish_reason for g in generations))
+                self._wait_for_step(generations)
                 if after_step is not None:
                     after_step(generations)
         finally:
@@ -165,6 +164,11 @@ class Engine:
                 if generation.id:
                     self.cancel(generation.id)
         return generations
+
+    def _wait_for_step(self, generations: Sequence[Generation]) -> None:
+        """Make a step, or wait for another thread's, unless all of these have ended."""
+        steps = self.steps
+        self.wait(lambda: self.steps != steps or all(g.finish_reason for g in generations))
 
     def forget(self) -> None:
         """Let no later request reuse what is cached now, for example after a change of weights."""

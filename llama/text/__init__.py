@@ -1,1 +1,1 @@
-"""What the tokenizer and `Llama` need of text: rank files, long texts, tools, detokenizing."""
+"""Text utilities of the tokenizer and of `Llama`: rank files, long texts, tools, detokenizing."""

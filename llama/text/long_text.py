@@ -1,4 +1,7 @@
-"""Splitting text where tiktoken's own regex engine fails. Knows pieces, not prompts."""
+"""Encoding and splitting of long texts. Knows nothing about chat prompts.
+
+"Piece" means what the split pattern of a tokenizer cuts from the text before BPE.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,32 @@ from typing import Literal
 
 import tiktoken
 
-# tiktoken's regex engine runs out of stack on a whitespace run of somewhat under 10^6 characters.
+# The stack of tiktoken's regex engine overflows on a whitespace run of almost 10^6 characters.
 _LONG_WHITESPACE = re.compile(r"\s{100000}")
-_CUT = re.compile(r"(?<=\S) (?=\S)")
+_CUT_POINT = re.compile(r"(?<=\S) (?=\S)")
 
 
 def check_characters(
-    s: str, pat_str: str, ranks: Mapping[bytes, int], lacking: AbstractSet[int]
+    s: str, pat_str: str, ranks: Mapping[bytes, int], missing_bytes: AbstractSet[int]
 ) -> None:
-    """Name the first character that a vocabulary has no tokens for.
+    """Check that a vocabulary can encode every character of `s`.
 
     Args:
-        lacking: the bytes that are no token of their own.
+        missing_bytes: the bytes that are not tokens by themselves.
 
     Raises:
-        ValueError: there is one.
+        ValueError: it cannot; the message names the first such character.
     """
     import regex
 
     s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
-    if lacking.isdisjoint(s.encode()):
+    if missing_bytes.isdisjoint(s.encode()):
         return
     for piece in regex.findall(pat_str, s):
         if piece.encode() in ranks:
             continue
         for character in piece:
-            if not lacking.isdisjoint(character.encode()):
+            if not missing_bytes.isdisjoint(character.encode()):
                 raise ValueError(f"this tokenizer's vocabulary lacks {character!r}; remove it")
 
 
@@ -46,10 +49,13 @@ def encode_uncut(
     allowed_special: Literal["all"] | AbstractSet[str],
     disallowed_special: Literal["all"] | Collection[str],
 ) -> list[int]:
-    """`encoding.encode`, with a regex engine that does not overflow where tiktoken's would.
+    """`encoding.encode`; text with a very long run of whitespace is split by the `regex` package.
 
     Args:
-        pat_str, ranks: those that `encoding` was made of.
+        pat_str, ranks: the split pattern and the ranks of `encoding`.
+
+    Raises:
+        ValueError: `s` contains a disallowed special token.
     """
     if not _LONG_WHITESPACE.search(s):
         return encoding.encode(
@@ -59,13 +65,13 @@ def encode_uncut(
 
     specials = encoding.special_tokens_set
     allowed = specials if allowed_special == "all" else set(allowed_special)
-    refused = specials if disallowed_special == "all" else disallowed_special
-    for text in set(refused) - allowed:
+    disallowed = specials if disallowed_special == "all" else disallowed_special
+    for text in set(disallowed) - allowed:
         if text in s:
             raise ValueError(f"the text contains the disallowed special token {text!r}")
     one_piece = tiktoken.Encoding(
         name="one piece",
-        pat_str=r"[\s\S]+",  # the whole text is one piece
+        pat_str=r"[\s\S]+",  # any text is one piece
         mergeable_ranks=ranks,
         special_tokens={},
     )
@@ -81,13 +87,14 @@ def encode_uncut(
 
 
 def passages(text: str, size: int) -> Iterator[str]:
-    """Cut `text` into parts of `size` characters or a little more, which encode as the whole does.
+    """Cut `text` into parts of at least `size` characters that encode to the ids of the whole text.
 
-    It is cut before a space between two visible characters, which no known split pattern joins.
+    A cut is made before a single space between two visible characters, where every known split
+    pattern starts a new piece.
     """
     start = 0
     while start < len(text):
-        cut = _CUT.search(text, start + size)
+        cut = _CUT_POINT.search(text, start + size)
         end = cut.start() if cut else len(text)
         yield text[start:end]
         start = end

@@ -1,7 +1,7 @@
-"""Python's `[f(a=1), g(b="x")]` -> tool calls. A reader of literals: nothing is evaluated.
+"""Parser of tool calls written as a Python list, `[f(a=1), g(b="x")]`. Evaluates no code.
 
-`ast.literal_eval` sees single strings and numbers. Whole texts do not go to `ast.parse`: on the
-small stack of a thread, deep nesting there ends the process instead of raising.
+Only single strings and numbers go to `ast.literal_eval`. `ast.parse` of a whole text could overflow
+the C stack of a thread on deep nesting and crash the process.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ _TOKEN = re.compile(
           | (?P<mark>[][(){},:=]))""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
-_GAP = re.compile(r"[\s;,]*")
+_SEPARATOR = re.compile(r"[\s;,]*")
 _CONSTANTS = {"True": True, "False": False, "None": None}
 
 
 def read_python_list(text: str) -> list[ToolCall]:
-    """The calls of one list or several. Arguments are literals of JSON's types, by keyword.
+    """Parse one or several lists of calls. Arguments are keyword arguments with JSON-like literals.
 
     Raises:
-        ValueError: it is anything else.
+        ValueError: `text` is anything else.
     """
     calls: list[ToolCall] = []
-    tokens = _Tokens(text)
+    tokens = _Parser(text)
     while tokens.at < len(text):
         tokens.take("mark", "[")
         calls.extend(tokens.items("]", tokens.call))
-        tokens.at = _GAP.match(text, tokens.at).end()  # type: ignore[union-attr]  # matches ""
+        tokens.at = _SEPARATOR.match(text, tokens.at).end()  # type: ignore[union-attr]  # matches ""
     return calls
 
 
-def unique(pairs: list[tuple[str, T]]) -> dict[str, T]:
-    """A dict of pairs whose keys differ."""
+def dict_of_unique(pairs: list[tuple[str, T]]) -> dict[str, T]:
+    """A dict of `pairs`; ValueError if a key occurs twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise ValueError("a key is given twice")
     return values
 
 
-class _Tokens:
-    """A list of calls, token by token."""
+class _Parser:
+    """Recursive-descent parser; `at` is the position of the next token."""
 
     def __init__(self, text: str):
         self.text, self.at = text, 0
 
     def next(self) -> tuple[str, str]:
-        """The next token's kind and text."""
+        """Consume the next token; return its kind and text."""
         found = _TOKEN.match(self.text, self.at)
         if not found:
             raise ValueError(f"broken list of calls at {self.text[self.at :].strip():.20}")
@@ -65,13 +65,14 @@ class _Tokens:
         return kind, found[kind]
 
     def take(self, kind: str, text: str | None = None) -> str:
-        got = self.next()
-        if got[0] != kind or (text or got[1]) != got[1]:
-            raise ValueError(f"broken list of calls: {got[1]:.20} where a {text or kind} belongs")
-        return got[1]
+        """Consume a token of this kind and text; return its text."""
+        found_kind, found = self.next()
+        if found_kind != kind or (text or found) != found:
+            raise ValueError(f"broken list of calls: {found:.20} instead of a {text or kind}")
+        return found
 
-    def comes(self, mark: str) -> bool:
-        """Take `mark` if it is next."""
+    def take_if_next(self, mark: str) -> bool:
+        """Consume `mark` if it is the next token; return whether it was."""
         found = _TOKEN.match(self.text, self.at)
         if found and found["mark"] == mark:
             self.at = found.end()
@@ -79,10 +80,11 @@ class _Tokens:
         return False
 
     def items(self, close: str, read: Callable[[], T]) -> list[T]:
+        """Items that `read` parses, separated by commas, up to `close`."""
         found: list[T] = []
-        while not self.comes(close):
+        while not self.take_if_next(close):
             found.append(read())
-            if not self.comes(","):
+            if not self.take_if_next(","):
                 self.take("mark", close)
                 break
         return found
@@ -90,7 +92,7 @@ class _Tokens:
     def call(self) -> ToolCall:
         name = self.take("name")
         self.take("mark", "(")
-        return {"name": name, "arguments": unique(self.items(")", self.argument))}
+        return {"name": name, "arguments": dict_of_unique(self.items(")", self.argument))}
 
     def argument(self) -> tuple[str, Any]:
         name = self.take("name")
@@ -108,7 +110,7 @@ class _Tokens:
         if text == "[":
             return self.items("]", lambda: self.value(depth - 1))
         if text == "{":
-            return unique(self.items("}", lambda: self.pair(depth - 1)))
+            return dict_of_unique(self.items("}", lambda: self.pair(depth - 1)))
         raise ValueError(f"{text:.20} is not a literal value")
 
     def pair(self, depth: int) -> tuple[str, Any]:
@@ -118,7 +120,7 @@ class _Tokens:
 
 
 def _literal(token: str) -> Any:
-    """One string or number. Unknown escapes keep their backslash, as in Python, unwarned."""
+    """Value of a string or number. Unknown escapes keep their backslash, with no warning."""
     if token[0] in "\"'":
         known = "\n\\'\"abfnrtvxuUN0"
         token = re.sub(r"\\([\s\S])", lambda m: m[0] if m[1] in known else "\\" + m[0], token)

@@ -1,4 +1,7 @@
-"""What a `tokenizer.model` holds, and the JSON beside it. Knows the files, not how to encode."""
+"""Reader of `tokenizer.model` and its sidecar, `tokenizer.model.json`. Does not encode text.
+
+"Rank" here means the merge priority of a BPE token, which is also its id.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-# Llama 3's pre-tokenizer; a sidecar may name another one (see `Tokenizer`).
+# Llama 3's split pattern; a sidecar may have another one (see `Tokenizer`).
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -16,7 +19,7 @@ LLAMA3_PATTERN = (
 N_SPECIAL_TOKENS = 256
 CHAT_FORMATS = ("llama3", "chatml")
 
-# The first special tokens of each release, in id order; None is the next "reserved" one.
+# The first special tokens of each release, in the order of ids; None is a reserved token.
 SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
     "llama3": (
         "<|begin_of_text|>", "<|end_of_text|>", None, None, None, None,
@@ -47,10 +50,13 @@ def special_token_table(version: str, first_id: int) -> dict[str, int]:
 
 
 def read_ranks(model_path: str) -> dict[bytes, int]:
-    """Read a tiktoken rank file from a local path or a remote URL.
+    """Read a rank file from a local path or a remote URL: {token: rank}.
 
-    The file is read at each call: tiktoken's own loader keeps a cache keyed by path, and would
-    answer with the old vocabulary after the file has been replaced.
+    tiktoken's own loader is not used because it caches by path: it would return the old vocabulary
+    after the file has been replaced.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no file, or it is not a rank file.
     """
     if "://" in model_path:
         import blobfile
@@ -65,7 +71,11 @@ def read_ranks(model_path: str) -> dict[bytes, int]:
 
 
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
-    """{token: rank} of a rank file's contents, `base64(token) rank` a line."""
+    """Parse a rank file, with one `base64(token) rank` per line: {token: rank}.
+
+    Raises:
+        ValueError: it is damaged; `where` names the file in the message.
+    """
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -76,15 +86,15 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
         except (ValueError, binascii.Error):
             raise ValueError(
                 f"{where}, line {number} is not 'base64-token rank': this is not a tiktoken "
-                "rank file (a web page or a Git-LFS pointer saved in its place?); download it again"
+                "rank file (perhaps a web page or a Git-LFS pointer); download it again"
             ) from None
     if len(set(ranks.values())) != len(ranks) or not ranks:
-        raise ValueError(f"{where} is empty or gives an id twice; download it again")
+        raise ValueError(f"{where} is empty or has an id twice; download it again")
     return ranks
 
 
 def default_spec(version: str, first_id: int) -> dict[str, Any]:
-    """What a sidecar would say of an official `tokenizer.model`."""
+    """The contents of a sidecar that would describe an official `tokenizer.model`."""
     special = special_token_table(version, first_id)
     stop = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
     pad = "<|finetune_right_pad_id|>"
@@ -101,7 +111,11 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
 
 
 def read_sidecar(model_path: str) -> dict[str, Any]:
-    """The contents of `tokenizer.model.json` beside `tokenizer.model`, or nothing."""
+    """The contents of the sidecar of `model_path`; {} if it has none.
+
+    Raises:
+        ValueError: the sidecar is not a JSON object with known keys.
+    """
     path = Path(model_path + ".json")
     if "://" in model_path or not path.is_file():
         return {}
@@ -116,23 +130,23 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
 
 
 def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
-    """Ranks and special tokens together give every id, 0 to the last, to one token.
+    """Check that ranks and special tokens together use each id from 0 on exactly once.
 
     Raises:
-        ValueError: they do not, or `spec` names what there is not.
+        ValueError: they do not, or `spec` names an unknown special token or chat format.
     """
     special = spec["special_tokens"]
     ids = [*ranks.values(), *special.values()]
     if clash := set(special.values()) & set(ranks.values()):
         raise ValueError(
-            f"{where} and its .json both give the ids {sorted(clash)[:3]}: they do not belong "
-            "together, or one is damaged; get both again"
+            f"{where} and its .json both use the ids {sorted(clash)[:3]}: they do not belong "
+            "together, or one is damaged; download both again"
         )
     if sorted(ids) != list(range(len(ids))):
         gap = min(set(range(len(ids))) - set(ids), default=len(ids))
-        raise ValueError(f"{where} gives no token the id {gap}: it is damaged; get it again")
+        raise ValueError(f"{where} has no token with id {gap}: it is damaged; download it again")
     named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
     if unknown := named - set(special) - {None}:
-        raise ValueError(f"{where}.json names special tokens it does not list: {unknown}")
+        raise ValueError(f"{where}.json uses special tokens that it does not list: {unknown}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")

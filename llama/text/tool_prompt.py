@@ -1,6 +1,6 @@
-"""Tool use of Llama 3.1 and later: definitions -> prompt text, calls -> text.
+"""Tool use of Llama 3.1 and later: tool definitions and calls -> prompt text.
 
-Knows neither ids nor tensors. `llama.tool_calls` reads what a model answers.
+Knows nothing about token ids. `llama.text.tool_parser` parses a model's answer.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from typing import Any, Literal, TypedDict, get_args
 
 ToolForm = Literal["json", "function_tag", "python_list"]
 TOOL_FORMS: tuple[str, ...] = get_args(ToolForm)
-# Tools that Meta trained the models to call without a definition.
+# Tools that the models were trained to call without a definition.
 BUILTIN_TOOLS = ("brave_search", "wolfram_alpha", "photogen", "code_interpreter")
 
-# A JSON schema, with or without {"type": "function", "function": ...} around it, or a built-in.
+# A JSON-schema definition, also inside {"type": "function", "function": ...}, or a built-in's name.
 Tool = Mapping[str, Any] | str
 
 
 class ToolCall(TypedDict):
-    """A model's wish that a tool be run. The arguments are JSON's types only."""
+    """A model's request to run a tool. The arguments have JSON types."""
 
     name: str
     arguments: dict[str, Any]
 
 
-MAX_DEPTH = 32  # of lists and objects within a call's arguments
-_MAX_BITS = 2048  # of a number: beyond, Python may refuse to write it in decimal
+MAX_DEPTH = 32  # nesting of lists and objects in a call's arguments
+_MAX_BITS = 2048  # of an integer; Python limits the conversion of longer ones to decimal
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 def check_call(call: Mapping[str, Any]) -> None:
-    """A call is a name and arguments, of plain names and JSON's types.
+    """Check that a call is a name and a dict of arguments with JSON types.
 
     Raises:
-        TypeError: a part is of another type.
-        ValueError: a name is not plain (`__import__`), a number is not finite, or nesting too deep.
+        TypeError: a part has another type.
+        ValueError: an invalid name (`__import__`) or number (NaN), or too deep nesting.
     """
     if not isinstance(call, Mapping) or set(call) != {"name", "arguments"}:
         raise TypeError(f"a tool call is {{'name': ..., 'arguments': {{...}}}}, not {call!r:.200}")
@@ -62,7 +62,7 @@ def _check_name(name: object) -> None:
 
 
 def _check_data(value: object, depth: int) -> None:
-    """`value` is of JSON's types, and can be written and read back."""
+    """Check that `value` has JSON types and survives a round trip through JSON."""
     if depth < 0:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     if isinstance(value, dict):
@@ -74,18 +74,15 @@ def _check_data(value: object, depth: int) -> None:
         for item in value:
             _check_data(item, depth - 1)
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value} is no JSON number")
+        raise ValueError(f"{value} is not a JSON number")
     elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise ValueError("a number of over 600 digits")
     elif value is not None and not isinstance(value, (str, int, float)):
         raise TypeError(f"{type(value).__name__} is not one of JSON's types")
 
 
-# Definitions -> prompt
-
-
 def check_tools(tools: Sequence[Tool], form: str) -> tuple[list[str], list[dict[str, Any]]]:
-    """The names of built-in tools, and the bare definitions; TypeError or ValueError if bad."""
+    """Check `tools`; return the names of built-in ones, and the definitions without wrappers."""
     check_form(form)
     if isinstance(tools, (str, Mapping)) or not isinstance(tools, Sequence):
         raise TypeError("tools are a list of definitions and names of Meta's built-in tools")
@@ -97,20 +94,21 @@ def check_tools(tools: Sequence[Tool], form: str) -> tuple[list[str], list[dict[
                 raise ValueError(f"no built-in tool {tool!r}; define it, or use {BUILTIN_TOOLS}")
             builtin.append(tool)
         else:
-            functions.append(_function(tool, form))
+            functions.append(_check_definition(tool, form))
     names = [*builtin, *(function["name"] for function in functions)]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"tools named twice: {sorted(twice)}")
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"tools named twice: {sorted(repeated)}")
     return builtin, functions
 
 
 def check_form(form: str) -> None:
+    """Raise a ValueError unless `form` is a `ToolForm`."""
     if form not in TOOL_FORMS:
         raise ValueError(f"unknown tool_form {form!r}; use one of {list(TOOL_FORMS)}")
 
 
-def _function(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """The bare definition, checked."""
+def _check_definition(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
+    """Check a definition; return it without a wrapper."""
     if not isinstance(tool, Mapping):
         raise TypeError(f"a tool is a dict or the name of a built-in one, not {type(tool)}")
     function = dict(tool)
@@ -120,7 +118,7 @@ def _function(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
             raise ValueError('a wrapped tool is {"type": "function", "function": {...}}')
     if set(function) != {"name", "description", "parameters"}:
         raise ValueError(
-            f"a tool has a name, a description and parameters, no more; one has {sorted(function)}"
+            f"a tool has a name, a description and parameters only, not {sorted(function)}"
         )
     name, parameters = function["name"], function["parameters"]
     _check_name(name)
@@ -129,7 +127,7 @@ def _function(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
     if not isinstance(function["description"], str):
         raise TypeError(f"the description of {name} is a str")
     _check_data(function, MAX_DEPTH)
-    kinds = ("object", "dict")  # JSON schema's word, and the one in Meta's examples for 3.2
+    kinds = ("object", "dict")  # of JSON schema, and of Meta's examples for 3.2
     if not isinstance(parameters, dict) or parameters.get("type") not in kinds:
         raise ValueError(f'parameters of {name} are {{"type": "object", "properties": {{...}}}}')
     properties, required = parameters.get("properties", {}), parameters.get("required", [])
@@ -146,11 +144,11 @@ def _function(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
 def with_tools(
     dialog: Sequence[Mapping[str, Any]], tools: Sequence[Tool], form: str = "json"
 ) -> list[Mapping[str, Any]]:
-    """The dialog with the tools told to the model, where Meta's documentation puts them.
+    """The dialog with the tools added, in the places that Meta documents.
 
-    `Environment: ipython` and the built-in tools head the system message, which is made where
-    there is none. Definitions follow in a user message of their own (json, function_tag: as for
-    3.1) or in the system message (python_list: as for 3.2 and 3.3), before its own text.
+    The system message (a new one if there is none) starts with `Environment: ipython` and the
+    built-in tools. Definitions follow in a user message of their own (json and function_tag, as
+    for 3.1) or in the system message before its own text (python_list, as for 3.2 and 3.3).
     """
     builtin, functions = check_tools(tools, form)
     head = []
@@ -170,7 +168,7 @@ def with_tools(
 
 
 def describe_tools(functions: Sequence[Mapping[str, Any]], form: str) -> str:
-    """Definitions in the words that Meta documents for `form`."""
+    """The prompt text with the definitions, as Meta documents it for `form`."""
     if form == "json":
         listed = "\n".join(_dump({"type": "function", "function": f}, 4) for f in functions)
         return (
@@ -213,19 +211,16 @@ def _dump(value: object, indent: int | None = None) -> str:
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
-# Calls -> text
-
-
 def encode_tool_call(call: ToolCall, form: str = "json") -> str:
-    """A call as the model would write it, after Meta's `ToolUtils.encode_tool_call`.
+    """The text of a call, as the model would write it; after Meta's `ToolUtils.encode_tool_call`.
 
-    Calls of built-in tools have a form of their own. A call that Python cannot write (an argument
-    named "a-b") is written as JSON in the form python_list. Unlike Meta's, all text reads back:
-    quotes, backslashes and line ends are escaped where the form needs it, dicts in Python are
-    {"key": value}, and built-in calls with other arguments than Meta's get the general form.
+    Calls of built-in tools have a form of their own. With python_list, a call that is not valid
+    Python (an argument named "a-b") is written as JSON. Unlike Meta's, every text can be parsed:
+    quotes, backslashes and line breaks are escaped, dicts in Python are {"key": value}, and
+    built-in calls with other arguments than Meta's have the general form.
 
     Raises:
-        TypeError, ValueError: it is not a call (`check_call`), or there is no such form.
+        TypeError, ValueError: `call` is not a call (see `check_call`), or the form is unknown.
     """
     check_call(call)
     name, arguments = call["name"], call["arguments"]
@@ -233,16 +228,16 @@ def encode_tool_call(call: ToolCall, form: str = "json") -> str:
         return str(arguments["code"])
     query = arguments.get("query")
     if name in BUILTIN_TOOLS and list(arguments) == ["query"] and isinstance(query, str):
-        # Backslashes stay as they are (LaTeX), but for those before a quote.
+        # Only backslashes before a quote are escaped; others stay (LaTeX).
         escaped = re.sub(r'(?<!\\)(\\*)("|\Z)', lambda m: m[1] * 2 + (m[2] and r"\""), query)
         return f'{name}.call(query="{escaped}")'
-    return _general(call, form)
+    return _general_form(call, form)
 
 
 def encode_tool_calls(calls: Sequence[ToolCall], form: str = "json") -> list[str]:
-    """The texts of one message's calls; the prompt holds them one after the other.
+    """The texts of one message's calls; the prompt contains them one after the other.
 
-    Several calls all get the general form, and in Python are one list, so that they read back.
+    Several calls all have the general form (in Python, one list), so that they can be parsed.
     """
     if isinstance(calls, (str, Mapping)) or not isinstance(calls, Sequence):
         raise TypeError("tool_calls are a list of {'name': ..., 'arguments': {...}}")
@@ -251,13 +246,13 @@ def encode_tool_calls(calls: Sequence[ToolCall], form: str = "json") -> list[str
         return [encode_tool_call(calls[0], form)]
     for call in calls:
         check_call(call)
-    if form == "python_list" and all(map(_fits_python, calls)) and calls:
+    if form == "python_list" and all(map(_is_valid_python, calls)) and calls:
         return [f"[{', '.join(map(_python_call, calls))}]"]
-    return [_general(call, "json" if form == "python_list" else form) for call in calls]
+    return [_general_form(call, "json" if form == "python_list" else form) for call in calls]
 
 
 def is_code(call: ToolCall) -> bool:
-    """Whether a call is code to run, which `<|python_tag|>` opens."""
+    """Whether a call is code, which follows `<|python_tag|>` in the prompt."""
     arguments = call["arguments"]
     return (
         call["name"] == "code_interpreter"
@@ -266,12 +261,13 @@ def is_code(call: ToolCall) -> bool:
     )
 
 
-def _general(call: ToolCall, form: str) -> str:
+def _general_form(call: ToolCall, form: str) -> str:
+    """A call in `form`, also of a built-in tool."""
     check_form(form)
     name, arguments = call["name"], call["arguments"]
     if form == "function_tag":
         return f"<function={name}>{json.dumps(arguments)}</function>"
-    if form == "python_list" and _fits_python(call):
+    if form == "python_list" and _is_valid_python(call):
         return f"[{_python_call(call)}]"
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
 
@@ -280,7 +276,7 @@ def _is_identifier(word: str) -> bool:
     return word.isascii() and word.isidentifier() and not keyword.iskeyword(word)
 
 
-def _fits_python(call: ToolCall) -> bool:
+def _is_valid_python(call: ToolCall) -> bool:
     return all(map(_is_identifier, (call["name"], *call["arguments"])))
 
 
@@ -290,7 +286,8 @@ def _python_call(call: ToolCall) -> str:
 
 
 def _python(value: object) -> str:
-    if isinstance(value, str):  # JSON's escapes are Python's, and a quote is Meta's: "
+    """A JSON value as a Python literal."""
+    if isinstance(value, str):  # JSON's escapes are valid in Python; Meta's texts have " as quote
         return re.sub("[\ud800-\udfff]", lambda m: f"\\u{ord(m[0]):04x}", _dump(value))
     if isinstance(value, list):
         return f"[{', '.join(map(_python, value))}]"

@@ -1,4 +1,4 @@
-"""Text files -> ids on disk -> batches. Knows no model.
+"""Text files -> token ids on disk -> batches. Knows nothing about models.
 
 Shapes: B rows, T context.
 """
@@ -22,88 +22,95 @@ from llama.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".md")
-FORMAT = 1  # of the files that `Corpus.tokenized` writes
+FORMAT = 1  # version of the files that `Corpus.tokenized` writes
 PASSAGE = 1 << 20  # characters encoded at a time
-LONG = 8  # contexts: a stretch of text that windows stay inside has so many
+MIN_CONTEXTS = 8  # shortest span of text, in contexts; see `Split`
 
 
 class Split:
-    """The ids of one part of a corpus, and the windows of them that a model sees.
+    """The token ids of one part of a corpus, and windows of them for a model.
 
-    A window stays inside one document, but documents shorter than 8 contexts are joined with the
-    next (the last with those before), the end and begin tokens between them.
+    A window stays inside a span. A span is one document; a document shorter than 8 contexts is
+    joined with the next one (the last with the previous span), with EOS and BOS between them.
 
     Args:
-        name: in messages.
-        ids: one dimension, in memory or mapped.
-        starts: where in `ids` each document begins, the first at 0.
+        name: the split's name, for messages.
+        ids: one dimension, in memory or memory-mapped.
+        starts: index in `ids` where each document begins; the first is 0.
     """
 
     def __init__(self, name: str, ids: np.ndarray, starts: np.ndarray):
         self.name = name
         self.ids = ids
         self.starts = starts
-        self._spans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._spans_of: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # by context
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def check(self, context: int) -> None:
-        """Raise a ValueError unless there is a window of `context` ids and the one after it."""
+        """Raise a ValueError if the split is shorter than a window of `context` + 1 ids."""
         if len(self) > context:
             return
         flag = {"validation": "--val_fraction", "test": "--test_fraction"}.get(self.name)
         remedy = f", a larger {flag} (or 0)" if flag else ""
         raise ValueError(
-            f"the {self.name} split has {len(self)} tokens, and one window needs {context + 1}, "
-            f"max_seq_len and one; give more text, a smaller --max_seq_len{remedy}"
+            f"the {self.name} split has {len(self)} tokens, and one window needs {context + 1} "
+            f"(max_seq_len + 1); give more text, a smaller --max_seq_len{remedy}"
         )
 
     def batch(
-        self, step: int, batch_size: int, context: int, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        step: int,
+        batch_size: int,
+        context: int,
+        *,
+        seed: int = 0,
+        part: int = 0,
+        parts: int = 1,
     ) -> tuple[Tensor, Tensor]:
         """Random windows (B, T) and the ids that follow each of theirs (B, T), int64.
 
-        They depend on the arguments alone, so resuming needs no state. `world` ranks draw the rows
-        of one batch of `world * batch_size`, each its own.
+        The result depends on the arguments alone, so that resuming needs no state. The `parts` of
+        a step together are one batch of `parts * batch_size` rows.
 
         Raises:
-            ValueError: the split is shorter than a window; no such rank.
+            ValueError: the split is shorter than a window; `part` is not from 0 to `parts` - 1.
         """
         self.check(context)
-        if not 0 <= rank < world:
-            raise ValueError(f"rank {rank} of {world}; ranks count from 0")
-        begins, ends = self._joined(context)
-        before = np.cumsum(np.maximum(ends - begins - context, 0))  # windows up to each span's end
-        draws = np.random.default_rng([seed, step]).integers(before[-1], size=world * batch_size)
-        draws = draws[rank * batch_size : (rank + 1) * batch_size]
-        span = np.searchsorted(before, draws, side="right")
-        first = ends[span] - context - (before[span] - draws)
+        if not 0 <= part < parts:
+            raise ValueError(f"part must be from 0 to {parts - 1}, not {part}")
+        starts, stops = self._spans(context)
+        total = np.cumsum(np.maximum(stops - starts - context, 0))  # windows up to a span's end
+        draws = np.random.default_rng([seed, step]).integers(total[-1], size=parts * batch_size)
+        draws = draws[part * batch_size : (part + 1) * batch_size]
+        span = np.searchsorted(total, draws, side="right")
+        first = stops[span] - context - (total[span] - draws)
         rows = torch.from_numpy(self.ids[first[:, None] + np.arange(context + 1)].astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
     def windows(
         self, context: int, batch_size: int = 1, most: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows in order, none overlapping: `batch` of up to `batch_size` rows at a time.
+        """Consecutive windows that do not overlap, as pairs like those of `batch`.
 
-        Each id but the first of a document (or of those joined) is predicted once. Shorter windows,
-        at the ends, come alone.
+        Every id but the first of a span is predicted once. The last window of a span may be
+        shorter, and is then a batch of its own.
 
         Args:
-            most: of more windows, take every second, third, ..., so that no more than these are
-                left. None is all.
+            batch_size: most rows of a batch.
+            most: most windows; of more, every second, third, ... is taken. None means all.
         """
-        begins, ends = self._joined(context)
-        counts = -((begins - ends + 1) // context)  # windows of each span
+        starts, stops = self._spans(context)
+        counts = -((starts - stops + 1) // context)  # windows of each span
         every = 1 if most is None else max(1, -(-int(counts.sum()) // most))
-        before = 0  # windows, in the spans before
+        before = 0  # windows in the spans before
         rows: list[Tensor] = []
-        for begin, end, count in zip(begins, ends, counts, strict=True):
-            first = begin + (-before % every) * context
+        for start, stop, count in zip(starts, stops, counts, strict=True):
+            first = start + (-before % every) * context
             before += count
-            for i in range(first, end - 1, every * context):
-                window = self.ids[i : min(i + context + 1, end)].astype(np.int64)
+            for i in range(first, stop - 1, every * context):
+                window = self.ids[i : min(i + context + 1, stop)].astype(np.int64)
                 rows.append(torch.from_numpy(window))
                 short = len(window) <= context
                 if short and len(rows) > 1:
@@ -114,47 +121,48 @@ class Split:
         if rows:
             yield _pair(rows)
 
-    def _joined(self, context: int) -> tuple[np.ndarray, np.ndarray]:
-        """Begins and ends of the stretches that windows stay inside."""
-        if context not in self._spans:
-            begins: list[int] = []
-            last = -LONG * context
+    def _spans(self, context: int) -> tuple[np.ndarray, np.ndarray]:
+        """Starts and stops of the spans, as indices into `ids`."""
+        if context not in self._spans_of:
+            least = MIN_CONTEXTS * context
+            starts: list[int] = []
             for start in self.starts.tolist():
-                if start - last >= LONG * context:
-                    begins.append(start)
-                    last = start
-            if len(begins) > 1 and len(self) - begins[-1] < LONG * context:
-                del begins[-1]
-            ends = [*begins, len(self)][1:]
-            self._spans[context] = np.array(begins), np.array(ends)
-        return self._spans[context]
+                if not starts or start - starts[-1] >= least:
+                    starts.append(start)
+            if len(starts) > 1 and len(self) - starts[-1] < least:
+                del starts[-1]
+            stops = [*starts, len(self)][1:]
+            self._spans_of[context] = np.array(starts), np.array(stops)
+        return self._spans_of[context]
 
 
 def _pair(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows of T + 1 ids -> inputs (B, T) and targets (B, T)."""
     stacked = torch.stack(rows)
     return stacked[:, :-1], stacked[:, 1:]
 
 
 class Corpus:
-    """Text files, each a document: its beginning is trained on, what follows is held out.
+    """Text files, each one document, split into training, validation and test text.
 
-    Each file is cut by characters, before any tokenization: first training, then validation, then
-    test. The text is read as it stands, UTF-8, but for a byte order mark.
+    Every file is split by characters, before tokenization: its beginning is for training, then
+    comes the validation part, then the test part. Text is UTF-8 and not normalized in any way; only
+    a byte order mark is removed.
 
     Args:
         path: a file, or a folder: its .txt and .md files at any depth, sorted.
-        val_fraction, test_fraction: of each file's characters; 0 is no such split.
+        val_fraction, test_fraction: share of each file's characters; 0 means no such split.
 
     Raises:
-        FileNotFoundError: nothing to read there.
-        ValueError: a file that is not text, no text at all, or impossible fractions.
+        FileNotFoundError: no text file at `path`.
+        ValueError: a file is not text, all files are empty, or the fractions are out of range.
     """
 
     def __init__(self, path: str | Path, val_fraction: float = 0.05, test_fraction: float = 0.05):
         if not (val_fraction >= 0 and test_fraction >= 0 and val_fraction + test_fraction < 1):
             raise ValueError(
-                f"validation {val_fraction} and test {test_fraction} must be fractions from 0 on "
-                "that leave some text to train on"
+                f"val_fraction {val_fraction} and test_fraction {test_fraction} must be at least "
+                "0, and their sum below 1"
             )
         self.fractions = (val_fraction, test_fraction)
         self.paths: list[Path] = []
@@ -167,49 +175,49 @@ class Corpus:
                 self._sizes.append(len(text))
                 digest.update(hashlib.sha256(text.encode()).digest())
         if not self.paths:
-            raise ValueError(f"{path} holds no text: it is empty")
+            raise ValueError(f"{path} contains no text: it is empty")
         self._digest = digest.hexdigest()
 
     def texts(self, split: str | None = None) -> Iterator[str]:
-        """Each file's part in `split`; None: each whole."""
+        """Each file's part that belongs to `split`; None means each whole file."""
         for path, size in zip(self.paths, self._sizes, strict=True):
-            start, stop = (0, size) if split is None else self._part(split, size)
+            start, stop = (0, size) if split is None else self._range(split, size)
             if start < stop:
                 yield _read(path)[start:stop]
 
-    def _part(self, split: str, size: int) -> tuple[int, int]:
-        """Where in a file of `size` characters `split` begins and ends."""
+    def _range(self, split: str, size: int) -> tuple[int, int]:
+        """Start and stop of `split` in a file of `size` characters."""
         val, test = self.fractions
-        # A hair above, so that 1 - 0.1 of 10 characters is 9.
+        # 1e-6 against rounding: 1 - 0.1 of 10 characters is 9.
         stops = [int(size * (1 - val - test) + 1e-6), int(size * (1 - test) + 1e-6), size]
         i = SPLITS.index(split)
         return (0, *stops)[i], stops[i]
 
     def tokenized(self, tokenizer_path: Path, folder: Path) -> dict[str, Split]:
-        """The splits that have a fraction, as ids; encoded once and kept in `folder`.
+        """The splits with a fraction above 0, as token ids in a subfolder of `folder`.
 
-        The first id of a file is BOS and its last EOS, where the tokenizer has them. What lies in
-        `folder` is used again as long as texts, fractions and tokenizer stay the same. It may be
-        called by several processes at once, though one before the others saves work.
+        A file's first id is BOS and its last EOS, if the tokenizer has them. The subfolder is named
+        by `key`; if it exists it is read, not written again. Several processes may call this at
+        once, but then each encodes.
 
         Raises:
-            ValueError: a character that the tokenizer lacks.
+            ValueError: the tokenizer lacks a character.
             OSError: the disk is full.
         """
-        kept = folder / self.key(tokenizer_path)
-        if not kept.exists():
+        cache = folder / self.key(tokenizer_path)
+        if not cache.exists():
             try:
-                with new_folder(kept) as tmp:
+                with new_folder(cache) as tmp:
                     self._write(Tokenizer(tokenizer_path), tmp)
             except FileExistsError:  # another process was faster
                 pass
-        return {name: _open_split(kept, name) for name in SPLITS if self._has(name)}
+        return {name: _open_split(cache, name) for name in SPLITS if self._has(name)}
 
     def _has(self, split: str) -> bool:
         return split == "train" or self.fractions[split == "test"] > 0
 
     def key(self, tokenizer_path: Path) -> str:
-        """The name of what `tokenized` makes of these texts, fractions and tokenizer."""
+        """A digest of the texts, the fractions and the tokenizer."""
         digest = hashlib.sha256(f"{FORMAT} {self.fractions} {self._digest}".encode())
         for path in (tokenizer_path, Path(f"{tokenizer_path}.json")):
             content = path.read_bytes() if path.is_file() else b""
@@ -217,17 +225,17 @@ class Corpus:
         return digest.hexdigest()[:16]
 
     def _write(self, tokenizer: Tokenizer, folder: Path) -> None:
-        """One file of ids a split, and where documents start in each."""
+        """Write SPLIT.bin for each split, and index.json: dtype, sizes, starts of documents."""
         dtype = np.dtype("<u2" if tokenizer.n_words <= 1 << 16 else "<u4")
         starts: dict[str, list[int]] = {name: [] for name in SPLITS}
         sizes = dict.fromkeys(SPLITS, 0)
-        parts = (self._part(name, size) for name in SPLITS for size in self._sizes)
-        total = sum(-((start - stop) // PASSAGE) for start, stop in parts)
+        ranges = (self._range(name, size) for name in SPLITS for size in self._sizes)
+        total = sum(-((start - stop) // PASSAGE) for start, stop in ranges)
         with ExitStack() as stack:
             paths = {name: folder / f"{name}.bin" for name in SPLITS}
             files = {name: stack.enter_context(path.open("wb")) for name, path in paths.items()}
-            for name, begins, ids in progress(self._encoded(tokenizer), "encoding", total):
-                if begins:
+            for name, is_first, ids in progress(self._encoded(tokenizer), "encoding", total):
+                if is_first:
                     starts[name].append(sizes[name])
                 sizes[name] += len(ids)
                 files[name].write(np.array(ids, dtype).tobytes())
@@ -235,29 +243,29 @@ class Corpus:
         (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
     def _encoded(self, tokenizer: Tokenizer) -> Iterator[tuple[str, bool, list[int]]]:
-        """(split, whether a document's part in it begins here, ids) of a passage after another."""
+        """For each passage: its split, whether it is the first of a document there, its ids."""
         for path, size in zip(self.paths, self._sizes, strict=True):
-            text, at = _read(path), 0
+            text, position = _read(path), 0
             for name in SPLITS:
-                start, stop = self._part(name, size)
-                begins = True
+                start, stop = self._range(name, size)
+                is_first = True
                 for passage in passages(text[start:stop], PASSAGE):
-                    bos, at = at == 0, at + len(passage)
+                    bos, position = position == 0, position + len(passage)
                     try:
-                        ids = tokenizer.encode(passage, bos=bos, eos=at == size)
+                        ids = tokenizer.encode(passage, bos=bos, eos=position == size)
                     except ValueError as e:
                         raise ValueError(
-                            f"{path}: {e}, or use a tokenizer that knows it, such as char"
+                            f"{path}: {e}, or use a tokenizer that has it, such as char"
                         ) from None
-                    yield name, begins, ids
-                    begins = False
+                    yield name, is_first, ids
+                    is_first = False
 
 
 def _open_split(folder: Path, name: str) -> Split:
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
     path, dtype, size = folder / f"{name}.bin", np.dtype(index["dtype"]), index["sizes"][name]
     if path.stat().st_size != size * dtype.itemsize:
-        raise ValueError(f"{path} is damaged; remove the folder {folder} and start again")
+        raise ValueError(f"{path} is damaged; delete the folder {folder} and start again")
     ids = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
     return Split(name, ids, np.array(index["starts"][name], np.int64))
 
@@ -274,17 +282,13 @@ def _text_files(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> str:
-    """A file's text.
-
-    Raises:
-        ValueError: it is not UTF-8, or has a NUL byte.
-    """
+    """A file's text; ValueError if it is not UTF-8 or has a NUL byte."""
     content = path.read_bytes()
     remedy = "convert it to UTF-8 text, or leave it out"
     if (nul := content.find(0)) >= 0:
-        raise ValueError(f"{path}, byte {nul}: a NUL, as in binary files and UTF-16; {remedy}")
+        raise ValueError(f"{path}, byte {nul}: NUL, as in binary files and UTF-16; {remedy}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        at = content.index(e.object) + e.start  # which lacks a byte order mark
-        raise ValueError(f"{path}, byte {at}: 0x{content[at]:02x} is not UTF-8; {remedy}") from None
+        i = content.index(e.object) + e.start  # e.object lacks the byte order mark
+        raise ValueError(f"{path}, byte {i}: 0x{content[i]:02x} is not UTF-8; {remedy}") from None

@@ -1,10 +1,9 @@
-"""Text -> a `tokenizer.model` and its sidecar. Knows no ids of a corpus and no tensors."""
+"""Text -> a `tokenizer.model` and its sidecar file. Knows nothing about models or tensors."""
 
 from __future__ import annotations
 
 import base64
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,77 +13,74 @@ from llama.common.progress import progress
 from llama.text.long_text import passages
 from llama.text.rank_file import LLAMA3_PATTERN, read_sidecar
 from llama.tokenizer import Tokenizer
+from llama.train.report import replacing_file
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
-# One character a piece: a piece that is a token is taken whole, so none of its bytes need be one.
+# Every character is one piece. A piece that is a token is not split into bytes, so the single bytes
+# need not be tokens.
 CHARACTER_PATTERN = r"[\s\S]"
-PASSAGE = 1 << 16  # characters handed to the library at a time
+PASSAGE = 1 << 16  # characters that the `tokenizers` library gets at a time
 
 
 def learn(kind: str, texts: Iterable[str], training: Iterable[str], folder: Path) -> Path:
-    """Write `folder`/tokenizer.model and tokenizer.model.json; return the former's path.
+    """Write tokenizer.model and its sidecar tokenizer.model.json to `folder`; return the former.
 
     Args:
-        kind: "char": every character of `texts` is a token. "bpe:N": byte-level BPE of N ids,
-            learnt from `training`, split as Llama 3 splits. Both add begin-of-text, end-of-text
-            and pad. Anything else: the path of a tokenizer.model, copied with its sidecar.
-        texts: all of the text, so that the characters of the held-out parts are known too.
-        training: the part of it that a model is trained on.
+        kind: "char": every character of `texts` is a token. "bpe:N": byte-level BPE of N tokens,
+            learned from `training`, with Llama 3's split pattern. Both add begin-of-text,
+            end-of-text and padding tokens. Otherwise the path of a tokenizer.model, which is copied
+            with its sidecar.
+        texts: all text, so that the characters of the other splits are tokens too.
+        training: the part of the text that a model is trained on.
 
     Raises:
-        ValueError: no such kind, no such file, or N does not suit the text.
+        ValueError: an unknown kind, a missing file, or an N that does not fit the text.
         ImportError: "bpe:N" without the `tokenizers` package.
     """
     if kind == "char":
-        ranks, spec = _characters(texts)
+        ranks, spec = _learn_characters(texts)
     elif kind.startswith("bpe:"):
-        ranks, spec = _byte_pairs(kind, training)
+        ranks, spec = _learn_byte_pairs(kind, training)
     else:
-        ranks, spec = _given(kind)
+        ranks, spec = _read_tokenizer(kind)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tokenizer.model"
-    beside = Path(f"{path}.json")
+    sidecar_path = Path(f"{path}.json")
     if spec:
-        text = json.dumps(spec, indent=2, ensure_ascii=False) + "\n"
-        _replace(beside, text.encode())
+        with replacing_file(sidecar_path) as partial:
+            text = json.dumps(spec, indent=2, ensure_ascii=False) + "\n"
+            partial.write_bytes(text.encode())
     else:
-        beside.unlink(missing_ok=True)
-    _replace(path, ranks)
+        sidecar_path.unlink(missing_ok=True)
+    with replacing_file(path) as partial:
+        partial.write_bytes(ranks)
     return path
 
 
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _given(kind: str) -> tuple[bytes, dict[str, Any]]:
+def _read_tokenizer(kind: str) -> tuple[bytes, dict[str, Any]]:
+    """Contents of a rank file, and its sidecar's or {}."""
     if not Path(kind).is_file():
         raise ValueError(
             f"no tokenizer {kind!r}; use char, bpe:N (as bpe:1024) or the path of a tokenizer.model"
         )
-    Tokenizer(kind)  # says what is wrong with it
+    Tokenizer(kind)  # raises if the file is damaged
     return Path(kind).read_bytes(), read_sidecar(kind)
 
 
-def _characters(texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]:
-    """A token for each character, in code point order."""
-    found: set[str] = set()
+def _learn_characters(texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]:
+    """A token for each character, in the order of code points: rank file and sidecar."""
+    characters: set[str] = set()
     for text in texts:
-        found.update(text)
-    if not found:
+        characters.update(text)
+    if not characters:
         raise ValueError("the text is empty: no characters to learn")
-    tokens = [character.encode() for character in sorted(found)]
+    tokens = [character.encode() for character in sorted(characters)]
     ranks = b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
     return ranks, _sidecar(CHARACTER_PATTERN, len(tokens))
 
 
-def _byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]:
-    """The `tokenizers` library's byte-level BPE, as ranks."""
+def _learn_byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]:
+    """Byte-level BPE of the `tokenizers` library: rank file and sidecar."""
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
@@ -96,7 +92,7 @@ def _byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]
             f"the tokenizer {kind!r} must be bpe:N with N at least {least}: 256 bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens"
         )
-    library = Tokenizer(models.BPE(ignore_merges=True))  # as tiktoken: a piece that is a token
+    library = Tokenizer(models.BPE(ignore_merges=True))  # like tiktoken
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     library.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
@@ -109,7 +105,7 @@ def _byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str, Any]]
     model = json.loads(library.to_str())["model"]
     tokens, merges = model["vocab"], model["merges"]
     if (n := len(tokens) + len(SPECIAL_TOKENS)) < int(size):
-        raise ValueError(f"the text gives no more than {n} tokens; use bpe:{n} or less, or char")
+        raise ValueError(f"the text yields no more than {n} tokens; use bpe:{n} or less, or char")
     lines = (m if isinstance(m, str) else " ".join(m) for m in merges)
     return rank_file(tokens, lines, whole_pieces=True), _sidecar(LLAMA3_PATTERN, len(tokens))
 
@@ -120,5 +116,6 @@ def _passages(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _sidecar(pat_str: str, n: int) -> dict[str, Any]:
+    """A sidecar for `n` ordinary tokens."""
     special = {text: n + i for i, text in enumerate(SPECIAL_TOKENS)}
     return sidecar(pat_str, special, n, n + 1, n + 2, "")

@@ -1,4 +1,4 @@
-"""The training loop: batches in, a checkpoint out. Knows no command line.
+"""The training loop: batches in, a checkpoint out. Knows nothing about the command line.
 
 Shapes: B rows, T context, V vocabulary.
 """
@@ -12,16 +12,13 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 
 from llama.common.progress import progress, say
 from llama.distributed.device import pick_device, pick_dtype
@@ -31,58 +28,37 @@ from llama.layers.replace import factory_of, replace_modules
 from llama.model import Transformer, TransformerBlock
 from llama.tokenizer import Tokenizer
 from llama.train.data import Split
+from llama.train.data_parallel import DataParallel
+from llama.train.objective import Objective, RecomputedBlock
 from llama.train.optimizer import initialize, make_optimizer
-from llama.train.ranks import Ranks
 from llama.train.report import Report, check_tensorboard
 from llama.train.settings import Settings
-from llama.train.signals import Stop
+from llama.train.signals import DeferredSignals
 from llama.train.state import (
-    alone,
-    gather,
+    create_run,
+    gather_state,
     load_state,
-    open_data,
-    prepare,
+    lock_run,
+    open_run,
     sample_prompt,
-    save,
-    save_model,
-    scatter,
+    save_checkpoint,
+    save_state,
+    set_state,
 )
 
-SAMPLE = 200  # ids, if the context has room for them
-TEMPERATURE = 0.8
-
-
-class RecomputedBlock(TransformerBlock):
-    """A block whose activations are computed again in the backward pass instead of kept."""
-
-    def forward(self, x: Tensor, *rest: Any) -> Tensor:
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        out: Tensor = again(super().forward, x, *rest)
-        return out
-
-
-class Objective(nn.Module):
-    """What is minimised: the mean cross-entropy of each next id, in nats."""
-
-    def __init__(self, model: Transformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """(B, T) ids and those that follow them -> a scalar."""
-        logits = self.model(x)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+SAMPLE_LENGTH = 200  # tokens of a sample, if max_seq_len has room for them
+SAMPLE_TEMPERATURE = 0.8
 
 
 @dataclass
 class Result:
-    """How a run ended.
+    """How a training run ended.
 
     Attributes:
-        step: updates made, of those that were asked for.
-        best_step, best_loss: of the checkpoint that was kept; without a validation split the loss
-            is that of training, and the newest is kept.
-        signal: what stopped it before its end.
+        step: updates made, counted from the start of the run.
+        best_step, best_loss: step and loss of the checkpoint in the folder. The loss is the lowest
+            validation loss; without a validation split, the training loss at the last evaluation.
+        signal: the number of the signal that stopped the run early, or None.
     """
 
     step: int = 0
@@ -100,31 +76,31 @@ def train(
     tensorboard: bool = False,
     device: str | torch.device | None = None,
 ) -> Result:
-    """Train a model on the text in `data`; the folder `out` becomes a checkpoint of it.
+    """Train a model on the text in `data` and write it to the folder `out`, as a checkpoint.
 
-    Ctrl-C, and SIGTERM, end it after a step, and save; `resume` goes on as if nothing had been.
+    Ctrl-C and SIGTERM stop the run after the current step and save it; `resume` continues it with
+    the same losses as an uninterrupted run.
 
     Args:
-        data: a text file, or a folder of them.
-        resume: go on with the run in `out`, with the same settings and data.
-        tensorboard: also write for TensorBoard, into `out`/train/tensorboard.
-        device: None picks cuda, then mps, then cpu.
+        data: a text file, or a folder of .txt and .md files.
+        resume: continue the run in `out`, with the same settings and data.
+        tensorboard: also write TensorBoard files, to `out`/train/tensorboard.
+        device: None means cuda, else mps, else cpu.
 
     Raises:
-        ValueError: the loss is no number (any more), or see `prepare`, `open_data` and `alone`.
-        FileExistsError, FileNotFoundError, ImportError: as these.
-        OSError: the disk is full. What was saved before is whole.
+        ValueError: the loss is not finite; or see `create_run`, `open_run` and `lock_run`.
+        FileExistsError, FileNotFoundError, ImportError: see the same functions.
+        OSError: the disk is full. Files saved earlier are intact.
     """
     out = Path(out)
     if tensorboard:
         check_tensorboard()
-    place = pick_device(device)
-    ranks = Ranks.join(settings.parallel, place)
+    ranks = DataParallel.initialize(settings.parallel, pick_device(device))
     if ranks.rank == 0 and not resume:
-        prepare(data, out, settings, ranks.size)
-    ranks.wait()
-    splits = open_data(data, out, settings, ranks.size)
-    with alone(out) if ranks.rank == 0 else nullcontext():
+        create_run(data, out, settings, ranks.size)
+    ranks.barrier()
+    splits = open_run(data, out, settings, ranks.size)
+    with lock_run(out) if ranks.rank == 0 else nullcontext():
         trainer = Trainer(settings, splits, out, ranks)
         if resume:
             trainer.resume()
@@ -138,9 +114,11 @@ def train(
 
 
 class Trainer:
-    """A model, its optimizer, and the steps that it has taken."""
+    """A model, its optimizer, and the number of updates made."""
 
-    def __init__(self, settings: Settings, splits: Mapping[str, Split], out: Path, ranks: Ranks):
+    def __init__(
+        self, settings: Settings, splits: Mapping[str, Split], out: Path, ranks: DataParallel
+    ):
         self.settings, self.splits, self.out, self.ranks = settings, splits, out, ranks
         self.tokenizer = Tokenizer(out / "tokenizer.model")
         self.prompt = sample_prompt(settings, splits, self.tokenizer)
@@ -164,20 +142,20 @@ class Trainer:
         self.state_path = out / "train" / "last.pt"
 
     def resume(self) -> None:
-        """Go back to what was saved last, if anything was."""
+        """Load the last saved state, if there is one."""
         if self.state_path.exists():
             state = load_state(self.state_path)
-            scatter(self.objective, self.optimizer, state)
+            set_state(self.objective, self.optimizer, state)
             self.result = Result(**state["result"])
             model = self.out / "consolidated.00.pth"
             if self.result.best_step and not model.exists():
                 raise FileNotFoundError(
-                    f"{model}, the model of step {self.result.best_step}, is gone; put it back, or "
-                    "start the run anew in another folder"
+                    f"{model}, the model of step {self.result.best_step}, is missing; restore it, "
+                    "or start a new run in another folder"
                 )
 
     def run(self, report: Report | None) -> Result:
-        """All steps that are left, or until a signal comes. Only the first rank has a report."""
+        """Make the remaining updates, or stop at a signal. `report` is None except on rank 0."""
         settings, result = self.settings, self.result
         line: dict[str, Any] = {}
 
@@ -185,11 +163,11 @@ class Trainer:
             return f"loss {line['train_loss']:.3f}, {line['tokens_per_s']:,.0f} tok/s"
 
         steps: Iterable[int] = range(result.step, settings.steps)
-        if report is not None:  # the other ranks' bars would be too many
+        if report is not None:  # one progress bar, not one per rank
             steps = progress(steps, "training", settings.steps - result.step, "step", note)
-        with Stop() as stop:
+        with DeferredSignals() as signals:
             for step in steps:
-                line, result.signal = self.step(step, stop)
+                line, result.signal = self.step(step, signals)
                 due = result.step == settings.steps or result.step % settings.eval_every == 0
                 if due and "validation" in self.splits:
                     line["val_loss"] = loss = self.validation_loss()
@@ -205,8 +183,8 @@ class Trainer:
                     break
         return result
 
-    def step(self, step: int, stop: Stop) -> tuple[dict[str, Any], int | None]:
-        """One update: its line of the metrics, and the signal that came to any rank."""
+    def step(self, step: int, signals: DeferredSignals) -> tuple[dict[str, Any], int | None]:
+        """Make one update; return its metrics, and a signal that any rank received."""
         started, settings = time.perf_counter(), self.settings
         lr = settings.lr_at(step)
         for group in self.optimizer.param_groups:
@@ -215,7 +193,7 @@ class Trainer:
         limit = settings.grad_clip or math.inf
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), limit)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        loss, signalled = self.ranks.total(loss / self.ranks.size, bool(stop.signal))
+        loss, signalled = self.ranks.sum_over_ranks(loss / self.ranks.size, bool(signals.number))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.fail(step + 1, f"the loss is {loss} and the norm of its gradient {float(norm)}")
         self.optimizer.step()
@@ -224,19 +202,19 @@ class Trainer:
         tokens = settings.batch_size * settings.max_seq_len * settings.accumulate * self.ranks.size
         speed = tokens / (time.perf_counter() - started)
         line = {"step": step + 1, "train_loss": loss, "lr": lr, "tokens_per_s": round(speed, 1)}
-        return line, (stop.signal or signal.SIGTERM) if signalled else None
+        return line, (signals.number or signal.SIGTERM) if signalled else None
 
     def backward(self, step: int) -> float:
-        """Gradients of an update's batches, `accumulate` of them; this rank's loss."""
+        """Gradients of one update, over its `accumulate` batches; return this rank's loss."""
         s, ranks, loss = self.settings, self.ranks, 0.0
         for i in range(s.accumulate):
-            # Rows as of one large batch, so that neither ranks nor accumulating change them.
+            # All parts together are one batch, whatever the number of ranks and of accumulations.
             part, parts = ranks.rank * s.accumulate + i, ranks.size * s.accumulate
             batch = self.splits["train"].batch(
-                step, s.batch_size, s.max_seq_len, s.seed, part, parts
+                step, s.batch_size, s.max_seq_len, seed=s.seed, part=part, parts=parts
             )
             x, y = (ids.to(ranks.device) for ids in batch)
-            ranks.average_gradients(self.wrapped, i == s.accumulate - 1)
+            ranks.set_gradient_sync(self.wrapped, enabled=i == s.accumulate - 1)
             with self.autocast:
                 part_loss = self.wrapped(x, y) / s.accumulate
             part_loss.backward()
@@ -250,20 +228,20 @@ class Trainer:
         batches = split.windows(s.max_seq_len, s.batch_size, s.eval_windows)
         nats, count = 0.0, 0
         while group := list(islice(batches, ranks.size)):
-            mine = ranks.rank < len(group)  # others compute too: under FSDP all have to
-            x, y = (ids.to(ranks.device) for ids in group[ranks.rank if mine else 0])
+            has_batch = ranks.rank < len(group)  # if not, compute one anyway: FSDP needs all ranks
+            x, y = (ids.to(ranks.device) for ids in group[ranks.rank if has_batch else 0])
             with self.autocast:
                 loss = float(self.objective(x, y))
-            if mine:
+            if has_batch:
                 nats, count = nats + loss * y.numel(), count + y.numel()
-        nats, total = ranks.total(nats, count)
+        nats, total = ranks.sum_over_ranks(nats, count)
         return nats / total
 
     def save(self, line: dict[str, Any], evaluated: bool) -> None:
-        """The training state; and where it was `evaluated` and is the best, the checkpoint."""
+        """Save the training state and, if this step was `evaluated` and is the best, the model."""
         result = self.result
         loss = line.get("val_loss", line["train_loss"])
-        state = gather(self.objective, self.optimizer)
+        state = gather_state(self.objective, self.optimizer)
         best = evaluated and (loss < result.best_loss or "validation" not in self.splits)
         if best:
             result.best_step, result.best_loss = result.step, loss
@@ -271,8 +249,8 @@ class Trainer:
             return
         weights = {name.removeprefix("model."): w for name, w in state["weights"].items()}
         if best:
-            save_model(self.out, self.args, weights)
-        save(self.state_path, state | {"result": asdict(replace(result, signal=None))})
+            save_checkpoint(self.out, self.args, weights)
+        save_state(self.state_path, state | {"result": asdict(replace(result, signal=None))})
         if evaluated:
             losses = f"step {result.step}: training loss {line['train_loss']:.4f}"
             if "val_loss" in line:
@@ -280,20 +258,20 @@ class Trainer:
             say(f"{losses}\n{textwrap.indent(self.sample(weights), '    ')}\n")
 
     def fail(self, step: int, what: str) -> NoReturn:
-        """Stop at what cannot be mended by going on."""
+        """Raise a ValueError: training has diverged."""
         best = self.result.best_step
         kept = f"{self.out} keeps the model of step {best}" if best else "no model was saved yet"
         raise ValueError(f"{what} at step {step}; {kept}. Try a lower --lr, in another folder")
 
     def sample(self, weights: dict[str, Tensor]) -> str:
-        """A text that the model continues, by the same code that serves it later."""
+        """A continuation of the prompt, generated by `Llama` on the CPU."""
         with torch.device("meta"):
             model = Transformer(self.args)
         model.load_state_dict(weights, assign=True)
         optimize(model, exact=True)
         llama = Llama(model.eval(), self.tokenizer)
-        room = min(SAMPLE, self.args.max_seq_len - len(self.prompt))
-        drawn, _ = llama.generate(
-            [self.prompt], room, TEMPERATURE, echo=True, seed=self.settings.seed
+        room = min(SAMPLE_LENGTH, self.args.max_seq_len - len(self.prompt))
+        tokens, _ = llama.generate(
+            [self.prompt], room, SAMPLE_TEMPERATURE, echo=True, seed=self.settings.seed
         )
-        return self.tokenizer.decode([i for i in drawn[0] if i != self.tokenizer.bos_id])
+        return self.tokenizer.decode([i for i in tokens[0] if i != self.tokenizer.bos_id])

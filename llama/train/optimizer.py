@@ -1,4 +1,4 @@
-"""A new model's weights, and what updates them. Knows no data and no files."""
+"""Initial weights and the optimizer. Knows nothing about data or files."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llama.train.settings import Settings
 
 @torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
-    """Draw every weight, on the CPU: the same ones on any device and any number of ranks.
+    """Draw every weight on the CPU, so that it is the same on any device and number of ranks.
 
-    Norms are 1 and embeddings normal, so that the residual stream begins at unit size.
-    Matrices have the deviation 1 / sqrt(dim), which keeps the size of what they multiply; those
-    that write to the residual stream (wo, w2) are narrower by sqrt(2 n_layers), as GPT-2's:
-    their sum over the layers stays as wide.
+    Norms are 1. Embeddings are standard normal, so that the residual stream begins with unit
+    variance. Matrices are normal with standard deviation 1 / sqrt(dim), which preserves variance;
+    those that write to the residual stream (wo, w2) are scaled by 1 / sqrt(2 n_layers), as in
+    GPT-2, so that its variance does not grow with depth.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -27,18 +27,18 @@ def initialize(model: Transformer, seed: int) -> None:
             weight.fill_(1.0)
             continue
         kind = name.split(".")[-2]
-        deviation = 1.0 if kind == "tok_embeddings" else model.params.dim**-0.5
+        std = 1.0 if kind == "tok_embeddings" else model.params.dim**-0.5
         if kind in ("wo", "w2"):
-            deviation /= math.sqrt(2 * model.n_layers)
-        drawn: Tensor = torch.empty(weight.shape).normal_(0.0, deviation, generator=generator)
-        drawn = drawn.to(weight.device)
+            std /= math.sqrt(2 * model.n_layers)
+        values: Tensor = torch.empty(weight.shape).normal_(0.0, std, generator=generator)
+        values = values.to(weight.device)
         if isinstance(weight, DTensor):
-            drawn = distribute_tensor(drawn, weight.device_mesh, weight.placements)
-        weight.copy_(drawn)
+            values = distribute_tensor(values, weight.device_mesh, weight.placements)
+        weight.copy_(values)
 
 
 def make_optimizer(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW, arXiv:1711.05101; it decays matrices and leaves norms alone."""
+    """AdamW (arXiv:1711.05101), with weight decay on matrices and none on norms."""
     weights = list(module.parameters())
     groups = [
         {"params": [w for w in weights if w.dim() > 1], "weight_decay": settings.weight_decay},

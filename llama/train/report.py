@@ -1,66 +1,69 @@
-"""metrics.jsonl, its curves in loss.png, and TensorBoard. Knows no model.
+"""Metrics of a training run: metrics.jsonl, loss.png, TensorBoard. Knows nothing about models.
 
-A line is one JSON object: step, train_loss, lr, tokens_per_s, and val_loss where it was evaluated.
+A line of metrics.jsonl is a JSON object of step, train_loss, lr and tokens_per_s, and val_loss at
+evaluations.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger("llama")
+
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes `path` if the block ends well: all of it or nothing."""
+def replacing_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; it replaces `path` if the block raises nothing."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         with open(partial, "rb") as f:
-            os.fsync(f.fileno())  # a rename may reach the disk before what was written
+            os.fsync(f.fileno())  # the rename may reach the disk before the data
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; not what an interrupted write left of one."""
-    found = []
+    """The lines of metrics.jsonl, without a last line that an interrupted write cut off."""
+    lines = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except ValueError:
             break
-    return found
+    return lines
 
 
 class Report:
-    """What a run leaves behind of its losses.
+    """Writes the metrics of a run.
 
     Args:
-        folder: of metrics.jsonl and loss.png.
-        step: lines after it are removed: a resumed run writes them again.
-        tensorboard: where its files go; None is nowhere.
+        folder: where metrics.jsonl and loss.png go.
+        step: the step from which the run continues; later lines are removed.
+        tensorboard: folder of the TensorBoard files; None writes none.
     """
 
     def __init__(self, folder: Path, step: int, tensorboard: Path | None = None):
         self.path, self.plot = folder / "metrics.jsonl", folder / "loss.png"
         self.board: Any = None
-        self._said = False
+        self._warned = False  # that matplotlib is missing
         if tensorboard is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(tensorboard), purge_step=step + 1)
-        kept = read_metrics(self.path) if self.path.exists() else []
-        with replacing(self.path) as partial, open(partial, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in kept if line["step"] <= step)
+        lines = read_metrics(self.path) if self.path.exists() else []
+        with replacing_file(self.path) as partial, open(partial, "w", encoding="utf-8") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Add a line."""
+        """Append a line to metrics.jsonl."""
         with open(self.path, "a", encoding="utf-8") as f:
             f.write(json.dumps(line) + "\n")
         if self.board is not None:
@@ -69,50 +72,49 @@ class Report:
                     self.board.add_scalar(name, value, line["step"])
 
     def draw(self) -> None:
-        """Draw loss.png anew; without matplotlib say so, once."""
+        """Draw loss.png again. Without matplotlib, log that once."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            if not self._said:
-                print(
-                    f"{self.plot} is not drawn: that needs pip install 'llama3[train]'",
-                    file=sys.stderr,
-                )
-            self._said = True
+            if not self._warned:
+                logger.info("%s is not drawn; to draw it: pip install 'llama3[train]'", self.plot)
+            self._warned = True
             return
         lines = read_metrics(self.path)
-        held_out = [line for line in lines if "val_loss" in line]
+        evaluated = [line for line in lines if "val_loss" in line]
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
-        axes.plot(*_curve(lines, "train_loss"), color="C0", alpha=0.3, linewidth=0.7)
-        axes.plot(*_curve(_smooth(lines), "train_loss"), color="C0", label="train")
-        if held_out:
-            axes.plot(*_curve(held_out, "val_loss"), "o-", color="C1", label="validation")
-        axes.set(xlabel="step", ylabel="loss, nats a token")
+        axes.plot(*_columns(lines, "train_loss"), color="C0", alpha=0.3, linewidth=0.7)
+        axes.plot(*_columns(_smooth(lines), "train_loss"), color="C0", label="train")
+        if evaluated:
+            axes.plot(*_columns(evaluated, "val_loss"), "o-", color="C1", label="validation")
+        axes.set(xlabel="step", ylabel="loss, nats per token")
         axes.grid(alpha=0.3)
         axes.legend()
-        with replacing(self.plot) as partial:
+        with replacing_file(self.plot) as partial:
             figure.savefig(partial, format="png", dpi=120)
 
     def close(self) -> None:
+        """Close the TensorBoard files."""
         if self.board is not None:
             self.board.close()
 
 
 def check_tensorboard() -> None:
-    """Raise an ImportError unless TensorBoard can be written."""
+    """Raise an ImportError if the tensorboard package is missing."""
     try:
         import torch.utils.tensorboard  # noqa: F401
     except ImportError as e:
         raise ImportError("--tensorboard needs a package: pip install tensorboard") from e
 
 
-def _curve(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+def _columns(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
+    """The steps, and the values of `name`."""
     return [line["step"] for line in lines], [line[name] for line in lines]
 
 
 def _smooth(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most 100 lines: each the mean of those around it."""
+    """At most 100 lines, each the mean of consecutive ones."""
     width = -(-len(lines) // 100)
     groups = [lines[i : i + width] for i in range(0, len(lines), width)] if lines else []
     return [

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop, for a loop that ends its step first."""
+"""SIGINT and SIGTERM, recorded instead of raised, so that a loop can finish its step."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 from llama.distributed import job
 
 
-class Stop:
-    """A block in which the two signals are only noted.
+class DeferredSignals:
+    """A block in which SIGINT and SIGTERM are recorded and do not interrupt.
 
-    Alone, a second one interrupts as always. Under torchrun each rank may get several: the
-    terminal's and the launcher's.
+    In a single process a second signal raises KeyboardInterrupt. Under torchrun it does not: a rank
+    may receive both the terminal's signal and the launcher's.
 
     Attributes:
-        signal: the number of the first that came, or None.
+        number: the number of the latest signal, or None.
     """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before: dict[int, Any] = {}
+        self.number: int | None = None
+        self._handlers: dict[int, Any] = {}  # those to restore
 
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # others may not
+    def __enter__(self) -> DeferredSignals:
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set any
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and not job.is_launched():
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and not job.is_launched():
             raise KeyboardInterrupt
-        self.signal = number
+        self.number = number

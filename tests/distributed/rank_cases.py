@@ -1,8 +1,8 @@
-"""Run by torchrun in test_parallel.py, and called there on one rank.
+"""Cases that the tests run under torchrun on several ranks, and call directly on one rank.
 
-    torchrun --nproc_per_node 2 tests/rank_cases.py cases DIR DIR ...
+    torchrun --nproc_per_node 2 tests/distributed/rank_cases.py cases DIR DIR ...
 
-Prints a JSON line a rank: what the function that is named first returns.
+Every rank prints one line of JSON: the result of the function that the first argument names.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama import Llama
-from llama.checkpoints import load
+from llama.checkpoints.load import load, tune
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
@@ -34,25 +35,25 @@ SHARED = [0, 3, 2, 1, 4, 2, 3, 1, 0, 4, 1, 1, 2, 3, 4, 0, 2, 2, 3, 1]
 PROMPTS = [[1, 2, 3], SHARED, [4], [*SHARED, 2, 1]]
 
 
-def load(folder: str | Path, scheme: str | None = None, group: int = 32) -> Transformer:
+def open_model(folder: str | Path, scheme: str | None = None, group: int = 32) -> Transformer:
     source = open_checkpoint(folder)
     args = source.args(max_seq_len=48, max_batch_size=3)
-    model = load.load(source, args, CPU, torch.float32)
+    model = load(source, args, CPU, torch.float32)
     if scheme is not None:
         exchange(model, quantized(scheme, group, parts=True), nn.Linear)
-    load.tune(model, None, exact=False)
+    tune(model, None, exact=False)
     model.setup_cache(3, 48)
     return model
 
 
 def generate(folder: str | Path) -> dict[str, Any]:
-    return generate_by(load(folder))
+    return generate_with(open_model(folder))
 
 
-def generate_by(model: Transformer) -> dict[str, Any]:
-    """Greedy, seeded and unseeded rows of a batch; requests that come and go; a second turn."""
+def generate_with(model: Transformer) -> dict[str, Any]:
+    """Greedy, seeded and unseeded batches; a late and a cancelled request; a reused prefix."""
     engine = Engine(model, prefill_chunk=7)
-    torch.manual_seed(5 + tensor_parallel.rank())  # only the first rank's draws may count
+    torch.manual_seed(5 + tensor_parallel.rank())  # rank 0 samples for all ranks
     found: dict[str, Any] = {}
     for name, how, seed in (
         ("greedy", Sampling(0.0), None),
@@ -69,8 +70,8 @@ def generate_by(model: Transformer) -> dict[str, Any]:
         found[f"{name} scores"] = [
             [*r.prompt_logprobs[1:], *r.generated_logprobs] for r in requests
         ]
-    # Events as they come; one joins, one is cancelled, one begins where another ended.
-    told: list[list[int | None]] = []
+    # All events; the second request joins late, the first is cancelled, the third reuses a prefix.
+    events: list[list[int | None]] = []
     first, second = (Request(p, 12, Sampling(0.0)) for p in PROMPTS[:2])
     engine.add(first)
     for step in range(20):
@@ -78,17 +79,17 @@ def generate_by(model: Transformer) -> dict[str, Any]:
             engine.add(second)
         if step == 6:
             engine.cancel(first.id)
-        told += [[event.id, event.token] for event in engine.step()]
+        events += [[event.id, event.token] for event in engine.step()]
     again = Request([*second.tokens, 1], 5, Sampling(0.0))
     engine.add(again)
     engine.wait(lambda: again.finish_reason)
-    return found | {"told": told, "reused": again.reused, "again": again.tokens}
+    return found | {"events": events, "reused": again.reused, "again": again.tokens}
 
 
 def gradient(folder: str | Path) -> list[float]:
-    """Of the first norm, which every rank has all of."""
+    """The gradient of the first norm, a replicated weight."""
     source = open_checkpoint(folder)
-    model = load.load(source, source.args(), CPU, torch.float32)
+    model = load(source, source.args(), CPU, torch.float32)
     weight = next(w for name, w in model.named_parameters() if "attention_norm" in name)
     weight.requires_grad_()
     model(torch.tensor([SHARED])).logsumexp(-1).sum().backward()
@@ -97,8 +98,8 @@ def gradient(folder: str | Path) -> list[float]:
     return found
 
 
-def communicated(model: Transformer) -> dict[str, int]:
-    """Collectives of one decode step."""
+def count_collectives(model: Transformer) -> dict[str, int]:
+    """{collective: calls} of one decode step."""
     engine, count = Engine(model), Counter[str]()
     engine.add(Request([1, 2, 3], 9, Sampling(0.0)))
     engine.step()
@@ -109,6 +110,8 @@ def communicated(model: Transformer) -> dict[str, int]:
 
 
 def counted(function: Callable[..., Any], count: Counter[str]) -> Callable[..., Any]:
+    """`function`, counting its calls."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
         count[function.__name__] += 1
         return function(*args, **kwargs)
@@ -116,7 +119,8 @@ def counted(function: Callable[..., Any], count: Counter[str]) -> Callable[..., 
     return call
 
 
-def text_of(call: Callable[[], Any]) -> str:
+def error_of(call: Callable[[], Any]) -> str:
+    """The class and message of the error that `call` raises."""
     try:
         call()
     except (ValueError, OSError, job.RankError) as e:
@@ -124,32 +128,34 @@ def text_of(call: Callable[[], Any]) -> str:
     raise AssertionError("this should have failed")
 
 
-def mistakes(folders: list[str]) -> list[str]:
-    """What each wrong call raises; the last one ends the job."""
+def errors_of_wrong_calls(folders: list[str]) -> list[str]:
+    """The error of each wrong call; the last but one ends the job."""
     second = tensor_parallel.rank() == 1
 
     def build(ckpt_dir: str, max_seq_len: int = 16) -> Llama:
         return Llama.build(ckpt_dir, None, max_seq_len, 1, device="cpu", dtype=torch.float32)
 
-    other = str(Path(folders[0]).with_name("other"))  # of the same shapes, not the same weights
-    told = [
-        text_of(lambda: build("/nowhere")),
-        text_of(lambda: build("/nowhere" if second else folders[0])),
-        text_of(lambda: build(folders[0], 17 if second else 16)),
-        text_of(lambda: build(other if second else folders[0])),
-        text_of(lambda: build(str(Path(folders[0]).with_name("three")))),
+    other = str(Path(folders[0]).with_name("other"))  # other weights of the same shapes
+    errors = [
+        error_of(lambda: build("/nowhere")),
+        error_of(lambda: build("/nowhere" if second else folders[0])),
+        error_of(lambda: build(folders[0], 17 if second else 16)),
+        error_of(lambda: build(other if second else folders[0])),
+        error_of(lambda: build(str(Path(folders[0]).with_name("three")))),
     ]
-    engine = Engine(load(folders[0]))
+    engine = Engine(open_model(folders[0]))
     longer = [3] if second else [3, 4]
-    told.append(text_of(lambda: engine.add(Request([1, *longer], 9, Sampling(0.0)))))
+    errors.append(error_of(lambda: engine.add(Request([1, *longer], 9, Sampling(0.0)))))
     ids = [engine.add(Request([i, 3], 9, Sampling(0.0))) for i in (1, 2)]
     engine.cancel(ids[second])
-    told.append(text_of(lambda: [engine.step() for _ in range(2)]))  # the first rank sees it later
-    return [*told, text_of(tensor_parallel.size)]
+    errors.append(
+        error_of(lambda: [engine.step() for _ in range(2)])
+    )  # rank 0 notices it a step later
+    return [*errors, error_of(tensor_parallel.size)]
 
 
 def replicas(folder: str) -> dict[str, Any]:
-    """Two models on two ranks each: calls of their own, of different numbers."""
+    """Two replicas on two ranks each, which make different numbers of calls."""
     llama = Llama.build(
         folder, None, 48, 2, model_parallel_size=2, device="cpu", dtype=torch.float32
     )
@@ -160,11 +166,11 @@ def replicas(folder: str) -> dict[str, Any]:
 
 def demo(folder: str) -> dict[str, Any]:
     llama = Llama.build(folder, None, 256, 8, device="cpu", dtype=torch.float32)
-    return of_demo(llama)
+    return generate_demo(llama)
 
 
-def of_demo(llama: Llama) -> dict[str, Any]:
-    """A batch, greedy and seeded, and two turns of a chat."""
+def generate_demo(llama: Llama) -> dict[str, Any]:
+    """A greedy and a seeded batch, and two turns of a chat."""
     prompts = ["The capital of France is", "Once upon a time", "2, 4, 6,"]
     dialog: list[Any] = [{"role": "user", "content": "What is the capital of France?"}]
     greedy = llama.text_completion(prompts, 0.0, max_gen_len=16)
@@ -184,38 +190,38 @@ def cases(*folders: str) -> dict[str, Any]:
     return {
         "generated": [generate(folder) for folder in folders],
         "gradient": gradient(folders[0]),
-        "communicated": communicated(load(folders[0])),
-        "mistakes": mistakes(list(folders)),
+        "collectives": count_collectives(open_model(folders[0])),
+        "errors": errors_of_wrong_calls(list(folders)),
     }
 
 
-def of_quantized(given: str, folder: str) -> dict[str, Any]:
-    """Writes what models quantized here and stored ones generate to FOLDER/RANK.json.
+def quantized_models(arguments: str, folder: str) -> dict[str, Any]:
+    """Compare models quantized at load with stored ones; write the result to FOLDER/RANK.json.
 
     Args:
-        given: JSON of {"models": [[plain folder, its quantized one, scheme, group], ...],
-            "mistakes": [arguments of `Llama.build`, ...]}: builds that fail.
+        arguments: JSON of {"models": [[plain folder, quantized folder, scheme, group], ...],
+            "wrong_builds": [arguments with which `Llama.build` fails, ...]}.
     """
     tensor_parallel.initialize(None, CPU)
-    cases = json.loads(given)
-    found = []
+    cases = json.loads(arguments)
+    generated = []
     for plain, stored, scheme, group in cases["models"]:
-        made, read = load(plain, scheme, group), load(stored)
-        codes = read.state_dict()
+        model, stored_model = open_model(plain, scheme, group), open_model(stored)
+        stored_weights = stored_model.state_dict()
         different = [
             name
-            for name, w in made.state_dict().items()
-            if not same_numbers(codes[name], w, scale=name.endswith("scale"))
+            for name, w in model.state_dict().items()
+            if not same_weight(stored_weights[name], w, scale=name.endswith("scale"))
         ]
-        found.append([generate_by(made), greedy(read), different])
-    missing = torch.nan if tensor_parallel.rank() == 1 else 0.0
+        generated.append([generate_with(model), greedy(stored_model), different])
+    nan_on_rank_1 = torch.nan if tensor_parallel.rank() == 1 else 0.0
     result = {
-        "found": found,
-        "largest": tensor_parallel.max_over_ranks(
-            torch.tensor([tensor_parallel.rank(), missing])
+        "generated": generated,
+        "maximum": tensor_parallel.max_over_ranks(
+            torch.tensor([tensor_parallel.rank(), nan_on_rank_1])
         ).tolist(),
-        "mistakes": [text_of(lambda how=how: build(**how)) for how in cases["mistakes"]],
-        "communicated": communicated(made),
+        "errors": [error_of(partial(build, **options)) for options in cases["wrong_builds"]],
+        "collectives": count_collectives(model),
     }
     Path(folder, f"{tensor_parallel.rank()}.json").write_text(json.dumps(result))
     return {}
@@ -228,14 +234,19 @@ def greedy(model: Transformer) -> list[int]:
     return request.tokens
 
 
-def same_numbers(a: Tensor, b: Tensor, scale: bool) -> bool:
-    """Rows of zeros, which a padded vocabulary ends in, may have any scale next to zero."""
+def same_weight(a: Tensor, b: Tensor, scale: bool) -> bool:
+    """Whether two stored tensors are equal; scales of zero rows (padding) may differ a little."""
     return torch.allclose(a, b, rtol=0, atol=1e-37) if scale else torch.equal(a, b)
 
 
-def build(**how: Any) -> Llama:
-    fixed = {"tokenizer_path": None, "max_seq_len": 16, "max_batch_size": 1, "device": "cpu"}
-    return Llama.build(**fixed, **how)
+def build(**options: Any) -> Llama:
+    fixed: dict[str, Any] = {
+        "tokenizer_path": None,
+        "max_seq_len": 16,
+        "max_batch_size": 1,
+        "device": "cpu",
+    }
+    return Llama.build(**fixed, **options)
 
 
 def one(folder: str) -> dict[str, Any]:
@@ -244,7 +255,10 @@ def one(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    modes = {"cases": cases, "demo": demo, "one": one, "replicas": replicas}
-    mode = (modes | {"quantized": of_quantized})[sys.argv[1]]
+    modes: dict[str, Callable[..., dict[str, Any]]] = {
+        "cases": cases, "demo": demo, "one": one, "replicas": replicas,
+        "quantized": quantized_models,
+    }  # fmt: skip
+    mode = modes[sys.argv[1]]
     result = {"rank": int(os.environ["RANK"])} | mode(*sys.argv[2:])
     sys.stdout.write(json.dumps(result) + "\n")

@@ -1,6 +1,6 @@
-"""Run by torchrun in test_faults.py: a command on several ranks, one of which fails.
+"""A command that test_faults.py runs on several ranks, one of which fails.
 
-    torchrun --nproc_per_node 2 tests/rank_job.py --ckpt_dir DIR --fault kill
+    torchrun --nproc_per_node 2 tests/distributed/rank_job.py --ckpt_dir DIR --fault kill
 
 Writes "started" to stdout when all ranks generate.
 """
@@ -23,30 +23,30 @@ from llama.layers import quantized_linear
 
 
 def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> None:
-    """Generate; rank 1 fails at its tenth step or quantizing, or looks for its files elsewhere."""
-    one = not job.is_leader()
-    folder = elsewhere if one and elsewhere else ckpt_dir
+    """Generate. Rank 1 fails at its tenth step or while quantizing, or reads `elsewhere`."""
+    fails = not job.is_leader()
+    folder = elsewhere if fails and elsewhere else ckpt_dir
     scheme = "int8" if fault == "quantize" else None
-    if scheme and one:
+    if scheme and fails:
         quantized_linear.quantize_int8 = lambda *_: fail("memory")  # type: ignore[assignment]
     llama = Llama.build(folder, None, 200, 1, device="cpu", dtype=torch.float32, quantize=scheme)
     steps = 0
 
-    def watch() -> None:
+    def count_step() -> None:
         nonlocal steps
         steps += 1
         if steps == 3 and job.is_leader():
             sys.stdout.write("started\n")
             sys.stdout.flush()
-        if steps == 10 and one:
+        if steps == 10 and fails:
             fail(fault)
         time.sleep(0.02)
 
-    inner = llama.model.hidden
+    original = llama.model.hidden
 
     def hidden(*args: object, **kwargs: object) -> torch.Tensor:
-        watch()
-        out: torch.Tensor = inner(*args, **kwargs)  # type: ignore[arg-type]
+        count_step()
+        out: torch.Tensor = original(*args, **kwargs)  # type: ignore[arg-type]
         return out
 
     llama.model.hidden = hidden  # type: ignore[method-assign]
@@ -57,6 +57,7 @@ def main(ckpt_dir: str, fault: str = "none", elsewhere: str | None = None) -> No
 
 
 def fail(fault: str) -> None:
+    """Fail in the way that `fault` names."""
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault == "memory":

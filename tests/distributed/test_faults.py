@@ -1,4 +1,4 @@
-"""launch.py, tensor_parallel.py, command_line.py: the fault of one rank ends the job, with one message."""
+"""job.py, tensor_parallel.py: an error of one rank ends the job, with one message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llama.distributed import job, tensor_parallel
 from tests.distributed.test_tensor_parallel import free_port, start_torchrun, write
 
 JOB = str(Path(__file__).with_name("rank_job.py"))
-ENDS_WITHIN = 60  # seconds; a hang would be longer than any of this
+ENDS_WITHIN = 60  # seconds; a rank that hangs takes longer
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +28,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write(tmp_path_factory.mktemp("faults") / "model", vocab_size=261)
 
 
-def ended(job: subprocess.Popen[str]) -> tuple[str, list[str]]:
-    """(stdout, what the job's own processes told on stderr) of one that failed."""
+def wait_for_failure(job: subprocess.Popen[str]) -> tuple[str, list[str]]:
+    """Wait until a job fails; return its stdout, and the lines of its command on stderr."""
     try:
-        out, err = job.communicate(timeout=ENDS_WITHIN + 180)  # of which most is starting
+        out, err = job.communicate(timeout=ENDS_WITHIN + 180)  # starting takes most of it
     finally:
         job.kill()
     assert job.returncode != 0
@@ -51,51 +51,53 @@ def ended(job: subprocess.Popen[str]) -> tuple[str, list[str]]:
         pytest.param("exit", "job: rank 1: SystemExit: 3", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_fails_in_mid_generation(folder: str, fault: str, message: str) -> None:
+def test_rank_fails_during_generation(folder: str, fault: str, message: str) -> None:
     command = [JOB, "--ckpt_dir", folder, "--fault", fault]
     wait = {"LLAMA3_RANK_TIMEOUT": "3"} if fault == "hang" else {}
-    out, told = ended(start_torchrun(2, *command, **wait))
+    out, messages = wait_for_failure(start_torchrun(2, *command, **wait))
     assert out == "started\n"
-    assert len(told) == 1 and told[0].startswith(message)
+    assert len(messages) == 1 and messages[0].startswith(message)
 
 
-def test_a_shard_that_one_rank_lacks(folder: str, tmp_path: Path) -> None:
+def test_shard_missing_on_one_rank(folder: str, tmp_path: Path) -> None:
     (tmp_path / "params.json").write_bytes((Path(folder) / "params.json").read_bytes())
     command = [JOB, "--ckpt_dir", folder, "--elsewhere", str(tmp_path)]
-    _, told = ended(start_torchrun(2, *command))
-    assert told == [
+    _, messages = wait_for_failure(start_torchrun(2, *command))
+    assert messages == [
         f"job: rank 1: FileNotFoundError: no consolidated.*.pth in {tmp_path}; check ckpt_dir"
     ]
 
 
-def test_a_rank_that_fails_while_quantizing(folder: str) -> None:
-    """The other waits for its numbers then."""
-    _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", folder, "--fault", "quantize"))
-    assert told == ["job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"]
+def test_rank_fails_while_quantizing(folder: str) -> None:
+    """The other rank waits in a collective."""
+    _, messages = wait_for_failure(
+        start_torchrun(2, JOB, "--ckpt_dir", folder, "--fault", "quantize")
+    )
+    assert messages == ["job: rank 1: OutOfMemoryError: tried to allocate 3.00 GiB"]
 
 
-def test_a_mistake_of_all_ranks_is_told_once(folder: str) -> None:
-    _, told = ended(start_torchrun(2, JOB, "--ckpt_dir", "/nowhere"))
-    assert told == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
+def test_error_of_all_ranks_is_reported_once(folder: str) -> None:
+    _, messages = wait_for_failure(start_torchrun(2, JOB, "--ckpt_dir", "/nowhere"))
+    assert messages == ["job: no checkpoint folder at /nowhere; check ckpt_dir"]
 
 
 @pytest.mark.slow
 def test_ctrl_c_and_a_second_run(folder: str) -> None:
-    """On the same port, at once."""
+    """A second job can use the same port at once."""
     launcher = [f"--master_port={free_port()}"]
     command = [JOB, "--ckpt_dir", folder]
     job = start_torchrun(2, *command, "--fault", "never", launcher=launcher)
     assert job.stdout is not None and job.stdout.readline() == "started\n"
     job.send_signal(signal.SIGINT)
     start = time.monotonic()
-    _, told = ended(job)
-    assert told == [] and time.monotonic() - start < ENDS_WITHIN
+    _, messages = wait_for_failure(job)
+    assert messages == [] and time.monotonic() - start < ENDS_WITHIN
     again = start_torchrun(2, *command, launcher=launcher)
     assert again.communicate(timeout=240)[1].count("Loaded") == 1 and again.returncode == 0
 
 
-def by_hand(*command: str) -> list[subprocess.Popen[str]]:
-    """Two ranks without torchrun: rank 0 serves the store."""
+def start_without_torchrun(*command: str) -> list[subprocess.Popen[str]]:
+    """Start two ranks without torchrun, so that rank 0 serves the store."""
     env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     env |= {"MASTER_PORT": str(free_port())}
     return [
@@ -112,100 +114,102 @@ def by_hand(*command: str) -> list[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 def test_ranks_without_torchrun(folder: str) -> None:
-    """One that is killed is named all the same."""
-    jobs = by_hand(JOB, "--ckpt_dir", folder, "--fault", "kill")
-    told = [ended(job)[1] for job in jobs]
-    assert told[1] == [] and len(told[0]) == 1 and "rank 1 no longer answers" in told[0][0]
+    """The message variables the killed rank."""
+    jobs = start_without_torchrun(JOB, "--ckpt_dir", folder, "--fault", "kill")
+    messages = [wait_for_failure(job)[1] for job in jobs]
+    assert (
+        messages[1] == [] and len(messages[0]) == 1 and "rank 1 no longer answers" in messages[0][0]
+    )
 
 
 @pytest.mark.slow
-def test_a_script_that_ends_between_calls(folder: str) -> None:
-    """The other rank is in a call then."""
+def test_script_ends_between_calls(folder: str) -> None:
+    """The other rank is inside a call of the library."""
     script = (
         "import os; from llama import Llama\n"
         f"llama = Llama.build({folder!r}, None, 64, 1, device='cpu')\n"
         "if os.environ['RANK'] == '1': raise KeyError('mine')\n"
         "llama.generate([[1, 2]], 9)\n"
     )
-    texts = [job.communicate(timeout=240)[1] for job in by_hand("-c", script)]
-    assert texts[0].endswith("llama.launch.RankError: rank 1: KeyError: 'mine'\n")
+    texts = [job.communicate(timeout=240)[1] for job in start_without_torchrun("-c", script)]
+    assert texts[0].endswith(".RankError: rank 1: KeyError: 'mine'\n")
     assert texts[1].endswith("KeyError: 'mine'\n")
 
 
-def set_environment(monkeypatch: pytest.MonkeyPatch, **names: str) -> None:
+def set_environment(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    for name, value in names.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
 
-WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+RANK_0 = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 @pytest.mark.parametrize(
-    ("names", "message"),
+    ("variables", "message"),
     [
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 but not RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({"RANK": "1"}, "RANK=1 but not WORLD_SIZE"),
-        (WHOLE, "but not MASTER_PORT"),
-        (WHOLE | {"MASTER_PORT": "1", "RANK": "2"}, "RANK=2 in the environment must be a number"),
-        (WHOLE | {"MASTER_PORT": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
-        (WHOLE | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be a number"),
-        (WHOLE | {"MASTER_PORT": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 .* from 0 to 0"),
+        (RANK_0, "but not MASTER_PORT"),
+        (RANK_0 | {"MASTER_PORT": "1", "RANK": "2"}, "RANK=2 in the environment must be a number"),
+        (RANK_0 | {"MASTER_PORT": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment"),
+        (RANK_0 | {"MASTER_PORT": "http"}, "MASTER_PORT=http in the environment must be a number"),
+        (RANK_0 | {"MASTER_PORT": "1", "LOCAL_RANK": "1"}, "LOCAL_RANK=1 .* from 0 to 0"),
     ],
 )
-def test_environments_that_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch, names: dict[str, str], message: str
+def test_bad_environments(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
 ) -> None:
-    set_environment(monkeypatch, **names)
+    set_environment(monkeypatch, **variables)
     with pytest.raises(ValueError, match=message):
         job.environment()
 
 
-@pytest.mark.parametrize("names", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}])
-def test_one_process(monkeypatch: pytest.MonkeyPatch, names: dict[str, str]) -> None:
-    set_environment(monkeypatch, **names)
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0"}, {"WORLD_SIZE": "1"}])
+def test_one_process(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    set_environment(monkeypatch, **variables)
     assert job.environment() == job.Launch() and job.is_leader()
 
 
 @pytest.fixture
 def rank_0(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The environment of rank 0 of 2, on a free port that is returned."""
+    """The environment of rank 0 of 2. The value is MASTER_PORT, a free port."""
     port = free_port()
-    set_environment(monkeypatch, **WHOLE, MASTER_PORT=str(port))
+    set_environment(monkeypatch, **RANK_0, MASTER_PORT=str(port))
     monkeypatch.setenv(job.TIMEOUT, "0.5")
     monkeypatch.setattr(job, "_store", None)
     yield port
 
 
-def test_a_busy_port(rank_0: int) -> None:
+def test_port_in_use(rank_0: int) -> None:
     with socket.socket() as s:
         s.bind(("127.0.0.1", rank_0))
         s.listen()
-        with pytest.raises(ValueError, match=f"MASTER_PORT {rank_0} cannot be served"):
+        with pytest.raises(ValueError, match=f"rank 0 cannot serve MASTER_PORT {rank_0}"):
             job.store()
 
 
-def test_nobody_serves(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_server(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
         job.store()
 
 
-def test_a_rank_that_does_not_come(rank_0: int) -> None:
-    with pytest.raises(ValueError, match=r"rank 1 of 2 has not come in 0.5 s"):
+def test_rank_that_does_not_start(rank_0: int) -> None:
+    with pytest.raises(ValueError, match=r"rank 1 of 2 did not start within 0.5 s"):
         job.rendezvous({})
 
 
 @pytest.mark.skipif(dist.is_nccl_available(), reason="this torch has nccl")
-def test_a_backend_that_torch_lacks(rank_0: int) -> None:
+def test_missing_backend(rank_0: int) -> None:
     with pytest.raises(ValueError, match="this build of torch has no nccl"):
-        tensor_parallel._join(2, "nccl")
+        tensor_parallel._create_groups(2, "nccl")
 
 
-def test_a_rank_that_comes_twice(rank_0: int) -> None:
-    job.store().add("came/0", 1)
+def test_two_processes_with_one_rank(rank_0: int) -> None:
+    job.store().add("arrived/0", 1)
     with pytest.raises(ValueError, match="two processes have RANK=0"):
         job.rendezvous({})
 
@@ -216,7 +220,7 @@ def test_ranks_of_different_jobs(rank_0: int) -> None:
         job.rendezvous({"backend": "gloo"})
 
 
-def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
+def test_rank_that_failed_before_the_rendezvous(rank_0: int) -> None:
     table = job.store()
     fault = {"rank": 1, "cause": "ImportError", "text": "no gguf"}
     timer = threading.Timer(0.1, lambda: table.set("fault", json.dumps(fault)))
@@ -227,15 +231,15 @@ def test_a_rank_that_failed_before_the_others_came(rank_0: int) -> None:
 
 
 def test_all_lost_ranks_are_named(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of them may only be busy, such as rank 0 while a person types."""
+    """One of them may only be busy, such as rank 0 while a user types."""
     monkeypatch.setattr(job, "ANSWER_WITHIN", 0.1)
-    job.store().set("lives/1", "")
+    job.store().set("alive/1", "")
     fault = job.find_lost_rank([0, 1, 2, 3])
     assert fault is not None
     assert fault.text.startswith("rank 2 no longer answers, nor 3: it ended, was killed")
 
 
-def test_a_timeout_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     for wrong in ("", "soon", "0", "nan", "inf", "1e300"):
         monkeypatch.setenv(job.TIMEOUT, wrong)
         with pytest.raises(

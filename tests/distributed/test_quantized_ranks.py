@@ -1,4 +1,4 @@
-"""Quantized weights on several gloo ranks: one rank's codes, scales and ids."""
+"""Quantized weights on several gloo ranks have the codes, scales and ids of one rank."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tests.distributed.test_tensor_parallel import (
     write,
 )
 
-# On 4 ranks a KV head of 8 rows each: half a tile of int4.
+# On 4 ranks, each has one KV head of 8 rows: half a tile of int4.
 WIDE: dict[str, Any] = {"dim": 256, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
-# One KV head for all, and ids for three of 4 ranks. On 4 ranks wo has 32 columns.
+# All ranks share one KV head. On 4 ranks, one has no ids, and wo has 32 columns on each.
 TIED: dict[str, Any] = {"dim": 128, "n_heads": 8, "n_kv_heads": 1, "multiple_of": 128}
 CASES = [
     ("wide", "int8", 32), ("wide", "int4", 32), ("wide", "int4", 64),
@@ -43,58 +43,62 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer")
 
 
 @pytest.fixture(scope="module")
-def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two models, and each quantized as NAME-SCHEME-GROUP."""
-    at = tmp_path_factory.mktemp("quantized")
-    write(at / "wide", vocab_size=261, **WIDE)
-    write(at / "tied", vocab_size=5, tied=True, **TIED)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, each also quantized, as NAME-SCHEME-GROUP."""
+    folder = tmp_path_factory.mktemp("quantized")
+    write(folder / "wide", vocab_size=261, **WIDE)
+    write(folder / "tied", vocab_size=5, tied=True, **TIED)
     for name, scheme, group in [*CASES, ("tied", "int4", 64)]:
-        given = group if scheme == "int4" else None
-        quantize(at / name, at / f"{name}-{scheme}-{group}", scheme, given)
-    return at
+        stored = folder / f"{name}-{scheme}-{group}"
+        quantize(folder / name, stored, scheme, group if scheme == "int4" else None)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def of_one_rank(at: Path) -> list[dict[str, Any]]:
-    return [rank_cases.generate(at / f"{n}-{scheme}-{group}") for n, scheme, group in CASES]
+def one_rank(folder: Path) -> list[dict[str, Any]]:
+    return [rank_cases.generate(folder / f"{n}-{scheme}-{group}") for n, scheme, group in CASES]
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_one_ranks_ids(
-    at: Path, of_one_rank: list[dict[str, Any]], n: int, tmp_path: Path
+def test_quantized_ranks_generate_the_ids_of_one(
+    folder: Path, one_rank: list[dict[str, Any]], n: int, tmp_path: Path
 ) -> None:
-    models = [[str(at / m), str(at / f"{m}-{s}-{group}"), s, group] for m, s, group in CASES]
-    narrow = write(at / f"narrow{n}", n_kv_heads=4, vocab_size=261)
-    mistakes = [
+    models = [
+        [str(folder / m), str(folder / f"{m}-{s}-{group}"), s, group] for m, s, group in CASES
+    ]
+    narrow = write(folder / f"narrow{n}", n_kv_heads=4, vocab_size=261)
+    wrong_builds = [
         {"ckpt_dir": narrow, "quantize": "int4"},
-        {"ckpt_dir": str(at / "wide-int8-32"), "compile": True},
+        {"ckpt_dir": str(folder / "wide-int8-32"), "compile": True},
     ]
     if n == 4:
-        mistakes.append({"ckpt_dir": str(at / "tied-int4-64")})
-    given = json.dumps({"models": models, "mistakes": mistakes})
-    assert len(results(torchrun(n, str(SCRIPT), "quantized", given, str(tmp_path)))) == n
+        wrong_builds.append({"ckpt_dir": str(folder / "tied-int4-64")})
+    arguments = json.dumps({"models": models, "wrong_builds": wrong_builds})
+    assert len(results(torchrun(n, str(SCRIPT), "quantized", arguments, str(tmp_path)))) == n
     for rank in range(n):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
-        for (made, read, different), want in zip(result["found"], of_one_rank, strict=True):
+        for (quantized_ids, stored_ids, different), expected in zip(
+            result["generated"], one_rank, strict=True
+        ):
             assert different == []
-            assert_equal(made, want)
-            assert read == want["greedy"][1]  # of SHARED
-        assert result["largest"] == [n - 1, torch.inf]
-        assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
-        assert result["mistakes"][0] == (
+            assert_equal(quantized_ids, expected)
+            assert stored_ids == expected["greedy"][1]  # prompt 1 is SHARED
+        assert result["maximum"] == [n - 1, torch.inf]
+        assert result["collectives"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert result["errors"][0] == (
             "ValueError: layers.0.attention.wo.weight: groups of 32 do not divide the "
             f"{32 // n} columns of each of {n} ranks; use one of [1] ranks, or int8"
         )
-        assert "a compiled step runs on one rank" in result["mistakes"][1]
+        assert "a compiled step runs on one rank" in result["errors"][1]
         if n == 4:
-            assert result["mistakes"][2].endswith(
+            assert result["errors"][2].endswith(
                 "wo.weight: groups of 64 do not divide the 32 columns of each of 4 ranks; "
                 "use one of [1, 2] ranks, groups of 32, or int8"
             )
 
 
-def numbers(source: Source, layer: str, args: ModelArgs, rank: int, size: int) -> Tensor:
-    """What a rank's codes and scales of a weight stand for."""
+def dequantized(source: Source, layer: str, args: ModelArgs, rank: int, size: int) -> Tensor:
+    """A rank's part of a quantized weight, as floats."""
 
     def part(kind: str) -> Tensor:
         return load.read_part(source, f"{layer}.{kind}", args, rank, size)
@@ -107,25 +111,25 @@ def numbers(source: Source, layer: str, args: ModelArgs, rank: int, size: int) -
 
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize(("name", "scheme", "group"), CASES)
-def test_parts_of_codes_stand_for_parts_of_the_weight(
-    at: Path, name: str, scheme: str, group: int, n: int
+def test_parts_dequantize_to_parts_of_the_weight(
+    folder: Path, name: str, scheme: str, group: int, n: int
 ) -> None:
-    source = open_checkpoint(at / f"{name}-{scheme}-{group}")
+    source = open_checkpoint(folder / f"{name}-{scheme}-{group}")
     args = source.args()
     for weight, shape in weight_shapes(args).items():
         layer = weight.removesuffix(".weight")
         if weight in source.shapes():
             continue
-        whole = numbers(source, layer, args, 0, 1)[: shape[0]]
+        whole = dequantized(source, layer, args, 0, 1)[: shape[0]]
         for rank in range(n):
             dim, start, stop = rank_part(weight, args, rank, n)  # type: ignore[misc]
-            want = whole.narrow(dim, start, stop - start)
-            got = numbers(source, layer, args, rank, n)
-            assert torch.equal(got[: len(want)], want) and not got[len(want) :].any()
+            expected = whole.narrow(dim, start, stop - start)
+            got = dequantized(source, layer, args, rank, n)
+            assert torch.equal(got[: len(expected)], expected) and not got[len(expected) :].any()
 
 
-def test_whole_tiles_are_views_of_the_file(at: Path) -> None:
-    source = open_checkpoint(at / "wide-int4-32")
+def test_whole_tiles_are_views_of_the_file(folder: Path) -> None:
+    source = open_checkpoint(folder / "wide-int4-32")
     args = source.args()
     for kind, view in (("wq", True), ("w1", True), ("wk", False)):
         name = f"layers.1.{'feed_forward' if kind == 'w1' else 'attention'}.{kind}.packed"
@@ -137,23 +141,23 @@ def test_whole_tiles_are_views_of_the_file(at: Path) -> None:
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, scheme: str, size: int) -> None:
-    """Of 8B: a share of the bytes and at most 3 % more."""
+    """8B: a rank has its share of the bytes, and at most 3 % more."""
 
-    def held() -> int:
+    def weight_bytes() -> int:
         model = Transformer(ModelArgs(**LLAMA_8B)).bfloat16()
         exchange(model, quantized(scheme), nn.Linear)
         return sum(w.nbytes for w in model.state_dict().values())
 
     with torch.device("meta"):
-        whole = held()
+        whole = weight_bytes()
         monkeypatch.setattr(tensor_parallel, "size", lambda: size)
-        assert whole / size <= held() <= 1.03 * whole / size
+        assert whole / size <= weight_bytes() <= 1.03 * whole / size
 
 
 @pytest.mark.parametrize(("name", "scheme", "group"), CASES)
-def test_inspect_and_plan_tell_the_ranks(at: Path, name: str, scheme: str, group: int) -> None:
-    """With the bytes that the first of them is given."""
-    source = open_checkpoint(at / f"{name}-{scheme}-{group}")
+def test_inspect_and_plan_list_the_ranks(folder: Path, name: str, scheme: str, group: int) -> None:
+    """With the bytes that rank 0 loads."""
+    source = open_checkpoint(folder / f"{name}-{scheme}-{group}")
     args = source.args()
     possible = possible_ranks(args, scheme, group)
     assert (
@@ -167,15 +171,20 @@ def test_inspect_and_plan_tell_the_ranks(at: Path, name: str, scheme: str, group
     )
     text = describe(source)
     assert [int(line[12:16]) for line in text.splitlines() if "of weights each" in line] == possible
-    how: dict[str, Any] = {"shape": None, "ckpt_dir": str(source.path), "batch": 1, "context": 8}
-    how |= {"dtype": "fp32", "quantize": None, "as_json": True}
-    how |= dict.fromkeys(("device_memory", "memory_bandwidth", "interconnect"))
+    options: dict[str, Any] = {
+        "shape": None,
+        "ckpt_dir": str(source.path),
+        "batch": 1,
+        "context": 8,
+    }
+    options |= {"dtype": "fp32", "quantize": None, "as_json": True}
+    options |= dict.fromkeys(("device_memory", "memory_bandwidth", "interconnect"))
     for n in possible:
-        figures = json.loads(plan(ranks=n, **how))
+        figures = json.loads(plan(ranks=n, **options))
         parts = [load.read_part(source, stored, args, 0, n) for stored in source.shapes()]
         assert rank_bytes(source, args, n) == sum(part.nbytes for part in parts)
         assert figures["weights"] == sum(part.nbytes for part in parts)
         assert figures["possible_ranks"] == possible
     other = {"int8": "int4", "int4": "int8"}[scheme]
     with pytest.raises(ValueError, match=f"quantized already, to {scheme}"):
-        plan(ranks=1, **how | {"quantize": other})
+        plan(ranks=1, **options | {"quantize": other})

@@ -1,4 +1,4 @@
-"""parallel.py: any number of gloo ranks under torchrun gives one rank's ids."""
+"""tensor_parallel.py: any number of gloo ranks under torchrun generates the ids of one rank."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from llama.checkpoints import load
 from llama.checkpoints.footprint import Footprint
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import tensor_parallel
-from llama.distributed.sharding import rank_counts, rank_part
+from llama.distributed.sharding import rank_counts, rank_part, weight_shapes
 from tests.distributed import rank_cases
 from tests.models import random_weights
 
 SCRIPT = Path(rank_cases.__file__)
-# Split on dim 0 or 1; norms are replicated.
+# The dimension along which a weight is split; norms are replicated.
 SPLIT = {
     "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "tok_embeddings": 0, "wo": 1, "w2": 1
 }  # fmt: skip
@@ -37,16 +37,17 @@ LLAMA_8B: dict[str, Any] = {
 
 
 def torchrun(n: int, *command: str) -> str:
-    """The job's stdout; its stderr when it fails."""
-    done = start_torchrun(n, *command)
-    out, err = done.communicate(timeout=240)
-    assert done.returncode == 0, err[:6000]
+    """Run a job to its end; return its stdout. Fails with its stderr."""
+    job = start_torchrun(n, *command)
+    out, err = job.communicate(timeout=240)
+    assert job.returncode == 0, err[:6000]
     return out
 
 
 def start_torchrun(
     n: int, *command: str, launcher: Sequence[str] = ("--standalone",), **env: str
 ) -> subprocess.Popen[str]:
+    """Start `python COMMAND` on `n` ranks; `launcher` are torchrun's flags."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}"]
     return subprocess.Popen(
         [*torchrun, *command],
@@ -60,14 +61,14 @@ def start_torchrun(
 
 
 def results(out: str) -> list[dict[str, Any]]:
-    """Of each rank; nobody's stdout is thrown away."""
-    found = sorted((json.loads(line) for line in out.splitlines()), key=lambda r: r["rank"])
-    assert [r.pop("rank") for r in found] == list(range(len(found)))
-    return found
+    """The result that each rank printed, in the order of ranks. Any other line is an error."""
+    lines = sorted((json.loads(line) for line in out.splitlines()), key=lambda r: r["rank"])
+    assert [r.pop("rank") for r in lines] == list(range(len(lines)))
+    return lines
 
 
 def write(folder: Path, shards: int = 1, seed: int = 0, tied: bool = False, **params: Any) -> str:
-    """A checkpoint of random weights; with 261 ids also a tokenizer, of bytes and ChatML."""
+    """A checkpoint of random weights; with vocab_size 261 also a ChatML tokenizer of bytes."""
     folder.mkdir()
     params = SMALL | params
     (folder / "params.json").write_text(json.dumps(params))
@@ -84,7 +85,11 @@ def write(folder: Path, shards: int = 1, seed: int = 0, tied: bool = False, **pa
         lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
         (folder / "tokenizer.model").write_bytes(b"".join(lines))
         special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259, "<x>": 260}
-        sidecar = {"pat_str": r"[\s\S]", "special_tokens": special, "bos_token": "<s>"}
+        sidecar: dict[str, Any] = {
+            "pat_str": r"[\s\S]",
+            "special_tokens": special,
+            "bos_token": "<s>",
+        }
         sidecar |= {"eos_token": "</s>", "pad_token": None, "stop_tokens": []}
         sidecar |= {"chat_format": "chatml", "default_system": None}
         (folder / "tokenizer.model.json").write_text(json.dumps(sidecar))
@@ -93,23 +98,23 @@ def write(folder: Path, shards: int = 1, seed: int = 0, tied: bool = False, **pa
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Vocabularies that do not divide, fewer KV heads than ranks, shards of another number."""
+    """Odd vocabularies, fewer KV heads than ranks, more shards than one; for 2 and 4 ranks."""
     at = tmp_path_factory.mktemp("ranks")
     write(at / "other", seed=1, n_kv_heads=4, vocab_size=261)
     write(at / "three", dim=48, n_heads=3, multiple_of=48, vocab_size=261)
     return [
         write(at / "odd", n_kv_heads=4, vocab_size=261),
         write(at / "one-kv-head", n_kv_heads=1, vocab_size=61),
-        write(at / "tied", n_heads=8, n_kv_heads=2, vocab_size=5, tied=True),  # none on a 4th rank
+        write(at / "tied", n_heads=8, n_kv_heads=2, vocab_size=5, tied=True),  # no ids on rank 3
         write(at / "two-shards", shards=2, n_kv_heads=2, vocab_size=60),
     ]
 
 
-def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
-    """Ids exactly, log-probabilities nearly."""
-    want = json.loads(json.dumps(want))
-    assert set(got) == set(want)
-    for name, value in want.items():
+def assert_equal(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Ids must be equal, log-probabilities within 1e-4."""
+    expected = json.loads(json.dumps(expected))
+    assert set(got) == set(expected)
+    for name, value in expected.items():
         if not name.endswith(" scores"):
             assert got[name] == value, name
             continue
@@ -118,26 +123,26 @@ def assert_equal(got: dict[str, Any], want: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def of_one_rank(folders: list[str]) -> list[dict[str, Any]]:
+def one_rank(folders: list[str]) -> list[dict[str, Any]]:
     return [rank_cases.generate(folder) for folder in folders]
 
 
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_give_one_ranks_ids(
-    folders: list[str], of_one_rank: list[dict[str, Any]], n: int
+def test_ranks_generate_the_ids_of_one(
+    folders: list[str], one_rank: list[dict[str, Any]], n: int
 ) -> None:
-    found = results(torchrun(n, str(SCRIPT), "cases", *folders))
-    assert len(found) == n
+    ranks = results(torchrun(n, str(SCRIPT), "cases", *folders))
+    assert len(ranks) == n
     args = open_checkpoint(folders[0]).args()
-    for result in found:
-        for got, want in zip(result["generated"], of_one_rank, strict=True):
-            assert_equal(got, want)
+    for result in ranks:
+        for got, expected in zip(result["generated"], one_rank, strict=True):
+            assert_equal(got, expected)
         assert result["gradient"] == pytest.approx(rank_cases.gradient(folders[0]), abs=1e-4)
-        # Two a layer, the embedding; the logits; the ids that the first rank drew.
-        assert result["communicated"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
-        assert sum(result["communicated"].values()) == Footprint(args, False, n).collectives()
-        assert result["mistakes"] == found[0]["mistakes"]
-    nowhere, one_nowhere, length, weights, heads, prompt, asked, after = found[0]["mistakes"]
+        # all_reduce: 2 per layer, and the embedding; all_gather: logits; broadcast: sampled ids.
+        assert result["collectives"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
+        assert sum(result["collectives"].values()) == Footprint(args, False, n).collectives()
+        assert result["errors"] == ranks[0]["errors"]
+    nowhere, one_nowhere, length, weights, heads, prompt, asked, after = ranks[0]["errors"]
     assert nowhere == "FileNotFoundError: no checkpoint folder at /nowhere; check ckpt_dir"
     assert one_nowhere == f"RankError: rank 1: {nowhere}"
     assert length == "ValueError: the ranks differ in max_seq_len: 16 on rank 0, 17 on rank 1"
@@ -148,17 +153,17 @@ def test_ranks_give_one_ranks_ids(
 
 
 @pytest.mark.slow
-def test_replicas_run_alone(folders: list[str]) -> None:
-    found = results(torchrun(4, str(SCRIPT), "replicas", folders[0]))
+def test_replicas_are_independent(folders: list[str]) -> None:
+    ranks = results(torchrun(4, str(SCRIPT), "replicas", folders[0]))
     llama = Llama.build(folders[0], None, 48, 2, device="cpu", dtype=torch.float32)
-    for rank, result in enumerate(found):
+    for rank, result in enumerate(ranks):
         number = rank // 2
-        want = [llama.generate([[1, 2, number + i]], 6, 0.0)[0] for i in range(1 + 2 * number)]
-        assert result == {"replica": number, "calls": want}
+        expected = [llama.generate([[1, 2, number + i]], 6, 0.0)[0] for i in range(1 + 2 * number)]
+        assert result == {"replica": number, "calls": expected}
 
 
-def test_two_nodes(folders: list[str], of_one_rank: list[dict[str, Any]]) -> None:
-    """Two torchrun agents that meet on loopback, by the flags that docs/scaling.md gives."""
+def test_two_nodes(folders: list[str], one_rank: list[dict[str, Any]]) -> None:
+    """Two torchrun agents on loopback, with the flags of docs/scaling.md."""
     launcher = ["--nnodes=2", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     command = [str(SCRIPT), "one", folders[3]]
     nodes = [
@@ -167,7 +172,7 @@ def test_two_nodes(folders: list[str], of_one_rank: list[dict[str, Any]]) -> Non
     outputs = [node.communicate(timeout=240) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], [err[-2000:] for _, err in outputs]
     for result in results("".join(out for out, _ in outputs)):
-        assert_equal(result, of_one_rank[3])
+        assert_equal(result, one_rank[3])
 
 
 def free_port() -> int:
@@ -180,14 +185,14 @@ def free_port() -> int:
 
 @pytest.mark.slow
 def test_demo_model_on_three_ranks(demo: Llama, demo_dir: Path) -> None:
-    """Its nine heads can be split by three and not by two."""
+    """Its nine heads can be split over three ranks, not over two."""
     assert rank_counts(demo.model.params) == [1, 3]
-    want = json.loads(json.dumps(rank_cases.of_demo(demo)))
-    assert results(torchrun(3, str(SCRIPT), "demo", str(demo_dir))) == [want] * 3
+    expected = json.loads(json.dumps(rank_cases.generate_demo(demo)))
+    assert results(torchrun(3, str(SCRIPT), "demo", str(demo_dir))) == [expected] * 3
 
 
-def test_shares_of_a_vocabulary(folders: list[str]) -> None:
-    """Joined, the ranks' rows are the whole weight and then zeros."""
+def test_vocabulary_shares(folders: list[str]) -> None:
+    """The rows of all ranks, concatenated, are the whole weight, then rows of zeros."""
     for folder in folders[1:3]:
         source = open_checkpoint(folder)
         args = source.args()
@@ -202,34 +207,28 @@ def test_shares_of_a_vocabulary(folders: list[str]) -> None:
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Of 8B: a share of the weights and at most 3 % more, on every rank."""
+    """8B: each rank has its share of the weights, and at most 3 % more."""
     args = ModelArgs(**LLAMA_8B)
     with torch.device("meta"):
         whole = sum(w.numel() for w in Transformer(args).state_dict().values())
         monkeypatch.setattr(tensor_parallel, "size", lambda: size)
-        held = {name: w.numel() for name, w in Transformer(args).state_dict().items()}
+        on_rank = {name: w.numel() for name, w in Transformer(args).state_dict().items()}
     assert whole == 8_030_261_248
-    assert whole / size <= sum(held.values()) <= 1.03 * whole / size
-    for name, numel in held.items():  # and no rank is given more than it has room for
-        shape = whole_shape(args, name)
+    assert whole / size <= sum(on_rank.values()) <= 1.03 * whole / size
+    for name, numel in on_rank.items():  # and no rank gets more than it has room for
+        shape = weight_shapes(args)[name]
         for rank in range(size):
             part = rank_part(name, args, rank, size)
             rows = shape[0] if part is None else (part[2] - part[1]) * shape[1 - part[0]]
             assert rows <= numel
 
 
-def whole_shape(args: ModelArgs, name: str) -> tuple[int, ...]:
-    from llama.distributed.sharding import weight_shapes
-
-    return weight_shapes(args)[name]
-
-
 def test_identity_on_one_rank() -> None:
     x = torch.randn(3, 4)
     assert tensor_parallel.size() == 1 and tensor_parallel.rank() == 0
-    for collective in (
-        tensor_parallel.copy_to_ranks, tensor_parallel.reduce_from_ranks, tensor_parallel.gather_from_ranks, tensor_parallel.broadcast_from_first, tensor_parallel.max_over_ranks
-    ):  # fmt: skip
+    for name in ("copy_to_ranks", "reduce_from_ranks", "gather_from_ranks"):
+        assert getattr(tensor_parallel, name)(x) is x
+    for collective in (tensor_parallel.broadcast_from_first, tensor_parallel.max_over_ranks):
         assert collective(x) is x
     assert tensor_parallel.broadcast_json({"a": 1}) == {"a": 1}
     with (
@@ -241,7 +240,7 @@ def test_identity_on_one_rank() -> None:
     assert tensor_parallel.size() == 1
 
 
-def test_sizes_that_do_not_fit() -> None:
+def test_bad_sizes() -> None:
     for wrong in (2, 0, -1):
         with pytest.raises(ValueError, match="does not divide the 1 running"):
             tensor_parallel.initialize(wrong, torch.device("cpu"))

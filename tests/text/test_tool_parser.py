@@ -1,4 +1,4 @@
-"""tool_calls.py on every form of answer, on prose, and on hostile ones."""
+"""tool_parser.py on every form of call, on prose, and on hostile input."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ from llama.text.tool_prompt import TOOL_FORMS, ToolCall, encode_tool_call, encod
     ],
 )
 def test_forms(text: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
-    want: list[ToolCall] = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    assert parse_tool_calls(text) == ToolReply("", want)
+    expected: list[ToolCall] = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    assert parse_tool_calls(text) == ToolReply("", expected)
 
 
 @pytest.mark.filterwarnings("error")
-def test_unknown_escapes_stay_without_a_warning() -> None:
+def test_unknown_escapes_are_kept_without_a_warning() -> None:
     reply = parse_tool_calls(r'[f(a="\d\\d\q")]')
     assert reply.tool_calls == [{"name": "f", "arguments": {"a": r"\d\d\q"}}]
 
@@ -96,7 +96,7 @@ def test_text_beside_calls() -> None:
         "f(a=1)", "[[f(a=1)]]", "[f] (a=1)", "[" * 5000, "null", '"text"', "</function>",
     ],
 )  # fmt: skip
-def test_prose_is_prose(text: str) -> None:
+def test_prose_has_no_calls(text: str) -> None:
     assert parse_tool_calls(text) == ToolReply(text)
 
 
@@ -113,8 +113,8 @@ def test_prose_is_prose(text: str) -> None:
         ('{"name": 3, "parameters": {}}', "with a name"),
         ('{"name": "f", "parameters": {}} I hope this helps', "broken JSON"),
         ('[{"name": "f", "parameters": {}}, 1]', "a call in JSON"),
-        ('{"name": "f", "parameters": {"a": NaN}}', "NaN is no JSON number"),
-        ('{"name": "f", "parameters": {"a": 1e999}}', "inf is no JSON number"),
+        ('{"name": "f", "parameters": {"a": NaN}}', "NaN is not a JSON number"),
+        ('{"name": "f", "parameters": {"a": 1e999}}', "inf is not a JSON number"),
         ('{"name": "f", "parameters": {"a": 1, "a": 2}}', "given twice"),
         ('{"name": "f", "parameters": {"a": ' + "9" * 1000 + "}}", "600 digits"),
         ('{"name": "f", "parameters": {"a": ' + "9" * 10000 + "}}", "broken JSON"),
@@ -143,7 +143,7 @@ def test_prose_is_prose(text: str) -> None:
         ("[f(a=b'x')]", "not a literal"),
         ("[f(a=f'{x}')]", "not a literal"),
         ("[f(a=1 + 1)]", "broken list"),
-        ("[f(a=1e999)]", "inf is no JSON number"),
+        ("[f(a=1e999)]", "inf is not a JSON number"),
         ("[f(a=" + "9" * 10000 + ")]", "not a literal"),
         ("[f(a='\\x4')]", "not a literal"),
         ("[f(a=1, a=2)]", "given twice"),
@@ -154,7 +154,7 @@ def test_prose_is_prose(text: str) -> None:
         ("[f(__class__=1)]", "not the name of an argument"),
         ("[f(a=1)] and more", "broken list"),
         ("[f(a='\0')]", "not a literal"),
-        ("x" * (MAX_LENGTH + 1), "not read"),
+        ("x" * (MAX_LENGTH + 1), "not parsed"),
     ],
 )
 def test_broken_calls_are_text_with_a_problem(text: str, problem: str) -> None:
@@ -182,8 +182,8 @@ DEEP = [
 ]  # fmt: skip
 
 
-def test_deep_and_long_answers_on_a_small_stack() -> None:
-    """A server's thread may have 512 KB, where `ast.parse` of some of these ends the process."""
+def test_deep_and_long_input_on_a_small_stack() -> None:
+    """With 512 KB, as a server's thread may have, `ast.parse` crashes on some of these."""
     replies: list[ToolReply] = []
     before = threading.stack_size(512 * 1024)
     try:
@@ -198,9 +198,9 @@ def test_deep_and_long_answers_on_a_small_stack() -> None:
 
 
 def test_nothing_is_evaluated(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    path = tmp_path / "made"
-    make = f"open({str(path)!r}, 'w')"
-    for payload in (make, f"__import__('os').mkdir({str(path)!r})", f"[{make} for _ in [1]]"):
+    path = tmp_path / "created"
+    create = f"open({str(path)!r}, 'w')"
+    for payload in (create, f"__import__('os').mkdir({str(path)!r})", f"[{create} for _ in [1]]"):
         for text in (
             f"[f(a={payload})]", f"[{payload}]", payload, f"<|python_tag|>{payload}",
             f"<function=f>{payload}</function>", f'{{"name": "f", "parameters": {payload}}}',
@@ -231,20 +231,20 @@ def test_random_answers_never_raise() -> None:
             assert reply.content == text
 
 
-def test_what_is_no_message() -> None:
+def test_argument_that_is_no_message() -> None:
     for wrong in (None, 3, {"content": None}):
         with pytest.raises(TypeError, match="a message or its text"):
             parse_tool_calls(wrong)  # type: ignore[arg-type]
 
 
-def test_a_definition_is_no_call() -> None:
-    """Models that saw other APIs may answer in the shape of a definition."""
+def test_a_definition_is_not_a_call() -> None:
+    """Some models answer with the JSON of a tool definition."""
     text = '{"type": "function", "function": {"name": "f", "parameters": {}}}'
     reply = parse_tool_calls(text)
     assert reply.content == text and not reply.tool_calls and "with a name" in (reply.problem or "")
 
 
-def test_half_a_million_backslashes_take_no_time() -> None:
+def test_backslashes_take_linear_time() -> None:
     text = 'brave_search.call(query="' + "\\" * 400_000 + 'x")'
     [call] = parse_tool_calls(text).tool_calls
     assert len(encode_tool_call(call)) >= 400_000

@@ -1,30 +1,21 @@
-"""tools.py and the tokenizer's part of it, against llama-models' code and documentation."""
+"""tool_prompt.py and ChatFormat with tools, against llama-models' code and documentation."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import string
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama.text.tool_parser import ToolReply, parse_tool_calls
-from llama.text.tool_prompt import (
-    TOOL_FORMS,
-    ToolCall,
-    check_tools,
-    encode_tool_call,
-    encode_tool_calls,
-)
+from llama.text.tool_parser import parse_tool_calls
+from llama.text.tool_prompt import TOOL_FORMS, ToolCall, check_tools
 from llama.tokenizer import ChatFormat, Tokenizer
+from tests.text.tool_calls import PLAIN, random_call, random_plain_call, random_text, to_meta
 
-PLAIN = string.ascii_letters + string.digits + " .,;:!?'()[]{}<>|/=äß漢😀"
-HOSTILE = PLAIN + '"\\\n\t\r\0\x7f\u2028\ud800'
-PIECES = ["<|python_tag|>", "</function>", '")', "')", '\\"', "<function=x>", "[f(a=1)]", "}{"]
 SONGS = {
     "type": "function",
     "function": {
@@ -40,154 +31,8 @@ SONGS = {
 SYSTEM = "Cutting Knowledge Date: December 2023\nToday Date: 21 September 2024\n\nBe kind."
 
 
-@pytest.fixture(scope="module")
-def ours(llama3_tokenizer_path: Path) -> ChatFormat:
-    return ChatFormat(Tokenizer(llama3_tokenizer_path, "llama3.1"))
-
-
-@pytest.fixture(scope="module")
-def meta(llama3_tokenizer_path: Path) -> Any:
-    from llama_models.llama3.chat_format import ChatFormat as MetaChatFormat
-    from llama_models.llama3.tokenizer import Tokenizer as MetaTokenizer
-
-    return MetaChatFormat(MetaTokenizer(llama3_tokenizer_path))
-
-
-# Generated calls
-
-
-def random_text(rng: random.Random, alphabet: str) -> str:
-    text = "".join(rng.choices(alphabet, k=rng.randint(0, 12)))
-    return text + rng.choice(PIECES) if alphabet is HOSTILE and rng.random() < 0.3 else text
-
-
-def random_value(rng: random.Random, alphabet: str, depth: int = 0) -> Any:
-    kind = rng.randrange(5 if depth == 3 else 7)
-    if kind == 5:
-        return [random_value(rng, alphabet, depth + 1) for _ in range(rng.randint(0, 3))]
-    if kind == 6:
-        return {
-            random_text(rng, alphabet): random_value(rng, alphabet, depth + 1)
-            for _ in range(rng.randint(0, 3))
-        }
-    choices: list[Any] = [
-        rng.randint(-(10**20), 10**20), rng.uniform(-1e30, 1e30), rng.random() < 0.5, None,
-        random_text(rng, alphabet),
-    ]  # fmt: skip
-    return choices[kind]
-
-
-def random_call(rng: random.Random, alphabet: str, builtin: bool = True) -> ToolCall:
-    kind = rng.randrange(6) if builtin else 5
-    text = random_text(rng, alphabet)
-    if kind < 3:
-        name = ("brave_search", "wolfram_alpha", "photogen")[kind]
-        return {"name": name, "arguments": {"query": text}}
-    if kind == 3:
-        return {"name": "code_interpreter", "arguments": {"code": f"x = {text}"}}
-    keys = rng.sample(["a", "city", "n_best", "query", "_x", "B2"], rng.randint(0, 4))
-    return {
-        "name": rng.choice(["f", "get_weather", "Tool2"]),
-        "arguments": {key: random_value(rng, alphabet) for key in keys},
-    }
-
-
-def metas_call(call: ToolCall) -> Any:
-    from llama_models.datatypes import ToolCall as MetaToolCall
-
-    # Its types do not hold nested lists, though its code writes them.
-    made = MetaToolCall(call_id="c", tool_name=call["name"], arguments={})
-    return made.model_copy(update={"arguments": call["arguments"]})
-
-
-def has_dict(value: Any) -> bool:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(v, dict) or has_dict(v) for v in values)
-
-
-def random_plain_call(rng: random.Random, form: str) -> ToolCall:
-    """One that Meta's code writes without a defect: no quotes, no dicts in Python."""
-    while True:
-        call = random_call(rng, PLAIN)
-        if form != "python_list" or not has_dict(call["arguments"]):
-            return call
-
-
 @pytest.mark.parametrize("form", TOOL_FORMS)
-def test_calls_are_written_as_metas(form: str) -> None:
-    from llama_models.datatypes import ToolPromptFormat
-    from llama_models.llama3.tool_utils import ToolUtils
-
-    rng = random.Random(3)
-    for _ in range(300):
-        call = random_plain_call(rng, form)
-        want = ToolUtils.encode_tool_call(metas_call(call), ToolPromptFormat(form))
-        assert encode_tool_call(call, form) == want
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_calls_are_read_as_metas(form: str, meta: Any) -> None:
-    """Where Meta's reads what was written: its tags end at the first brace, quotes change."""
-    from llama_models.datatypes import StopReason
-
-    rng, compared = random.Random(4), 0
-    for _ in range(400):
-        call = random_plain_call(rng, form)
-        text = encode_tool_call(call, form)
-        if call["name"] == "code_interpreter":
-            text = "<|python_tag|>" + text
-        try:
-            theirs = meta.decode_assistant_message_from_content(text, StopReason.end_of_turn)
-            [got] = theirs.tool_calls
-        except Exception:
-            continue
-        name = getattr(got.tool_name, "value", got.tool_name)
-        if (name, got.arguments) == (call["name"], call["arguments"]):
-            compared += 1
-            assert parse_tool_calls(text) == ToolReply("", [call])
-    assert compared > 100
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_what_is_written_reads_back(form: str) -> None:
-    rng = random.Random(5)
-    for _ in range(1000):
-        calls = [random_call(rng, HOSTILE) for _ in range(rng.choice([1, 1, 2, 3]))]
-        text = "".join(encode_tool_calls(calls, form))
-        if len(calls) == 1 and calls[0]["name"] == "code_interpreter":
-            text = "Let me see:<|python_tag|>" + text
-        reply = parse_tool_calls({"role": "assistant", "content": text})
-        assert reply.problem is None, (text, reply.problem)
-        assert reply.tool_calls == calls, text
-        # Also as the models write it, after the tag.
-        tagged = "<|python_tag|>" + text.split("see:<|python_tag|>")[-1]
-        assert parse_tool_calls(tagged).tool_calls == calls, text
-
-
-def test_backslashes_of_a_query() -> None:
-    for query in (r"\frac{1}{2}", "C:\\", 'a "b" \\"c\\\\"', "\\", '"', "\\\\", "two\nlines"):
-        call: ToolCall = {"name": "wolfram_alpha", "arguments": {"query": query}}
-        assert parse_tool_calls(encode_tool_call(call)).tool_calls == [call]
-    assert encode_tool_call(call | {"arguments": {"query": r"\frac{1}{2}"}}) == (
-        r'wolfram_alpha.call(query="\frac{1}{2}")'
-    )
-
-
-def test_a_call_that_python_cannot_write_is_json() -> None:
-    call: ToolCall = {"name": "f", "arguments": {"a-b": 1}}
-    for calls in ([call], [call, call]):
-        assert (
-            parse_tool_calls("".join(encode_tool_calls(calls, "python_list"))).tool_calls == calls
-        )
-    odd: ToolCall = {"name": "brave_search", "arguments": {"q": "x", "n": 3}}
-    assert parse_tool_calls(encode_tool_call(odd)).tool_calls == [odd]
-
-
-# Dialogs
-
-
-@pytest.mark.parametrize("form", TOOL_FORMS)
-def test_dialogs_with_tools_have_metas_ids(form: str, ours: ChatFormat, meta: Any) -> None:
+def test_dialogs_with_tools_equal_metas(form: str, ours: ChatFormat, meta: Any) -> None:
     from llama_models.datatypes import RawMessage, StopReason, ToolPromptFormat
 
     rng = random.Random(6)
@@ -207,73 +52,75 @@ def test_dialogs_with_tools_have_metas_ids(form: str, ours: ChatFormat, meta: An
                 if rng.random() < 0.6:
                     calls = [random_plain_call(rng, form)]
                     if calls[0]["name"] == "code_interpreter":
-                        message["content"] = ""  # Meta's puts content after the tag, as code
+                        message["content"] = ""  # Meta's code puts content after the tag
                     elif form != "python_list" and rng.random() < 0.3:
                         calls = [random_call(rng, PLAIN, builtin=False) for _ in range(3)]
                     message["tool_calls"] = calls
             role = "tool" if role == "ipython" else role
             raw = RawMessage(role=role, content=message["content"], **extra)
-            raw.tool_calls = [metas_call(call) for call in message.get("tool_calls", [])]
+            raw.tool_calls = [to_meta(call) for call in message.get("tool_calls", [])]
             dialog.append(message)
             theirs.append(raw)
-        want = meta.encode_dialog_prompt(theirs, ToolPromptFormat(form)).tokens
-        assert ours.encode_dialog_prompt(dialog, tool_form=form) == want  # type: ignore[arg-type]
+        expected = meta.encode_dialog_prompt(theirs, ToolPromptFormat(form)).tokens
+        assert ours.encode_dialog_prompt(dialog, tool_form=form) == expected  # type: ignore[arg-type]
 
 
 def documented(file: str, title: str) -> str:
-    """The prompt under a title of Meta's documentation of a release."""
+    """The first prompt below a title of Meta's documentation."""
     package, name = file.split("/")
     text = resources.files("llama_models").joinpath(package, name).read_text(encoding="utf-8")
     found = re.search(r"```\n(.*?)```", text[text.index(f"## {title}\n") :], re.DOTALL)
     assert found
-    # Before a turn's end whitespace is stripped here; some of Meta's examples have a line end.
+    # This library strips whitespace before the end of a turn; some of Meta's examples have it.
     return re.sub(r"\s*(<\|eot_id\|>)", r"\1", found[1].rstrip("\n") + "\n\n")
 
 
-def test_prompts_are_those_of_metas_documentation(ours: ChatFormat) -> None:
-    def told(dialog: Any, tools: Any, form: Any) -> str:
+def test_prompts_equal_metas_documentation(ours: ChatFormat) -> None:
+    def prompt(dialog: Any, tools: Any, form: Any) -> str:
         return ours.tokenizer.decode(ours.encode_dialog_prompt(dialog, tools, form))
 
     user = [{"role": "user", "content": "Use tools to get latest trending songs"}]
     dated = SYSTEM.replace("Be kind.", "You are a helpful assistant.")
     dialog = [{"role": "system", "content": dated}, *user]
-    want = documented("llama3_1/prompt_format.md", "JSON based tool calling")
-    # Its example of a schema has a list of properties, which is not JSON schema.
-    want = re.sub(r"\n\{.*\n\}\n", lambda _: f"\n{json.dumps(SONGS, indent=4)}\n", want, flags=re.S)
-    assert told(dialog, [SONGS], "json") == want
+    expected = documented("llama3_1/prompt_format.md", "JSON based tool calling")
+    # In Meta's example `properties` is a list, which is not JSON schema.
+    expected = re.sub(
+        r"\n\{.*\n\}\n", lambda _: f"\n{json.dumps(SONGS, indent=4)}\n", expected, flags=re.S
+    )
+    assert prompt(dialog, [SONGS], "json") == expected
 
     function: Any = SONGS["function"]
-    want = documented("llama3_1/prompt_format.md", "`<function>` based tool calling")
-    want = re.sub(r'\{"name": "trending.*', lambda _: json.dumps(function), want)
-    assert told(dialog, [SONGS], "function_tag") == want
+    expected = documented("llama3_1/prompt_format.md", "`<function>` based tool calling")
+    expected = re.sub(r'\{"name": "trending.*', lambda _: json.dumps(function), expected)
+    assert prompt(dialog, [SONGS], "function_tag") == expected
 
     file = "llama3_2/text_prompt_format.md"
-    want = documented(file, "Zero shot function calling")
-    [weather] = json.loads(want[want.index("\n[\n") : want.index("]<|eot_id|>") + 1])
+    expected = documented(file, "Zero shot function calling")
+    [weather] = json.loads(expected[expected.index("\n[\n") : expected.index("]<|eot_id|>") + 1])
     user = [{"role": "user", "content": "What is the weather in SF and Seattle?"}]
-    assert told(user, [weather], "python_list") == want
-    head, _, tail = want.partition("]<|eot_id|>")
+    assert prompt(user, [weather], "python_list") == expected
+    head, _, tail = expected.partition("]<|eot_id|>")
     dialog = [{"role": "system", "content": SYSTEM}, *user]
-    assert told(dialog, [weather], "python_list") == f"{head}]\n\n{SYSTEM}<|eot_id|>{tail}"
+    assert prompt(dialog, [weather], "python_list") == f"{head}]\n\n{SYSTEM}<|eot_id|>{tail}"
 
-    want = documented("llama3_1/prompt_format.md", "Builtin Code Interpreter")
-    question = want.split("\n\n")[-2].split("<|eot_id|>")[0]
+    expected = documented("llama3_1/prompt_format.md", "Builtin Code Interpreter")
+    question = expected.split("\n\n")[-2].split("<|eot_id|>")[0]
     dialog = [{"role": "user", "content": question}]
-    assert told(dialog, ["code_interpreter"], "json") == want
+    assert prompt(dialog, ["code_interpreter"], "json") == expected
 
-    want = documented("llama3_1/prompt_format.md", "Builtin Tool Calling")
+    expected = documented("llama3_1/prompt_format.md", "Builtin Tool Calling")
     dialog = [
         {"role": "system", "content": dated},
         {"role": "user", "content": "Search the web for the latest price of 1oz gold?"},
     ]
     tools = ["brave_search", "wolfram_alpha", "code_interpreter"]
-    got = told(dialog, tools, "json")  # an empty line sets the user's own text off
-    assert got.replace("wolfram_alpha\n\n", "wolfram_alpha\n") == want
-    assert got == told(dialog, tools, "python_list")
+    got = prompt(dialog, tools, "json")  # ours has an empty line before the user's text
+    assert got.replace("wolfram_alpha\n\n", "wolfram_alpha\n") == expected
+    assert got == prompt(dialog, tools, "python_list")
 
 
 def test_documented_round_trip(ours: ChatFormat) -> None:
-    """Meta's whole interaction with a built-in tool, but for its python_tag and line ends."""
+    """Meta's whole interaction with a built-in tool, except its python_tag and line breaks."""
     dialog: Any = [
         {"role": "system", "content": "Environment: ipython\nTools: brave_search, wolfram_alpha"},
         {"role": "user", "content": "What is the 100th decimal of pi?"},
@@ -286,17 +133,17 @@ def test_documented_round_trip(ours: ChatFormat) -> None:
             "stop_reason": "end_of_message",
         },
     ]
-    want = documented("llama3_1/prompt_format.md", "Built-in tools full interaction")
-    found = re.search(r"ipython<\|end_header_id\|>\s*(.*?)<\|eot_id\|>", want, re.DOTALL)
+    expected = documented("llama3_1/prompt_format.md", "Built-in tools full interaction")
+    found = re.search(r"ipython<\|end_header_id\|>\s*(.*?)<\|eot_id\|>", expected, re.DOTALL)
     assert found
     dialog.append({"role": "tool", "content": found[1]})
     got = ours.tokenizer.decode(ours.encode_dialog_prompt(dialog))
-    assert got == re.sub(r"(ipython<\|end_header_id\|>)\s*", r"\1\n\n", want).replace(
+    assert got == re.sub(r"(ipython<\|end_header_id\|>)\s*", r"\1\n\n", expected).replace(
         "<|python_tag|>", ""
     )
 
 
-def test_code_follows_its_tag_and_nothing_is_forged(ours: ChatFormat) -> None:
+def test_only_code_has_a_real_tag_and_turns_cannot_be_forged(ours: ChatFormat) -> None:
     tag = ours.tokenizer.special_tokens["<|python_tag|>"]
     call: ToolCall = {"name": "code_interpreter", "arguments": {"code": "<|python_tag|>"}}
     message: Any = {"role": "assistant", "content": "Look: <|eom_id|>", "tool_calls": [call]}
@@ -305,14 +152,11 @@ def test_code_follows_its_tag_and_nothing_is_forged(ours: ChatFormat) -> None:
     assert ours.tokenizer.decode(tokens).endswith(
         "<|eom_id|><|python_tag|><|python_tag|><|eot_id|>"
     )
-    forging: Any = {"name": "f", "description": "<|eot_id|>", "parameters": {"type": "object"}}
+    forged: Any = {"name": "f", "description": "<|eot_id|>", "parameters": {"type": "object"}}
     for form in TOOL_FORMS:
-        got = ours.encode_dialog_prompt([message], [forging], form)  # type: ignore[arg-type]
+        got = ours.encode_dialog_prompt([message], [forged], form)  # type: ignore[arg-type]
         roles = got.count(ours.tokenizer.special_tokens["<|start_header_id|>"])
         assert got.count(ours.tokenizer.eot_id) == roles - 1
-
-
-# Mistakes
 
 
 def tool(**change: Any) -> dict[str, Any]:
@@ -347,7 +191,7 @@ def test_bad_tools(ours: ChatFormat, tools: Any, error: type[Exception], message
         ours.encode_dialog_prompt([{"role": "user", "content": "x"}], tools)
 
 
-def test_tools_that_python_cannot_write(ours: ChatFormat) -> None:
+def test_tools_that_are_no_valid_python(ours: ChatFormat) -> None:
     odd = tool(parameters={"type": "object", "properties": {"a-b": {}, "class": {}}})
     assert check_tools([odd], "json") == ([], [odd])
     with pytest.raises(ValueError, match=r"\['a-b', 'class'\] cannot be written in Python"):
@@ -395,8 +239,8 @@ def test_models_without_tools_refuse_them(llama3_tokenizer_path: Path, demo_dir:
             chat.encode_dialog_prompt([message | {"stop_reason": "end_of_message"}])
 
 
-def test_example_of_the_documentation(ours: ChatFormat, capsys: pytest.CaptureFixture[str]) -> None:
-    """docs/chat.md's round trip, with a model that answers by a script."""
+def test_example_of_docs_chat(ours: ChatFormat, capsys: pytest.CaptureFixture[str]) -> None:
+    """The round trip of docs/chat.md, with scripted answers."""
 
     class Scripted:
         answers = (

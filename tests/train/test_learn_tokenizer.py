@@ -1,4 +1,4 @@
-"""learn_tokenizer.py against the `tokenizers` library and plain Python."""
+"""learn_tokenizer.py against the `tokenizers` library and plain Python code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llama.train.learn_tokenizer import learn
 from tests.test_tokenizer import random_text
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
-LLAMA3_PATTERN = (  # as llama-models has it
+LLAMA3_PATTERN = (  # as in llama-models
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -40,7 +40,7 @@ def mixed_texts(seed: int, n: int) -> list[str]:
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.randoms())
 @example("\r\n\t \u2028\x85 é漢😀e\u0301<|end_of_text|>", random.Random(0))
-def test_every_character_is_one_id(text: str, rng: random.Random) -> None:
+def test_every_character_is_one_token(text: str, rng: random.Random) -> None:
     with tempfile.TemporaryDirectory() as folder:
         t = Tokenizer(learn("char", [text[:3], text[3:]], [], Path(folder)))
     alphabet = sorted(set(text))
@@ -52,7 +52,7 @@ def test_every_character_is_one_id(text: str, rng: random.Random) -> None:
         assert t.decode(ids[1:-1]) == s
 
 
-def test_the_special_tokens(tmp_path: Path) -> None:
+def test_special_tokens(tmp_path: Path) -> None:
     for kind, n in (("char", 2), ("bpe:300", 297)):
         t = Tokenizer(learn(kind, ["ab"], [PROSE * 9], tmp_path))
         assert t.special_tokens == {text: n + i for i, text in enumerate(SPECIAL)}
@@ -70,7 +70,7 @@ def test_tiny_shakespeare(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["qé", "q字x", "q😀", "q\ud83d", "qz", "q\ufffd"])
-def test_a_character_that_is_not_there(text: str, tmp_path: Path) -> None:
+def test_unknown_character(text: str, tmp_path: Path) -> None:
     t = Tokenizer(learn("char", ["q?x è漢👍\n"], [], tmp_path))
     named = "\ufffd" if text == "q\ud83d" else text[1]
     with pytest.raises(ValueError, match=f"lacks '{named}'"):
@@ -78,7 +78,7 @@ def test_a_character_that_is_not_there(text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [259, 300, 700])
-def test_ids_equal_the_librarys(size: int, tmp_path: Path) -> None:
+def test_ids_equal_those_of_the_library(size: int, tmp_path: Path) -> None:
     training = mixed_texts(0, 400)
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = pre_tokenizers.Sequence(
@@ -100,7 +100,7 @@ def test_ids_equal_the_librarys(size: int, tmp_path: Path) -> None:
         assert t.decode(ids) == text
 
 
-def test_all_unicode_through_bytes(tmp_path: Path) -> None:
+def test_bytes_encode_all_unicode(tmp_path: Path) -> None:
     t = Tokenizer(learn("bpe:270", [], [PROSE * 9], tmp_path))
     for text in mixed_texts(2, 200):
         assert t.decode(t.encode(text, bos=False, eos=False)) == text
@@ -119,20 +119,20 @@ def test_the_same_text_gives_the_same_files(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["char", "bpe:400"])
-def test_hugging_face_and_back(kind: str, tmp_path: Path) -> None:
-    """Also where a character of several bytes is a token, and none of its bytes is."""
+def test_hugging_face_round_trip(kind: str, tmp_path: Path) -> None:
+    """Also where a character of several bytes is a token and its bytes are not."""
     texts = mixed_texts(4, 200)
     path = learn(kind, texts, texts, tmp_path / "ours")
     ours = Tokenizer(path)
     write_tokenizer(ours, tmp_path, 64)
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text in texts:
-        if not any(special in text for special in SPECIAL):  # theirs takes such text for tokens
+        if not any(special in text for special in SPECIAL):  # theirs encodes them as specials
             ids = theirs.encode(text).ids
             assert ids == ours.encode(text, bos=True, eos=False)
             assert theirs.decode(ids) == text
-    found = read_vocabulary(tmp_path)
-    assert found == (path.read_bytes(), json.loads(Path(f"{path}.json").read_text("utf-8")))
+    sidecar = json.loads(Path(f"{path}.json").read_text("utf-8"))
+    assert read_vocabulary(tmp_path) == (path.read_bytes(), sidecar)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_unknown_kinds(kind: str, message: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_largest_size_is_the_one_named(tmp_path: Path) -> None:
+def test_error_names_the_largest_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="use bpe:") as e:
         learn("bpe:5000", [], [PROSE], tmp_path)
     size = int(str(e.value).split("bpe:")[1].split()[0])
@@ -172,19 +172,19 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         learn("bpe:300", [PROSE], [PROSE], tmp_path)
 
 
-def test_a_given_tokenizer(llama3_tokenizer_path: Path, tmp_path: Path) -> None:
-    given_path = learn("bpe:300", [], [PROSE * 9], tmp_path / "given")
-    path = learn(str(given_path), [], [], tmp_path / "out")
+def test_copying_a_tokenizer(llama3_tokenizer_path: Path, tmp_path: Path) -> None:
+    source = learn("bpe:300", [], [PROSE * 9], tmp_path / "source")
+    path = learn(str(source), [], [], tmp_path / "out")
     for end in ("", ".json"):
-        assert Path(f"{path}{end}").read_bytes() == Path(f"{given_path}{end}").read_bytes()
-    assert learn(str(path), [], [], tmp_path / "out") == path  # itself
-    assert path.read_bytes() == given_path.read_bytes()
+        assert Path(f"{path}{end}").read_bytes() == Path(f"{source}{end}").read_bytes()
+    assert learn(str(path), [], [], tmp_path / "out") == path  # onto itself
+    assert path.read_bytes() == source.read_bytes()
     learn(str(llama3_tokenizer_path), [], [], tmp_path / "out")  # it has no sidecar
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.model"]
     assert path.read_bytes() == llama3_tokenizer_path.read_bytes()
 
 
-def test_a_given_file_that_is_no_tokenizer(tmp_path: Path) -> None:
+def test_file_that_is_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("no ranks\n")
     with pytest.raises(ValueError, match="not a tiktoken rank file"):
         learn(str(tmp_path / "text.txt"), [], [], tmp_path / "out")

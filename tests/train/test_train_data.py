@@ -1,4 +1,4 @@
-"""data.py against plain Python on the same text."""
+"""`Corpus` of data.py against plain Python code on the same text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ from llama.train.learn_tokenizer import learn
 from tests.test_tokenizer import random_text
 
 SHAKESPEARE = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare.txt"
-# GPT-2's split pattern, and that of a vocabulary of characters.
+# The split patterns of GPT-2 and of a character vocabulary.
 PATTERNS = [
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"[\s\S]",
@@ -49,14 +48,8 @@ def open_corpus(
     return corpus, Tokenizer(path), corpus.tokenized(path, folder / "data")
 
 
-def numbered(lengths: list[int]) -> Split:
-    """A split of documents of these lengths whose ids are 0, 1, 2, ..."""
-    starts = np.cumsum([0, *lengths])[:-1]
-    return Split("train", np.arange(sum(lengths), dtype=np.uint16), starts)
-
-
 @pytest.mark.parametrize("kind", ["char", "bpe:280"])
-def test_each_file_is_cut_in_three(kind: str, tmp_path: Path) -> None:
+def test_each_file_is_split_in_three(kind: str, tmp_path: Path) -> None:
     files = {"b.txt": poem(0, 1000), "a.md": poem(1, 333), "sub/c.TXT": poem(2, 7)}
     files |= {"d.txt": "", "e.py": "not text"}
     corpus, t, splits = open_corpus(tmp_path, files, kind)
@@ -100,11 +93,11 @@ def test_tiny_shakespeare(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.integers(0, 40))
-def test_any_text_comes_back(text: str, percent: int) -> None:
+def test_any_text_round_trips(text: str, percent: int) -> None:
     if text[0] == "\ufeff" or "\0" in text:
         return
     with tempfile.TemporaryDirectory() as name:
-        fractions = {"val_fraction": percent / 100, "test_fraction": 0.4}
+        fractions: dict[str, Any] = {"val_fraction": percent / 100, "test_fraction": 0.4}
         _, t, splits = open_corpus(Path(name), {"a.txt": text}, **fractions)
         ids = [i for name in SPLITS if name in splits for i in splits[name].ids.tolist()]
         assert ids[0] == t.bos_id and ids[-1] == t.eos_id and t.decode(ids[1:-1]) == text
@@ -119,7 +112,9 @@ def test_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pattern", [None, *PATTERNS])
-def test_passages_encode_as_the_whole(pattern: str | None, llama3_tokenizer_path: Path) -> None:
+def test_passages_encode_like_the_whole_text(
+    pattern: str | None, llama3_tokenizer_path: Path
+) -> None:
     content = llama3_tokenizer_path.read_bytes()
     sidecar = {"pat_str": pattern} if pattern else {}
     t = Tokenizer.from_vocabulary(content, sidecar, "ranks")
@@ -145,98 +140,14 @@ def test_a_long_text_is_encoded_in_passages(
     assert splits["train"].starts.tolist() == [0, len(ids[0])]
 
 
-def test_a_batch_is_windows_of_the_text() -> None:
-    split = numbered([5000])
-    x, y = split.batch(step=3, batch_size=7, context=20)
-    assert x.shape == y.shape == (7, 20) and x.dtype == y.dtype == torch.int64
-    assert torch.equal(x, x[:, :1] + torch.arange(20)) and torch.equal(y, x + 1)
-
-
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
-    first, again = numbered([5000]), numbered([5000])
-    steps = {step: first.batch(step, 4, 16, seed=1) for step in range(10)}
-    for step in (7, 2, 9):  # resumed there
-        assert all(map(torch.equal, again.batch(step, 4, 16, seed=1), steps[step]))
-    starts = {tuple(x[:, 0].tolist()) for x, _ in steps.values()}
-    others = {tuple(first.batch(step, 4, 16, seed=2)[0][:, 0].tolist()) for step in range(10)}
-    assert len(starts | others) == 20
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_ranks_share_one_batch(world: int) -> None:
-    split = numbered([300, 40, 20, 4000, 7])
-    whole = split.batch(5, 24, 10, seed=3)
-    parts = [split.batch(5, 24 // world, 10, 3, rank, world) for rank in range(world)]
-    for both, of_ranks in zip(whole, zip(*parts, strict=True), strict=True):
-        assert torch.equal(both, torch.cat(of_ranks))
-
-
-def test_every_window_is_drawn_alike() -> None:
-    split = numbered([90, 33, 5, 5, 200])
-    context = 4  # 8 contexts are 32 ids: the two of 5 join the last
-    allowed = [*range(90 - 4), *range(90, 123 - 4), *range(123, 333 - 4)]
-    x, _ = split.batch(0, 100_000, context)
-    counts = torch.bincount(x[:, 0], minlength=333)
-    assert counts.nonzero().flatten().tolist() == allowed
-    mean = 100_000 / len(allowed)
-    assert (counts[allowed] - mean).abs().max() < 6 * mean**0.5
-
-
-def spans(lengths: list[int], least: int) -> list[list[int]]:
-    """Documents joined with the next until they are long; a short rest with those before."""
-    out: list[list[int]] = []
-    at = 0
-    for n in lengths:
-        ids = list(range(at, at + n))
-        at += n
-        if out and len(out[-1]) < least:
-            out[-1] += ids
-        else:
-            out.append(ids)
-    if len(out) > 1 and len(out[-1]) < least:
-        out[-2:] = [out[-2] + out[-1]]
-    return out
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    st.lists(st.integers(1, 60), max_size=12), st.integers(1, 9), st.integers(1, 5), st.integers()
-)
-def test_windows_cover_each_document_once(
-    lengths: list[int], context: int, batch_size: int, step: int
-) -> None:
-    split = numbered(lengths)
-    expected = []
-    for span in spans(lengths, 8 * context):
-        for i in range(0, len(span) - 1, context):
-            expected.append(span[i : i + context + 1])
-    got, sizes = [], []
-    for x, y in split.windows(context, batch_size):
-        assert x.shape == y.shape and len(x) <= batch_size and x.dtype == torch.int64
-        sizes.append(len(x))
-        got += [[*a, b[-1]] for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert torch.equal(x[:, 1:], y[:, :-1])
-    assert got == expected
-    for most in (1, 3, 7):
-        few = list(split.windows(context, batch_size, most))
-        some = [[*a, b[-1]] for x, y in few for a, b in zip(x.tolist(), y.tolist(), strict=True)]
-        assert some == expected[:: -(-len(expected) // most) or 1] and len(some) <= most
-    if split.ids.size > context:
-        inside = {
-            tuple(s[i : i + context]) for s in spans(lengths, 8 * context) for i in range(999)
-        }
-        x, _ = split.batch(abs(step), 20, context)
-        assert {tuple(row) for row in x.tolist()} <= inside
-
-
-def test_kept_until_something_changes(tmp_path: Path) -> None:
+def test_cache_is_used_until_an_input_changes(tmp_path: Path) -> None:
     files = {"a.txt": poem(0, 900), "b.txt": poem(1, 300)}
     open_corpus(tmp_path, files)
 
-    def made() -> set[str]:
+    def cached() -> set[str]:
         return {p.name for p in (tmp_path / "data").iterdir()}
 
-    [first] = made()
+    [first] = cached()
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "data" / first).iterdir()}
     _, _, splits = open_corpus(tmp_path, files)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "data" / first).iterdir()} == times
@@ -248,29 +159,29 @@ def test_kept_until_something_changes(tmp_path: Path) -> None:
         {"val_fraction": 0.1},
         {"test_fraction": 0.1},
     ):
-        before = made()
+        before = cached()
         options: dict[str, Any] = {"files": files} | changes
         open_corpus(tmp_path, **options)
-        assert len(made() - before) == 1
+        assert len(cached() - before) == 1
     (tmp_path / "texts" / "b.txt").rename(tmp_path / "texts" / "0.txt")  # another order
     (tmp_path / "texts" / "a.txt").rename(tmp_path / "texts" / "1.txt")
-    before = made()
+    before = cached()
     open_corpus(tmp_path, {})
-    assert len(made() - before) == 1
+    assert len(cached() - before) == 1
 
 
-def test_several_at_once(tmp_path: Path) -> None:
+def test_several_processes_may_encode_at_once(tmp_path: Path) -> None:
     corpus = Corpus(write(tmp_path / "texts", {"a.txt": poem(0, 200_000)}))
     path = learn("char", corpus.texts(), [], tmp_path)
     with ThreadPoolExecutor(4) as pool:
         jobs = [pool.submit(corpus.tokenized, path, tmp_path / "data") for _ in range(4)]
-        found = [job.result()["train"].ids.tolist() for job in jobs]
-    assert found[0] == found[1] == found[2] == found[3] and len(found[0]) == 180_001
+        ids = [job.result()["train"].ids.tolist() for job in jobs]
+    assert ids[0] == ids[1] == ids[2] == ids[3] and len(ids[0]) == 180_001
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 
 @pytest.mark.parametrize(("extra", "dtype"), [(0, "<u2"), (1, "<u4")])
-def test_ids_take_the_bytes_they_need(extra: int, dtype: str, tmp_path: Path) -> None:
+def test_dtype_of_ids(extra: int, dtype: str, tmp_path: Path) -> None:
     characters = [chr(i) for i in range(0x10000, 0x10000 + 65536 - 3 + extra)]
     text = "".join(characters)
     _, t, splits = open_corpus(tmp_path, {"a.txt": text}, val_fraction=0, test_fraction=0)
@@ -281,12 +192,12 @@ def test_ids_take_the_bytes_they_need(extra: int, dtype: str, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"ab\0cd", r"a\.txt, byte 2: a NUL"),
+        (b"ab\0cd", r"a\.txt, byte 2: NUL"),
         (b"ab\xff", r"a\.txt, byte 2: 0xff is not UTF-8"),
         (b"\xef\xbb\xbfab\xff", r"a\.txt, byte 5: 0xff"),
         ("é".encode("latin-1"), r"a\.txt, byte 0: 0xe9"),
-        ("text".encode("utf-16"), r"a\.txt, byte 3: a NUL"),
-        (b"", "texts holds no text: it is empty"),
+        ("text".encode("utf-16"), r"a\.txt, byte 3: NUL"),
+        (b"", "texts contains no text: it is empty"),
         (b"\xef\xbb\xbf", "it is empty"),
     ],
 )
@@ -303,12 +214,12 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     write(tmp_path, {"a.pdf": "x"})
     with pytest.raises(FileNotFoundError, match=r"no \.txt or \.md file in"):
         Corpus(tmp_path)
-    assert list(Corpus(tmp_path / "a.pdf").texts()) == ["x"]  # named, so meant
+    assert list(Corpus(tmp_path / "a.pdf").texts()) == ["x"]  # any suffix, if it is named
 
 
 @pytest.mark.parametrize("fractions", [(-0.1, 0), (0, -1), (0.5, 0.5), (float("nan"), 0)])
-def test_impossible_fractions(fractions: tuple[float, float], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fractions from 0 on"):
+def test_fractions_out_of_range(fractions: tuple[float, float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must be at least 0, and their sum below 1"):
         Corpus(write(tmp_path, {"a.txt": "text"}), *fractions)
 
 
@@ -317,13 +228,13 @@ def test_a_split_shorter_than_a_window(tmp_path: Path) -> None:
     splits["train"].check(90)
     for name, context in (("train", 91), ("validation", 5), ("test", 6)):
         with pytest.raises(
-            ValueError, match=f"the {name} split has {context} tokens.*{context + 1},"
+            ValueError, match=f"the {name} split has {context} tokens.*{context + 1} "
         ):
             splits[name].check(context)
     with pytest.raises(ValueError, match=r"validation split has 5 tokens.*larger --val_fraction"):
         splits["validation"].batch(0, 1, 64)
-    with pytest.raises(ValueError, match="rank 2 of 2"):
-        splits["train"].batch(0, 1, 8, rank=2, world=2)
+    with pytest.raises(ValueError, match="part must be from 0 to 1, not 2"):
+        splits["train"].batch(0, 1, 8, part=2, parts=2)
 
 
 def test_a_tokenizer_that_lacks_a_character(tmp_path: Path) -> None:
@@ -336,7 +247,7 @@ def test_a_tokenizer_that_lacks_a_character(tmp_path: Path) -> None:
 
 def test_damaged_ids(tmp_path: Path) -> None:
     corpus, _, _ = open_corpus(tmp_path, {"a.txt": poem(0, 100)})
-    [kept] = (tmp_path / "data").iterdir()
-    (kept / "train.bin").write_bytes(b"1234")
-    with pytest.raises(ValueError, match="damaged; remove the folder"):
+    [cache] = (tmp_path / "data").iterdir()
+    (cache / "train.bin").write_bytes(b"1234")
+    with pytest.raises(ValueError, match="damaged; delete the folder"):
         corpus.tokenized(tmp_path / "tokenizer.model", tmp_path / "data")

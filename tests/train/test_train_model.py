@@ -1,4 +1,4 @@
-"""The model as it is trained: transformers' loss and gradients, and what a new model is."""
+"""Loss, gradients, initial weights, optimizer and learning rate, partly against transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from llama.train.settings import Settings
 from tests.models import TINY, random_weights
 
 
-def in_their_order(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
+def permuted(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """A weight in the row order of Hugging Face checkpoints."""
     return halve(w, head_dim) if name.split(".")[-2] in ("wq", "wk") else w
 
 
@@ -38,9 +39,7 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
     model = Transformer(args)
     model.load_state_dict(random_weights(**params))
     theirs = transformers.LlamaForCausalLM(config_of(args))
-    weights = {
-        hf_name(n): in_their_order(n, w, args.head_dim) for n, w in model.state_dict().items()
-    }
+    weights = {hf_name(n): permuted(n, w, args.head_dim) for n, w in model.state_dict().items()}
     theirs.load_state_dict(weights)
     ids = torch.randint(0, 101, (3, 41))
     expected = theirs(input_ids=ids, labels=ids).loss
@@ -52,14 +51,15 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
     assert len(gradients) == len(list(model.parameters()))
     for name, w in model.named_parameters():
         assert w.grad is not None
-        ours = in_their_order(name, w.grad, args.head_dim)
+        ours = permuted(name, w.grad, args.head_dim)
         torch.testing.assert_close(ours, gradients[hf_name(name)], atol=1e-4, rtol=1e-4)
 
 
-def test_recompute_keeps_less() -> None:
-    """What autograd keeps of the layers, counted by the hooks that it calls."""
-    kept = {}
-    model = Transformer(ModelArgs(**TINY | {"vocab_size": 101}, max_seq_len=40))
+def test_recompute_saves_fewer_activations() -> None:
+    """Counts the numbers that autograd saves for the backward pass."""
+    saved = {}
+    params: dict[str, Any] = TINY | {"vocab_size": 101}
+    model = Transformer(ModelArgs(**params, max_seq_len=40))
     ids = torch.randint(0, 101, (3, 41))
     for recompute in (False, True):
         sizes: list[int] = []
@@ -70,8 +70,8 @@ def test_recompute_keeps_less() -> None:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             Objective(model, recompute)(ids[:, :-1], ids[:, 1:])
-        kept[recompute] = sum(sizes)
-    assert kept[True] < 0.5 * kept[False]
+        saved[recompute] = sum(sizes)
+    assert saved[True] < 0.5 * saved[False]
 
 
 def test_overfits_a_batch() -> None:
@@ -81,7 +81,7 @@ def test_overfits_a_batch() -> None:
     objective = Objective(model, recompute=False)
     optimizer = make_optimizer(objective, settings)
     ids = torch.randint(0, 30, (2, 33))
-    ids[:, 0] = torch.arange(2)  # else nothing tells which row it is
+    ids[:, 0] = torch.arange(2)  # different first ids: rows must be distinguishable
     for _ in range(150):
         loss = objective(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -90,20 +90,20 @@ def test_overfits_a_batch() -> None:
     assert float(loss.detach()) < 0.01
 
 
-def test_sizes() -> None:
+def test_model_args() -> None:
     assert Settings(max_seq_len=256).model_args(65).rope_theta == 4096
     assert Settings(rope_theta=5e5).model_args(65).rope_theta == 5e5
     assert Settings(dim=512).model_args(65).hidden_dim == 1536  # 8/3 of 512, rounded up
 
 
-def test_new_weights() -> None:
+def test_initial_weights() -> None:
     args = Settings(dim=96, n_layers=8).model_args(500)
     model, same, other = (Transformer(args) for _ in range(3))
     state = torch.get_rng_state()
     initialize(model, 1)
     initialize(same, 1)
     initialize(other, 2)
-    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is unchanged
     for name, w in model.state_dict().items():
         assert torch.equal(w, same.state_dict()[name])
         if w.dim() == 1:
@@ -111,12 +111,12 @@ def test_new_weights() -> None:
             continue
         assert not torch.equal(w, other.state_dict()[name])
         residual = name.endswith(("wo.weight", "w2.weight"))
-        wanted = 96**-0.5 / (4 if residual else 1) if name.startswith(("l", "o")) else 1.0
-        assert math.isclose(w.std(), wanted, rel_tol=0.05) and abs(w.mean()) < 0.05 * wanted
+        std = 96**-0.5 / (4 if residual else 1) if name.startswith(("l", "o")) else 1.0
+        assert math.isclose(w.std(), std, rel_tol=0.05) and abs(w.mean()) < 0.05 * std
 
 
-def test_decay_is_of_matrices_alone() -> None:
-    """Without gradients, AdamW leaves (1 - lr * decay) of a weight."""
+def test_only_matrices_decay() -> None:
+    """With zero gradients, AdamW multiplies a weight by 1 - lr * weight_decay."""
     settings = Settings(dim=32, n_layers=1, n_heads=2, lr=0.5, weight_decay=0.1)
     model = Transformer(settings.model_args(30))
     optimizer = make_optimizer(model, settings)
@@ -125,8 +125,8 @@ def test_decay_is_of_matrices_alone() -> None:
         w.grad = torch.zeros_like(w)
     optimizer.step()
     for name, w in model.named_parameters():
-        part = 0.95 if w.dim() == 2 else 1.0
-        torch.testing.assert_close(w.detach(), part * before[name])
+        factor = 0.95 if w.dim() == 2 else 1.0
+        torch.testing.assert_close(w.detach(), factor * before[name])
 
 
 def test_learning_rate() -> None:
@@ -137,12 +137,12 @@ def test_learning_rate() -> None:
     assert rates[110] == pytest.approx(0.2)
     assert Settings(dim=256).peak_lr == Settings(dim=128).peak_lr / 2
     assert Settings(warmup=0, lr=1.0).lr_at(0) == 1.0
-    short = Settings(steps=4, warmup=100, lr=1.0)  # it still falls
+    short = Settings(steps=4, warmup=100, lr=1.0)  # warm-up takes half of the steps
     assert [short.lr_at(step) for step in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("values", "message"),
     [
         ({"steps": 0}, "steps must be a positive integer, not 0"),
         ({"batch_size": 1.5}, "batch_size must be a positive integer, not 1.5"),
@@ -159,6 +159,6 @@ def test_learning_rate() -> None:
         ({"recompute": "yes"}, "recompute must be of type bool, not 'yes'"),
     ],
 )
-def test_bad_settings(given: dict[str, Any], message: str) -> None:
+def test_bad_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Settings(**given)
+        Settings(**values)

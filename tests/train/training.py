@@ -1,4 +1,4 @@
-"""Small runs for the tests of training: a text, settings, and what a run recorded."""
+"""Helpers for the tests of training: a small text, settings, flags, and a run's metrics."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ SMALL = Settings(
 
 def write_text(path: Path, seed: int = 0) -> Path:
     """A few thousand characters of words, some beyond ASCII."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     words = ["the", "king", "spoke", "to", "über", "queen", "\n", "sang", "no", "日本", "more."]
-    path.write_text(" ".join(draw.choice(words) for _ in range(900)), encoding="utf-8")
+    path.write_text(" ".join(rng.choice(words) for _ in range(900)), encoding="utf-8")
     return path
 
 
 def flags(settings: Settings, data: Path, out: Path) -> list[str]:
-    """The same settings for `llama3 train`."""
-    given: dict[str, Any] = {"data": data, "out": out} | vars(settings)
+    """Arguments of `python` that run `llama3 train` with these settings."""
+    values: dict[str, Any] = {"data": data, "out": out} | vars(settings)
     return ["-m", "llama", "train"] + [
-        f"--{name}={value}" for name, value in given.items() if value is not None
+        f"--{name}={value}" for name, value in values.items() if value is not None
     ]
 
 
 def losses(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl but for the speed."""
+    """The lines of metrics.jsonl without tokens_per_s."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """{relative path: contents} of all files of a folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
