@@ -21,13 +21,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama import Llama
-from llama.checkpoints.load import load, tune
+from llama.checkpoints.load import load
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
-from llama.layers.quantized_linear import exchange, quantized
+from llama.layers.optimize import optimize
+from llama.layers.quantized_linear import quantized
+from llama.layers.replace import replace_modules
 from llama.model import Transformer
 
 CPU = torch.device("cpu")
@@ -40,9 +42,8 @@ def open_model(folder: str | Path, scheme: str | None = None, group: int = 32) -
     args = source.args(max_seq_len=48, max_batch_size=3)
     model = load(source, args, CPU, torch.float32)
     if scheme is not None:
-        exchange(model, quantized(scheme, group, parts=True), nn.Linear)
-    tune(model, None, exact=False)
-    model.setup_cache(3, 48)
+        replace_modules(model, {nn.Linear: quantized(scheme, group, sharded=True)})
+    optimize(model)
     return model
 
 
@@ -63,26 +64,22 @@ def generate_with(model: Transformer) -> dict[str, Any]:
         requests = [
             Request(p, 9, how, seed, logprobs=True, score_from=0, reuse=False) for p in PROMPTS
         ]
-        for request in requests:
-            engine.add(request)
-        engine.wait(lambda requests=requests: all(r.finish_reason for r in requests))
-        found[name] = [r.tokens for r in requests]
+        generations = engine.run(requests)
+        found[name] = [g.tokens for g in generations]
         found[f"{name} scores"] = [
-            [*r.prompt_logprobs[1:], *r.generated_logprobs] for r in requests
+            [*g.prompt_logprobs[1:], *g.generated_logprobs] for g in generations
         ]
     # All events; the second request joins late, the first is cancelled, the third reuses a prefix.
     events: list[list[int | None]] = []
-    first, second = (Request(p, 12, Sampling(0.0)) for p in PROMPTS[:2])
-    engine.add(first)
+    requests = [Request(p, 12, Sampling(0.0)) for p in PROMPTS[:2]]
+    first = second = engine.add(requests[0])
     for step in range(20):
         if step == 3:
-            engine.add(second)
+            second = engine.add(requests[1])
         if step == 6:
             engine.cancel(first.id)
         events += [[event.id, event.token] for event in engine.step()]
-    again = Request([*second.tokens, 1], 5, Sampling(0.0))
-    engine.add(again)
-    engine.wait(lambda: again.finish_reason)
+    [again] = engine.run([Request([*second.tokens, 1], 5, Sampling(0.0))])
     return found | {"events": events, "reused": again.reused, "again": again.tokens}
 
 
@@ -146,8 +143,8 @@ def errors_of_wrong_calls(folders: list[str]) -> list[str]:
     engine = Engine(open_model(folders[0]))
     longer = [3] if second else [3, 4]
     errors.append(error_of(lambda: engine.add(Request([1, *longer], 9, Sampling(0.0)))))
-    ids = [engine.add(Request([i, 3], 9, Sampling(0.0))) for i in (1, 2)]
-    engine.cancel(ids[second])
+    added = [engine.add(Request([i, 3], 9, Sampling(0.0))) for i in (1, 2)]
+    engine.cancel(added[second].id)
     errors.append(
         error_of(lambda: [engine.step() for _ in range(2)])
     )  # rank 0 notices it a step later
@@ -228,10 +225,8 @@ def quantized_models(arguments: str, folder: str) -> dict[str, Any]:
 
 
 def greedy(model: Transformer) -> list[int]:
-    engine, request = Engine(model), Request(SHARED, 9, Sampling(0.0))
-    engine.add(request)
-    engine.wait(lambda: request.finish_reason)
-    return request.tokens
+    [generation] = Engine(model).run([Request(SHARED, 9, Sampling(0.0))])
+    return generation.tokens
 
 
 def same_weight(a: Tensor, b: Tensor, scale: bool) -> bool:

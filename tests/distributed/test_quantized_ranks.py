@@ -20,7 +20,8 @@ from llama.commands.plan import plan
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import dequantize_int4, dequantize_int8
-from llama.layers.quantized_linear import exchange, possible_ranks, quantized
+from llama.layers.quantized_linear import possible_ranks, quantized
+from llama.layers.replace import replace_modules
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (
     LLAMA_8B,
@@ -145,7 +146,7 @@ def test_memory_of_a_rank(monkeypatch: pytest.MonkeyPatch, scheme: str, size: in
 
     def weight_bytes() -> int:
         model = Transformer(ModelArgs(**LLAMA_8B)).bfloat16()
-        exchange(model, quantized(scheme), nn.Linear)
+        replace_modules(model, {nn.Linear: quantized(scheme)})
         return sum(w.nbytes for w in model.state_dict().values())
 
     with torch.device("meta"):

@@ -149,7 +149,7 @@ def test_ranks_generate_the_ids_of_one(
     assert "the ranks differ in the weights" in weights
     assert f"{n} ranks cannot split 3 heads" in heads and "use one of [1, 3] ranks" in heads
     assert prompt.startswith("ValueError: the ranks differ in the prompt: 3 tokens (")
-    assert "rank 1: RuntimeError: rank 0 was asked something else" in asked and after == asked
+    assert "rank 1: RuntimeError: rank 0 runs other requests" in asked and after == asked
 
 
 @pytest.mark.slow
