@@ -75,38 +75,27 @@ class PeakAnonymous:
         self.thread.join()
 
 
-def measure(task: Task) -> dict[str, Any]:
-    """Build, warm up, then measure.
-
-    Returns:
-        build_s, prefill_s {length: seconds of each repeat}, step_s of each repeat, peak_GiB
-        {kind: resident memory}, ids of the decoded answer.
+class Subject:
+    """The model of this checkout, and a seeded prompt.
 
     Raises:
-        RuntimeError: the `llama` package of another folder was imported, or an answer ended early.
+        RuntimeError: the `llama` package of another folder was imported.
     """
-    import torch
 
-    import llama
+    def __init__(self, task: Task):
+        import torch
 
-    if (folder := Path(llama.__file__).resolve().parents[1]) != Path.cwd().resolve():
-        raise RuntimeError(f"imported the package in {folder}, not the one in {Path.cwd()}")
-    rng = random.Random(0)
-    longest = [rng.randrange(task.vocab_size) for _ in range(max(task.prompt, *task.prefill))]
-    ids: list[int] = []
+        import llama
 
-    def seconds(length: int, new: int) -> float:
+        folder = Path(llama.__file__).resolve().parents[1]
+        if folder != Path.cwd().resolve():
+            raise RuntimeError(f"imported the package in {folder}, not the one in {Path.cwd()}")
+        rng = random.Random(0)
+        longest = max(task.prompt, *task.prefill)
+        self.prompt = [rng.randrange(task.vocab_size) for _ in range(longest)]
+        self.ids: list[int] = []  # of the last answer
         start = time.perf_counter()
-        rows, _ = model.generate([longest[:length]], new, temperature=0.0)
-        taken = time.perf_counter() - start
-        ids[:] = rows[0]
-        if len(ids) != new:
-            raise RuntimeError(f"a stop token ended the answer after {len(ids)} ids; change --seed")
-        return taken
-
-    with PeakAnonymous() as anonymous:
-        start = time.perf_counter()
-        model = llama.Llama.build(
+        self.model = llama.Llama.build(
             task.ckpt_dir,
             task.tokenizer_path,
             MAX_SEQ_LEN,
@@ -114,24 +103,48 @@ def measure(task: Task) -> dict[str, Any]:
             dtype=getattr(torch, task.dtype),
             quantize=task.quantize,
         )
-        built = time.perf_counter() - start
+        self.build_s = time.perf_counter() - start
+
+    def seconds(self, length: int, new: int) -> float:
+        """Time to generate `new` ids after the first `length` ids of the prompt.
+
+        Raises:
+            RuntimeError: the answer ended early.
+        """
+        start = time.perf_counter()
+        [self.ids], _ = self.model.generate([self.prompt[:length]], new, temperature=0.0)
+        taken = time.perf_counter() - start
+        if len(self.ids) != new:
+            raise RuntimeError(f"a stop token came after {len(self.ids)} ids; change --seed")
+        return taken
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Build, warm up, then measure.
+
+    Returns:
+        build_s; prefill_s, {length: seconds of each repeat}; step_s, seconds of a decode step of
+        each repeat; peak_GiB, {kind: resident memory}; ids of the decoded answer.
+    """
+    with PeakAnonymous() as anonymous:
+        subject = Subject(task)
         for length in task.prefill:
-            seconds(length, 1)
-        seconds(task.prompt, task.new + 1)
+            subject.seconds(length, 1)
+        subject.seconds(task.prompt, task.new + 1)
     prefill: dict[int, list[float]] = {length: [] for length in task.prefill}
     steps = []
     for _ in range(task.repeats):
         for length, times in prefill.items():
-            times.append(seconds(length, 1))
-        first = seconds(task.prompt, 1)
-        steps.append((seconds(task.prompt, task.new + 1) - first) / task.new)
+            times.append(subject.seconds(length, 1))
+        first = subject.seconds(task.prompt, 1)
+        steps.append((subject.seconds(task.prompt, task.new + 1) - first) / task.new)
     peaks = {"resident": status_bytes("VmHWM"), "anonymous": anonymous.peak}
     return {
-        "build_s": built,
+        "build_s": subject.build_s,
         "prefill_s": prefill,
         "step_s": steps,
         "peak_GiB": {kind: n / 2**30 for kind, n in peaks.items() if n is not None},
-        "ids": ids,
+        "ids": subject.ids,
     }
 
 

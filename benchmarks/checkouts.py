@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,10 +27,10 @@ from typing import Any
 import torch
 
 from benchmarks import checkout_worker
-from benchmarks.checkout_worker import MAX_SEQ_LEN, Task
+from benchmarks.checkout_worker import Task
 from benchmarks.flags import check_counts, check_file, check_model
 from benchmarks.random_checkpoint import SHAPES, SPECIAL_TOKENS, RandomSource, write_rank_file
-from benchmarks.report import Figure, finish, make_result
+from benchmarks.report import Better, Figure, finish, make_result
 from benchmarks.script import run_benchmark
 from benchmarks.workers import Reader, Worker
 from llama.checkpoints.formats.meta_export import write_meta
@@ -101,42 +102,50 @@ def measure(checkouts: dict[str, Path], task: Task, rounds: int) -> tuple[Rounds
 
 def make_figures(answers: Rounds) -> list[Figure]:
     """A row for each quantity; columns old, new and the ratio of their medians."""
-    speed = {f"prefill of {n} tokens": prefill_speed(n) for n in answers["old"][0]["prefill_s"]} | {
-        f"decode after {PROMPT} tokens": lambda answer: [1 / t for t in answer["step_s"]]
-    }
     figures = []
-    for row, values in speed.items():
-        figures += compared(row, "tok/s", answers, values, "higher")
-    figures += compared("build", "s", answers, lambda answer: [answer["build_s"]], "lower")
+    for n in answers["old"][0]["prefill_s"]:
+        values = partial(prefill_speed, length=n)
+        figures += row(f"prefill of {n} tokens", "tok/s", answers, values, better="higher")
+    figures += row(f"decode after {PROMPT} tokens", "tok/s", answers, decode_speed, better="higher")
+    figures += row("build", "s", answers, lambda answer: [answer["build_s"]], better="lower")
     for kind in answers["old"][0]["peak_GiB"]:
-        row = f"peak {kind} memory"
-        figures += compared(row, "GiB", answers, peak(kind), "lower")
+        values = partial(peak_memory, kind=kind)
+        figures += row(f"peak {kind} memory", "GiB", answers, values, better="lower")
     return figures
 
 
-def prefill_speed(n: str) -> Callable[[dict[str, Any]], list[float]]:
-    return lambda answer: [int(n) / t for t in answer["prefill_s"][n]]
+def prefill_speed(answer: dict[str, Any], length: str) -> list[float]:
+    return [int(length) / seconds for seconds in answer["prefill_s"][length]]
 
 
-def peak(kind: str) -> Callable[[dict[str, Any]], list[float]]:
-    return lambda answer: [answer["peak_GiB"][kind]]
+def decode_speed(answer: dict[str, Any]) -> list[float]:
+    return [1 / seconds for seconds in answer["step_s"]]
 
 
-def compared(
-    row: str,
+def peak_memory(answer: dict[str, Any], kind: str) -> list[float]:
+    return [answer["peak_GiB"][kind]]
+
+
+def row(
+    name: str,
     unit: str,
     answers: Rounds,
     values: Callable[[dict[str, Any]], list[float]],
-    better: Any,
+    *,
+    better: Better,
 ) -> list[Figure]:
-    """The figures of a row. `values` takes those of a round from a worker's answer."""
+    """The figures of a row.
+
+    Args:
+        values: takes the values of one round from a worker's answer.
+    """
     runs = {
-        name: [value for answer in each for value in values(answer)]
-        for name, each in answers.items()
+        which: [value for answer in each for value in values(answer)]
+        for which, each in answers.items()
     }
     ratio = statistics.median(runs["new"]) / statistics.median(runs["old"])
-    figures = [Figure(row, name, unit, each, better) for name, each in runs.items()]
-    return [*figures, Figure(row, "new / old", "", [ratio], better)]
+    figures = [Figure(name, which, unit, each, better=better) for which, each in runs.items()]
+    return [*figures, Figure(name, "new / old", "", [ratio], better=better)]
 
 
 def main(
@@ -168,37 +177,45 @@ def main(
     check_file("out", out, ".json")
     checkouts = {"old": check_checkout(old_dir), "new": check_checkout(new_dir)}
     versions = {name: commit(path) for name, path in checkouts.items()}
-    vocab_size = SHAPES[shape]["vocab_size"]
+    settings: dict[str, Any] = {
+        "shape": shape,
+        "dtype": DTYPES.get(dtype, dtype),
+        "quantize": quantize,
+    }
+    settings |= {"rounds": rounds, "repeats": repeats, "seed": seed, "prompt": PROMPT, "new": NEW}
     with TemporaryDirectory(prefix="benchmark-") as folder:
-        write_meta(RandomSource(SHAPES[shape], seed), None, Path(folder), torch.bfloat16)
-        tokenizer = Path(folder) / "tokenizer.model"
-        write_rank_file(tokenizer, vocab_size)
-        task = Task(
-            ckpt_dir=folder,
-            tokenizer_path=str(tokenizer),
-            dtype=DTYPES.get(dtype, dtype),
-            quantize=quantize,
-            vocab_size=vocab_size - SPECIAL_TOKENS,
-            prefill=list(PREFILL),
-            prompt=PROMPT,
-            new=NEW,
-            repeats=repeats,
-        )
-        answers, reads = measure(checkouts, task, rounds)
-    same = all(a["ids"] == answers["old"][0]["ids"] for each in answers.values() for a in each)
+        answers, reads = measure(checkouts, make_task(Path(folder), settings), rounds)
+    ids = [answer["ids"] for each in answers.values() for answer in each]
+    same = all(each == ids[0] for each in ids)
     result = make_result(
-        f"checkouts, {shape} {quantize or dtype}",
-        {"shape": shape, "dtype": dtype, "quantize": quantize, "rounds": rounds,
-         "repeats": repeats, "seed": seed, "prompt": PROMPT, "new": NEW,
-         "max_seq_len": MAX_SEQ_LEN},
+        f"checkouts {shape}, {quantize or settings['dtype']}",
+        settings,
         make_figures(answers),
         statistics.median(reads) / 1e9,
         checkouts=versions,
         same_ids=same,
-    )  # fmt: skip
+    )
     print(f"old: {versions['old']}, new: {versions['new']}")
     print(f"all answers have the same ids: {'yes' if same else 'NO'}")
     finish(result, out)
+
+
+def make_task(folder: Path, settings: dict[str, Any]) -> Task:
+    """Write the checkpoint and its tokenizer into the folder."""
+    params = SHAPES[settings["shape"]]
+    write_meta(RandomSource(params, settings["seed"]), None, folder, torch.bfloat16)
+    write_rank_file(folder / "tokenizer.model", params["vocab_size"])
+    return Task(
+        ckpt_dir=str(folder),
+        tokenizer_path=str(folder / "tokenizer.model"),
+        dtype=settings["dtype"],
+        quantize=settings["quantize"],
+        vocab_size=params["vocab_size"] - SPECIAL_TOKENS,
+        prefill=list(PREFILL),
+        prompt=settings["prompt"],
+        new=settings["new"],
+        repeats=settings["repeats"],
+    )
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class Run:
 
 
 def measure(
-    job: Job, names: list[str], options: dict[str, int]
+    job: Job, names: list[str], options: dict[str, Any]
 ) -> tuple[list[Figure], list[float]]:
     """Check and warm all systems, then measure them alternately.
 
@@ -124,45 +124,45 @@ def measure(
     bandwidth = statistics.median(reads)
     figures = []
     for run in runs:
-        figures += speeds(run, runs[0], job, options, bandwidth)
+        figures += speeds(run, runs[0], job, options, bandwidth=bandwidth)
         figures += properties(run, runs[0], job, differences[run.name])
     return figures, reads
 
 
 def speeds(
-    run: Run, ours: Run, job: Job, options: dict[str, int], bandwidth: float
+    run: Run, ours: Run, job: Job, options: dict[str, Any], *, bandwidth: float
 ) -> list[Figure]:
     """What was measured in each round."""
-    title, prompt_ids = job.title(run.name), job.rows * options["prompt"]
+    name, prompt_ids = job.title(run.name), job.rows * options["prompt"]
     # A step reads the weights once, and the cache of each row as far as it is filled on average.
     filled = options["context"] + options["prompt"] + options["new"] / 2
     size = run.facts["weight_bytes"] + job.rows * filled * run.facts["position_bytes"]
     our_step = statistics.median(ours.step)
     return [
-        Figure(title, "first token", "s", run.first, "lower"),
-        Figure(title, "prefill", "tok/s", [prompt_ids / t for t in run.first], "higher"),
-        Figure(title, "decode", "tok/s", [job.rows / t for t in run.step], "higher"),
-        Figure(title, "read in a step", "GB/s", [size / t / 1e9 for t in run.step], "higher"),
-        Figure(title, "of bandwidth", "", [size / t / bandwidth for t in run.step], "higher"),
-        Figure(title, "step / llama3's", "", [t / our_step for t in run.step], "lower"),
+        Figure(name, "first token", "s", run.first, better="lower"),
+        Figure(name, "prefill", "tok/s", [prompt_ids / t for t in run.first], better="higher"),
+        Figure(name, "decode", "tok/s", [job.rows / t for t in run.step], better="higher"),
+        Figure(name, "read in a step", "GB/s", [size / t / 1e9 for t in run.step], better="higher"),
+        Figure(name, "of bandwidth", "", [size / t / bandwidth for t in run.step], better="higher"),
+        Figure(name, "step / llama3's", "", [t / our_step for t in run.step], better="lower"),
     ]
 
 
 def properties(run: Run, ours: Run, job: Job, difference: float) -> list[Figure]:
     """What was measured once."""
-    title, facts = job.title(run.name), run.facts
+    name, facts = job.title(run.name), run.facts
     same = sum(a == b for a, b in zip(run.first_ids, ours.first_ids, strict=True))
     cold, weights = facts["cold_first_token_s"], facts["weight_bytes"] / 1e9
     figures = [
-        Figure(title, "cold first token", "s", [cold], "lower"),
-        Figure(title, "weights read", "GB", [weights], "lower"),
-        Figure(title, "logits differ by", "", [difference], "lower"),
-        Figure(title, "rows with the same first id", "", [same], "higher"),
+        Figure(name, "cold first token", "s", [cold], better="lower"),
+        Figure(name, "weights read", "GB", [weights], better="lower"),
+        Figure(name, "logits differ by", "", [difference], better="lower"),
+        Figure(name, "rows with the same first id", "", [same], better="higher"),
     ]
     if facts["own_GiB"] is not None:
         figures += [
-            Figure(title, "own memory", "GiB", [facts["own_GiB"]], "lower"),
-            Figure(title, "mapped memory", "GiB", [facts["mapped_GiB"]]),
+            Figure(name, "own memory", "GiB", [facts["own_GiB"]], better="lower"),
+            Figure(name, "mapped memory", "GiB", [facts["mapped_GiB"]]),
         ]
     return figures
 
@@ -182,9 +182,8 @@ def warn_of_memory(folder: Path) -> None:
         )
 
 
-def check(shape: str, dtype: str, quantize: str | None, plot: str | None, out: str | None) -> None:
-    """Raise a ValueError or ImportError for bad flags, before anything is written."""
-    check_model(shape, dtype, quantize)
+def check_files(plot: str | None, out: str | None) -> None:
+    """Raise an ImportError or ValueError if the plot or the result could not be written."""
     if plot is not None and find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'llama3[bench]'")
     check_file("plot", plot, ".png")
@@ -218,31 +217,22 @@ def main(
         new: tokens that follow each prompt.
         runs: rounds of which the median counts.
         peers: names separated by commas: reference, transformers, llama.cpp, llama.cpp-bf16 (not
-            quantized), exact (this library with the reference's arithmetic), bf16 (this library,
-            neither quantized nor compiled).
+            quantized), exact (this library with Meta's arithmetic), bf16 (neither quantized nor
+            compiled).
         plot: a PNG file to draw.
         out: a JSON file to write.
     """
     options = {"batch": batch, "prompt": prompt, "context": context, "new": new, "runs": runs}
     names = [name for name in peers.split(",") if name]
-    check(shape, dtype, quantize, plot, out)
+    check_model(shape, dtype, quantize)
+    check_files(plot, out)
     check_counts(**options)
     check_peers(names)
-    params = {"norm_eps": 1e-5} | SHAPES[shape]
-    if params.get("use_scaled_rope"):
-        params["rope_scale_factor"] = 8.0  # the only one that Meta's published code knows
-    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
-    with TemporaryDirectory(prefix="benchmark-") as folder:
-        length = context + prompt + new
-        job = Job(params, Path(folder), dtype, quantize, compile, batch, length)
-        figures, reads = measure(job, names, options)
-    settings = {"shape": shape, "dtype": dtype, "quantize": quantize, "compile": compile, **options}
-    varied = {"compile": compile, "batch": batch != 1 and batch, "prompt": prompt}
-    varied["context"] = context
-    extra = [f"{key} {value}" for key, value in varied.items() if value]
+    settings = {"shape": shape, "dtype": dtype, "quantize": quantize, "compile": compile}
+    figures, reads = measure_shape(settings | options, names)
     result = make_result(
-        f"decode {', '.join([shape, quantize or dtype, *extra])}",
-        settings,
+        f"decode {title(settings | options)}",
+        settings | options | {"peers": names},
         figures,
         statistics.median(reads) / 1e9,
         read_GB_s_each=[read / 1e9 for read in reads],
@@ -251,6 +241,34 @@ def main(
     if plot is not None:
         save_plot(figures, Path(plot), result["name"])
     finish(result, out)
+
+
+def measure_shape(settings: dict[str, Any], names: list[str]) -> tuple[list[Figure], list[float]]:
+    """`measure` with random weights of a shape, which are written into a temporary folder."""
+    print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
+    params = {"norm_eps": 1e-5} | SHAPES[settings["shape"]]
+    if params.get("use_scaled_rope"):
+        params["rope_scale_factor"] = 8.0  # the only one that Meta's published code knows
+    with TemporaryDirectory(prefix="benchmark-") as folder:
+        job = Job(
+            params=params,
+            folder=Path(folder),
+            dtype=settings["dtype"],
+            quantize=settings["quantize"],
+            compile=settings["compile"],
+            rows=settings["batch"],
+            length=settings["context"] + settings["prompt"] + settings["new"],
+        )
+        return measure(job, names, settings)
+
+
+def title(settings: dict[str, Any]) -> str:
+    """The settings that distinguish a run, in words."""
+    parts = [settings["shape"], settings["quantize"] or settings["dtype"]]
+    parts += ["compiled"] * settings["compile"]
+    ordinary = {"batch": 1, "prompt": 128, "context": 0}
+    parts += [f"{key} {settings[key]}" for key, n in ordinary.items() if settings[key] != n]
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,10 @@ def ragged(
     own, reference = (list(column) for column in zip(*times, strict=True))
     same = [a[0] == b[0] for a, b in zip(ids["ours"], ids["theirs"], strict=True)]
     figures = [
-        Figure("llama3", "whole batch", "s", own, "lower"),
-        Figure("reference", "whole batch", "s", reference, "lower"),
-        Figure("reference / llama3", "whole batch", "", ratios(reference, own), "higher"),
-        Figure("rows with the same first id", "whole batch", "", [sum(same)], "higher"),
+        Figure("llama3", "whole batch", "s", own, better="lower"),
+        Figure("reference", "whole batch", "s", reference, better="lower"),
+        Figure("reference / llama3", "whole batch", "", ratios(reference, own), better="higher"),
+        Figure("rows with the same first id", "whole batch", "", [sum(same)], better="higher"),
     ]
     report("ragged", {"shape": shape, "dtype": dtype, "new": new, "runs": runs}, figures, out)
 
@@ -105,9 +105,9 @@ def turns(
     times = [(turn(True), turn(False)) for _ in range(runs)]
     cached, cold = (list(column) for column in zip(*times, strict=True))
     figures = [
-        Figure("dialog cached", "first token", "s", cached, "lower"),
-        Figure("not cached", "first token", "s", cold, "lower"),
-        Figure("cached / not cached", "first token", "", ratios(cached, cold), "lower"),
+        Figure("dialog cached", "first token", "s", cached, better="lower"),
+        Figure("not cached", "first token", "s", cold, better="lower"),
+        Figure("cached / not cached", "first token", "", ratios(cached, cold), better="lower"),
     ]
     settings = {"shape": shape, "dtype": dtype, "history": history, "runs": runs}
     report("turns", settings, figures, out)
@@ -125,8 +125,8 @@ def prefill(
         taken = seconds(lambda: greedy(Engine(model), prompts, 1))
     row = f"prompt of {length - 1} tokens"
     figures = [
-        Figure(row, "memory above weights and cache", "GiB", [peak["peak_GiB"]], "lower"),
-        Figure(row, "prefill", "tok/s", [(length - 1) / taken], "higher"),
+        Figure(row, "memory above weights and cache", "GiB", [peak["peak_GiB"]], better="lower"),
+        Figure(row, "prefill", "tok/s", [(length - 1) / taken], better="higher"),
     ]
     report("prefill", {"shape": shape, "dtype": dtype, "length": length}, figures, out)
 
@@ -170,7 +170,7 @@ def overhead(
         for _ in range(steps):
             inside = 0.0
             outside.append((seconds(engine.step) - inside) * 1000 / rows)
-        figures.append(Figure(name, "outside the model, per row", "ms", outside, "lower"))
+        figures.append(Figure(name, "outside the model, per row", "ms", outside, better="lower"))
     settings = {"shape": shape, "dtype": dtype, "rows": rows, "steps": steps}
     report("overhead", settings, figures, out)
 
@@ -201,14 +201,12 @@ def steps(
     step(rows, context)
     times = [(step(1, 128), step(1, context), step(rows, 128)) for _ in range(runs)]
     short, long, several = (list(column) for column in zip(*times, strict=True))
-    first = f"step of 1 row after {context} tokens / after 128"
-    second = f"throughput of {rows} rows / of 1 row"
     throughput = [rows * ratio for ratio in ratios(short, several)]
-    column = quantize or dtype
+    row, longer = quantize or dtype, f"step after {context} tokens / after 128"
     figures = [
-        Figure("step of 1 row after 128 tokens", column, "ms", [t * 1e3 for t in short], "lower"),
-        Figure(first, column, "", ratios(long, short), "lower"),
-        Figure(second, column, "", throughput, "higher"),
+        Figure(row, "step after 128 tokens", "ms", [t * 1e3 for t in short], better="lower"),
+        Figure(row, longer, "", ratios(long, short), better="lower"),
+        Figure(row, f"throughput of {rows} rows / of 1 row", "", throughput, better="higher"),
     ]
     settings = {"shape": shape, "dtype": dtype, "quantize": quantize, "context": context}
     report("steps", settings | {"rows": rows, "runs": runs}, figures, out)

@@ -154,10 +154,12 @@ def linear(
             row, cells = f"{N} x {K}" + f", {M} rows" * (M > 1), []
             for name, speed in measure(calls, seconds):
                 cell = f"{name} {speed:5.1f}"
-                figures.append(Figure(row, name, "GB/s", [speed], "higher"))
+                figures.append(Figure(row, name, "GB/s", [speed], better="higher"))
                 if M > 1 and name != "read":
                     flops = speed / calls[name][1] * 2 * M * N * K
-                    figures.append(Figure(row, f"{name}, compute", "GFLOP/s", [flops], "higher"))
+                    figures.append(
+                        Figure(row, f"{name}, compute", "GFLOP/s", [flops], better="higher")
+                    )
                     cell += f" ({flops:.0f})"
                 cells.append(cell)
             print(f"{f'{N}x{K}':>12} x {M:<3} " + "  ".join(cells), flush=True)
@@ -212,7 +214,7 @@ def attention(
         for name, speed in measure(calls, seconds):
             milliseconds = calls[name][1] / speed / 1e6
             cells.append(f"{name} {milliseconds:8.3f} ms {speed:5.1f} GB/s")
-            figures.append(Figure(f"{T} x {S}", name, "ms", [milliseconds], "lower"))
+            figures.append(Figure(f"{T} x {S}", name, "ms", [milliseconds], better="lower"))
         print(f"{f'{T}x{S}':>12}  " + "  ".join(cells), flush=True)
     settings = {
         "heads": heads,

@@ -34,8 +34,10 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8, out: str | None
         llama = Llama.build(ckpt_dir, None, max_seq_len, 1)
         seconds, own = time.perf_counter() - start, anonymous_bytes() - before
         figures += [
-            Figure(f"build, {run}", "value", "s", [seconds], "lower"),
-            Figure(f"anonymous memory of build, {run}", "value", "GiB", [own / 2**30], "lower"),
+            Figure(f"build, {run}", "value", "s", [seconds], better="lower"),
+            Figure(
+                f"anonymous memory of build, {run}", "value", "GiB", [own / 2**30], better="lower"
+            ),
         ]
     llama.generate([[1, 2, 3]], 1, temperature=0)  # reads every page of the weights
     times = {}
@@ -46,8 +48,8 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8, out: str | None
     speed = tokens / (times[tokens + 1] - times[1])
     whole = anonymous_bytes() / 2**30
     figures += [
-        Figure("decode, one row", "value", "tok/s", [speed], "higher"),
-        Figure("anonymous memory after decoding", "value", "GiB", [whole], "lower"),
+        Figure("decode, one row", "value", "tok/s", [speed], better="higher"),
+        Figure("anonymous memory after decoding", "value", "GiB", [whole], better="lower"),
     ]
     settings = {"ckpt_dir": ckpt_dir, "max_seq_len": max_seq_len, "tokens": tokens}
     finish(make_result("load", settings, figures), out)

@@ -85,7 +85,7 @@ def main(
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; use one of {list(SHAPES)}")
     with new_folder(Path(out)) as folder:
-        write_meta(RandomSource(SHAPES[shape], seed), None, folder, torch.bfloat16, mp)
+        write_meta(RandomSource(SHAPES[shape], seed), None, folder, torch.bfloat16, mp=mp)
         if tokenizer_path is not None:
             shutil.copy(tokenizer_path, folder / "tokenizer.model")
     print(out)

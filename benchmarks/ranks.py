@@ -80,8 +80,8 @@ class RankJob:
         first = [run["first_token_s"] for run in self.runs]
         speeds = [1 / run["step_s"] for run in self.runs]
         return [
-            Figure(self.title, "first token", "s", first, "lower"),
-            Figure(self.title, "decode", "tok/s", speeds, "higher"),
+            Figure(self.title, "first token", "s", first, better="lower"),
+            Figure(self.title, "decode", "tok/s", speeds, better="higher"),
         ]
 
 
@@ -121,8 +121,8 @@ def main(
     figures = [
         *one.figures(),
         *several.figures(),
-        Figure(f"{ranks} ranks / 1 rank", "decode", "", [steps[0] / steps[1]], "higher"),
-        Figure("same first id (1 is yes)", "decode", "", [int(same)], "higher"),
+        Figure(f"{ranks} ranks / 1 rank", "decode", "", [steps[0] / steps[1]], better="higher"),
+        Figure("same first id (1 is yes)", "decode", "", [int(same)], better="higher"),
     ]
     settings = {"shape": shape, "ranks": ranks, "dtype": dtype, "prompt": prompt, "new": new}
     finish(make_result(f"ranks {shape}", settings | {"runs": runs}, figures), out)

@@ -25,7 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +40,7 @@ CPU_FLAGS = (
 )  # fmt: skip
 PACKAGES = ("llama3", "torch", "transformers", "llama-cpp-python", "llama-models")
 Result = dict[str, Any]
+Better = Literal["higher", "lower"] | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Figure:
     column: str
     unit: str
     runs: Sequence[float]
-    better: Literal["higher", "lower"] | None = None
+    better: Better = field(default=None, kw_only=True)
 
     @property
     def median(self) -> float:

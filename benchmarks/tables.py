@@ -67,14 +67,13 @@ def circumstances(result: Result) -> str:
     if machine.get("cores"):
         parts.append(f"{machine['cores']} core{'s' * (machine['cores'] > 1)}")
     if machine.get("flags"):
-        parts.append("/".join(f for f in machine["flags"] if f.startswith(("avx512_", "amx"))))
+        parts.append("/".join(f for f in machine["flags"] if f.startswith(("avx512", "amx"))))
+    if machine.get("threads"):
+        parts.append(f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}")
     if machine.get("memory_GiB"):
         parts.append(f"{number(machine['memory_GiB'])} GiB")
-    parts += [
-        f"{name}={machine[name]}"
-        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
-        if machine.get(name)
-    ]
+    if machine.get("OMP_WAIT_POLICY"):
+        parts.append(f"OMP_WAIT_POLICY={machine['OMP_WAIT_POLICY']}")
     parts += [
         f"{name} {version}"
         for name, version in versions.items()

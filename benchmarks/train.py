@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
@@ -117,21 +118,17 @@ def main(
             seconds[name].append(time.perf_counter() - start)
     if not abs(losses["llama3"] - losses["transformers"]) <= TOLERANCE:  # also true of NaN
         raise ValueError(f"the losses after {runs + 1} updates differ: {losses}")
+    tokens = batch_size * max_seq_len
     figures = [
-        Figure(
-            name, "training", "tok/s", [batch_size * max_seq_len / t for t in times[1:]], "higher"
-        )
+        Figure(name, "training", "tok/s", [tokens / t for t in times[1:]], better="higher")
         for name, times in seconds.items()
     ]
     medians = [statistics.median(times[1:]) for times in seconds.values()]
     ratio = medians[1] / medians[0]
-    figures.append(Figure("llama3 / transformers", "training", "", [ratio], "higher"))
+    figures.append(Figure("llama3 / transformers", "training", "", [ratio], better="higher"))
     figures += [Figure(name, "last loss", "nat", [loss]) for name, loss in losses.items()]
-    size = f"dim {dim}, {n_layers} layers, {dtype}"
-    arguments = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    arguments |= {"batch_size": batch_size, "max_seq_len": max_seq_len, "runs": runs}
-    arguments |= {"vocab_size": vocab_size}
-    finish(make_result(f"train {size}", arguments | {"dtype": dtype}, figures), out)
+    name = f"train dim {dim}, {n_layers} layers, {dtype}"
+    finish(make_result(name, asdict(settings) | {"runs": runs}, figures), out)
 
 
 if __name__ == "__main__":
