@@ -55,7 +55,7 @@ def check_checkout(folder: str) -> Path:
 
 
 def commit(checkout: Path) -> str | None:
-    """The commit of a checkout, with "-dirty" if files differ from it; None if git cannot tell."""
+    """The commit of a checkout, with "-dirty" if files differ from it; None without git."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

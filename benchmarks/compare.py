@@ -67,13 +67,13 @@ def aligned(rows: list[list[str]]) -> list[str]:
 
 
 def differences(old: Result, new: Result) -> list[str]:
-    """Differences of machine and versions, which may explain those of the figures."""
+    """Known differences of machine and versions, which may explain those of the figures."""
     lines = []
     for part in ("machine", "versions"):
         for key in sorted({*old[part], *new[part]} - {"read_GB_s"}):
-            values = old[part].get(key), new[part].get(key)
-            if values[0] != values[1]:
-                lines.append(f"{part}, {key}: {values[0]} in old, {values[1]} in new")
+            before, after = old[part].get(key), new[part].get(key)
+            if before != after and before is not None and after is not None:
+                lines.append(f"{part}, {key}: {before} in old, {after} in new")
     return lines
 
 

@@ -216,9 +216,8 @@ def main(
         context: tokens before each prompt, cached before the timing.
         new: tokens that follow each prompt.
         runs: rounds of which the median counts.
-        peers: names separated by commas: reference, transformers, llama.cpp, llama.cpp-bf16 (not
-            quantized), exact (this library with Meta's arithmetic), bf16 (neither quantized nor
-            compiled).
+        peers: of reference, transformers, llama.cpp, llama.cpp-bf16, exact, bf16; separated by
+            commas. docs/performance.md explains them.
         plot: a PNG file to draw.
         out: a JSON file to write.
     """

@@ -23,8 +23,8 @@ def meta_model(ours: Transformer, params: dict[str, Any], rows: int, length: int
     """
     import fairscale.nn.model_parallel.initialize as fs_init
     import torch.distributed as dist
-    from llama_models.llama3.args import ModelArgs  # type: ignore[import-untyped]
-    from llama_models.llama3.model import Transformer as Meta  # type: ignore[import-untyped]
+    from llama_models.llama3.args import ModelArgs  # type: ignore[import-untyped,unused-ignore]
+    from llama_models.llama3.model import Transformer as Meta  # type: ignore[import-untyped,unused-ignore]
 
     store = tempfile.NamedTemporaryFile()  # noqa: SIM115 - open as long as the group
     dist.init_process_group("gloo", init_method=f"file://{store.name}", rank=0, world_size=1)

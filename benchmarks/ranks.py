@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -63,8 +64,9 @@ class RankJob:
             RuntimeError: a rank failed.
         """
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # then there is no line either
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             raise RuntimeError("a rank failed; its message is above")
@@ -73,7 +75,8 @@ class RankJob:
 
     def end(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
 
     def figures(self) -> list[Figure]:

@@ -163,7 +163,7 @@ def dumps(result: Result) -> str:
 
 
 def load_result(path: Path) -> Result:
-    """Read a result's file. Numbers are Decimals, so that a table shows the digits of the file.
+    """Read a result's file. Fractions are Decimals, so that a table shows them as written.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -229,7 +229,7 @@ def cell(figure: Mapping[str, Any] | None, with_unit: bool) -> str:
 
 
 def number(value: float | Decimal) -> str:
-    """As it is if it is short, else rounded to four significant digits."""
+    """Unchanged if it has at most six characters, else rounded to four significant digits."""
     text = str(value)
     if len(text) <= 6:
         return text

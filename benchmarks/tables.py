@@ -86,7 +86,7 @@ def main(check: bool = False) -> None:
     """Rewrite docs/performance.md.
 
     Args:
-        check: only tell whether it is up to date.
+        check: do not write; exit with code 1 if the page is not up to date.
     """
     before = PAGE.read_text(encoding="utf-8")
     after = rewrite(before)

@@ -28,12 +28,12 @@ def decode(*runs: float) -> Figure:
 
 
 def test_a_result_has_command_date_machine_versions_and_runs() -> None:
-    made = result(decode(10.0, 12.0, 11.0), read_GB_s=35.5)
-    assert made["command"].startswith("python -m benchmarks.decode")
-    assert made["date"][:2] == "20" and made["machine"]["cores"] > 0
-    assert made["machine"]["read_GB_s"] == 35.5 and "flags" in made["machine"]
-    assert made["versions"]["torch"] == torch.__version__
-    [figure] = made["figures"]
+    measured = result(decode(10.0, 12.0, 11.0), read_GB_s=35.5)
+    assert measured["command"].startswith("python -m benchmarks.decode")
+    assert measured["date"][:2] == "20" and measured["machine"]["cores"] > 0
+    assert measured["machine"]["read_GB_s"] == 35.5 and "flags" in measured["machine"]
+    assert measured["versions"]["torch"] == torch.__version__
+    [figure] = measured["figures"]
     assert figure["runs"] == [10.0, 12.0, 11.0] and figure["median"] == 11.0
     assert result(decode(1.0), name="checkouts, 1b")["command"].split()[2] == "benchmarks.checkouts"
 
@@ -41,15 +41,15 @@ def test_a_result_has_command_date_machine_versions_and_runs() -> None:
 def test_saved_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = result(decode(10.0, 12.5))
+    measured = result(decode(10.0, 12.5))
     path = tmp_path / "a.json"
-    finish(made, str(path))
-    assert json.loads(path.read_text()) == made
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == made
+    finish(measured, str(path))
+    assert json.loads(path.read_text()) == measured
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == measured
     path.unlink()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("no space")))
     with pytest.raises(OSError, match="no space"):
-        save(made, path)
+        save(measured, path)
     assert not list(tmp_path.iterdir())
 
 
@@ -163,9 +163,9 @@ def test_checkouts(
     monkeypatch.setattr(checkouts, "NEW", 3)
     out = tmp_path / "a.json"
     checkouts.main(str(ROOT), str(ROOT), "tiny", quantize="int8", rounds=1, repeats=2, out=str(out))
-    made = load_result(out)
-    assert made["same_ids"] and set(made["checkouts"]) == {"old", "new"}
-    runs = {(f["row"], f["column"]): len(f["runs"]) for f in made["figures"]}
+    measured = load_result(out)
+    assert measured["same_ids"] and set(measured["checkouts"]) == {"old", "new"}
+    runs = {(f["row"], f["column"]): len(f["runs"]) for f in measured["figures"]}
     for row in ("prefill of 8 tokens", "prefill of 16 tokens", "decode after 128 tokens"):
         assert runs[row, "old"] == runs[row, "new"] == 2
     assert all(runs[row, "new / old"] == 1 for row, _ in runs)
