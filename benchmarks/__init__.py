@@ -1,1 +1,1 @@
-"""Benchmarks: run as `python -m benchmarks.NAME`; results stand in docs/performance.md."""
+"""Benchmarks: run as `python -m benchmarks.NAME`. Results are in benchmarks/results/."""

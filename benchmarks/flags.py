@@ -1,15 +1,17 @@
-"""What a benchmark may be asked for. Each check raises a ValueError that names the flag."""
+"""Checks of the flags that benchmarks share. Each raises a ValueError that names the flag."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from benchmarks.random_checkpoint import SHAPES
 
 DTYPES = ("bfloat16", "float16", "float32")
-LEAST = {"new": 2, "length": 2, "context": 0}
+MINIMUM = {"new": 2, "length": 2, "context": 0}  # 1 for every other count
 
 
 def check_model(shape: str, dtype: str, quantize: str | None = None) -> None:
-    """Names of a shape, a dtype and a scheme."""
+    """Check the names of a shape, a dtype and a quantization scheme."""
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
     if dtype not in DTYPES:
@@ -19,7 +21,18 @@ def check_model(shape: str, dtype: str, quantize: str | None = None) -> None:
 
 
 def check_counts(**counts: object) -> None:
-    """Integers that make sense."""
+    """Check that each count is an integer and not below its minimum."""
     for name, value in counts.items():
-        if type(value) is not int or value < LEAST.get(name, 1):
-            raise ValueError(f"--{name} must be {LEAST.get(name, 1)} or more, not {value!r}")
+        minimum = MINIMUM.get(name, 1)
+        if type(value) is not int or value < minimum:
+            raise ValueError(f"--{name} must be {minimum} or more, not {value!r}")
+
+
+def check_file(flag: str, path: str | None, suffix: str) -> None:
+    """Check that a file of this suffix can be created: its folder exists, and it does not."""
+    if path is None:
+        return
+    if Path(path).suffix != suffix or not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"--{flag} {path!r} must name a {suffix} file in an existing folder")
+    if Path(path).exists():
+        raise ValueError(f"--{flag} {path!r} exists already; remove it or choose another name")

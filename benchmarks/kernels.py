@@ -1,14 +1,14 @@
-"""How fast the CPU kernels are, beside torch's own operators and reading alone.
+"""Speed of the CPU kernels beside torch's operators and the bandwidth of reading memory.
 
     python -m benchmarks.kernels linear
     python -m benchmarks.kernels linear --rows 2,4,8,128 --shapes 8192x2048 --threads 1
     python -m benchmarks.kernels attention --heads 32 --kv_heads 8 --head_dim 64
 
-`linear` prints GB/s of weights (with scales), and for several rows of x GFLOP/s in brackets; x
-bf16, the weights cold: enough copies of each matrix to fill no cache. All of one line are timed in
-alternation, because machines drift; each figure is the fastest tenth of its calls. "read" sums a
-tensor of 1 GiB in the same rounds. `attention` prints milliseconds of one layer in bf16, and GB/s
-of its cache, cold too.
+`linear` prints GB/s of weights with their scales, and for several rows of x GFLOP/s in brackets. x
+is bf16. There are so many copies of each matrix that none stays in a cache. Everything on a line is
+timed alternately; each figure is the 10th percentile of the calls' times. "read" sums a tensor of
+1 GiB in the same rounds. `attention` prints milliseconds of one layer in bf16, and GB/s of its KV
+cache, which is not in the processor's cache either. Both print one JSON line, which --out saves.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.flags import check_counts
-from llama.attention import fused_grouped_attention
-from llama.commands import run
+from benchmarks.flags import check_counts, check_file
+from benchmarks.report import Figure, finish, make_result
+from benchmarks.script import run_benchmark
 from llama.layers import kernels
+from llama.layers.attention import fused_attention
 from llama.layers.quantization import dequantize_int8
 
 SHAPES = "576x576,1536x576,576x1536,49152x576,2048x2048,8192x2048,2048x8192,128256x2048"
-COLD_BYTES = 128 << 20  # more than the last cache holds
+COLD_BYTES = 128 << 20  # larger than the last-level cache
 Calls = dict[str, tuple[list[Callable[[], Tensor]], int]]  # name: functions, bytes of weights
 Contender = tuple[Callable[..., Tensor], Callable[[], tuple[Tensor, ...]]]  # operator, new weights
 
 
 def int4_weights(N: int, K: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Random codes and scales, packed as `quantize_int4` does."""
+    """Random codes and scales, packed as `quantize_int4` packs them."""
     tiles = -(-N // 16)
     packed = torch.randint(-(2**31), 2**31, (tiles, K // 8, 16), dtype=torch.int64)
     scale, zero = torch.rand(2, tiles, K // group, 16).bfloat16()
@@ -43,14 +43,14 @@ def int4_weights(N: int, K: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def torch_int4_weights(N: int, K: int, group: int) -> tuple[Tensor, Tensor]:
-    """The same for torch's operator: its packing, scales and zeros (K / group, N, 2)."""
+    """The same for torch's operator: packed codes, and (K / group, N, 2) scales and zeros."""
     codes = torch.randint(0, 16, (N, K), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return packed, torch.rand(K // group, N, 2).bfloat16()
 
 
 def contenders(x: Tensor, N: int, K: int, group: int = 32) -> dict[str, Contender]:
-    """Ours and torch's. A new set of weights a call; scales of int8 are too few to count."""
+    """This library's operators and torch's. The bytes of int8 scales are not counted."""
     ops, scale = torch.ops.llama3, torch.rand(N)
     half = scale.bfloat16()
     torch_int4 = torch.ops.aten._weight_int4pack_mm_for_cpu
@@ -61,7 +61,7 @@ def contenders(x: Tensor, N: int, K: int, group: int = 32) -> dict[str, Contende
     def int8() -> tuple[Tensor]:
         return (torch.randint(-127, 128, (N, K), dtype=torch.int8),)
 
-    found: dict[str, Contender] = {
+    operators: dict[str, Contender] = {
         "bf16": (lambda w: ops.linear(x, w), bf16),
         "F.linear": (lambda w: F.linear(x, w), bf16),
         "int8": (lambda q: ops.linear_int8(x, q, scale), int8),
@@ -74,16 +74,16 @@ def contenders(x: Tensor, N: int, K: int, group: int = 32) -> dict[str, Contende
         ),
     }
     if len(x) == 1:
-        found["torch.mv"] = (lambda w: torch.mv(w, x[0]), bf16)
+        operators["torch.mv"] = (lambda w: torch.mv(w, x[0]), bf16)
     if N % 64:  # torch packs int4 in blocks of rows
-        del found["int4pack"]
-    return found
+        del operators["int4pack"]
+    return operators
 
 
 def measure(
     calls: dict[str, tuple[list[Callable[[], Tensor]], int]], seconds: float
 ) -> Iterator[tuple[str, float]]:
-    """(name, GB/s) of each, from the bytes of a call: rounds of all, for about `seconds` each."""
+    """Yield (name, GB/s) of each; rounds of all of them alternate for about `seconds` each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     end, rounds = time.perf_counter() + seconds * len(calls), 0
     while rounds < 3 or time.perf_counter() < end:
@@ -98,10 +98,10 @@ def measure(
 
 
 def counts(flag: str, text: str, example: str) -> list[tuple[int, ...]]:
-    """Of `linear`'s or `attention`'s flag: "8x16,8x32" -> [(8, 16), (8, 32)].
+    """Parse a flag: "8x16,8x32" -> [(8, 16), (8, 32)].
 
     Raises:
-        ValueError: it is not like the example.
+        ValueError: it has not the form of the example.
     """
     dimensions = len(example.split(",")[0].split("x"))
     parts = [part.split("x") for part in str(text).split(",")]
@@ -114,8 +114,9 @@ def is_count(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
-def begin(threads: int | None) -> None:
-    """Load the kernels, and say what they run on."""
+def begin(threads: int | None, out: str | None) -> None:
+    """Check flags, load the kernels, print threads and instruction set."""
+    check_file("out", out, ".json")
     if threads is not None:
         check_counts(threads=threads)
         torch.set_num_threads(threads)
@@ -130,37 +131,60 @@ def linear(
     only: str = "",
     threads: int | None = None,
     seconds: float = 0.5,
+    out: str | None = None,
 ) -> None:
-    """Print the table.
+    """Matrix multiplications.
 
     Args:
-        rows: of x, separated by commas.
-        shapes: NxK, separated by commas.
-        only: names of columns; all if empty.
+        rows: numbers of rows of x, separated by commas.
+        shapes: NxK of the weights, separated by commas.
+        only: names of columns, separated by commas; all if empty.
+        threads: default: as torch chooses.
+        seconds: of each column of a line.
+        out: a JSON file to write.
     """
     Ms, sizes = counts("rows", rows, "2,4,8"), counts("shapes", shapes, "8192x2048,2048x2048")
-    begin(threads)
-    big = torch.arange(1 << 27)
+    begin(threads, out)
+    big = torch.arange(1 << 27)  # 1 GiB
+    figures: list[Figure] = []
     for [M] in Ms:
         for N, K in sizes:
-            x = torch.randn(M, K).bfloat16()
             calls: Calls = {"read": ([big.sum], big.nbytes)}
-            for name, (operator, new) in contenders(x, N, K).items():
-                if only and name not in only.split(","):
-                    continue
-                size = sum(t.nbytes for t in new())
-                sets = [new() for _ in range(min(200, max(1, COLD_BYTES // size)))]
-                functions: list[Callable[[], Tensor]] = [
-                    partial(operator, *weights) for weights in sets
-                ]
-                calls[name] = (functions, size)
-            cells = []
+            calls |= linear_calls(M, N, K, only)
+            row, cells = f"{N} x {K}" + f", {M} rows" * (M > 1), []
             for name, speed in measure(calls, seconds):
                 cell = f"{name} {speed:5.1f}"
+                figures.append(Figure(row, name, "GB/s", [speed], better="higher"))
                 if M > 1 and name != "read":
-                    cell += f" ({speed / calls[name][1] * 2 * M * N * K:.0f})"
+                    flops = speed / calls[name][1] * 2 * M * N * K
+                    figures.append(
+                        Figure(row, f"{name}, compute", "GFLOP/s", [flops], better="higher")
+                    )
+                    cell += f" ({flops:.0f})"
                 cells.append(cell)
             print(f"{f'{N}x{K}':>12} x {M:<3} " + "  ".join(cells), flush=True)
+    settings = {
+        "rows": rows,
+        "shapes": shapes,
+        "only": only,
+        "threads": threads,
+        "seconds": seconds,
+    }
+    result = make_result("kernels linear", settings, figures, row_heading="N x K")
+    finish(result, out, show_table=False)
+
+
+def linear_calls(M: int, N: int, K: int, only: str) -> Calls:
+    """Calls of all operators, or of those that `only` names, with enough weights for each."""
+    x, calls = torch.randn(M, K).bfloat16(), Calls()
+    for name, (operator, new_weights) in contenders(x, N, K).items():
+        if only and name not in only.split(","):
+            continue
+        size = sum(t.nbytes for t in new_weights())
+        copies = [new_weights() for _ in range(min(200, max(1, COLD_BYTES // size)))]
+        functions: list[Callable[[], Tensor]] = [partial(operator, *each) for each in copies]
+        calls[name] = (functions, size)
+    return calls
 
 
 def attention(
@@ -170,34 +194,58 @@ def attention(
     shapes: str = "1x128,1x1024,1x4096,128x128,512x512",
     threads: int | None = None,
     seconds: float = 1.0,
+    out: str | None = None,
 ) -> None:
-    """Print a line for each shape, queries x positions, the queries being the last positions."""
+    """Attention of queries at the last positions to all positions.
+
+    Args:
+        heads, kv_heads, head_dim: of the layer.
+        shapes: queries x positions, separated by commas.
+        threads: default: as torch chooses.
+        seconds: of each column of a line.
+        out: a JSON file to write.
+    """
     check_counts(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     sizes = counts("shapes", shapes, "1x128,128x128")
-    begin(threads)
-    ops = torch.ops.llama3
+    begin(threads, out)
+    figures: list[Figure] = []
     for T, S in sizes:
-        positions = torch.arange(S - T, S).unsqueeze(0)
-        mask = None if T in (1, S) else torch.arange(S) <= positions[0].unsqueeze(1)
-        xq = torch.randn(1, T, heads, head_dim).bfloat16()
-        size = 4 * S * kv_heads * head_dim
-        caches = [
-            torch.randn(2, 1, S, kv_heads, head_dim).bfloat16()
-            for _ in range(min(200, max(1, COLD_BYTES // size)))
-        ]
-        calls: Calls = {
-            "kernel": ([partial(ops.attend, xq, *cache, positions) for cache in caches], size),
-            "torch": (
-                [partial(fused_grouped_attention, xq, *cache, mask) for cache in caches],
-                size,
-            ),
-        }
-        cells = [
-            f"{name} {size / v / 1e6:8.3f} ms {v:5.1f} GB/s" for name, v in measure(calls, seconds)
-        ]
+        calls, cells = attention_calls(T, S, (heads, kv_heads, head_dim)), []
+        for name, speed in measure(calls, seconds):
+            milliseconds = calls[name][1] / speed / 1e6
+            cells.append(f"{name} {milliseconds:8.3f} ms {speed:5.1f} GB/s")
+            figures.append(Figure(f"{T} x {S}", name, "ms", [milliseconds], better="lower"))
         print(f"{f'{T}x{S}':>12}  " + "  ".join(cells), flush=True)
+    settings = {
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "shapes": shapes,
+        "threads": threads,
+        "seconds": seconds,
+    }
+    heading = "queries x positions"
+    result = make_result("kernels attention", settings, figures, row_heading=heading)
+    finish(result, out, show_table=False)
+
+
+def attention_calls(T: int, S: int, sizes: tuple[int, int, int]) -> Calls:
+    """Calls of the kernel and of torch for T queries and S positions, with enough caches."""
+    heads, kv_heads, head_dim = sizes
+    positions = torch.arange(S - T, S).unsqueeze(0)
+    mask = None if T in (1, S) else torch.arange(S) <= positions[0].unsqueeze(1)
+    xq = torch.randn(1, T, heads, head_dim).bfloat16()
+    size = 4 * S * kv_heads * head_dim
+    caches = [
+        torch.randn(2, 1, S, kv_heads, head_dim).bfloat16()
+        for _ in range(min(200, max(1, COLD_BYTES // size)))
+    ]
+    attend = torch.ops.llama3.attend
+    return {
+        "kernel": ([partial(attend, xq, k, v, positions) for k, v in caches], size),
+        "torch": ([partial(fused_attention, xq, k, v, mask) for k, v in caches], size),
+    }
 
 
 if __name__ == "__main__":
-    verbs = SimpleNamespace(linear=linear, attention=attention)
-    run.run(verbs, "benchmarks.kernels")
+    run_benchmark({"linear": linear, "attention": attention}, "kernels")

@@ -1,6 +1,6 @@
-"""llama.cpp through `llama-cpp-python`, with weights of ours. Knows its file and its C interface.
+"""llama.cpp through `llama-cpp-python`, with this library's weights.
 
-Shapes: B rows, T ids a row, V vocabulary.
+Knows its file format and its C interface. Shapes: B rows, T ids in a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
 
-BATCH = 512  # ids that one call computes at most, llama.cpp's own default
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # dtype: ggml's name
+BATCH = 512  # ids that one call computes at most; llama.cpp's own default
+# ggml's names of dtypes and of the schemes with as many bits.
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCHEMES = {"int8": "Q8_0", "int4": "Q4_0"}
 
 
 def write_gguf(source: Source, path: Path, dtype: str) -> None:
-    """Write a GGUF file without a vocabulary, a tensor in memory at a time.
+    """Write a GGUF file without a vocabulary. One tensor at a time is in memory.
 
-    Matrices are stored in `dtype`, norms in fp32 as llama.cpp wants them. Queries and keys stay in
-    Meta's order, which is that of its architecture `llama`.
+    Matrices are stored in `dtype`, norms in fp32 as llama.cpp requires. Rows of queries and keys
+    keep Meta's order, which its architecture `llama` uses too.
     """
     import gguf
 
@@ -69,18 +70,18 @@ def write_gguf(source: Source, path: Path, dtype: str) -> None:
 
 
 def _names(source: Source) -> dict[str, str]:
-    """{Meta's name: the file's}; a tied output is not stored."""
-    found = {}
+    """{Meta's name: GGUF's name} of the tensors to store; a tied output is not stored."""
+    names = {}
     for meta in weight_shapes(source.args()):
         if meta == "output.weight" and source.tied:
             continue
         *layer, name = meta.removesuffix(".weight").split(".", 2)
-        found[meta] = (f"blk.{layer[1]}." if layer else "") + f"{GGUF_NAMES[name]}.weight"
-    return found
+        names[meta] = (f"blk.{layer[1]}." if layer else "") + f"{GGUF_NAMES[name]}.weight"
+    return names
 
 
 def _divisors(args: ModelArgs) -> np.ndarray:
-    """(d/2,): what divides each RoPE frequency."""
+    """(head_dim / 2,) divisors of the RoPE frequencies."""
     freqs = args.rope_theta ** -(torch.arange(0, args.head_dim, 2).float() / args.head_dim)
     scaled = apply_scaling(freqs, args.scale_factor) if args.use_scaled_rope else freqs
     divisors: np.ndarray = (freqs / scaled).numpy()
@@ -88,8 +89,12 @@ def _divisors(args: ModelArgs) -> np.ndarray:
 
 
 def quantize_gguf(source: Path, target: Path, scheme: str) -> None:
-    """By llama.cpp's own quantizer, as it does by default."""
-    import llama_cpp
+    """Quantize a GGUF file by llama.cpp's quantizer with its default settings.
+
+    Raises:
+        RuntimeError: llama.cpp failed.
+    """
+    import llama_cpp  # type: ignore[import-not-found,unused-ignore]
 
     _be_quiet(llama_cpp)
     options = llama_cpp.llama_model_quantize_default_params()
@@ -101,7 +106,7 @@ def quantize_gguf(source: Path, target: Path, scheme: str) -> None:
 
 
 def weight_bytes(path: Path) -> int:
-    """Of all tensors that a decode step reads: not the embedding, unless the output is tied."""
+    """Bytes of the tensors that a decode step reads: not the embedding, unless it is tied."""
     from gguf import GGUFReader
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in GGUFReader(path).tensors}
@@ -113,11 +118,14 @@ class LlamaCpp:
     """A model on its default settings, for `rows` sequences of `length` positions.
 
     Args:
-        precise: attention in fp32; its default's cache and fused kernel round to fp16.
+        precise: fp32 attention and cache; by default llama.cpp rounds both to fp16.
+
+    Raises:
+        RuntimeError: llama.cpp failed.
     """
 
     def __init__(self, path: Path, rows: int, length: int, precise: bool):
-        import llama_cpp
+        import llama_cpp  # type: ignore[import-not-found,unused-ignore]
 
         self.api: Any = llama_cpp
         _be_quiet(llama_cpp)
@@ -128,7 +136,7 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
         options = llama_cpp.llama_context_default_params()
-        options.n_ctx = rows * -(-length // 256) * 256  # each sequence gets its share of it
+        options.n_ctx = rows * -(-length // 256) * 256  # divided between the sequences
         options.n_batch = options.n_ubatch = BATCH
         options.n_seq_max = rows
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
@@ -137,15 +145,15 @@ class LlamaCpp:
             options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, options)
         if not self.context:
-            raise RuntimeError(f"llama.cpp could not make a context of {options.n_ctx} positions")
+            raise RuntimeError(f"llama.cpp could not create a context of {options.n_ctx} positions")
         self.V = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(max(BATCH, rows), 0, 1)
-        self.held = 0  # positions of each sequence in its cache
+        self.cached = 0  # positions of each sequence in its cache
 
     def forward(self, tokens: Tensor, position: int) -> Tensor:
-        """(B, T) ids after `position` cached ones -> (B, V) fp32 logits of the last."""
+        """(B, T) ids from `position` on -> (B, V) fp32 logits of the last."""
         B, T = tokens.shape
-        if position != self.held:
+        if position != self.cached:
             memory = self.api.llama_get_memory(self.context)
             for row in range(B):
                 self.api.llama_memory_seq_rm(memory, row, position, -1)
@@ -153,12 +161,16 @@ class LlamaCpp:
         for start in range(0, T, share):
             part = tokens[:, start : start + share]
             last = self._feed(part.tolist(), position + start, start + part.shape[1] == T)
-        self.held = position + T
+        self.cached = position + T
         rows = [self.api.llama_get_logits_ith(self.context, i) for i in last]
         return torch.stack([torch.from_numpy(np.ctypeslib.as_array(r, (self.V,))) for r in rows])
 
     def _feed(self, ids: list[list[int]], position: int, ends: bool) -> list[int]:
-        """One call; the indices of each row's last id, whose logits are kept if it `ends`."""
+        """Compute (B, T) ids in one call; returns each row's index of its last id.
+
+        Args:
+            ends: keep the logits of these indices.
+        """
         batch, last = self.batch, []
         batch.n_tokens = 0
         for row, values in enumerate(ids):
@@ -170,15 +182,15 @@ class LlamaCpp:
                 batch.n_tokens = n + 1
             last.append(batch.n_tokens - 1)
         if code := self.api.llama_decode(self.context, batch):
-            raise RuntimeError(f"llama_decode gave {code}")
+            raise RuntimeError(f"llama_decode failed with code {code}")
         return last
 
 
 def _be_quiet(api: Any) -> None:
-    """Its log goes nowhere, as long as the process."""
+    """Discard llama.cpp's log."""
     global _silent
     _silent = api.llama_log_callback(lambda *_: None)
     api.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
-_silent: Any = None  # C code holds it
+_silent: Any = None  # the callback; C code keeps a pointer to it

@@ -2,52 +2,58 @@
 
     python -m benchmarks.load --ckpt_dir /tmp/random-8b
 
-Prints one JSON line. "anonymous" is memory that no file backs (Linux only), in GiB, the KV cache
-as far as it was touched included; the weights are pages of the mapped checkpoint.
+Prints a table and one JSON line, which --out saves. Anonymous memory is memory that no file backs
+(Linux only); it includes the pages of the KV cache that were touched. The weights are pages of the
+mapped checkpoint and not part of it.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
+from benchmarks.flags import check_counts, check_file
+from benchmarks.memory import anonymous_bytes
+from benchmarks.report import Figure, finish, make_result
+from benchmarks.script import run_benchmark
 from llama import Llama
-from llama.commands import run
 
 
-def resident_bytes(kind: str) -> int:
-    """Resident memory of this process by /proc: "RssAnon", "RssFile" or "RssShmem"."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"this kernel does not report {kind}")
+def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8, out: str | None = None) -> None:
+    """Build twice, then decode. The second build finds the files in the page cache.
 
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    return resident_bytes("RssAnon")
-
-
-def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:
-    """Build twice (the second finds the files in the page cache), then decode a few tokens."""
-    result: dict[str, float | str] = {"ckpt_dir": ckpt_dir}
+    Args:
+        max_seq_len: positions of the KV cache.
+        tokens: how many to decode.
+        out: a JSON file to write.
+    """
+    check_counts(max_seq_len=max_seq_len, tokens=tokens)
+    check_file("out", out, ".json")
+    figures = []
     for run in ("first", "second"):
         before, start = anonymous_bytes(), time.perf_counter()
         llama = Llama.build(ckpt_dir, None, max_seq_len, 1)
-        result[f"build_s_{run}"] = round(time.perf_counter() - start, 2)
-        own = anonymous_bytes() - before
-        result[f"anonymous_GiB_{run}"] = round(own / 2**30, 3)
+        seconds, own = time.perf_counter() - start, anonymous_bytes() - before
+        figures += [
+            Figure(f"build, {run}", "value", "s", [seconds], better="lower"),
+            Figure(
+                f"anonymous memory of build, {run}", "value", "GiB", [own / 2**30], better="lower"
+            ),
+        ]
     llama.generate([[1, 2, 3]], 1, temperature=0)  # reads every page of the weights
-    seconds = {}
+    times = {}
     for n in (1, tokens + 1):
         start = time.perf_counter()
         llama.generate([[1, 2, 3]], n, temperature=0)
-        seconds[n] = time.perf_counter() - start
-    result["decode_tok_per_s"] = round(tokens / (seconds[tokens + 1] - seconds[1]), 3)
-    result["anonymous_GiB_after_decode"] = round(anonymous_bytes() / 2**30, 3)
-    print(json.dumps(result))
+        times[n] = time.perf_counter() - start
+    speed = tokens / (times[tokens + 1] - times[1])
+    whole = anonymous_bytes() / 2**30
+    figures += [
+        Figure("decode, one row", "value", "tok/s", [speed], better="higher"),
+        Figure("anonymous memory after decoding", "value", "GiB", [whole], better="lower"),
+    ]
+    settings = {"ckpt_dir": ckpt_dir, "max_seq_len": max_seq_len, "tokens": tokens}
+    finish(make_result("load", settings, figures), out)
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.load")
+    run_benchmark(main, "load")

@@ -1,37 +1,38 @@
 """The systems that are measured: this library and others, with the same weights in one folder.
 
-Knows nothing about processes, tables or rounds. Shapes: B rows, T ids a row, V vocabulary.
+Knows nothing about processes, tables or rounds.
+
+Shapes: B rows, T ids in a row, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from llama.predictions import make_requests, run
 from torch import Tensor
 
 from benchmarks import llama_cpp_peer
-from benchmarks.generation import meta_model
 from benchmarks.llama_cpp_peer import KINDS, SCHEMES, LlamaCpp, quantize_gguf, write_gguf
+from benchmarks.meta_peer import meta_model
+from benchmarks.ours import build, greedy
 from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
-from llama.checkpoints import load
 from llama.checkpoints.formats.meta_export import write_meta
+from llama.checkpoints.load import pick_device
 from llama.checkpoints.open import open_checkpoint
-from llama.engine.compiled_step import compile_decoding
 from llama.engine.engine import Engine
-from llama.engine.sampling import Sampling
+from llama.engine.request import Generation
 from llama.model import ModelArgs, Transformer
 
 OURS = "llama3"
-# Peer: the packages it needs, as they are imported and as they are installed.
-PEERS = {
+# {peer: {module it imports: package that has it}}
+PEERS: dict[str, dict[str, str]] = {
     "reference": {"llama_models": "llama-models"},
     "transformers": {"transformers": "transformers"},
     "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
@@ -39,8 +40,8 @@ PEERS = {
     "exact": {},
     "bf16": {},
 }
-CHUNK = 512  # of a context that is computed before the timing
-Forward = Callable[[Tensor, int], Tensor]  # (B, T) ids, how many are cached -> (B, V) of the last
+CHUNK = 512  # ids that a call computes at most, of the context before the prompts
+Forward = Callable[[Tensor, int], Tensor]  # (B, T) ids, cached positions -> (B, V) last logits
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Job:
 
     Attributes:
         params: as in params.json.
-        folder: where `write_weights` has put the weights.
+        folder: contains the weights, see `write_weights`.
+        quantize: scheme of this library and of llama.cpp, or None.
+        compile: compile this library's decode step.
         rows, length: of the KV cache.
-        precise: nothing is rounded below fp32, for a comparison.
+        precise: keep attention and its cache in fp32 in all systems.
     """
 
     params: dict[str, Any]
@@ -64,7 +67,7 @@ class Job:
     precise: bool = False
 
     def title(self, name: str) -> str:
-        """How the table calls a system."""
+        """Name of a system in the table."""
         if name.startswith("llama.cpp"):
             quantized = self.quantize if name == "llama.cpp" else None
             return f"llama.cpp {SCHEMES[quantized] if quantized else KINDS[self.dtype]}"
@@ -75,11 +78,12 @@ class Job:
         return f"{OURS} {kind}{compiled}" + (" exact" if name == "exact" else "")
 
     def gguf(self, quantize: str | None) -> Path:
+        """llama.cpp's file of the weights."""
         return self.folder / f"{quantize or self.dtype}.gguf"
 
 
 def check_peers(names: list[str]) -> None:
-    """Raise a ValueError for an unknown or repeated one, an ImportError for one not installed."""
+    """Raise a ValueError for an unknown or repeated peer, an ImportError for a missing package."""
     for i, name in enumerate(names):
         if name not in PEERS:
             raise ValueError(f"unknown peer {name!r}; the peers are {', '.join(PEERS)}")
@@ -94,7 +98,7 @@ def check_peers(names: list[str]) -> None:
 
 
 def write_weights(job: Job, names: list[str]) -> None:
-    """Write the random weights once for all who map them."""
+    """Write the random weights into the job's folder, for the systems `names`."""
     source = RandomSource(job.params)
     write_meta(source, None, job.folder, getattr(torch, job.dtype))
     if any(name.startswith("llama.cpp") for name in names):
@@ -106,23 +110,23 @@ def write_weights(job: Job, names: list[str]) -> None:
 
 
 def position_bytes(args: ModelArgs, itemsize: int) -> int:
-    """Of one row's keys and values of one position, in all layers."""
+    """Bytes of the keys and values of one position of one row, in all layers."""
     return 2 * args.n_layers * args.kv_heads * args.head_dim * itemsize
 
 
 def bytes_read(model: Transformer) -> int:
-    """Of weights, by a decode step: all but the embedding, unless it is the output too."""
+    """Bytes of the weights that a decode step reads: not the embedding, unless it is tied."""
     state = model.state_dict()
     return sum(w.nbytes for n, w in state.items() if not n.startswith("tok_emb"))
 
 
 class System:
-    """One that continues prompts greedily through a KV cache.
+    """A model with a KV cache that continues prompts greedily.
 
     Args:
-        forward: computes ids after those that are cached, and drops what is cached beyond them.
-        weight_bytes: that a decode step reads.
-        position_bytes: that it reads of a cached position of a row.
+        forward: computes ids at a position, and forgets what is cached from there on.
+        weight_bytes: weights that a decode step reads.
+        position_bytes: keys and values that it reads for each cached position of a row.
     """
 
     def __init__(self, forward: Forward, weight_bytes: int, position_bytes: int):
@@ -130,11 +134,11 @@ class System:
         self.weight_bytes = weight_bytes
         self.position_bytes = position_bytes
         self.context: list[list[int]] = []
-        self.device = load.pick_device(None)
+        self.device = pick_device(None)
 
     @torch.inference_mode()
     def fill(self, context: list[list[int]]) -> None:
-        """Cache these ids, which come before every prompt: (B, N)."""
+        """Cache (B, N) ids, which then precede every prompt."""
         self.context = context
         tokens = torch.tensor(context, device=self.device)
         for start in range(0, tokens.shape[1], CHUNK):
@@ -142,8 +146,9 @@ class System:
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
-        """(B, `new`) ids, seconds until the first of each row, seconds for the others."""
-        start, drawn = time.perf_counter(), []
+        """Returns (B, `new`) ids, seconds until every row has one, seconds for the others."""
+        start = time.perf_counter()
+        drawn: list[list[int]] = []
         tokens = torch.tensor(prompts, device=self.device)
         position = len(self.context[0]) if self.context else 0
         for _ in range(new):
@@ -158,82 +163,67 @@ class System:
 
 
 class Ours(System):
-    """This library by its engine."""
+    """This library's engine."""
 
-    def __init__(self, model: Transformer):
-        args = model.params
+    def __init__(self, engine: Engine):
+        model, self.engine = engine.model, engine
         super().__init__(
             lambda tokens, position: model(tokens, position)[:, -1],
             bytes_read(model),
-            position_bytes(args, next(model.caches()).k.itemsize),
+            position_bytes(model.params, engine.cache[0].k.itemsize),
         )
-        self.engine = Engine(model)
-
-    def _run(self, prompts: list[list[int]], new: int, watch: Callable[[], object]) -> list[Any]:
-        requests = make_requests(
-            prompts,
-            None,
-            max_gen_len=new,
-            sampling=Sampling(0.0),
-            reuse=bool(self.context),
-            watch=watch,
-        )
-        run(self.engine, requests)
-        return requests
 
     def fill(self, context: list[list[int]]) -> None:
         self.context = context
-        self._run(context, 1, lambda: None)
+        greedy(self.engine, context, 1, reuse=True)
 
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
         context = self.context or [[] for _ in prompts]
-        waiting = len(prompts)  # rows without an id
         start, first = time.perf_counter(), 0.0
 
-        def watch() -> None:
-            nonlocal waiting, first
-            waiting -= 1
-            if waiting == 0:
+        def after_step(generations: Sequence[Generation]) -> None:
+            nonlocal first
+            if not first and all(generation.ids for generation in generations):
                 first = time.perf_counter() - start
 
         whole = [before + prompt for before, prompt in zip(context, prompts, strict=True)]
-        requests = self._run(whole, new, watch)
+        ids, reused = greedy(self.engine, whole, new, bool(self.context), after_step)
         end = time.perf_counter()
-        assert all(request.reused == len(context[0]) for request in requests)
-        if self.context:  # the cache holds no more than this again
-            self._run(self.context, 1, lambda: None)
-        return [request.ids for request in requests], first, end - start - first
+        assert reused == [len(context[0])] * len(prompts)
+        if self.context:  # leave the cache as `fill` did
+            greedy(self.engine, self.context, 1, reuse=True)
+        return ids, first, end - start - first
 
 
-def load(job: Job, quantize: str | None, exact: bool, compile: bool) -> Transformer:
-    """This library's model of the weights in the folder, with an empty cache."""
-    source = open_checkpoint(job.folder)
-    args = source.args(max_seq_len=job.length, max_batch_size=job.rows)
-    dtype = getattr(torch, job.dtype)
-    model = load.load(source, args, load.pick_device(None), dtype)
-    load.tune(model, quantize, exact)
-    if quantize is not None:  # let go of the mapped file that it was made from
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-    model.setup_cache(job.rows, job.length)
-    if compile and not compile_decoding(model):
-        raise RuntimeError("the step cannot be compiled here; leave out --compile")
-    return model
+def ours(
+    job: Job, quantize: str | None = None, exact: bool = False, compile: bool = False
+) -> Engine:
+    """This library's engine on the weights in the job's folder."""
+    return build(
+        open_checkpoint(job.folder),
+        job.rows,
+        job.length,
+        job.dtype,
+        quantize=quantize,
+        exact=exact,
+        compile=compile,
+    )
 
 
-def make(name: str, job: Job) -> System:
-    """The system `name` of a job whose weights are written."""
+def make_system(name: str, job: Job) -> System:
+    """A system of a job whose weights are written."""
     if name.startswith("llama.cpp"):
         path = job.gguf(job.quantize if name == "llama.cpp" else None)
         theirs = LlamaCpp(path, job.rows, job.length, job.precise)
         cached = position_bytes(ModelArgs(**job.params), 2)
         return System(theirs.forward, llama_cpp_peer.weight_bytes(path), cached)
     if name in ("reference", "transformers"):
-        model = load(job, None, True, False)
+        model = ours(job, exact=True).model
         cached = position_bytes(model.params, model.norm.weight.itemsize)
         if name == "reference":
             meta = meta_model(model, job.params, job.rows, job.length)
             return System(lambda t, at: meta.forward(t, at)[:, -1], bytes_read(model), cached)
         return System(transformers_forward(model), bytes_read(model), cached)
-    mine = name == OURS
-    return Ours(load(job, job.quantize if mine else None, name == "exact", job.compile and mine))
+    if name == OURS:
+        return Ours(ours(job, job.quantize, compile=job.compile))
+    return Ours(ours(job, exact=name == "exact"))

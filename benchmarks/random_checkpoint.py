@@ -2,11 +2,13 @@
 
     python -m benchmarks.random_checkpoint --shape 1b --mp 2 --out /tmp/random-1b
 
-A weight depends on the seed and its name only, so every --mp holds the same model.
+A weight depends on the seed and its name only, so the model does not depend on --mp.
 """
 
 from __future__ import annotations
 
+import base64
+import itertools
 import shutil
 import zlib
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.script import run_benchmark
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source
-from llama.commands import plan, run
+from llama.commands import plan
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 
+SPECIAL_TOKENS = 256  # that a tokenizer adds to the ranks of its file
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,
              "multiple_of": 256, "rope_theta": 100000.0},
@@ -29,7 +33,7 @@ SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
 
 
 class RandomSource(Source):
-    """Normal weights scaled to keep activations near 1; norms are 1. Untied."""
+    """Normal weights scaled to keep activations near 1; norms are 1. The output is not tied."""
 
     layout = "meta"
 
@@ -55,6 +59,17 @@ class RandomSource(Source):
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 
 
+def write_rank_file(path: Path, vocab_size: int) -> None:
+    """Write a tokenizer.model of `vocab_size` tokens, special ones included, that mean nothing.
+
+    Its tokens are all byte strings, the shortest first.
+    """
+    lengths = (itertools.product(range(256), repeat=n) for n in itertools.count(1))
+    tokens = itertools.islice(itertools.chain.from_iterable(lengths), vocab_size - SPECIAL_TOKENS)
+    lines = (f"{base64.b64encode(bytes(t)).decode()} {rank}\n" for rank, t in enumerate(tokens))
+    path.write_text("".join(lines), encoding="ascii")
+
+
 def main(
     shape: str, out: str, mp: int = 1, seed: int = 0, tokenizer_path: str | None = None
 ) -> None:
@@ -62,19 +77,19 @@ def main(
 
     Args:
         shape: 135m, 1b, 3b, 8b, 70b or 405b.
-        out: the folder to make.
+        out: the folder to create.
         mp: number of shards.
         seed: of the weights.
-        tokenizer_path: a tokenizer.model to put beside the weights.
+        tokenizer_path: a tokenizer.model to copy beside the weights.
     """
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; use one of {list(SHAPES)}")
     with new_folder(Path(out)) as folder:
-        write_meta(RandomSource(SHAPES[shape], seed), None, folder, torch.bfloat16, mp)
+        write_meta(RandomSource(SHAPES[shape], seed), None, folder, torch.bfloat16, mp=mp)
         if tokenizer_path is not None:
             shutil.copy(tokenizer_path, folder / "tokenizer.model")
     print(out)
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.random_checkpoint")
+    run_benchmark(main, "random_checkpoint")

@@ -1,6 +1,6 @@
-"""transformers' LlamaForCausalLM with weights of ours. Knows its config and its cache.
+"""transformers' LlamaForCausalLM with this library's weights. Knows its config and its cache.
 
-Shapes: B rows, T ids a row, V vocabulary.
+Shapes: B rows, T ids in a row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
@@ -17,7 +17,7 @@ from llama.model import ModelArgs, Transformer
 
 
 def config_of(args: ModelArgs) -> Any:
-    """The same sizes as a LlamaConfig."""
+    """The LlamaConfig of a model."""
     from transformers import LlamaConfig
 
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": args.rope_theta}
@@ -37,22 +37,35 @@ def config_of(args: ModelArgs) -> Any:
     )
 
 
+def transformers_weights(ours: Transformer) -> dict[str, Tensor]:
+    """The weights under transformers' names; rows of queries and keys in its RoPE order."""
+    return {
+        hf_name(name): halve(w, ours.params.head_dim) if name.split(".")[-2] in ("wq", "wk") else w
+        for name, w in ours.state_dict().items()
+    }
+
+
+def transformers_model(ours: Transformer) -> nn.Module:
+    """A model in training mode with copies of the weights, on the same device."""
+    from transformers import LlamaForCausalLM
+
+    theirs: nn.Module = LlamaForCausalLM(config_of(ours.params))
+    theirs.to(ours.norm.weight.device)
+    theirs.load_state_dict(transformers_weights(ours), strict=True)
+    return theirs.train()
+
+
 def transformers_forward(ours: Transformer) -> Callable[[Tensor, int], Tensor]:
-    """(B, T) ids after as many cached ones -> (B, V) logits of the last; the default cache."""
+    """A function: (B, T) ids at a position -> (B, V) logits of the last; with the default cache."""
     from transformers import DynamicCache, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    args = ours.params
-    config = config_of(args)
-    weights = {
-        hf_name(name): halve(w, args.head_dim) if name.split(".")[-2] in ("wq", "wk") else w
-        for name, w in ours.state_dict().items()
-    }
+    config = config_of(ours.params)
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
-    theirs.load_state_dict(weights, strict=True, assign=True)
+    theirs.load_state_dict(transformers_weights(ours), strict=True, assign=True)
     theirs.model.rotary_emb = LlamaRotaryEmbedding(config).to(ours.norm.weight.device)
-    theirs.eval()
+    theirs.train(False)
     cache = DynamicCache()
 
     def forward(tokens: Tensor, position: int) -> Tensor:

@@ -1,7 +1,7 @@
-"""A process of its own for each system that is measured. Knows no system.
+"""Runs each measured system in its own process. Knows no system.
 
-So its memory is its own; and it is stopped while another is measured, because the threads of an
-idle one may spin (OMP_WAIT_POLICY=ACTIVE) and take the others' cores.
+Its memory can then be measured alone. A process is stopped while another is measured, because idle
+threads may spin (OMP_WAIT_POLICY=ACTIVE) and occupy the cores.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from llama.checkpoints.load import pick_device
 
 
 class Worker:
-    """An object in another process, which runs only during the calls of its methods.
+    """An object in another process, which runs only while one of its methods is called.
 
     Args:
         name: for messages.
-        make: what makes the object, importable.
+        make: importable function or class that creates the object, from `args`.
     """
 
     def __init__(self, name: str, make: Callable[..., Any], *args: Any):
@@ -44,7 +44,7 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         assert self.process.pid is not None
-        self.connection.close()  # ends it, unless it is busy
+        self.connection.close()  # ends the process, unless it is busy
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGCONT)
         self.process.join(5)
@@ -52,7 +52,7 @@ class Worker:
         self.process.join()
 
     def call(self, method: str, *args: Any) -> Any:
-        """What the object's method returns.
+        """Call a method of the object.
 
         Raises:
             RuntimeError: it failed, or the process ended.
@@ -66,7 +66,7 @@ class Worker:
             self.process.join()
             raise RuntimeError(
                 f"{self.name} ended with exit code {self.process.exitcode}; "
-                "-9 is mostly a lack of memory: take a smaller shape or fewer peers"
+                "-9 usually means that memory ran out: use a smaller shape or fewer peers"
             ) from None
         if failed:
             raise RuntimeError(f"{self.name}: {result}")
@@ -77,32 +77,36 @@ class Worker:
 def _serve(
     connection: Connection, threads: int, make: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    """Make the object at the first call; until then nothing is computed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent will end this process
-    os.dup2(2, 1)  # what libraries print is no part of the table
+    """Answer calls until the connection closes. Creates the object at the first call."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    os.dup2(2, 1)  # stdout is for the results; libraries print to stderr instead
     torch.set_num_threads(threads)
-    found = None
+    target = None
     while True:
         try:
             method, values = connection.recv()
         except EOFError:
             return
         try:
-            found = make(*args) if found is None else found
-            connection.send((False, getattr(found, method)(*values)))
+            target = make(*args) if target is None else target
+            connection.send((False, getattr(target, method)(*values)))
         except Exception as e:
             traceback.print_exc()
             connection.send((True, f"{type(e).__name__}: {e}"))
 
 
 class Reader:
-    """Reads memory and does nothing else: the bandwidth that the systems are held against."""
+    """Measures the bandwidth of reading memory, with which the systems are compared.
+
+    Args:
+        size: bytes of a tensor to sum.
+    """
 
     def __init__(self, size: int):
         self.data = torch.ones(size // 4, device=pick_device(None))
 
     def read(self) -> float:
-        """Bytes a second: the median of five sums."""
+        """Bytes per second: the median of five sums."""
         times = []
         for _ in range(5):
             start = time.perf_counter()

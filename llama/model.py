@@ -193,7 +193,7 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, xk: Tensor, xv: Tensor, at: CacheSlice) -> tuple[Tensor, Tensor]:
-        """Write (B, T, K, D) keys and values; return all to read, (B, at.length, K, D), as views."""
+        """Write (B, T, K, D) keys and values; return those to read, (B, at.length, K, D) views."""
         B = len(xk)
         self.k.index_put_((at.rows, at.positions), xk)
         self.v.index_put_((at.rows, at.positions), xv)

@@ -8,10 +8,9 @@ last. Requests come and go between steps (continuous batching, as in Orca, OSDI 
 from __future__ import annotations
 
 import math
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -20,6 +19,7 @@ from llama.engine.compiled_step import CompiledStep, compile_step
 from llama.engine.forward import Chunk, compute
 from llama.engine.request import Event, Generation, Request
 from llama.engine.slots import Slot, Slots
+from llama.engine.turns import Turns
 from llama.model import Transformer
 
 
@@ -53,10 +53,8 @@ class Engine:
         self._requests: dict[int, Generation] = {}  # those not finished, by id
         self._waiting: deque[Generation] = deque()  # for a slot
         self._added = 0
-        self._changed = threading.Condition(threading.RLock())
         self._ended: list[Generation] = []  # whose slots are to be freed
-        self._stepper = 0  # the thread that steps
-        self._thread = 0  # the only thread allowed, with several ranks
+        self._turns = Turns()
 
     def compile(self) -> bool:
         """Decode by a compiled step from now on. False, with a warning, where that is impossible.
@@ -75,7 +73,7 @@ class Engine:
         self.check(request)
         if tensor_parallel.size() > 1:
             tensor_parallel.check_same_on_ranks(request.shared_fields())
-        with self._changed:
+        with self._turns.changed:
             self._added += 1
             device = self.model.norm.weight.device
             generation = Generation.start(request, self._added, self.room, device)
@@ -97,7 +95,7 @@ class Engine:
         Raises:
             ValueError: no request ever had this id.
         """
-        with self._changed:
+        with self._turns.changed:
             if type(id) is not int or not 1 <= id <= self._added:
                 raise ValueError(f"no request has the id {id!r}")
             generation = self._requests.get(id)
@@ -105,9 +103,9 @@ class Engine:
                 return False
             generation.finish_reason = "cancelled"
             self._ended.append(generation)
-            if not self._stepper:  # otherwise the end of the step frees it
+            if not self._turns.stepping:  # otherwise the end of the step frees it
                 self._sweep()
-            self._changed.notify_all()
+            self._turns.changed.notify_all()
             return True
 
     @property
@@ -121,7 +119,7 @@ class Engine:
         A request that cannot go on ends with the finish_reason "error"; nothing is raised. Events
         of the steps that other threads make, and `wait`, are not returned: read the generations.
         """
-        with self._turn(lambda: False):
+        with self._turn():
             return self._step()
 
     def wait(self, ready: Callable[[], object]) -> None:
@@ -172,7 +170,7 @@ class Engine:
 
     def forget(self) -> None:
         """Let no later request reuse what is cached now, for example after a change of weights."""
-        with self._turn(lambda: False):
+        with self._turn():
             for slot in self._slots.rows:
                 slot.stale = True
                 if slot.generation is None:
@@ -180,34 +178,15 @@ class Engine:
 
     def close(self) -> None:
         """Cancel all requests and let go of the model and the cache."""
-        with self._turn(lambda: False):
+        with self._turn():
             for id in list(self._requests):
                 self.cancel(id)
         self.compiled, self.cache = None, []
         self._slots.cache, self._slots.rows = [], []
         del self.model
 
-    @contextmanager
-    def _turn(self, ready: Callable[[], object]) -> Iterator[bool]:
-        """Become the stepping thread; False if another thread's step already satisfied `ready`."""
-        me = threading.get_ident()
-        if tensor_parallel.size() > 1 and self._thread not in (0, me):
-            raise RuntimeError("with several ranks, one thread makes all calls, on every rank")
-        with self._changed:
-            self._thread = me
-            # If an interrupt ended a step of this thread, `_stepper` may still name it.
-            self._changed.wait_for(lambda: ready() or self._stepper in (0, me))
-            mine = not ready()
-            if mine:
-                self._stepper = me
-        try:
-            yield mine
-        finally:
-            if mine:
-                with self._changed:
-                    self._stepper = 0
-                    self._changed.notify_all()
-                    self._sweep()
+    def _turn(self, ready: Callable[[], object] = lambda: False) -> AbstractContextManager[bool]:
+        return self._turns.take(ready, self._sweep)
 
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
@@ -251,7 +230,7 @@ class Engine:
     def _admit(self) -> list[Event]:
         """Give free slots to those who wait, first come, first served."""
         events, slots = [], self._slots
-        with self._changed:
+        with self._turns.changed:
             for slot in slots.rows:  # an interrupt may have come before an ended request was noted
                 if slot.generation is not None and slot.generation.finish_reason is not None:
                     slot.release()

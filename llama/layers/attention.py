@@ -14,14 +14,14 @@ from torch import Tensor
 from llama.layers import kernels
 from llama.model import DotProductAttention
 
-# Up to this many scores the reference's arithmetic is kept (scores in the model's dtype, the softmax
-# in fp32), so that a seed draws the same ids as in Meta's code. Above it the scores would take more
-# than 64 MB in fp32, and torch's fused kernel serves, which does not store them.
+# Up to this many scores the reference's arithmetic is kept (scores in the model's dtype, softmax in
+# fp32), so that a seed draws the same ids as in Meta's code. More scores would take over 64 MB in
+# fp32; then torch's fused kernel computes attention without storing them.
 EXACT_SCORES = 1 << 24
 
 
 class GroupedAttention(DotProductAttention):
-    """The reference's arithmetic without copying key-value heads; long prompts by torch's kernel."""
+    """The reference's arithmetic without copies of heads; long prompts by torch's kernel."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""The benchmarks run, report, and tell one model from another; their figures are not tested."""
+"""The benchmarks run, report, and detect another model. How fast anything is, is not tested."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from fairscale.nn.model_parallel import initialize as fs_init
 
 from benchmarks import decode, generation, kernels, llama_cpp_peer, ranks, train, transformers_peer
-from benchmarks.peers import PEERS, Job, make, write_weights
-from benchmarks.random_checkpoint import SHAPES, RandomSource
-from benchmarks.report import save_plot
+from benchmarks import load as load_benchmark
+from benchmarks.ours import random_prompts
+from benchmarks.peers import PEERS, Job, make_system, write_weights
+from benchmarks.plot import save_plot
+from benchmarks.random_checkpoint import SHAPES, RandomSource, write_rank_file
+from benchmarks.report import Figure
 from benchmarks.same_model import differences
 from benchmarks.workers import Reader, Worker
 from llama.checkpoints.formats.gguf import GGUFSource
+from llama.checkpoints.formats.meta_export import write_meta
 
 TINY: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
 TINY |= {"vocab_size": 400, "multiple_of": 32, "use_scaled_rope": True}
@@ -38,69 +44,80 @@ def tiny_shape(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not multiprocessing.active_children()
 
 
-def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    return result
+Figures = dict[str, dict[str, dict[str, Any]]]  # of each row, of each column
 
 
-def check_rows(rows: list[dict[str, Any]], names: list[str]) -> None:
-    assert [row["system"] for row in rows] == names
-    for row in rows:
-        assert row["decode_tok_s"] > 0 and row["of_read_bandwidth"] > 0
-        assert len(row["first_token_s_each"]) == len(row["step_s_each"]) == 2
-        assert 0 <= row["max_difference"] < 1e-3
+def figures(capsys: pytest.CaptureFixture[str]) -> Figures:
+    """The figures of the result in the last line of stdout."""
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows: Figures = {}
+    for figure in result["figures"]:
+        rows.setdefault(figure["row"], {})[figure["column"]] = figure
+    return rows
+
+
+def check_systems(rows: Figures, names: list[str]) -> None:
+    assert list(rows) == names
+    for row in rows.values():
+        assert row["decode"]["median"] > 0 and row["of bandwidth"]["median"] > 0
+        assert len(row["first token"]["runs"]) == len(row["decode"]["runs"]) == 2
+        assert 0 <= row["logits differ by"]["median"] < 1e-3
 
 
 def test_decode(capsys: pytest.CaptureFixture[str]) -> None:
     decode.main("tiny", "float32", peers="reference,transformers,exact", **SMALL_RUN)
-    rows = last_line(capsys)["rows"]
+    rows = figures(capsys)
     ours = "llama3 float32"
-    check_rows(rows, [ours, "reference", "transformers", f"{ours} exact"])
+    check_systems(rows, [ours, "reference", "transformers", f"{ours} exact"])
     # The same weights after the same context give the same ids, in each of two rows.
-    assert [row["same_first_id"] for row in rows] == [2] * 4
+    assert [row["rows with the same first id"]["median"] for row in rows.values()] == [2] * 4
 
 
 def test_decode_quantized(capsys: pytest.CaptureFixture[str]) -> None:
     decode.main("tiny", "bfloat16", "int4", peers="bf16", **SMALL_RUN)
-    rows = last_line(capsys)["rows"]
-    check_rows(rows, ["llama3 int4", "llama3 bfloat16"])
-    assert rows[0]["weight_bytes"] < rows[1]["weight_bytes"]
+    rows = figures(capsys)
+    check_systems(rows, ["llama3 int4", "llama3 bfloat16"])
+    sizes = [row["weights read"]["median"] for row in rows.values()]
+    assert sizes[0] < sizes[1]
 
 
 def test_llama_cpp(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("llama_cpp", reason=NO_LLAMA_CPP)
     peers = "llama.cpp,llama.cpp-bf16"
     decode.main("tiny", "bfloat16", "int4", peers=peers, **SMALL_RUN)
-    rows = last_line(capsys)["rows"]
-    check_rows(rows, ["llama3 int4", "llama.cpp Q4_0", "llama.cpp BF16"])
-    assert rows[1]["weight_bytes"] < rows[2]["weight_bytes"]
-    assert rows[1]["max_difference"] > 0  # it was another's arithmetic
+    rows = figures(capsys)
+    check_systems(rows, ["llama3 int4", "llama.cpp Q4_0", "llama.cpp BF16"])
+    sizes = [row["weights read"]["median"] for row in rows.values()]
+    assert sizes[1] < sizes[2]
+    # Not zero: llama.cpp's arithmetic is not this library's.
+    assert rows["llama.cpp Q4_0"]["logits differ by"]["median"] > 0
 
 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_llama_cpp_quantized(tmp_path: Path, quantize: str) -> None:
-    """Its logits are near those of the weights before they were quantized; another model's are not.
+    """Quantized weights change the logits little.
 
-    The norm of the difference, over that of the logits, is 1.4 for unrelated logits.
+    For unrelated logits, the norm of the difference is 1.4 times that of the logits.
     """
     pytest.importorskip("llama_cpp", reason=NO_LLAMA_CPP)
     plain = replace(job(tmp_path), rows=2, quantize=quantize, precise=True)
     write_weights(plain, ["llama.cpp", "llama.cpp-bf16"])
-    ids = torch.tensor(generation.random_prompts(400, [30, 30]))
-    expected = make("exact", plain).forward(ids, 0)
+    ids = torch.tensor(random_prompts(400, [30, 30]))
+    expected = make_system("exact", plain).forward(ids, 0)
     roundings = {"llama.cpp-bf16": 1e-5, "llama.cpp": {"int8": 0.03, "int4": 0.5}[quantize]}
     for name, rounding in roundings.items():
-        system = make(name, plain)
+        system = make_system(name, plain)
         system.forward(ids[:, :20], 0)
-        found = system.forward(ids[:, 20:], 20)
-        assert (found - expected).norm() < rounding * expected.norm()
+        logits = system.forward(ids[:, 20:], 20)
+        assert (logits - expected).norm() < rounding * expected.norm()
 
 
 def job(folder: Path) -> Job:
-    return Job({"norm_eps": 1e-5} | TINY, folder, "float32", None, False, 1, 32)
+    params = {"norm_eps": 1e-5} | TINY
+    return Job(params, folder, "float32", None, compile=False, rows=1, length=32)
 
 
-def test_another_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_model_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert differences(job(tmp_path), ["transformers"])["transformers"] < 1e-5
     same = transformers_peer.config_of
     monkeypatch.setattr(
@@ -112,17 +129,17 @@ def test_another_model_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_gguf_holds_the_weights(tmp_path: Path, dtype: str) -> None:
+def test_gguf_contains_the_weights(tmp_path: Path, dtype: str) -> None:
     source = RandomSource(TINY)
     llama_cpp_peer.write_gguf(source, tmp_path / "a.gguf", dtype)
-    found = GGUFSource(tmp_path / "a.gguf")
-    theirs, ours = found.args(), source.args()
+    written = GGUFSource(tmp_path / "a.gguf")
+    theirs, ours = written.args(), source.args()
     for name in ("dim", "n_layers", "n_heads", "kv_heads", "hidden_dim", "rope_theta", "norm_eps"):
         assert getattr(theirs, name) == getattr(ours, name)
     assert theirs.use_scaled_rope and theirs.scale_factor == ours.scale_factor
     for name in source.shapes():
-        assert torch.equal(found.read(name), source.read(name).float())
-    # What a decode step reads: no embedding, but the 8 divisors of RoPE.
+        assert torch.equal(written.read(name), source.read(name).float())
+    # A decode step reads everything but the embedding, and the 8 divisors of RoPE.
     matrices = sum(torch.Size(s).numel() for s in source.shapes().values() if len(s) == 2)
     norms = sum(s[0] for s in source.shapes().values() if len(s) == 1)
     matrices -= TINY["vocab_size"] * TINY["dim"]
@@ -158,8 +175,12 @@ def test_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib, of the extra `bench`")
     with pytest.raises(ValueError, match=r"must name a \.png file"):
         decode.main("tiny", plot=str(tmp_path / "a.pdf"))
-    rows = [{"system": name, "decode_tok_s": 9.0, "prefill_tok_s": 90.0} for name in ("a", "b")]
-    save_plot(rows, tmp_path / "a.png", "title")
+    bars = [
+        Figure(system, column, "tok/s", [9.0])
+        for system in ("a", "b")
+        for column in ("decode", "prefill")
+    ]
+    save_plot(bars, tmp_path / "a.png", "title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -175,13 +196,26 @@ def test_failing_worker() -> None:
 
 def test_generation(capsys: pytest.CaptureFixture[str]) -> None:
     generation.turns("tiny", "float32", history=40, runs=1)
-    assert last_line(capsys)["ratio"] > 0
+    assert figures(capsys)["cached / not cached"]["first token"]["median"] > 0
     generation.overhead("tiny", "float32", rows=2, steps=3)
-    assert last_line(capsys)["greedy_ms_per_row"] > 0
+    assert figures(capsys)["greedy"]["outside the model, per row"]["median"] > 0
     generation.prefill("tiny", "float32", length=64)
-    assert last_line(capsys)["tok_per_s"] > 0
+    assert figures(capsys)["prompt of 63 tokens"]["prefill"]["median"] > 0
     generation.steps("tiny", "float32", "int8", context=200, rows=2, runs=1)
-    assert last_line(capsys)["longer_context_takes_times"] > 0
+    rows = figures(capsys)
+    assert rows["int8"]["step after 200 tokens / after 128"]["median"] > 0
+
+
+def test_ragged(capsys: pytest.CaptureFixture[str]) -> None:
+    """The published loop over Meta's model answers as this library does."""
+    try:
+        generation.ragged("tiny", "float32", new=2, runs=1)
+    finally:  # the process group that Meta's code needs
+        fs_init.destroy_model_parallel()
+        dist.destroy_process_group()
+    rows = figures(capsys)
+    assert rows["rows with the same first id"]["whole batch"]["median"] == 8
+    assert rows["reference / llama3"]["whole batch"]["median"] > 0
 
 
 def test_kernels(
@@ -189,8 +223,17 @@ def test_kernels(
 ) -> None:
     monkeypatch.setattr(kernels, "COLD_BYTES", 1 << 14)
     kernels.attention(4, 2, 16, shapes="1x9,5x9,9x9", seconds=0)
-    lines = capsys.readouterr().out.splitlines()[1:]
+    lines = capsys.readouterr().out.splitlines()[1:-1]
     assert len(lines) == 3 and all("kernel" in line and "torch" in line for line in lines)
+
+
+def test_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_meta(RandomSource(TINY), None, tmp_path, torch.bfloat16)
+    write_rank_file(tmp_path / "tokenizer.model", TINY["vocab_size"])
+    load_benchmark.main(str(tmp_path), max_seq_len=32, tokens=2)
+    rows = figures(capsys)
+    assert rows["build, first"]["value"]["unit"] == "s"
+    assert rows["decode, one row"]["value"]["median"] > 0
 
 
 @pytest.mark.parametrize(
@@ -207,6 +250,12 @@ def test_kernels(
         ("ranks --shape 9b", "unknown shape '9b'"),
         ("load --ckpt_dir /nosuch", "no checkpoint"),
         ("random_checkpoint 9b /nosuch/out", "unknown shape '9b'"),
+        ("decode --out /nosuch/a.json", "must name a .json file in an existing folder"),
+        ("decode --out a.txt", "must name a .json file in an existing folder"),
+        ("train --runs 0", "--runs must be 1 or more, not 0"),
+        ("compare /nosuch/a.json /nosuch/b.json", "no result at /nosuch/a.json"),
+        ("checkouts /nosuch/a /nosuch/b", "/nosuch/a is not a checkout of this repository"),
+        ("checkouts . . --shape 9b", "unknown shape '9b'"),
     ],
 )
 def test_mistakes_are_a_line(
@@ -214,26 +263,27 @@ def test_mistakes_are_a_line(
 ) -> None:
     name, *words = command.split()
     monkeypatch.setattr("sys.argv", [name, *words])
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # of this process: to be left alone
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # leave pytest's handlers alone
     monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("threads were set"))
     monkeypatch.delitem(sys.modules, f"benchmarks.{name}", raising=False)
     with pytest.raises(SystemExit) as caught:
         runpy.run_module(f"benchmarks.{name}", run_name="__main__")
-    said = capsys.readouterr().err
-    assert caught.value.code == 2 and len(said.splitlines()) == 1, said
-    assert said.startswith(f"benchmarks.{name}: ") and message in said
+    message_shown = capsys.readouterr().err
+    assert caught.value.code == 2 and len(message_shown.splitlines()) == 1, message_shown
+    assert message_shown.startswith(f"benchmarks.{name}: ") and message in message_shown
 
 
 def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("go\n"))
     ranks.worker("tiny", "float32", prompt=4, new=3)
-    result = last_line(capsys)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["ids"]) == 3 and result["step_s"] > 0
 
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:
     train.main(dim=32, n_layers=2, n_kv_heads=2, runs=2)
-    result = last_line(capsys)
-    assert result["ratio"] > 0 and set(result["tokens_per_s"]) == {"llama3", "transformers"}
+    rows = figures(capsys)
+    assert rows["llama3 / transformers"]["training"]["median"] > 0
+    assert len(rows["llama3"]["training"]["runs"]) == len(rows["transformers"]["training"]["runs"])
     with pytest.raises(ValueError, match="--runs must be 1 or more, not 0"):
         train.main(runs=0)
