@@ -27,7 +27,8 @@ from torch import Tensor
 from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
-from llama.checkpoints import load
+from llama.checkpoints.load import load_model, tune
+from llama.distributed.device import pick_device
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -41,8 +42,8 @@ def build(shape: str, rows: int, length: int, dtype: str, device: str | None = N
     check_model(shape, dtype)
     source = RandomSource(SHAPES[shape])
     args = source.args(max_seq_len=length, max_batch_size=rows)
-    picked = load.pick_device(device)
-    model = load.load(source, args, picked, getattr(torch, dtype))
+    picked = pick_device(device)
+    model = load_model(source, args, picked, getattr(torch, dtype))
     model.setup_cache(rows, length)
     return model
 
@@ -222,7 +223,7 @@ def steps(
     check_model(shape, dtype, quantize)
     check_counts(context=context, rows=rows, runs=runs)
     model = build(shape, rows, context + 128, dtype)
-    load.tune(model, quantize, exact=False)
+    tune(model, quantize, exact=False)
     for cache in model.caches():  # any finite numbers take as long as real ones
         cache.k.normal_()
         cache.v.normal_()

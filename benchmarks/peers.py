@@ -21,9 +21,10 @@ from benchmarks.llama_cpp_peer import KINDS, SCHEMES, LlamaCpp, quantize_gguf, w
 from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
 from llama.args import ModelArgs
-from llama.checkpoints import load
 from llama.checkpoints.formats.meta_export import write_meta
+from llama.checkpoints.load import load_model, tune
 from llama.checkpoints.open import open_checkpoint
+from llama.distributed.device import pick_device
 from llama.engine.compiled_step import compile_decoding
 from llama.engine.engine import Engine
 from llama.engine.sampling import Sampling
@@ -131,7 +132,7 @@ class System:
         self.weight_bytes = weight_bytes
         self.position_bytes = position_bytes
         self.context: list[list[int]] = []
-        self.device = load.pick_device(None)
+        self.device = pick_device(None)
 
     @torch.inference_mode()
     def fill(self, context: list[list[int]]) -> None:
@@ -211,8 +212,8 @@ def load(job: Job, quantize: str | None, exact: bool, compile: bool) -> Transfor
     source = open_checkpoint(job.folder)
     args = source.args(max_seq_len=job.length, max_batch_size=job.rows)
     dtype = getattr(torch, job.dtype)
-    model = load.load(source, args, load.pick_device(None), dtype)
-    load.tune(model, quantize, exact)
+    model = load_model(source, args, pick_device(None), dtype)
+    tune(model, quantize, exact)
     if quantize is not None:  # let go of the mapped file that it was made from
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

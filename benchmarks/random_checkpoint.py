@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llama.args import ModelArgs
 from llama.checkpoints.formats.meta_export import write_meta
-from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source
 from llama.commands import plan, run
+from llama.common.files import new_folder
 from llama.distributed.sharding import weight_shapes
 
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {

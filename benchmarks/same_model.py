@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.generation import random_prompts
 from benchmarks.peers import OURS, Job, System, make, write_weights
-from llama.checkpoints.load import pick_device
+from llama.distributed.device import pick_device
 
 LAYERS, VOCABULARY = 2, 1024  # at most
 PROMPT, SINGLE = 192, 4  # ids: so many at once, then so many one by one

@@ -25,8 +25,8 @@ from benchmarks.report import machine
 from benchmarks.transformers_peer import config_of
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
-from llama.checkpoints.load import pick_device
 from llama.commands import run
+from llama.distributed.device import pick_device
 from llama.model import Transformer
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from llama.checkpoints import load
+from llama.checkpoints.load import check_quantize, load_model, summary, tune
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.distributed import job, tensor_parallel
+from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.compiled_step import check_cache, compile_decoding
 from llama.engine.request import check_seed
 from llama.layers.quantized_linear import check_scheme
@@ -42,15 +43,15 @@ def open_model(
         check_scheme(quantize)
     check_switches(exact, compile)
     check_cache()
-    start, device = time.time(), load.pick_device(device)
-    dtype = load.pick_dtype(dtype, device)
+    start, device = time.time(), pick_device(device)
+    dtype = pick_dtype(dtype, device)
     tensor_parallel.initialize(model_parallel_size, device)
     with tensor_parallel.fails_on_all_ranks():
         source = open_checkpoint(ckpt_dir)
         if max_seq_len is None:
             max_seq_len = min(source.context, UNASKED)
         args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-        load.check_quantize(source, args, quantize)
+        check_quantize(source, args, quantize)
         tokenizer = open_tokenizer(source, tokenizer_path)
     if tensor_parallel.size() > 1:
         sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
@@ -59,15 +60,15 @@ def open_model(
         tensor_parallel.check_same_on_ranks(sizes | how | source.fingerprints() | vocabulary)
     torch.manual_seed(seed)
     with tensor_parallel.fails_on_all_ranks():
-        model = load.load(source, args, device, dtype)
+        model = load_model(source, args, device, dtype)
     with (
         tensor_parallel.ends_job_on_error()
     ):  # ranks communicate here, and one that fails must wake the others
-        load.tune(model, None if source.quantization else quantize, exact)
+        tune(model, None if source.quantization else quantize, exact)
     with tensor_parallel.fails_on_all_ranks():
         model.setup_cache(max_batch_size, max_seq_len)
     if job.is_leader():
-        print(load.summary(source, model, time.time() - start, quantize), file=sys.stderr)
+        print(summary(source, model, time.time() - start, quantize), file=sys.stderr)
     if compile:
         compile_decoding(model)
     return model, tokenizer

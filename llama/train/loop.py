@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from llama.checkpoints.load import pick_device, pick_dtype
 from llama.common.progress import progress, say
+from llama.distributed.device import pick_device, pick_dtype
 from llama.generation import Llama
 from llama.model import Transformer, TransformerBlock
 from llama.tokenizer import Tokenizer

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from llama.args import ModelArgs
-from llama.checkpoints.formats.meta import is_of_disk
-from llama.checkpoints.formats.vocabulary import new_folder
+from llama.checkpoints.formats.meta import is_disk_error
+from llama.common.files import new_folder
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
 from llama.train.learn_tokenizer import learn
@@ -157,7 +157,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
-        if is_of_disk(e):
+        if is_disk_error(e):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start the run anew ({reason})") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from llama.checkpoints import convert, demo_model
+from llama.checkpoints import demo_model
+from llama.checkpoints.convert import convert
 from llama.checkpoints.formats.gguf import PATTERNS, GGUFSource
 from tests.checkpoints.gguf_files import vocabulary_keys, write_gguf
 
@@ -78,23 +80,25 @@ def test_fetched_once(
     pinned: None,
     small_gguf: Path,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO, "llama")
     folder = demo_model.ensure_demo_model()
     assert folder == cache / "smollm2-135m-instruct"
     assert left_in(cache) == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == sorted(demo_model.FILES)
     assert json.loads((folder / "params.json").read_text()) == GGUFSource(small_gguf).params
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "fetching the demo model" in err
-    # Again: without pip, a package, or the means to convert.
+    assert capfd.readouterr().out == ""
+    assert "fetching the demo model" in caplog.text
+    caplog.clear()
+    # The second call needs neither pip nor a package nor the conversion.
     monkeypatch.setattr(subprocess, "run", None)
-    monkeypatch.setattr(demo_model, "_make", None)
-    for module in ("filelock", "gguf", "llama.convert.gguf"):
+    monkeypatch.setattr(demo_model, "_create", None)
+    for module in ("filelock", "gguf", "llama.checkpoints.formats.gguf"):
         monkeypatch.setitem(sys.modules, module, None)
     assert demo_model.ensure_demo_model() == folder
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not caplog.text
 
 
 def test_offline(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,7 +107,7 @@ def test_offline(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert left_in(cache) == []
     out, err = capfd.readouterr()
     assert out == ""
-    assert "No matching distribution" in err  # pip's own words
+    assert "No matching distribution" in err  # printed by pip
 
 
 def test_a_wheel_of_another_content(
@@ -201,7 +205,8 @@ def test_an_installed_package_of_another_content(installed: Path, cache: Path) -
 
 
 RACER = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO)
 from llama.checkpoints import demo_model
 demo_model.WHEEL_SHA256, demo_model.GGUF_SHA256 = sys.argv[1:]
 demo_model._installed_gguf = lambda: None
@@ -224,13 +229,11 @@ def test_two_processes_at_once(cache: Path, pinned: None) -> None:
 def test_a_race_that_no_lock_prevents(
     cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = convert.convert
-
     def overtaken(src: Path, dst: Path) -> Path:
-        make(src, dst)  # theirs
-        return make(src, dst)
+        convert(src, dst)  # by another process
+        return convert(src, dst)
 
-    monkeypatch.setattr(convert, "convert", overtaken)
+    monkeypatch.setattr("llama.checkpoints.convert.convert", overtaken)
     assert demo_model._is_complete(demo_model.ensure_demo_model())
     assert left_in(cache) == [demo_model.NAME]
 

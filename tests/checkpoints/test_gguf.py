@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Q
 from llama import ModelArgs, Transformer
 from llama.checkpoints.convert import convert
 from llama.checkpoints.formats.gguf import GGUFSource
-from llama.checkpoints.load import load
+from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from tests.checkpoints.gguf_files import (
     DIM,
@@ -178,7 +178,7 @@ def test_rope_divisors_of_one_are_no_scaling(tmp_path: Path) -> None:
     ],
     ids=["reversed", "short", "doubled", "linear", "nan"],
 )
-def test_other_rope_scaling_is_refused(divisors: np.ndarray, tmp_path: Path) -> None:
+def test_unsupported_rope_scaling(divisors: np.ndarray, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": divisors})
     with pytest.raises(ValueError, match="rope_freqs"):
         read_params(path)
@@ -239,7 +239,7 @@ def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) ->
     norms = {name: w for name, w in weights(False).items() if w.ndim == 1}
     path = write_gguf(tmp_path / "m.gguf", norms, raw=raw)
     source = open_checkpoint(path)
-    model = load(source, source.args(max_seq_len=32), torch.device("cpu"), torch.float32)
+    model = load_model(source, source.args(max_seq_len=32), torch.device("cpu"), torch.float32)
     oracle = Transformer(source.args(max_seq_len=32))
     oracle.load_state_dict({
         META_NAMES[t.name]: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
@@ -250,10 +250,10 @@ def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) ->
         assert torch.equal(model(tokens), oracle(tokens))
 
 
-def test_llama_31_without_its_rope_scaling_is_told(
+def test_warning_for_llama_31_without_rope_scaling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.convert.gguf.LLAMA3_ROWS", VOCAB)
+    monkeypatch.setattr("llama.checkpoints.formats.gguf.LLAMA3_ROWS", VOCAB)
     for context, warned in ((8192, 0), (131072, 1)):
         path = write_gguf(tmp_path / f"{context}.gguf", keys={"llama.context_length": context})
         with warnings.catch_warnings(record=True) as caught:

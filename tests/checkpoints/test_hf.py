@@ -224,7 +224,7 @@ def test_tied_by_content_or_contradiction(copied: Path) -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads must divide"),
         ({"intermediate_size": 0}, "intermediate_size must be"),
-        ({"vocab_size": 97}, "misshapen: tok_embeddings"),
+        ({"vocab_size": 97}, "wrong shape: tok_embeddings"),
         ({"num_hidden_layers": 3}, r"missing: layers\.2"),
         ({"num_hidden_layers": 1}, r"unknown: layers\.1"),
     ],

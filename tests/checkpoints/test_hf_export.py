@@ -15,10 +15,14 @@ import torch
 from safetensors import safe_open
 
 from llama import ModelArgs, Transformer
+from llama.checkpoints.formats import hf_export
 from llama.checkpoints.formats.hf import HFSource
 from llama.checkpoints.formats.hf_export import write_hf
-from llama.checkpoints.formats.hf_tokenizer import chat_template, recover_merges, write_tokenizer
-from llama.checkpoints.formats.vocabulary import hf_export
+from llama.checkpoints.formats.hf_tokenizer_export import (
+    chat_template,
+    recover_merges,
+    write_tokenizer,
+)
 from llama.checkpoints.source import Source
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 from tests.checkpoints.gguf_files import mixed_texts
