@@ -1,4 +1,4 @@
-"""Damaged or incomplete Hugging Face directories, and their vocabularies.
+"""Damaged or incomplete Hugging Face folders, and formats/hf_tokenizer_import.py.
 
 Oracles: the `tokenizers` library and transformers' converter of tiktoken files.
 """
@@ -105,7 +105,7 @@ def test_damaged_files(content: bytes | None, match: str, copied: Path) -> None:
 
 
 def write_tokenizer(folder: Path, pre: str, bos: bool, **config: Any) -> Any:
-    """A trained BPE with three special tokens; returns transformers' tokenizer of it."""
+    """Write a trained BPE with three special tokens; returns the tokenizer of transformers."""
     tokens, merges = trained()
     vocab = {text: i for i, text in enumerate(tokens)}
     bpe = reference_bpe(vocab, merges, pre, ignore_merges=pre == "llama-bpe")

@@ -52,7 +52,7 @@ def test_parameters_are_the_mapped_file(tiny_checkpoint: Tiny) -> None:
         assert any(low <= w.data_ptr() < high for low, high in mapped)
 
 
-def test_tied_weights_stay_one_tensor(tiny_checkpoint: Tiny) -> None:
+def test_tied_weights_are_one_tensor(tiny_checkpoint: Tiny) -> None:
     folder = tiny_checkpoint(**SMALL)
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -76,7 +76,7 @@ class RunsCode:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Turn a good checkpoint into a bad one."""
+    """Damage a good checkpoint."""
     pth, params = folder / "consolidated.00.pth", folder / "params.json"
     weights = torch.load(pth, weights_only=True) if pth.is_file() else {}
     values = json.loads(params.read_text())
@@ -92,7 +92,7 @@ def damage(folder: Path, kind: str) -> None:
         pth.write_bytes(pth.read_bytes()[:-1000])
     elif kind == "half":
         pth.write_bytes(pth.read_bytes()[: pth.stat().st_size // 2])
-    elif kind == "the first 20,000 bytes":  # torch looks for the end in the last 64 KiB
+    elif kind == "the first 20,000 bytes":  # torch searches for the end in the last 64 KiB
         pth.write_bytes(pth.read_bytes()[:20000])
     elif kind == "empty file":
         pth.write_bytes(b"")
@@ -186,7 +186,7 @@ def test_missing_folder(tmp_path: Path) -> None:
         read_params(tmp_path / "nowhere")
 
 
-def test_tokenizer_that_does_not_fit(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
+def test_tokenizer_of_another_size(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
     folder = tiny_checkpoint(**SMALL)
     with pytest.raises(ValueError, match="128256 tokens and the model 300"):
         Llama.build(folder, llama3_tokenizer_path, 32, 1, device="cpu")
