@@ -130,7 +130,7 @@ def tune(model: Transformer, quantize: str | None, exact: bool) -> None:
     if quantize is not None:
         check_ranks(model.params, quantize)
         if not isinstance(model.output, nn.Linear):
-            raise ValueError("this model is quantized already; build it anew from its checkpoint")
+            raise ValueError("this model is quantized already; build it again from its checkpoint")
         exchange(model, quantized(quantize, parts=tensor_parallel.size() > 1), nn.Linear)
     if exact:
         return

@@ -316,14 +316,14 @@ def test_no_checkpoint(client: Client, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [({}, "no connection to the hub"), ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE")],
 )
-def test_no_connection(tmp_path: Path, more: dict[str, str], said: str) -> None:
+def test_no_connection(tmp_path: Path, more: dict[str, str], message: str) -> None:
     """An error also if the folder exists, which the hub's library would simply return."""
     client = Client("http://127.0.0.1:9", tmp_path, **more)
     error, text = client("hf/only", dst=str(tmp_path))
-    assert error == "ConnectionError" and said in text
+    assert error == "ConnectionError" and message in text
     client.close()
 
 

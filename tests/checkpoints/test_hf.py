@@ -159,7 +159,7 @@ def test_reading_a_part_reads_only_its_pages(saved: Path, tmp_path: Path) -> Non
         if not smaps.exists():
             pytest.skip("no /proc")
         maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text())
-        return sum(int(re.search(r"Rss: +(\d+)", m)[1]) for m in maps if str(path) in m)
+        return sum(int(re.findall(r"Rss: +(\d+)", m)[0]) for m in maps if str(path) in m)
 
     up = "layers.0.feed_forward.w3.weight"
     assert source.read(up).data_ptr() == source.read(up, 0, 0, 5).data_ptr()
@@ -181,9 +181,9 @@ def test_tied_weights(copied: Path) -> None:
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         HFSource(copied)
     other[-1, -1] = weights["model.embed_tokens.weight"][-1, -1]
-    for said in (True, False):
+    for tied in (True, False):
         save_file(weights | {"lm_head.weight": other}, path)
-        edit(copied / "config.json", tie_word_embeddings=said)
+        edit(copied / "config.json", tie_word_embeddings=tied)
         source = HFSource(copied)
         assert source.tied
         output, embedding = (source.read(f"{n}.weight") for n in ("output", "tok_embeddings"))

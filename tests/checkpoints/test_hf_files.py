@@ -130,10 +130,10 @@ def ours(folder: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("said", [True, False, None])
-def test_vocabulary(pre: str, bos: bool, said: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_vocabulary(pre: str, bos: bool, add_bos: bool | None, tmp_path: Path) -> None:
     pad = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
-    config = {} if said is None else {"add_bos_token": said}
+    config = {} if add_bos is None else {"add_bos_token": add_bos}
     reference = write_tokenizer(tmp_path, pre, bos, pad_token=pad, **config)
     tokenizer = ours(tmp_path)
     for text in mixed_texts(60):

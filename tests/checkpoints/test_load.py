@@ -16,13 +16,14 @@ from llama import Llama
 from llama.checkpoints.formats.meta import read_params
 from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
+from llama.model import Transformer
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 300}
 
 
-def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     source = open_checkpoint(folder)
     return load_model(source, source.args(max_seq_len=32), CPU, dtype)
 

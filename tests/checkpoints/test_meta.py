@@ -114,7 +114,8 @@ def test_merging_compares_every_head(tmp_path: Path) -> None:
 
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
     with torch.inference_mode():
-        return model(tokens)
+        found: Tensor = model(tokens)
+    return found
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,11 @@ def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     value = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     change(value)
     path.write_text(json.dumps(value)) if is_json else torch.save(value, path)
+
+
+def fill(weights: dict[str, Tensor], name: str, value: float) -> None:
+    """Set one number of a weight."""
+    weights[name].view(-1)[5] = value
 
 
 def tie(weights: dict[str, Tensor]) -> None:
@@ -316,7 +322,7 @@ def test_bad_source_and_destination(folder: Path, stored: Path, tmp_path: Path) 
     with pytest.raises(FileNotFoundError):
         quantize(tmp_path / "nowhere", tmp_path / "x", "int8")
     for value in (float("nan"), float("inf"), -float("inf")):
-        edit(folder / PTH, lambda w, value=value: w["layers.1.feed_forward.w2.weight"].fill_(value))
+        edit(folder / PTH, partial(fill, name="layers.1.feed_forward.w2.weight", value=value))
         for scheme in ("int8", "int4"):
             with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w2\.weight of .*NaN"):
                 quantize(folder, tmp_path / "x", scheme)
@@ -373,7 +379,7 @@ def test_verify_names_damage(stored: Path, tmp_path: Path) -> None:
     assert verify(stored, open_checkpoint) == []
     wq = "layers.0.attention.wq"
     for value in (float("nan"), float("inf")):
-        edit(pth, lambda w, value=value: w[f"{wq}.scale"].view(-1)[5].fill_(value))
+        edit(pth, partial(fill, name=f"{wq}.scale", value=value))
         assert f"NaN or infinite: {wq}.scale" in problem()
     edit(pth, lambda w: w.pop(f"{wq}.zero"))
     assert f"missing: {wq}.zero (4, 2, 16)" in problem()

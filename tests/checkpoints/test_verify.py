@@ -115,6 +115,16 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     assert "a.txt is not a whole checkpoint; give the folder" in only_problem(tmp_path / "a.txt")
 
 
+def replace_by_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "gone")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 # What is done to a good checkpoint without a checklist, and a part of the problem found.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no params": (lambda d: (d / "params.json").unlink(), "params.json is missing; download it"),
@@ -125,10 +135,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda d: (d / PTH).unlink(), f"{PTH} is missing; download it"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "link to nothing": (
-        lambda d: ((d / PTH).unlink(), (d / PTH).symlink_to(d / "gone")),
+        lambda d: replace_by_link(d / PTH),
         f"{PTH} is a link to a file that does not exist; get or make it again",
     ),
-    "a folder": (lambda d: ((d / PTH).unlink(), (d / PTH).mkdir()), f"{PTH} is missing"),
+    "a folder": (lambda d: replace_by_folder(d / PTH), f"{PTH} is missing"),
     "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; get or make it again"),
     "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or"),
     "XML": (lambda d: (d / PTH).write_bytes(b"<?xml?><Error>"), "is a message of the server"),

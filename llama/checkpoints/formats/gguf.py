@@ -77,7 +77,7 @@ class _File:
     def need(self, key: str) -> Any:
         """The value of `key`; a ValueError if the file lacks it."""
         if key not in self.fields:
-            raise ValueError(f"{self.path} has no {key!r}; convert the model to GGUF anew")
+            raise ValueError(f"{self.path} has no {key!r}; convert the model to GGUF again")
         return self.get(key)
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -90,7 +90,7 @@ class _File:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`, as in torch; a ValueError if the file lacks it."""
         if name not in self.tensors:
-            raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF anew")
+            raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF again")
         return tuple(int(n) for n in reversed(self.tensors[name].shape))
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -183,7 +183,7 @@ def _read_params(file: _File) -> dict[str, Any]:
     try:
         ModelArgs(**params)
     except ValueError as e:
-        raise ValueError(f"{file.path}: {e}; convert the model to GGUF anew") from e
+        raise ValueError(f"{file.path}: {e}; convert the model to GGUF again") from e
     return params
 
 
@@ -286,7 +286,7 @@ def _read_tokens(file: _File) -> tuple[dict[str, int], dict[str, int]]:
     if not len(tokens) == len(types) == rows:
         raise ValueError(f"{file.path}: {len(tokens)} tokens, {len(types)} types, {rows} rows")
     if len(set(tokens)) != len(tokens):
-        raise ValueError(f"{file.path}: two tokens have the same text; convert the model anew")
+        raise ValueError(f"{file.path}: two tokens have the same text; convert the model again")
     for text, kind in zip(tokens, types, strict=True):
         if kind not in (NORMAL, CONTROL, USER_DEFINED, UNUSED):
             raise ValueError(f"{file.path}: token {text!r} is of type {kind}, unknown in a BPE")
