@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoints.load import load
+from llama.checkpoints.load import load_model
 from llama.checkpoints.source import Source
 from llama.distributed.device import pick_device
 from llama.engine.engine import Engine
@@ -43,7 +43,7 @@ def build(
         RuntimeError: `compile`, and the decode step cannot be compiled here.
     """
     args = source.args(max_seq_len=length, max_batch_size=rows)
-    model = load(source, args, pick_device(device), getattr(torch, dtype))
+    model = load_model(source, args, pick_device(device), getattr(torch, dtype))
     optimize(model, quantize, exact)
     if quantize is not None:  # copy, to release the mapped file that parameters are views of
         for parameter in model.parameters():

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llama.checkpoints.load import pick_device
+from llama.distributed.device import pick_device
 
 
 class Worker:

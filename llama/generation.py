@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import torch
 from typing_extensions import Unpack
 
-from llama.checkpoints.load import check_quantize, load, summary
+from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.common.dtypes import parse_dtype
 from llama.common.options import option
@@ -395,7 +395,7 @@ class Llama:
             tensor_parallel.check_same_on_ranks(shared)
         torch.manual_seed(seed)
         with tensor_parallel.fails_on_all_ranks():
-            model = load(source, args, device, dtype)
+            model = load_model(source, args, device, dtype)
         with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
             optimize(model, None if source.quantization else options.quantize, options.exact)
         with tensor_parallel.fails_on_all_ranks():

@@ -1,6 +1,6 @@
-"""What one rank of a model holds, reads and sends, in bytes. Arithmetic: no weights, no device.
+"""Bytes that one rank of a model stores, reads and sends, computed from the sizes of the model.
 
-Weights and cache are exact; activations are an estimate.
+Needs no weights and no device. Weights and KV cache are exact; activations are an estimate.
 """
 
 from __future__ import annotations
@@ -8,29 +8,32 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
+from llama.common.dtypes import parse_dtype
 from llama.distributed.sharding import rank_shapes
 from llama.layers.attention import EXACT_SCORES
 from llama.layers.quantization import BLOCK, GROUPS, TILE
 from llama.layers.quantized_linear import check_scheme, possible_ranks
 from llama.model import ModelArgs
 
-DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-PREFILL_CHUNK = 512  # as `Engine` has it
-# Drawing an id over the whole vocabulary: logits, probabilities, both sorted, sums, ids of int64.
-DRAW_BYTES = 32
+PREFILL_CHUNK = 512  # tokens of a prefill step of `Engine`
+# Per id of the vocabulary, to sample: logits, probabilities, both sorted, sums, ids of int64.
+SAMPLING_BYTES = 32
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """One of `ranks` ranks of a model, as it would be built.
+    """One of the `ranks` ranks that share a model.
 
     Attributes:
-        tied: the output's weights are the embedding's.
-        dtype: "bf16", "fp16" or "fp32": of weights that are not quantized, cache, activations.
-        quantize, group: "int8", "int4" or None, and int4's groups; see `linears.quantized`.
+        tied: the output's weights are those of the embedding.
+        dtype: of plain weights, KV cache and activations, such as "bf16" or "bfloat16".
+        quantize: "int8", "int4" or None; see `llama.layers.quantized_linear`.
+        group: inputs that share a scale in int4.
 
     Raises:
-        ValueError: it cannot be built so.
+        ValueError: unknown dtype or scheme, or the model cannot be shared by so many ranks.
     """
 
     args: ModelArgs
@@ -41,8 +44,7 @@ class Footprint:
     group: int = GROUPS[0]
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; use one of {list(DTYPE_BYTES)}")
+        _ = self.torch_dtype  # raises for an unknown name
         if self.quantize is not None:
             check_scheme(self.quantize, self.group)
         possible = self.possible_ranks()
@@ -53,14 +55,24 @@ class Footprint:
             )
 
     def possible_ranks(self) -> list[int]:
+        """Numbers of ranks that can share the model."""
         return possible_ranks(self.args, self.quantize, self.group)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as a torch dtype."""
+        dtype = parse_dtype(self.dtype)
+        if dtype is None:
+            raise ValueError(f"dtype {self.dtype!r} has no size; name a dtype, such as bf16")
+        return dtype
+
+    @property
     def itemsize(self) -> int:
-        return DTYPE_BYTES[self.dtype]
+        """Bytes of one number in `dtype`."""
+        return self.torch_dtype.itemsize
 
     def weights(self) -> dict[str, int]:
-        """Bytes by kind, as the model's modules hold them; tied weights are the embedding's."""
+        """Bytes of the weights by kind; tied weights are counted as the embedding."""
         sums = dict.fromkeys(("embedding", "attention", "feed_forward", "norms", "output"), 0)
         for name, shape in rank_shapes(self.args, self.ranks).items():
             in_layer = name.startswith("layers.")
@@ -69,11 +81,11 @@ class Footprint:
             if kind == "output" and self.tied and self.quantize is None:
                 continue
             times = self.args.n_layers if in_layer else 1
-            sums[kind] += times * self._held(kind, shape)
+            sums[kind] += times * self._weight_bytes(kind, shape)
         return sums
 
-    def _held(self, kind: str, shape: tuple[int, ...]) -> int:
-        """Bytes of one weight: plain, as `Int8Linear` or as `Int4Linear`."""
+    def _weight_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
+        """Bytes of one weight: plain, or the buffers of its `Int8Linear` or `Int4Linear`."""
         if self.quantize is None or kind in ("embedding", "norms"):
             return math.prod(shape) * self.itemsize
         rows, columns = shape
@@ -83,52 +95,52 @@ class Footprint:
         return padded * (columns // 2 + columns // self.group * 4)  # codes; scale and zero in bf16
 
     def cache_token(self) -> int:
-        """Bytes of keys and values of one position of one row."""
+        """Bytes of the KV cache for one token."""
         heads = max(self.args.kv_heads // self.ranks, 1)
         return 2 * self.args.n_layers * heads * self.args.head_dim * self.itemsize
 
     def cache(self, batch: int, context: int) -> int:
-        """Bytes that `setup_cache(batch, context)` reserves."""
+        """Bytes that `Transformer.setup_cache(batch, context)` allocates."""
         return batch * context * self.cache_token()
 
     def rotary(self, context: int) -> int:
-        """Bytes of the table of rotations: complex64, one a position and pair."""
+        """Bytes of `freqs_cis`: one complex64 per position and rotary pair."""
         return context * self.args.head_dim // 2 * 8
 
     def activations(self, batch: int, rows: int, context: int) -> int:
-        """Estimate of the most that a pass holds at once, beside weights and cache.
+        """Estimated peak of bytes in a forward pass, beside weights and cache.
 
-        The largest of: a norm, the rotation of queries and keys, attention, the feed-forward; with
-        the mask and one unpacked block of a quantized weight. Or the draw of an id for each row.
-        Scores are counted in fp32, where attention holds up to `EXACT_SCORES` of them; in half
-        precision it is fused and holds none.
+        It is the maximum over norm, rotation of queries and keys, attention and feed-forward, plus
+        the mask and one unpacked block of a quantized weight; or the sampling of an id for each
+        row, if that is more. Attention stores up to `EXACT_SCORES` scores in fp32, and none in half
+        precision, where it is fused.
 
         Args:
-            batch: rows of the cache, all of which may draw an id.
-            rows: positions of the pass: `batch` in a decode step.
-            context: positions that each reads.
+            batch: rows of the cache, each of which may sample an id.
+            rows: new positions in the pass: `batch` in a decode step.
+            context: cached positions that each of them reads.
         """
         args, s, dim = self.args, self.itemsize, self.args.dim
-        wide = s == 4  # else norms and rotations are computed in copies of fp32
+        wide = s >= 4  # otherwise norms and rotations are computed in fp32 copies
         q, hidden = dim // self.ranks, args.hidden_dim // self.ranks
         kv = max(args.kv_heads // self.ranks, 1) * args.head_dim
         norm = (2 * s + 8) * dim
         rotation = 2 * s * dim + s * (q + 2 * kv) + (4 if wide else 8 + s) * q
         feed_forward = s * (3 * dim + 4 * hidden)
         attention = rows * (2 * s * (dim + q + kv) + (1 if wide else s) * context)
-        if wide:  # one layer's keys are copied too, where there are several rows
+        if wide:  # one layer's keys are copied too if there are several rows
             scores = min(rows * args.n_heads // self.ranks * context, EXACT_SCORES)
             attention += batch * context * kv * s + 8 * scores
         unpacked = {None: 0, "int8": s, "int4": 16}[self.quantize] * BLOCK * max(dim, hidden)
         vocabulary = rank_shapes(args, self.ranks)["output.weight"][0]
-        if self.quantize and self.dtype == "fp16":  # int8 weights are made plain as a whole
+        if self.quantize and self.torch_dtype == torch.float16:  # int8 is unpacked as a whole
             unpacked = max(unpacked, 8 * dim * max(vocabulary, hidden))
         layer = max(rows * max(norm, rotation, feed_forward), attention)
-        drawing = rows * dim * s + batch * args.vocab_size * DRAW_BYTES
-        return max(layer + rows * context + unpacked, drawing + unpacked)
+        sampling = rows * dim * s + batch * args.vocab_size * SAMPLING_BYTES
+        return max(layer + rows * context + unpacked, sampling + unpacked)
 
     def memory(self, batch: int, context: int) -> dict[str, int]:
-        """Bytes by purpose; a step of the engine prefills and decodes one after the other."""
+        """Bytes by purpose. The engine prefills and decodes one after the other, not at once."""
         chunk = max(min(PREFILL_CHUNK, batch * context), batch)
         return {
             "weights": sum(self.weights().values()),
@@ -139,21 +151,21 @@ class Footprint:
         }
 
     def needed(self, batch: int, context: int) -> int:
-        """Bytes at the worst moment."""
+        """Peak of bytes."""
         parts = self.memory(batch, context)
         activations = max(parts.pop("prefill_activations"), parts.pop("decode_activations"))
         return sum(parts.values()) + activations
 
     def collectives(self) -> int:
-        """In a step: one for the embedding, two a layer, one for the logits, one for drawn ids."""
+        """Collectives per step: embedding, two per layer, logits, sampled ids."""
         return 2 * self.args.n_layers + 3 if self.ranks > 1 else 0
 
     def sent(self) -> int:
-        """Bytes that a rank sends for each token that is decoded, by ring algorithms.
+        """Bytes that a rank sends per decoded token with ring algorithms.
 
-        For the embedding and twice a layer, dim numbers are summed over the n ranks, for which a
-        rank sends 2 (n - 1) / n of them. Gathering logits, it passes n - 1 times a rank's part on.
-        The drawn id itself is not counted.
+        An all-reduce of dim numbers, for the embedding and twice per layer, sends
+        2 (n - 1) / n * dim numbers per rank; the all-gather of the logits sends n - 1 parts.
+        The sampled id is not counted.
         """
         n = self.ranks
         if n == 1:
@@ -163,8 +175,8 @@ class Footprint:
         return 2 * (n - 1) * summed // n + (n - 1) * part
 
     def read(self, batch: int, context: int) -> int:
-        """Bytes that a decode step of full rows reads: all weights but the embedding, the cache."""
+        """Bytes that a decode step with full rows reads: cache, and weights but the embedding."""
         kinds = self.weights()
-        if kinds["output"]:  # else the embedding is read as the output
+        if kinds["output"]:  # otherwise the embedding is read as the output
             del kinds["embedding"]
         return sum(kinds.values()) + self.cache(batch, context)

@@ -1,4 +1,4 @@
-"""What a checkpoint is, in a few lines for people. Reads sizes and names."""
+"""A description of a checkpoint: sizes, memory, rank counts. Reads names and sizes, no weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 from math import prod
 
 from llama.checkpoints.source import CONTEXT, Source
+from llama.common.dtypes import dtype_name
 from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import TILE
 from llama.layers.quantized_linear import possible_ranks
@@ -15,28 +16,28 @@ LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}
 
 
 def parameter_count(args: ModelArgs, tied: bool) -> int:
-    """How many numbers the model has; an output tied to the embedding adds none."""
+    """Number of parameters; an output tied to the embedding is not counted."""
     shapes = weight_shapes(args)
     return sum(prod(shapes[name]) for name in _own_weights(shapes, tied))
 
 
 def cache_bytes(args: ModelArgs, batch: int, seq: int, dtype_bytes: int = 2) -> int:
-    """Bytes of the KV cache for `batch` rows of `seq` tokens, over all ranks together.
+    """Bytes of the KV cache for `batch` rows of `seq` tokens, summed over all ranks.
 
-    With more ranks than KV heads each head is cached on several ranks, which is not counted.
+    With more ranks than KV heads several ranks cache the same head; it is counted once.
     """
     return batch * seq * 2 * args.n_layers * args.kv_heads * args.head_dim * dtype_bytes
 
 
 def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = None) -> str:
-    """An aligned text: sizes, memory and rank counts of an open checkpoint.
+    """A text of aligned lines: sizes, memory and rank counts of an open checkpoint.
 
     Args:
-        max_batch_size: rows of the KV cache that is counted.
-        max_seq_len: tokens in each row; by default those it was trained for, at most 8192.
+        max_batch_size: rows of the KV cache.
+        max_seq_len: tokens in each row; None: what the model was trained for, at most 8192.
 
     Raises:
-        ValueError: impossible sizes, or weights that do not fit them; see `Source.args`.
+        ValueError: impossible sizes, or weights of other sizes; see `Source.args`.
     """
     if max_seq_len is None:
         max_seq_len = min(CONTEXT, source.context)
@@ -45,6 +46,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
     cache = cache_bytes(args, max_batch_size, max_seq_len)
     scaled = f"scaled by {args.scale_factor:g}" if args.use_scaled_rope else "not scaled"
     tied = "quantized from the embedding" if source.quantization else "tied to the embedding"
+    plain = [("", f"embedding and norms in {_plain_dtypes(source)}")] if source.quantization else []
     shards = f"{source.n_shards} shard" + "s" * (source.n_shards > 1)
     rows = [
         ("layout", f"{LAYOUTS.get(source.layout, source.layout)}, {shards}"),
@@ -53,54 +55,55 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         ("vocabulary", f"{args.vocab_size} tokens"),
         ("parameters", f"{parameter_count(args, source.tied):,}"),
         ("output", tied if source.tied else "weights of its own"),
-        ("read as" if source.layout == "gguf" else "stored as", _kind(source, args)),
-        *[("", f"embedding and norms in {_dtypes(source)}")] * (source.quantization is not None),
-        ("weights", f"{_size(weights)} ({weights:,} bytes)"),
+        ("read as" if source.layout == "gguf" else "stored as", _stored_format(source, args)),
+        *plain,
+        ("weights", f"{_with_unit(weights)} ({weights:,} bytes)"),
         ("context", f"trained for {source.context} tokens"),
         ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),
-        ("KV cache", f"{_size(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
+        ("KV cache", f"{_with_unit(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
         ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),
     ]
     for i, ranks in enumerate(possible_ranks(args, *source.quantization or ())):
-        each = _size(rank_bytes(source, args, ranks))
+        each = _with_unit(rank_bytes(source, args, ranks))
         rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
 
 
 def rank_bytes(source: Source, args: ModelArgs, size: int) -> int:
-    """Bytes of the weights, in their stored dtypes, that each of `size` ranks holds."""
-    total, split = 0, {}
+    """Bytes of the weights of each of `size` ranks, in their stored dtypes."""
+    total, parts = 0, {}
     shapes, stored = weight_shapes(args), source.shapes()
     for name, n in _stored_bytes(source).items():
         weight = name.rpartition(".")[0] + ".weight"
         kind = name.split(".")[-2]
-        if size > 1 and kind not in split:  # every layer is split alike
-            split[kind] = rank_part(weight, args, 0, size)
-        shape, (dim, start, stop) = stored[name], split.get(kind) or (None, 0, 0)
+        if size > 1 and kind not in parts:  # all layers are split in the same way
+            parts[kind] = rank_part(weight, args, 0, size)
+        shape, (dim, start, stop) = stored[name], parts.get(kind) or (None, 0, 0)
         if dim == 0:
-            tile = TILE if len(shape) == 3 else 1  # of int4
+            tile = TILE if len(shape) == 3 else 1  # rows of an int4 tile
             n = n // shape[0] * -(-(stop - start) // tile)
-        elif dim == 1 and len(shape) > 1:  # scales of whole rows are on every rank
+        elif dim == 1 and len(shape) > 1:  # not scales of whole rows: they are on every rank
             n = n * (stop - start) // shapes[weight][1]
         total += n
     return total
 
 
 def _own_weights(shapes: dict[str, tuple[int, ...]], tied: bool) -> list[str]:
+    """All names but that of an output that is tied to the embedding."""
     return [name for name in shapes if not (tied and name == "output.weight")]
 
 
 def _stored_bytes(source: Source) -> dict[str, int]:
-    """{name: bytes} of every tensor that takes memory of its own, in the dtype it is stored in."""
+    """{name: bytes} of the stored tensors, without a tied output."""
     shapes = source.shapes()
     own = _own_weights(shapes, source.tied)
     return {name: prod(shapes[name]) * source.dtype(name).itemsize for name in own}
 
 
-def _kind(source: Source, args: ModelArgs) -> str:
-    """The dtypes; of quantized weights the scheme, and their bits with the scales."""
+def _stored_format(source: Source, args: ModelArgs) -> str:
+    """The dtypes; for quantized weights the scheme and the bits per weight, scales included."""
     if source.quantization is None:
-        return _dtypes(source)
+        return _plain_dtypes(source)
     scheme, group = source.quantization
     plain = prod(weight_shapes(args)["tok_embeddings.weight"]) + (2 * args.n_layers + 1) * args.dim
     stored = _stored_bytes(source)
@@ -110,21 +113,21 @@ def _kind(source: Source, args: ModelArgs) -> str:
     return f"{how}: {bits:.2f} bits a weight"
 
 
-def _dtypes(source: Source) -> str:
-    """The dtypes of plain weights, the one of most bytes first; shares where there are several."""
+def _plain_dtypes(source: Source) -> str:
+    """The dtypes of the plain weights; if several, with their shares of the bytes."""
     count: Counter[str] = Counter()
     for name, n in _stored_bytes(source).items():
         if not name.endswith(".weight"):
             continue
-        count[str(source.dtype(name)).removeprefix("torch.")] += n
+        count[dtype_name(source.dtype(name))] += n
     if len(count) == 1:
         return next(iter(count))
     total = sum(count.values())
     return ", ".join(f"{dtype} ({n / total:.1%} of the bytes)" for dtype, n in count.most_common())
 
 
-def _size(n: int) -> str:
-    """`n` bytes in decimal units, as disks and the hub count."""
+def _with_unit(n: int) -> str:
+    """`n` bytes in decimal units, such as "1.50 GB"."""
     for unit, bytes_ in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if n >= bytes_:
             return f"{n / bytes_:.2f} {unit}"

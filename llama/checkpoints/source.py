@@ -1,6 +1,7 @@
-"""A checkpoint's weights under Meta's names, whole, whatever their files look like.
+"""`Source`: the weights of an open checkpoint under Meta's names, whatever its files look like.
 
-Knows which weight is split over ranks and how; each format has its own `Source`.
+Knows no file format: each format has its own subclass in `formats/`. Names and shapes are those of
+the whole model, not of one shard.
 """
 
 from __future__ import annotations
@@ -13,24 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.common.listing import listing
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
 CONTEXT, LONG_CONTEXT = 8192, 131072
-WEIGHT_FILES = (".pth", ".safetensors", ".gguf")
+WEIGHT_SUFFIXES = (".pth", ".safetensors", ".gguf")
 
 
 class Source(ABC):
-    """An open checkpoint. Opening reads sizes and names; weights are read when asked for.
+    """An open checkpoint. Opening reads names and sizes; weights are read on demand.
 
     Attributes:
         path: the folder or file, for messages.
-        params: what params.json says, or would say; makes a `ModelArgs`.
+        params: the content of params.json, or what it would be; keyword arguments of `ModelArgs`.
         layout: "meta", "hf" or "gguf".
-        n_shards: how many files the weights are split over (1 where files do not split weights).
-        tied: the output's weights are the embedding's.
-        quantization: (scheme, group) of the linears' weights, see `linears.quantized`; None: plain.
+        n_shards: number of files that each weight is split over (1 if files do not split weights).
+        tied: the output's weights are those of the embedding.
+        quantization: (scheme, group) of the linears' weights, as in
+            `llama.layers.quantized_linear`; None: not quantized.
     """
 
     path: Path
@@ -42,52 +45,58 @@ class Source(ABC):
 
     @property
     def context(self) -> int:
-        """Tokens in a row that it was trained for: as the files say, else as the releases were."""
+        """Tokens in a row that the model was trained for: from the files, else by its release."""
         released = LONG_CONTEXT if self.params.get("use_scaled_rope") else CONTEXT
         return int(self.params.get("max_seq_len", released))
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """{Meta's name: whole shape} of what the files hold, "output.weight" included if tied."""
+        """{Meta's name: shape of the whole weight}; includes "output.weight" if it is tied."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """What `read(name)` returns."""
+        """The dtype of `read(name)`."""
 
     @abstractmethod
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Part `start`:`stop` along `dim` of the whole weight, a CPU tensor.
+        """Part `start`:`stop` along `dim` of the whole weight, as a CPU tensor.
 
-        A view of the mapped file where that is possible; the caller must not write to it.
+        It is a view of the mapped file where possible; the caller must not write to it.
         """
 
     def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Rows (dim 0) or columns (1) `start`:`stop` of a weight; of codes and scales, theirs."""
+        """The part of a stored tensor that belongs to `start`:`stop` along `dim` of its weight.
+
+        For a plain weight this is `read`; codes and scales of a quantized weight have other sizes.
+        """
         return self.read(name, dim, start, stop)
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
-        """A weight that every rank has all of, as rank `rank` of `size` should have it."""
+        """A weight that is whole on every rank, as stored for rank `rank` of `size`."""
         return self.read(name)
 
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
-        """The tokenizer that the files carry: (rank file, sidecar), see `llama.tokenizer`."""
+        """(rank file, sidecar) of the tokenizer in the checkpoint's files, see `llama.tokenizer`.
+
+        None: there is none.
+        """
         return None
 
     def fingerprints(self) -> dict[str, str]:
-        """A short text for the sizes and one for the weights, by which ranks compare theirs."""
+        """Texts for the sizes and for the weights; ranks compare them with each other's."""
         files = [self.path] if self.path.is_file() else self.path.iterdir()
-        sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_FILES)
-        norm = hashlib.sha256(
+        sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_SUFFIXES)
+        digest = hashlib.sha256(
             repr(sizes).encode() + self.read("norm.weight").float().numpy().tobytes()
         )
         params = {f"params.json's {name}": repr(value) for name, value in self.params.items()}
-        return params | {"the weights": norm.hexdigest()[:8]}
+        return params | {"the weights": digest.hexdigest()[:8]}
 
     def args(self, **build: int) -> ModelArgs:
-        """Sizes of the model; `build` gives max_seq_len and max_batch_size.
+        """Sizes of the model; `build`: values of max_seq_len and max_batch_size.
 
         Raises:
-            ValueError: impossible sizes, or weights that do not fit them.
+            ValueError: impossible sizes, or weights of other sizes.
         """
         args = ModelArgs(**(self.params | build))
         check_shapes(self.shapes(), weight_shapes(args), self.path)
@@ -97,22 +106,23 @@ class Source(ABC):
 def check_shapes(
     found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], path: Path
 ) -> None:
-    """Every weight is there, of its shape, and no other.
+    """Check that `found` has the names and shapes of `expected`; `path` is for the message.
 
     Raises:
-        ValueError: naming the first few that are not.
+        ValueError: it has not; the message names the first few weights that differ.
     """
     problems = {
         "missing": [f"{n} {s}" for n, s in expected.items() if n not in found],
         "unknown": [f"{n} {s}" for n, s in found.items() if n not in expected],
-        "misshapen": [
+        "wrong shape": [
             f"{n} {found[n]} instead of {s}" for n, s in expected.items() if found.get(n, s) != s
         ],
     }
-    lines = [
-        f"{kind}: {', '.join(names[:3])}" + f" and {len(names) - 3} more" * (len(names) > 3)
-        for kind, names in problems.items()
-        if names
-    ]
+    lines = [f"{kind}: {listing(names, 3)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(f"the weights of {path} do not fit its sizes; " + "; ".join(lines))
+
+
+def same_weights(a: Tensor, b: Tensor) -> bool:
+    """Whether two weights are equal. Different ones mostly differ in the first row already."""
+    return a.shape == b.shape and torch.equal(a[:1], b[:1]) and torch.equal(a, b)

@@ -1,1 +1,1 @@
-"""What every room may use: progress bars, whole-or-nothing files, dtypes by name, options."""
+"""Helpers that import nothing else of the package: files, dtypes by name, options, progress."""

@@ -1,4 +1,4 @@
-"""Reading and writing files: whole or not at all, JSON objects, room and permission to write.
+"""Files and folders that appear complete or not at all; JSON; checks of disk space and permission.
 
 Knows nothing about what the files contain.
 """

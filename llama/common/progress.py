@@ -1,11 +1,13 @@
-"""A progress bar on stderr for what takes over two seconds. Knows nothing about what it counts."""
+"""A progress bar on stderr for work that takes over two seconds. Knows nothing about the items."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+log = logging.getLogger("llama")
 
 
 def progress(
@@ -15,11 +17,19 @@ def progress(
     unit: str = "",
     note: Callable[[], str] | None = None,
 ) -> Iterator[T]:
-    """Iterate; from the third second on, show how far it is (if tqdm is installed).
+    """Yield the items; after two seconds show how many are done.
+
+    No bar is shown without tqdm, or where the logger "llama" is set to show no warnings.
 
     Args:
-        note: what to show beside it, asked for after each item.
+        what: the text before the bar.
+        total: number of items; None: unknown.
+        unit: what an item is called, such as "tensor".
+        note: called after each item; its text is shown after the bar.
     """
+    if not log.isEnabledFor(logging.WARNING):
+        yield from items
+        return
     try:
         from tqdm import tqdm
     except ImportError:
@@ -33,7 +43,7 @@ def progress(
 
 
 def say(text: str) -> None:
-    """Print a line on stdout, above a bar that is shown."""
+    """Print a line on stdout without breaking a bar that is shown."""
     try:
         from tqdm import tqdm
     except ImportError:

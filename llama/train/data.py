@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.checkpoints.formats.vocabulary import new_folder
+from llama.common.files import new_folder
 from llama.common.progress import progress
 from llama.text.long_text import passages
 from llama.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints.formats.vocabulary import rank_file, sidecar
+from llama.checkpoints.formats.bpe_ranks import rank_file, sidecar
 from llama.common.progress import progress
 from llama.text.long_text import passages
 from llama.text.rank_file import LLAMA3_PATTERN, read_sidecar

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoints.formats.meta import is_of_disk
-from llama.checkpoints.formats.vocabulary import new_folder
+from llama.checkpoints.formats.meta import is_disk_error
+from llama.common.files import new_folder
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
@@ -160,7 +160,7 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
-        if is_of_disk(e):
+        if is_disk_error(e):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start a new run ({reason})") from None

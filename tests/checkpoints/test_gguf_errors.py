@@ -1,4 +1,4 @@
-"""Files that are no GGUF, damaged, or not a plain Llama: each is refused, and told why."""
+"""Errors of formats/gguf.py: files that are not GGUF, damaged, or not a plain Llama."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ REQUIRED.remove("llama.rope.freq_base")
 
 
 def without(name: str) -> dict[str, np.ndarray]:
-    """The weights but one."""
+    """The weights without one."""
     return {key: w for key, w in weights().items() if key != name}
 
 
@@ -47,8 +47,8 @@ def without(name: str) -> dict[str, np.ndarray]:
     [
         ({"general.architecture": "qwen2"}, "architecture 'qwen2'"),
         *[({key: None}, f"no '{key}'") for key in REQUIRED],
-        ({"llama.block_count": 0}, "block_count is 0"),
-        ({"llama.feed_forward_length": [HIDDEN, HIDDEN]}, "feed_forward_length is \\["),
+        ({"llama.block_count": 0}, "block_count must be .* not 0"),
+        ({"llama.feed_forward_length": [HIDDEN, HIDDEN]}, "feed_forward_length must be .* not \\["),
         ({"llama.attention.head_count_kv": 3}, "n_kv_heads"),
         ({"llama.attention.head_count": 3}, "n_heads"),
         ({"llama.vocab_size": VOCAB + 1}, "vocab_size"),
@@ -59,7 +59,7 @@ def without(name: str) -> dict[str, np.ndarray]:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_keys_that_make_no_llama(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_keys(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", keys=keys)
     for read in (read_params, read_tensors):
         with pytest.raises(ValueError, match=message):
@@ -79,15 +79,13 @@ def test_keys_that_make_no_llama(keys: dict[str, Any], message: str, tmp_path: P
     ],
     ids=["no embedding", "no w3", "no norm", "bias", "layer 2", "wk shape", "output shape"],
 )
-def test_tensors_that_make_no_llama(
-    tensors: dict[str, np.ndarray], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_tensors(tensors: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", tensors)
     with pytest.raises(ValueError, match=message):
-        read_tensors(path)  # before the first tensor is asked for
+        read_tensors(path)  # before the first tensor is read
 
 
-def test_a_type_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unsupported_tensor_type(tmp_path: Path) -> None:
     integers = weights()["token_embd.weight"].astype(np.int8)
     raw = {"token_embd.weight": (integers, Q.I8)}
     path = write_gguf(tmp_path / "m.gguf", without("token_embd.weight"), raw=raw)
@@ -99,7 +97,7 @@ READERS: list[Callable[[Path], Any]] = [read_params, read_tensors, read_tokenize
 
 
 @pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
-def test_files_that_are_no_gguf(read: Callable[[Path], Any], plain: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_gguf(read: Callable[[Path], Any], plain: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"give the path of a \.gguf"):
         read(tmp_path / "absent.gguf")
     with pytest.raises(FileNotFoundError):
@@ -115,7 +113,7 @@ def test_files_that_are_no_gguf(read: Callable[[Path], Any], plain: Path, tmp_pa
             read(bad)
 
 
-def test_the_other_byte_order_is_refused(tmp_path: Path) -> None:
+def test_other_byte_order(tmp_path: Path) -> None:
     path = tmp_path / "big.gguf"
     writer = gguf.GGUFWriter(path, "llama", endianess=gguf.GGUFEndian.BIG)
     writer.write_header_to_file()
@@ -132,7 +130,7 @@ def test_without_the_gguf_package(plain: Path, monkeypatch: pytest.MonkeyPatch) 
         read_params(plain)
 
 
-def test_a_key_that_is_not_text(plain: Path, tmp_path: Path) -> None:
+def test_key_that_is_not_text(plain: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(plain.read_bytes().replace(b"smollm", b"smol\xff\xff"))
     with pytest.raises(ValueError, match=r"bad.gguf is damaged in tokenizer.ggml.pre"):

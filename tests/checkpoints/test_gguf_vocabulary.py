@@ -1,7 +1,6 @@
-"""The vocabulary of a GGUF as a rank file and its sidecar, that of the demo model included.
+"""The vocabulary of a GGUF as a rank file and its sidecar, also that of the demo model.
 
-Oracle: the `tokenizers` library, with the same vocabulary and merges and with the pre-tokenizers
-that the models publish.
+Oracle: the `tokenizers` library with the same vocabulary, merges and published pre-tokenizers.
 """
 
 from __future__ import annotations
@@ -46,7 +45,10 @@ def test_rank_file_of_a_trained_bpe(pre: str, tmp_path: Path) -> None:
 
 def test_whole_pieces_without_merges(tmp_path: Path) -> None:
     tokens, merges = trained()
-    tokens = [*tokens[:-1], "Ġdogsled"]  # no merge makes it; Llama 3's tokenizer takes it whole
+    tokens = [
+        *tokens[:-1],
+        "Ġdogsled",
+    ]  # found only as a whole piece, not by merges
     merges = merges[:-1]
     keys = vocabulary_keys("llama-bpe", tokens=tokens, merges=merges)
     encode = tiktoken_bpe(*read(write_gguf(tmp_path / "m.gguf", keys=keys)))
@@ -61,7 +63,7 @@ def test_whole_pieces_without_merges(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def demo_bpe(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, int], list[str]]:
-    """The demo model's own vocabulary and merges, as the `gguf` package reads them."""
+    """Vocabulary and merges of the demo model, read by the `gguf` package."""
     try:
         tmp = tmp_path_factory.mktemp("demo")
         reader = gguf.GGUFReader(demo_model._installed_gguf() or demo_model._fetch_gguf(tmp))
@@ -142,9 +144,7 @@ def test_unused_tokens_keep_their_ids(tmp_path: Path) -> None:
         ({"tokens": ["a", "b"], "token_type": [1, 3]}, "500 rows"),
     ],
 )
-def test_vocabularies_that_are_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_vocabularies(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     keys = vocabulary_keys("smollm")
     keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     path = write_gguf(tmp_path / "m.gguf", keys=keys)
@@ -154,7 +154,7 @@ def test_vocabularies_that_are_refused(
 
 
 @pytest.mark.parametrize("model", [None, "llama", "no_vocab"])
-def test_other_vocabularies_give_none(model: str | None, tmp_path: Path) -> None:
+def test_other_kinds_of_vocabulary(model: str | None, tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m.gguf", keys={"tokenizer.ggml.model": model})
     assert read_tokenizer(path) is None
     with pytest.warns(UserWarning, match="no tokenizer"):
@@ -170,6 +170,6 @@ def test_other_names_of_llama_3s_pre_tokenizer(pre: str, tmp_path: Path) -> None
     assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
 
 
-def test_padding_by_an_ordinary_token(tmp_path: Path) -> None:
+def test_ordinary_pad_token_is_ignored(tmp_path: Path) -> None:
     keys = vocabulary_keys("smollm") | {"tokenizer.ggml.padding_token_id": 5}
     assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1]["pad_token"] is None

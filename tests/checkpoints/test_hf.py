@@ -1,4 +1,4 @@
-"""Hugging Face directories as a `Source`: weights, sizes and refusals.
+"""formats/hf.py and hf_config.py: weights, sizes and unsupported models of Hugging Face folders.
 
 Oracle: transformers' `LlamaForCausalLM`.
 """
@@ -38,7 +38,7 @@ LLAMA3 = {
 
 
 def hf_model(dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    """transformers' model with seeded weights, the norms' included."""
+    """A model of transformers with seeded weights, also in the norms."""
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | changes)).eval()
     generator = torch.Generator().manual_seed(0)
     for name, w in model.named_parameters():
@@ -133,7 +133,7 @@ def test_permutation_by_index(saved: Path) -> None:
                 assert meta[head * d + 2 * j + 1].equal(hf[head * d + d // 2 + j])
 
 
-def test_parts(saved: Path) -> None:
+def test_read_parts(saved: Path) -> None:
     source = HFSource(saved)
     for name, (rows, *columns) in source.shapes().items():
         whole = source.read(name)
@@ -144,7 +144,7 @@ def test_parts(saved: Path) -> None:
         source.read("layers.0.attention.wq.weight", 0, 8, 24)
 
 
-def test_reads_touch_only_their_pages(saved: Path, tmp_path: Path) -> None:
+def test_reading_a_part_reads_only_its_pages(saved: Path, tmp_path: Path) -> None:
     big = torch.ones(2048, 2048)
     edit(tmp_path / "config.json", **json.loads((saved / "config.json").read_text()))
     edit(tmp_path / "config.json", hidden_size=2048, num_attention_heads=32, head_dim=64)
@@ -159,7 +159,7 @@ def test_reads_touch_only_their_pages(saved: Path, tmp_path: Path) -> None:
         if not smaps.exists():
             pytest.skip("no /proc")
         maps = re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps.read_text())
-        return sum(int(re.search(r"Rss: +(\d+)", m)[1]) for m in maps if str(path) in m)
+        return sum(int(re.findall(r"Rss: +(\d+)", m)[0]) for m in maps if str(path) in m)
 
     up = "layers.0.feed_forward.w3.weight"
     assert source.read(up).data_ptr() == source.read(up, 0, 0, 5).data_ptr()
@@ -169,7 +169,7 @@ def test_reads_touch_only_their_pages(saved: Path, tmp_path: Path) -> None:
     assert resident() - before < 6000, "KB of 49152; neighbouring pages come along"
 
 
-def test_tied_by_content_or_contradiction(copied: Path) -> None:
+def test_tied_weights(copied: Path) -> None:
     path = copied / "model.safetensors"
     weights = load_file(path)
     assert not HFSource(copied).tied
@@ -181,16 +181,16 @@ def test_tied_by_content_or_contradiction(copied: Path) -> None:
     with pytest.raises(ValueError, match="tie_word_embeddings"):
         HFSource(copied)
     other[-1, -1] = weights["model.embed_tokens.weight"][-1, -1]
-    for said in (True, False):
+    for tied in (True, False):
         save_file(weights | {"lm_head.weight": other}, path)
-        edit(copied / "config.json", tie_word_embeddings=said)
+        edit(copied / "config.json", tie_word_embeddings=tied)
         source = HFSource(copied)
         assert source.tied
         output, embedding = (source.read(f"{n}.weight") for n in ("output", "tok_embeddings"))
         assert output.data_ptr() == embedding.data_ptr()
     del weights["lm_head.weight"]
     save_file(weights, path)
-    with pytest.raises(ValueError, match=r"no lm_head\.weight"):  # the last `said` was False
+    with pytest.raises(ValueError, match=r"no lm_head\.weight"):  # and not tied
         HFSource(copied)
     edit(copied / "config.json", tie_word_embeddings=True)
     assert HFSource(copied).tied
@@ -224,12 +224,12 @@ def test_tied_by_content_or_contradiction(copied: Path) -> None:
         ({"num_hidden_layers": None}, "num_hidden_layers must be"),
         ({"num_key_value_heads": 3}, "n_kv_heads must divide"),
         ({"intermediate_size": 0}, "intermediate_size must be"),
-        ({"vocab_size": 97}, "misshapen: tok_embeddings"),
+        ({"vocab_size": 97}, "wrong shape: tok_embeddings"),
         ({"num_hidden_layers": 3}, r"missing: layers\.2"),
         ({"num_hidden_layers": 1}, r"unknown: layers\.1"),
     ],
 )
-def test_refused_configs(changes: dict[str, Any], match: str, copied: Path) -> None:
+def test_unsupported_configs(changes: dict[str, Any], match: str, copied: Path) -> None:
     edit(copied / "config.json", **changes)
     with pytest.raises(ValueError, match=match) as caught:
         HFSource(copied).args()

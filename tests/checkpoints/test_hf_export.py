@@ -1,4 +1,4 @@
-"""Checkpoints written for Hugging Face: weights, sizes, tokens and chats.
+"""formats/hf_export.py, hf_tokenizer_export.py: weights, sizes, tokens and chats.
 
 Oracles: transformers' `LlamaForCausalLM`, `AutoTokenizer` and `apply_chat_template`.
 """
@@ -15,10 +15,14 @@ import torch
 from safetensors import safe_open
 
 from llama import ModelArgs, Transformer
+from llama.checkpoints.formats import hf_export
 from llama.checkpoints.formats.hf import HFSource
 from llama.checkpoints.formats.hf_export import write_hf
-from llama.checkpoints.formats.hf_tokenizer import chat_template, recover_merges, write_tokenizer
-from llama.checkpoints.formats.vocabulary import hf_export
+from llama.checkpoints.formats.hf_tokenizer_export import (
+    chat_template,
+    recover_merges,
+    write_tokenizer,
+)
 from llama.checkpoints.source import Source
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
 from tests.checkpoints.gguf_files import mixed_texts
@@ -28,7 +32,7 @@ transformers = pytest.importorskip("transformers")
 
 
 class Weights(Source):
-    """A state dict as a source."""
+    """A source with the weights of a new model."""
 
     layout = "meta"
 
@@ -86,7 +90,7 @@ def test_logits(
         with safe_open(file, "pt") as f:
             assert f.metadata() == {"format": "pt"}
             assert "lm_head.weight" not in f.keys() or not tied  # noqa: SIM118
-            # more than the limit only where it is a single tensor
+            # a file may exceed the limit only with a single tensor
             assert file.stat().st_size < shard_bytes + 5000 or len(f.keys()) == 1
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert reference.dtype == torch.float32
@@ -144,7 +148,7 @@ def test_too_few_embeddings(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def texts(special: list[str], n: int) -> list[str]:
-    """Texts of many scripts, arbitrary code points, and special tokens written out."""
+    """Texts of many scripts, arbitrary code points, and texts of special tokens."""
     rng = random.Random(1)
     out = mixed_texts(n // 2)
     for _ in range(n // 2):
@@ -163,12 +167,12 @@ def dialogs(contents: list[str]) -> list[Dialog]:
         roles = ["user", "assistant", "user"]
         if rng.random() < 0.5:
             roles.insert(0, "system")
-        found.append([{"role": r, "content": c} for r, c in zip(roles, contents[i:], strict=False)])  # type: ignore[misc]
+        found.append([{"role": r, "content": c} for r, c in zip(roles, contents[i:], strict=False)])  # type: ignore[typeddict-item]
     return found
 
 
 def check_tokens(tokenizer: Tokenizer, folder: Path, n: int) -> None:
-    """Plain text, special tokens, BOS and chats: transformers' ids are ours."""
+    """Compare ids with those of transformers: text, special tokens, BOS and chats."""
     write_tokenizer(tokenizer, folder, 8192)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     special = list(tokenizer.special_tokens)[:20]
@@ -196,14 +200,14 @@ def check_tokens(tokenizer: Tokenizer, folder: Path, n: int) -> None:
 
 
 def encodes(tokenizer: Tokenizer, text: str) -> bool:
-    try:  # the demo's vocabulary lacks some characters
+    try:  # the demo model's vocabulary lacks some characters
         tokenizer.encode(text, bos=False, eos=False)
     except ValueError:
         return False
     return True
 
 
-def test_tokens_of_the_demo(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_tokens_of_the_demo_model(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
     check_tokens(demo_tokenizer, tmp_path, 300)
 
 
@@ -214,13 +218,13 @@ def test_tokens_of_meta(version: str, llama3_tokenizer_path: Path, tmp_path: Pat
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     merged = {left + right for left, right in recover_merges(tokenizer.ranks)}
     never = [t.decode() for t in tokenizer.ranks if len(t) > 1 and t not in merged and t.isascii()]
-    assert len(never) > 100  # found only as whole pieces
+    assert len(never) > 100  # tokens that are found only as whole pieces
     for text in never:
         ids = tokenizer.encode(text, bos=False, eos=False)
         assert theirs.encode(text, add_special_tokens=False) == ids, text
 
 
-def test_vocabulary_comes_back(demo_dir: Path, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_vocabulary_is_read_back(demo_dir: Path, demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_hf(Weights(), demo_tokenizer, tmp_path, None)
     found = HFSource(tmp_path).vocabulary()
     assert found is not None
@@ -229,7 +233,7 @@ def test_vocabulary_comes_back(demo_dir: Path, demo_tokenizer: Tokenizer, tmp_pa
 
 
 def test_merges_through_higher_ranks() -> None:
-    """A token may come of a part that ranks after it; another may come of no merge at all."""
+    """A part may rank after its token; a token may result from no merge."""
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"abc": 3, b"bc": 4, b"cab": 5}
     assert recover_merges(ranks) == [(b"a", b"bc"), (b"b", b"c")]
 

@@ -1,4 +1,4 @@
-"""Damaged or incomplete Hugging Face directories, and their vocabularies.
+"""Damaged or incomplete Hugging Face folders, and formats/hf_tokenizer_import.py.
 
 Oracles: the `tokenizers` library and transformers' converter of tiktoken files.
 """
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, pre_tokenizers, processors
 
 from llama.checkpoints.formats.hf import HFSource
-from llama.checkpoints.formats.hf_vocabulary import read_vocabulary
+from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
 from llama.text.rank_file import LLAMA3_PATTERN, special_token_table
 from llama.tokenizer import Tokenizer
 from tests.checkpoints.gguf_files import PRE_TOKENIZERS, mixed_texts, reference_bpe, trained
@@ -48,7 +48,7 @@ def test_shards_without_an_index(copied: Path) -> None:
         HFSource(copied)
     (copied / "elsewhere").rename(second)
     save_file(load_file(second) | load_file(first), second)
-    with pytest.raises(ValueError, match="again; remove"):
+    with pytest.raises(ValueError, match="of another file; remove"):
         HFSource(copied)
 
 
@@ -79,7 +79,7 @@ def test_missing_files(copied: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json is not JSON.*download it again"):
         HFSource(copied)
     (copied / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         HFSource(copied)
     (copied / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no config\.json"):
@@ -105,7 +105,7 @@ def test_damaged_files(content: bytes | None, match: str, copied: Path) -> None:
 
 
 def write_tokenizer(folder: Path, pre: str, bos: bool, **config: Any) -> Any:
-    """A trained BPE with three special tokens; returns transformers' tokenizer of it."""
+    """Write a trained BPE with three special tokens; returns the tokenizer of transformers."""
     tokens, merges = trained()
     vocab = {text: i for i, text in enumerate(tokens)}
     bpe = reference_bpe(vocab, merges, pre, ignore_merges=pre == "llama-bpe")
@@ -130,10 +130,10 @@ def ours(folder: Path) -> Tokenizer:
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 @pytest.mark.parametrize("bos", [True, False])
-@pytest.mark.parametrize("said", [True, False, None])
-def test_vocabulary(pre: str, bos: bool, said: bool | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("add_bos", [True, False, None])
+def test_vocabulary(pre: str, bos: bool, add_bos: bool | None, tmp_path: Path) -> None:
     pad = {"__type": "AddedToken", "content": "<|endoftext|>", "special": True}
-    config = {} if said is None else {"add_bos_token": said}
+    config = {} if add_bos is None else {"add_bos_token": add_bos}
     reference = write_tokenizer(tmp_path, pre, bos, pad_token=pad, **config)
     tokenizer = ours(tmp_path)
     for text in mixed_texts(60):
@@ -209,10 +209,10 @@ def split(pattern: Any, behavior: str = "isolated", invert: bool = False) -> Any
         ("pre_tokenizer", split(Regex("a"), "removed"), "pre-tokenizer"),
         ("pre_tokenizer", split(Regex("a"), invert=True), "pre-tokenizer"),
         ("pre_tokenizer", split("a"), "pre-tokenizer"),
-        ("pre_tokenizer", "broken", "no regular expression"),
+        ("pre_tokenizer", "broken", "not a regular expression"),
     ],
 )
-def test_refused_vocabularies(path: str, value: Any, match: str, tmp_path: Path) -> None:
+def test_unsupported_vocabularies(path: str, value: Any, match: str, tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "llama-bpe", False)
     file = tmp_path / "tokenizer.json"
     spec = json.loads(file.read_text())
@@ -235,7 +235,7 @@ def test_refused_vocabularies(path: str, value: Any, match: str, tmp_path: Path)
 def test_meta_vocabulary_from_transformers_converter(
     llama3_tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    """What Hugging Face's own conversion of Meta's file holds gives Meta's file back."""
+    """Meta's file, converted by transformers to tokenizer.json, is read back identically."""
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
     special = special_token_table("llama3.1", 128000)

@@ -1,4 +1,4 @@
-"""inspection.py: the figures are those of the published models, and of the files."""
+"""inspect.py: sizes of the published models and of files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama.distributed.sharding import rank_counts, weight_shapes
 from llama.model import ModelArgs
 
 COMMON = {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0}
-# params.json of the releases, and of each: tied, parameters, bytes of KV cache a token.
+# Release: params.json, tied, number of parameters, bytes of KV cache per token.
 RELEASES: dict[str, tuple[dict[str, Any], bool, int, int]] = {
     "3 8B": (
         {"dim": 4096, "n_layers": 32, "n_heads": 32, "multiple_of": 1024},
@@ -44,7 +44,7 @@ SMALL = {"vocab_size": 300, "n_kv_heads": 2}
 
 
 class Sizes(Source):
-    """A checkpoint of which only the sizes exist."""
+    """A checkpoint with sizes and no weights."""
 
     def __init__(self, params: dict[str, Any], tied: bool = False, layout: str = "meta"):
         self.path, self.params, self.tied, self.layout = Path("sizes"), params, tied, layout
@@ -68,7 +68,7 @@ def release(name: str) -> tuple[dict[str, Any], bool, int, int]:
 
 
 @pytest.mark.parametrize("name", RELEASES)
-def test_published_figures(name: str) -> None:
+def test_published_sizes(name: str) -> None:
     params, tied, count, cache = release(name)
     args = ModelArgs(**params)
     assert parameter_count(args, tied) == count
@@ -76,7 +76,7 @@ def test_published_figures(name: str) -> None:
     assert cache_bytes(args, 3, 50, dtype_bytes=4) == 3 * 50 * 2 * cache
 
 
-def test_a_tied_output_is_counted_once() -> None:
+def test_tied_output_is_not_counted() -> None:
     args = ModelArgs(**release("3.2 1B")[0])
     assert parameter_count(args, False) - parameter_count(args, True) == 128256 * 2048
 
@@ -121,8 +121,8 @@ def test_text_of_1b() -> None:
         assert part in text
 
 
-def test_405b_is_described_at_once() -> None:
-    """Its 1136 weights on 8 rank counts, without work that grows with their square."""
+def test_describing_405b_is_fast() -> None:
+    """1136 weights and 8 rank counts: the work must not grow with their square."""
     source = Sizes(release("3.1 405B")[0])
     source.n_shards = 8
     text = describe(source)
@@ -141,8 +141,8 @@ def test_mixed_dtypes() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_rank_bytes_are_those_of_the_parts(size: int) -> None:
-    """Against the weights that a rank really is given, KV heads on several ranks included."""
+def test_rank_bytes_by_reading_parts(size: int) -> None:
+    """Compared with the parts that a rank reads; KV heads can be on several ranks."""
     from llama.distributed.sharding import rank_part
 
     source = Sizes({"dim": 64, "n_layers": 2, "n_heads": 4} | SMALL)
@@ -158,14 +158,14 @@ def test_rank_bytes_are_those_of_the_parts(size: int) -> None:
         assert rank_bytes(source, args, size) == held
 
 
-def test_of_files(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_files(tiny_checkpoint: Callable[..., Path]) -> None:
     from llama.checkpoints.open import open_checkpoint
 
     text = describe(open_checkpoint(tiny_checkpoint(vocab_size=300)), 1, 16)
     assert "Meta, 1 shard" in text and "float32" in text and "300 tokens" in text
 
 
-def test_weights_that_do_not_fit() -> None:
+def test_missing_weight() -> None:
     source = Sizes({"dim": 64, "n_layers": 2, "n_heads": 4} | SMALL)
     shapes = source.shapes()
     source.shapes = lambda: {n: s for n, s in shapes.items() if n != "norm.weight"}  # type: ignore[method-assign]

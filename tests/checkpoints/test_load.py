@@ -1,4 +1,4 @@
-"""checkpoint.py: what is loaded is what the files say, and every bad file is named."""
+"""load.py, formats/meta.py: the loaded model has the weights of the files; bad files are errors."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 
 from llama import Llama
 from llama.checkpoints.formats.meta import read_params
-from llama.checkpoints.load import load, pick_device, pick_dtype
+from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
-from llama.distributed import tensor_parallel
+from llama.model import Transformer
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
 SMALL = {"vocab_size": 300}
 
 
-def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+def load_folder(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     source = open_checkpoint(folder)
-    return load(source, source.args(max_seq_len=32), CPU, dtype)
+    return load_model(source, source.args(max_seq_len=32), CPU, dtype)
 
 
 def test_weights_are_those_of_the_file(tiny_checkpoint: Tiny) -> None:
@@ -39,7 +39,7 @@ def test_weights_are_those_of_the_file(tiny_checkpoint: Tiny) -> None:
 
 
 def test_parameters_are_the_mapped_file(tiny_checkpoint: Tiny) -> None:
-    """In the stored dtype nothing is copied: the parameters lie in the file's mapping."""
+    """In the stored dtype weights are not copied."""
     folder = tiny_checkpoint(**SMALL)
     model = load_folder(folder)
     path = os.path.realpath(folder / "consolidated.00.pth")
@@ -53,7 +53,7 @@ def test_parameters_are_the_mapped_file(tiny_checkpoint: Tiny) -> None:
         assert any(low <= w.data_ptr() < high for low, high in mapped)
 
 
-def test_tied_weights_stay_one_tensor(tiny_checkpoint: Tiny) -> None:
+def test_tied_weights_are_one_tensor(tiny_checkpoint: Tiny) -> None:
     folder = tiny_checkpoint(**SMALL)
     weights = torch.load(folder / "consolidated.00.pth", weights_only=True)
     weights["output.weight"] = weights["tok_embeddings.weight"]
@@ -77,7 +77,7 @@ class RunsCode:
 
 
 def damage(folder: Path, kind: str) -> None:
-    """Turn a good checkpoint into a bad one."""
+    """Damage a good checkpoint."""
     pth, params = folder / "consolidated.00.pth", folder / "params.json"
     weights = torch.load(pth, weights_only=True) if pth.is_file() else {}
     values = json.loads(params.read_text())
@@ -93,7 +93,7 @@ def damage(folder: Path, kind: str) -> None:
         pth.write_bytes(pth.read_bytes()[:-1000])
     elif kind == "half":
         pth.write_bytes(pth.read_bytes()[: pth.stat().st_size // 2])
-    elif kind == "the first 20,000 bytes":  # torch looks for the end in the last 64 KiB
+    elif kind == "the first 20,000 bytes":  # torch searches for the end in the last 64 KiB
         pth.write_bytes(pth.read_bytes()[:20000])
     elif kind == "empty file":
         pth.write_bytes(b"")
@@ -110,7 +110,7 @@ def damage(folder: Path, kind: str) -> None:
         torch.save(weights, pth)
     elif kind == "extra":
         torch.save(weights | {"layers.2.attention.wq.weight": torch.ones(1)}, pth)
-    elif kind == "misshapen":
+    elif kind == "wrong shape":
         torch.save(weights | {"norm.weight": torch.ones(63)}, pth)
     elif kind == "integers":
         torch.save(weights | {"norm.weight": torch.ones(64, dtype=torch.int8)}, pth)
@@ -145,16 +145,16 @@ BAD = {
     "a list": (ValueError, "state dict"),
     "missing": (ValueError, r"missing: layers\.1\.attention\.wq\.weight"),
     "extra": (ValueError, r"unknown: layers\.2\.attention\.wq\.weight"),
-    "misshapen": (ValueError, r"norm\.weight \(63,\) instead of \(64,\)"),
+    "wrong shape": (ValueError, r"norm\.weight \(63,\) instead of \(64,\)"),
     "integers": (ValueError, r"norm\.weight is torch\.int8"),
     "shards of two models": (ValueError, "not shards of one model"),
-    "a shard too many": (ValueError, "misshapen"),
+    "a shard too many": (ValueError, "wrong shape"),
     "window=5": (ValueError, "'window'"),
     "vision_chunk_size=448": (ValueError, "vision"),
     "dim=0": (ValueError, "dim must be a positive integer"),
     'dim="64"': (ValueError, "dim must be a positive integer"),
     "dim=66": (ValueError, "multiple of n_heads"),
-    "dim=128": (ValueError, "misshapen"),
+    "dim=128": (ValueError, "wrong shape"),
     "n_heads=3": (ValueError, "n_heads 3"),
     "n_kv_heads=3": (ValueError, "n_kv_heads"),
     "n_kv_heads=0": (ValueError, "n_kv_heads"),
@@ -165,7 +165,7 @@ BAD = {
     "ffn_dim_multiplier=1e-9": (ValueError, "feed-forward"),
     'use_scaled_rope="yes"': (ValueError, "use_scaled_rope"),
     "vocab_size=1.5": (ValueError, "vocab_size"),
-    "vocab_size=301": (ValueError, "misshapen"),
+    "vocab_size=301": (ValueError, "wrong shape"),
 }
 
 
@@ -187,50 +187,7 @@ def test_missing_folder(tmp_path: Path) -> None:
         read_params(tmp_path / "nowhere")
 
 
-def test_tokenizer_that_does_not_fit(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
+def test_tokenizer_of_another_size(tiny_checkpoint: Tiny, llama3_tokenizer_path: Path) -> None:
     folder = tiny_checkpoint(**SMALL)
     with pytest.raises(ValueError, match="128256 tokens and the model 300"):
         Llama.build(folder, llama3_tokenizer_path, 32, 1, device="cpu")
-
-
-def test_device_and_dtype() -> None:
-    assert pick_device("cpu") == CPU
-    assert pick_device(None).type in ("cpu", "cuda", "mps")
-    assert pick_dtype(torch.float16, CPU) == torch.float16
-    assert pick_dtype(None, CPU) in (torch.bfloat16, torch.float32)
-    for wrong in ("bfloat16", torch.int8):
-        with pytest.raises(TypeError, match="dtype"):
-            pick_dtype(wrong, CPU)  # type: ignore[arg-type]
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no GPU"):
-            pick_device("cuda")
-
-
-def second_rank(monkeypatch: pytest.MonkeyPatch, local_rank: str) -> None:
-    names = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": local_rank}
-    for name, value in (names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
-        monkeypatch.setenv(name, value)
-
-
-def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch tells it on a machine of one."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    second_rank(monkeypatch, "1")
-    for device in (None, "cuda", "cuda:1"):
-        with pytest.raises(ValueError, match=r"finds 1 GPU\(s\) here, and no cuda:1: start no"):
-            pick_device(device)
-    second_rank(monkeypatch, "one")
-    with pytest.raises(ValueError, match="LOCAL_RANK=one in the environment must be a number"):
-        pick_device("cuda")
-
-
-def test_several_ranks_leave_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch tells it on such a machine: neither gloo nor nccl serves it."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device(None).type == "mps"
-    second_rank(monkeypatch, "1")
-    assert pick_device(None) == CPU
-    with pytest.raises(ValueError, match="several ranks cannot share a model on mps"):
-        tensor_parallel.initialize(None, torch.device("mps"))

@@ -1,4 +1,4 @@
-"""shards.py: any number of shards on any number of ranks, by the split written out."""
+"""formats/meta.py: any number of shards on any number of ranks, against the split written out."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
-from llama.checkpoints import load
-from llama.checkpoints.formats.meta import MetaShards
+from llama.checkpoints.formats.meta import MetaSource
+from llama.checkpoints.load import load_model, read_part
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import tensor_parallel
 from tests.models import random_weights
@@ -29,8 +29,8 @@ SPLIT = {
 }  # fmt: skip
 
 
-def piece(name: str, w: Tensor, rank: int, size: int) -> Tensor:
-    """What rank `rank` holds, head by head: the oracle."""
+def expected_part(name: str, w: Tensor, rank: int, size: int) -> Tensor:
+    """The part of rank `rank` of `size`, head by head: the oracle."""
     kind = name.split(".")[-2]
     if kind in ("wk", "wv") and size > 8:
         head = rank // (size // 8)
@@ -49,14 +49,14 @@ def write(folder: Path, weights: dict[str, Tensor], n: int, **params: Any) -> Pa
     folder.mkdir()
     (folder / "params.json").write_text(json.dumps(PARAMS | params))
     for rank in range(n):
-        shard = {name: piece(name, w, rank, n).clone() for name, w in weights.items()}
+        shard = {name: expected_part(name, w, rank, n).clone() for name, w in weights.items()}
         torch.save(shard, folder / f"consolidated.{rank:02}.pth")
     return folder
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("n", COUNTS)
-def test_every_rank_of_any_number_gets_its_part(tmp_path: Path, n: int, tied: bool) -> None:
+def test_parts_of_any_number_of_ranks(tmp_path: Path, n: int, tied: bool) -> None:
     """n = 16 is the layout of the 405B release: 8 KV heads, each stored twice."""
     weights = whole_weights(tied)
     source = open_checkpoint(write(tmp_path / "c", weights, n))
@@ -65,16 +65,16 @@ def test_every_rank_of_any_number_gets_its_part(tmp_path: Path, n: int, tied: bo
     for m in COUNTS:
         for rank in range(m):
             for name, w in weights.items():
-                got = load.read_part(source, name, args, rank, m)
-                assert torch.equal(got, piece(name, w, rank, m)), (name, m, rank)
+                got = read_part(source, name, args, rank, m)
+                assert torch.equal(got, expected_part(name, w, rank, m)), (name, m, rank)
 
 
 @pytest.mark.parametrize("counted", [8, 16])
 def test_duplicated_kv_heads_are_merged(tmp_path: Path, counted: int) -> None:
-    """Whether params.json counts the 8 heads, stored twice, as 8 or as 16."""
+    """8 heads are stored twice each; params.json says 8 or 16."""
     weights = whole_weights(False)
-    source = MetaShards(write(tmp_path / "c", weights, 16, n_kv_heads=counted))
-    assert source.params["n_kv_heads"] == 8 and source.copies == 2
+    source = MetaSource(write(tmp_path / "c", weights, 16, n_kv_heads=counted))
+    assert source.params["n_kv_heads"] == 8 and source.kv_copies == 2
     for name, w in weights.items():
         assert torch.equal(source.read(name), w), name
 
@@ -92,14 +92,14 @@ def test_sixteen_different_heads_are_not_merged(tmp_path: Path) -> None:
             for name, w in weights.items()
         }
         torch.save(shard, folder / f"consolidated.{rank:02}.pth")
-    assert MetaShards(folder).params["n_kv_heads"] == 16
+    assert MetaSource(folder).params["n_kv_heads"] == 16
 
 
 @pytest.mark.parametrize("counted", [4, 2, 1])
 def test_heads_are_never_dropped(tmp_path: Path, counted: int) -> None:
-    """More heads than params.json says, and different ones: refused, not cut."""
-    source = MetaShards(write(tmp_path / "c", whole_weights(False), 1, n_kv_heads=counted))
-    with pytest.raises(ValueError, match="misshapen"):
+    """More different heads than params.json says: an error."""
+    source = MetaSource(write(tmp_path / "c", whole_weights(False), 1, n_kv_heads=counted))
+    with pytest.raises(ValueError, match="wrong shape"):
         source.args()
 
 
@@ -109,23 +109,24 @@ def test_merging_compares_every_head(tmp_path: Path) -> None:
     shard = torch.load(path, weights_only=True)
     shard["layers.1.attention.wv.weight"] += 1
     torch.save(shard, path)
-    assert MetaShards(folder).params["n_kv_heads"] == 16
+    assert MetaSource(folder).params["n_kv_heads"] == 16
 
 
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
     with torch.inference_mode():
-        return model(tokens)
+        found: Tensor = model(tokens)
+    return found
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("n", COUNTS)
-def test_merged_logits_are_exactly_the_originals(tmp_path: Path, n: int, tied: bool) -> None:
+def test_logits_of_merged_shards_are_bit_identical(tmp_path: Path, n: int, tied: bool) -> None:
     weights, tokens = whole_weights(tied), torch.randint(0, 96, (2, 20))
     original = Transformer(ModelArgs(**PARAMS))
     original.load_state_dict(weights)
     source = open_checkpoint(write(tmp_path / "c", weights, n))
     args = source.args(max_seq_len=32)
-    model = load.load(source, args, torch.device("cpu"), torch.float32)
+    model = load_model(source, args, torch.device("cpu"), torch.float32)
     assert torch.equal(logits(model, tokens), logits(original, tokens))
     shared = model.output.weight.data_ptr() == model.tok_embeddings.weight.data_ptr()
     assert shared == tied
@@ -169,9 +170,9 @@ class Ranks:
 def test_logits_on_any_number_of_ranks(
     tmp_path: Path, n: int, m: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Near, because the ranks' partial sums are added in another order than one matrix product.
+    """Only close: partial sums of ranks are added in another order than in one matmul.
 
-    fp64 keeps that small; norms and logits are fp32 whatever the dtype.
+    fp64 keeps the difference small; norms and logits are in fp32 for any dtype.
     """
     weights, tokens = whole_weights(False), torch.randint(0, 96, (2, 20))
     original = Transformer(ModelArgs(**PARAMS)).double()
@@ -181,23 +182,23 @@ def test_logits_on_any_number_of_ranks(
     for name, collective in {
         "size": lambda: m,
         "rank": lambda: ranks.local.rank,
-        "reduce": lambda x: torch.stack(ranks.exchange(x)).sum(0),
-        "gather": lambda x: torch.cat(ranks.exchange(x), -1),
-        "copy": lambda x: x,
+        "reduce_from_ranks": lambda x: torch.stack(ranks.exchange(x)).sum(0),
+        "gather_from_ranks": lambda x: torch.cat(ranks.exchange(x), -1),
+        "copy_to_ranks": lambda x: x,
     }.items():
         monkeypatch.setattr(tensor_parallel, name, collective)
 
     # Meta-device contexts are per thread; models are made before the threads meet.
     def job() -> Tensor:
         args = source.args(max_seq_len=32)
-        return logits(load.load(source, args, torch.device("cpu"), torch.float64), tokens)
+        return logits(load_model(source, args, torch.device("cpu"), torch.float64), tokens)
 
     for got in ranks.run(job):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-def test_norms_of_a_rank_are_its_own(tmp_path: Path) -> None:
-    """Same number of ranks: each keeps its copy; on a merge the first shard's is taken."""
+def test_norms_of_different_shards(tmp_path: Path) -> None:
+    """With one rank per shard each rank gets its shard's norm, otherwise the first shard's."""
     folder = write(tmp_path / "c", whole_weights(False), 2)
     path = folder / "consolidated.01.pth"
     shard = torch.load(path, weights_only=True)
@@ -205,22 +206,21 @@ def test_norms_of_a_rank_are_its_own(tmp_path: Path) -> None:
     torch.save(shard, path)
     source = open_checkpoint(folder)
     first = source.read("norm.weight")
-    part = load.read_part
-    assert torch.equal(part(source, "norm.weight", source.args(), 1, 2), first + 1)
+    assert torch.equal(read_part(source, "norm.weight", source.args(), 1, 2), first + 1)
     for size in (1, 4):
-        assert torch.equal(part(source, "norm.weight", source.args(), 0, size), first)
+        assert torch.equal(read_part(source, "norm.weight", source.args(), 0, size), first)
 
 
-def test_a_rank_copies_only_what_spans_files(tmp_path: Path) -> None:
-    """Rows within one shard are views of its mapping."""
-    source = MetaShards(write(tmp_path / "c", whole_weights(False), 2))
+def test_rows_of_one_shard_are_not_copied(tmp_path: Path) -> None:
+    """They are views of the mapped file."""
+    source = MetaSource(write(tmp_path / "c", whole_weights(False), 2))
     name = "layers.0.feed_forward.w1.weight"
     view = source.read(name, 0, 0, 10)
     assert view.untyped_storage().data_ptr() == source.shards[0][name].untyped_storage().data_ptr()
 
 
-def test_refuses_ranks_that_do_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_number_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_checkpoint(write(tmp_path / "c", whole_weights(False), 1))
     monkeypatch.setattr(tensor_parallel, "size", lambda: 3)
     with pytest.raises(ValueError, match=r"3 ranks .*use one of \[1, 2, 4, 8, 16\] ranks"):
-        load.load(source, source.args(), torch.device("cpu"), torch.float32)
+        load_model(source, source.args(), torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""quantized_shard.py and `quantize`: what is stored is what building from the original holds."""
+"""formats/quantized.py and `quantize`: the stored model is the one that is quantized at build."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 
 from llama import Llama
-from llama.checkpoints import load
 from llama.checkpoints.convert import convert, quantize
 from llama.checkpoints.inspect import describe
+from llama.checkpoints.load import load_model, tune
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
 from llama.distributed import tensor_parallel
 from llama.layers.quantization import quantize_int4, quantize_int8
+from llama.layers.quantized_linear import quantized
 from tests.checkpoints import gguf_files
 
 Tiny = Callable[..., Path]
@@ -37,11 +39,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer")
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite params.json or a shard after `change` of its dict."""
+    """Apply `change` to the dict in params.json or a shard, and write it back."""
     is_json = path.suffix == ".json"
     value = json.loads(path.read_text()) if is_json else torch.load(path, weights_only=True)
     change(value)
     path.write_text(json.dumps(value)) if is_json else torch.save(value, path)
+
+
+def fill(weights: dict[str, Tensor], name: str, value: float) -> None:
+    """Set one number of a weight."""
+    weights[name].view(-1)[5] = value
 
 
 def tie(weights: dict[str, Tensor]) -> None:
@@ -62,13 +69,13 @@ def stored(folder: Path, tmp_path: Path) -> Path:
     return quantize(folder, tmp_path / "int4", "int4")
 
 
-def make(kind: str, folder: Path, tmp_path: Path) -> Path:
-    """A checkpoint of each layout; a kind that ends in "tied" is."""
+def write_checkpoint(kind: str, folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint in the layout `kind`, such as "hf tied"; `folder` is one in Meta's layout."""
     if kind.startswith("gguf"):
         return gguf_files.write_gguf(tmp_path / "m.gguf", gguf_files.weights("tied" in kind))
     if kind.startswith("hf"):
         pytest.importorskip("transformers")
-        from test_hf import hf_model
+        from tests.checkpoints.test_hf import hf_model
 
         model = hf_model(intermediate_size=192, tie_word_embeddings="tied" in kind)
         model.save_pretrained(tmp_path / "hf")
@@ -84,10 +91,10 @@ def make(kind: str, folder: Path, tmp_path: Path) -> Path:
 
 @torch.inference_mode()
 def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tensor:
-    """Prefill, then a step of the cache."""
+    """Logits of a prefill and of one decode step."""
     source = open_checkpoint(path)
-    model = load.load(source, source.args(max_seq_len=32), CPU, dtype)
-    load.tune(model, quantize, exact=False)
+    model = load_model(source, source.args(max_seq_len=32), CPU, dtype)
+    tune(model, quantize, exact=False)
     return torch.cat([model(TOKENS, 0), model(TOKENS[:, :1], 20)], dim=1)
 
 
@@ -95,26 +102,26 @@ def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tenso
 @pytest.mark.parametrize(
     "kind", ["meta", "meta tied", "meta bf16", "meta two", "hf", "hf tied", "gguf", "gguf tied"]
 )
-def test_same_digits_as_quantizing_at_build(
+def test_bit_identical_to_quantizing_at_build(
     kind: str, scheme: str, group: int | None, folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    src = make(kind, folder, tmp_path)
+    src = write_checkpoint(kind, folder, tmp_path)
     dst = quantize(src, tmp_path / "dst", scheme, group)
     if group:
-        wanted = load.quantized
-        monkeypatch.setattr(load, "quantized", lambda s, g=group, **how: wanted(s, g, **how))
+        monkeypatch.setattr(
+            "llama.checkpoints.load.quantized",
+            lambda scheme, group=group, **options: quantized(scheme, group, **options),
+        )
     half = kind.startswith("gguf") or "bf16" in kind
     for dtype in [torch.bfloat16] * half + [torch.float32] * (not kind.startswith("gguf")):
         assert torch.equal(logits(dst, dtype), logits(src, dtype, scheme))
-    assert verify(dst, open_checkpoint) == [
-        f"{dst / 'tokenizer.model'} is missing; download it"
-    ]  # and nothing else
+    assert verify(dst, open_checkpoint) == [f"{dst / 'tokenizer.model'} is missing; download it"]
     assert open_checkpoint(dst).tied == ("tied" in kind)
 
 
 def int4_plain(weights: dict[str, Tensor], name: str, n: int, group: int) -> Tensor:
-    """(n, K) by the documented places: bits 4i to 4i + 3 of packed[t, b, r]."""
+    """The dequantized weight (n, columns): code i is in bits 4i to 4i + 3 of packed[t, b, r]."""
     packed, scale, zero = (weights[f"{name}.{key}"] for key in ("packed", "scale", "zero"))
     w = torch.empty(n, packed.shape[1] * 8)
     for row in range(n):
@@ -125,8 +132,8 @@ def int4_plain(weights: dict[str, Tensor], name: str, n: int, group: int) -> Ten
     return w
 
 
-def test_the_files(folder: Path, tmp_path: Path) -> None:
-    """Names, sizes and numbers of what is stored, by plain arithmetic."""
+def test_written_files(folder: Path, tmp_path: Path) -> None:
+    """Names, sizes and numbers, by plain arithmetic."""
     edit(folder / PTH, to_bf16)
     (folder / "tokenizer.model").write_text("IQ== 0\n")
     (folder / "tokenizer.model.json").write_text('{"pat_str": "."}\n')
@@ -138,8 +145,10 @@ def test_the_files(folder: Path, tmp_path: Path) -> None:
             "params.json", PTH, "tokenizer.model", "tokenizer.model.json",
         }  # fmt: skip
         assert (dst / "tokenizer.model").read_bytes() == before["tokenizer.model"]
-        said = json.loads((dst / "params.json").read_text())["quantization"]
-        assert said == {"scheme": "int8"} if group is None else {"scheme": "int4", "group": group}
+        entry = json.loads((dst / "params.json").read_text())["quantization"]
+        assert entry == (
+            {"scheme": "int8"} if scheme == "int8" else {"scheme": scheme, "group": group}
+        )
         weights = torch.load(dst / PTH, weights_only=True)
         expected = 0
         for name, w in original.items():
@@ -153,7 +162,7 @@ def test_the_files(folder: Path, tmp_path: Path) -> None:
                 assert ((near - w.float()).abs() <= scale.unsqueeze(1) * 0.501).all()
                 expected += w.numel() + 4 * len(w)
             else:
-                rows = -(-len(w) // 16) * 16  # whole tiles
+                rows = -(-len(w) // 16) * 16  # in tiles of 16
                 expected += rows * w.shape[1] // 2 + 4 * rows * w.shape[1] // (group or 1)
         assert expected == sum(w.nbytes for w in weights.values())
         size = (dst / PTH).stat().st_size
@@ -171,8 +180,8 @@ def test_the_files(folder: Path, tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_blocks_of_rows_change_nothing() -> None:
-    """1,100 rows are three blocks; a tile quantized alone gives the same codes."""
+def test_quantization_in_blocks_of_rows() -> None:
+    """1,100 rows are three blocks; each tile quantized alone has the same codes."""
     w = torch.randn(1100, 64)
     for quantize_ in (quantize_int8, quantize_int4):
         whole = quantize_(w)
@@ -183,10 +192,10 @@ def test_blocks_of_rows_change_nothing() -> None:
             assert (meta.shape, meta.dtype) == (tensor.shape, tensor.dtype)
 
 
-def test_the_model_is_the_mapped_file(stored: Path) -> None:
-    """Nothing is copied: codes, scales and plain weights in their dtype lie in the mapping."""
+def test_tensors_are_the_mapped_file(stored: Path) -> None:
+    """Codes, scales, and plain weights in the stored dtype, are not copied."""
     source = open_checkpoint(stored)
-    model = load.load(source, source.args(max_seq_len=32), CPU, torch.float32)
+    model = load_model(source, source.args(max_seq_len=32), CPU, torch.float32)
     path = os.path.realpath(stored / PTH)
     mapped = [
         [int(end, 16) for end in line.split()[0].split("-")]
@@ -199,16 +208,16 @@ def test_the_model_is_the_mapped_file(stored: Path) -> None:
         assert any(low <= w.data_ptr() < high for low, high in mapped), name
 
 
-def test_dtype_is_of_the_plain_weights_alone(stored: Path) -> None:
+def test_dtype_applies_to_plain_weights_only(stored: Path) -> None:
     source = open_checkpoint(stored)
-    model = load.load(source, source.args(max_seq_len=32), CPU, torch.float16)
+    model = load_model(source, source.args(max_seq_len=32), CPU, torch.float16)
     for name, w in model.state_dict().items():
         kind = torch.float16 if name.endswith(".weight") else source.dtype(name)
         assert w.dtype == kind, name
     assert model(TOKENS).isfinite().all()
 
 
-def test_parts(stored: Path) -> None:
+def test_read_parts(stored: Path) -> None:
     source = open_checkpoint(stored)
     name = "layers.0.attention.wo.packed"
     whole = torch.load(stored / PTH, weights_only=True)[name]
@@ -217,7 +226,7 @@ def test_parts(stored: Path) -> None:
     assert torch.equal(source.read(name, 0, 1), whole[1:])
 
 
-def test_build_and_its_quantize(
+def test_build_with_quantize(
     tiny_checkpoint: Tiny,
     llama3_tokenizer_path: Path,
     tmp_path: Path,
@@ -243,19 +252,19 @@ def test_build_and_its_quantize(
         ids(dst, quantize="int5")
 
 
-def test_too_many_ranks_are_refused_before_reading(
+def test_too_many_ranks_are_an_error_before_reading(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """wo has 64 columns: two groups."""
+    """wo has 64 columns, which are two groups."""
     source = open_checkpoint(stored)
     monkeypatch.setattr(source, "read", lambda *part: pytest.fail("weights were read"))
     monkeypatch.setattr(tensor_parallel, "size", lambda: 4)
     with pytest.raises(ValueError, match=r"16 columns of each of 4 ranks; use one of \[1, 2\]"):
-        load.load(source, source.args(), CPU, torch.float32)
+        load_model(source, source.args(), CPU, torch.float32)
 
 
 def test_inspect(folder: Path, tmp_path: Path) -> None:
-    """Figures by hand: 2 layers of dim 64 and feed-forward 192, 8 KV rows, vocabulary 300."""
+    """Computed by hand: 2 layers of dim 64, feed-forward 192, 8 KV rows, vocabulary 300."""
     edit(folder / PTH, to_bf16)
     layers = 2 * (2 * 64 * 64 + 2 * 8 * 64 + 3 * 192 * 64)
     plain = 300 * 64 + 5 * 64
@@ -276,7 +285,7 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
     assert "\nranks       1 " in text and text.count("of weights each") == 1
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "scheme": ({"scheme": "int5"}, r"unknown scheme 'int5'; use one of \['int8', 'int4'\]"),
     "no scheme": ({"scheme": None}, "unknown scheme None"),
     "group": ({"scheme": "int4", "group": 48}, r"groups of 48 weights are not possible; use one"),
@@ -289,17 +298,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", BAD_ARGUMENTS)
 def test_bad_arguments(folder: Path, tmp_path: Path, kind: str) -> None:
-    arguments, message = REFUSED[kind]
+    arguments, message = BAD_ARGUMENTS[kind]
     with pytest.raises(ValueError, match=message):
         quantize(folder, tmp_path / "out", **arguments)
     assert not list(tmp_path.iterdir())
 
 
 def test_bad_source_and_destination(folder: Path, stored: Path, tmp_path: Path) -> None:
-    """Quantized twice, converted back, onto something, onto itself."""
-    there = {path: path.read_bytes() for path in stored.iterdir()}
+    """Quantized twice, converted back, onto another folder, onto itself, not finite."""
+    before = {path: path.read_bytes() for path in stored.iterdir()}
     for write in (lambda: quantize(stored, tmp_path / "x", "int8"),
                   lambda: convert(stored, tmp_path / "x"),
                   lambda: convert(stored, tmp_path / "x", to="hf")):  # fmt: skip
@@ -308,20 +317,20 @@ def test_bad_source_and_destination(folder: Path, stored: Path, tmp_path: Path) 
     with pytest.raises(FileExistsError, match="exists already; remove it or choose another folder"):
         quantize(folder, stored, "int8")
     for dst in (folder, folder.parent):
-        with pytest.raises(ValueError, match="holds the source itself"):
+        with pytest.raises(ValueError, match="contains the source itself"):
             quantize(folder, dst, "int8")
     with pytest.raises(FileNotFoundError):
         quantize(tmp_path / "nowhere", tmp_path / "x", "int8")
     for value in (float("nan"), float("inf"), -float("inf")):
-        edit(folder / PTH, lambda w, value=value: w["layers.1.feed_forward.w2.weight"].fill_(value))
+        edit(folder / PTH, partial(fill, name="layers.1.feed_forward.w2.weight", value=value))
         for scheme in ("int8", "int4"):
             with pytest.raises(ValueError, match=r"layers\.1\.feed_forward\.w2\.weight of .*NaN"):
                 quantize(folder, tmp_path / "x", scheme)
-    assert {path: path.read_bytes() for path in stored.iterdir()} == there
+    assert {path: path.read_bytes() for path in stored.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["int4"]
 
 
-def test_full_disk_is_seen_before_work(
+def test_full_disk_is_an_error_before_writing(
     folder: Path, stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = 2 * sum(w.nbytes for w in torch.load(stored / PTH, weights_only=True).values())
@@ -336,8 +345,8 @@ def test_full_disk_is_seen_before_work(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_killed_it_leaves_no_result(folder: Path, tmp_path: Path, number: int) -> None:
-    """In the middle of writing; the command line cleans up after all that can be caught."""
+def test_killed_while_writing(folder: Path, tmp_path: Path, number: int) -> None:
+    """There is no result. After any signal that can be caught nothing else is left either."""
     code = f"""
 import os, sys, torch
 from llama.commands.main import main
@@ -355,8 +364,8 @@ main()
     assert "out" not in left and (number == signal.SIGKILL or not left)
 
 
-def test_damage_is_named(stored: Path, tmp_path: Path) -> None:
-    """By `verify`, a line each, and by opening where the model would be another one."""
+def test_verify_names_damage(stored: Path, tmp_path: Path) -> None:
+    """Each damage is one line of `verify`."""
     params, pth = stored / "params.json", stored / PTH
     (stored / "tokenizer.model").write_text("IQ== 0\n")
     good = params.read_bytes(), pth.read_bytes()
@@ -370,28 +379,28 @@ def test_damage_is_named(stored: Path, tmp_path: Path) -> None:
     assert verify(stored, open_checkpoint) == []
     wq = "layers.0.attention.wq"
     for value in (float("nan"), float("inf")):
-        edit(pth, lambda w, value=value: w[f"{wq}.scale"].view(-1)[5].fill_(value))
+        edit(pth, partial(fill, name=f"{wq}.scale", value=value))
         assert f"NaN or infinite: {wq}.scale" in problem()
     edit(pth, lambda w: w.pop(f"{wq}.zero"))
     assert f"missing: {wq}.zero (4, 2, 16)" in problem()
     edit(pth, lambda w: w.update({f"{wq}.packed": w[f"{wq}.packed"][:2]}))
-    assert f"misshapen: {wq}.packed (2, 8, 16) instead of (4, 8, 16)" in problem()
+    assert f"wrong shape: {wq}.packed (2, 8, 16) instead of (4, 8, 16)" in problem()
     edit(pth, lambda w: w.update({f"{wq}.scale": w[f"{wq}.scale"].float()}))
     assert f"{wq}.scale is torch.float32, not torch.bfloat16; quantize it again" in problem()
     edit(pth, lambda w: w.update({"norm.weight": w["norm.weight"].to(torch.int8)}))
     assert "norm.weight is torch.int8, not plain" in problem()
     edit(params, lambda p: p["quantization"].update(group=64))
     line = problem()
-    assert f"misshapen: {wq}.scale (4, 2, 16) instead of (4, 1, 16)" in line
+    assert f"wrong shape: {wq}.scale (4, 2, 16) instead of (4, 1, 16)" in line
     assert '"quantization" in params.json says int4 in groups of 64: correct it' in line
     edit(params, lambda p: p.update(quantization={"scheme": "int8"}))
     assert '"quantization" in params.json says int8: correct it' in problem()
     edit(params, lambda p: p.pop("vocab_size"))
     assert "lacks 'vocab_size'; quantize it again" in problem()
     edit(params, lambda p: p.pop("quantization"))
-    assert (
-        f'{wq}.packed is of `llama3 quantize`, and the params.json beside it lacks "q' in problem()
-    )
+    line = problem()
+    assert f"{wq}.packed was written by `llama3 quantize`" in line
+    assert 'the params.json beside it lacks "quantization"' in line
     shutil.copy(pth, stored / "consolidated.01.pth")
     assert "has 2 shards; quantize it again" in problem()
 
@@ -409,21 +418,21 @@ def test_damage_is_named(stored: Path, tmp_path: Path) -> None:
         ("quantization", "int4", "'int4' is not what"),
     ],
 )
-def test_params_of_others(stored: Path, key: str, value: object, message: str) -> None:
+def test_other_quantization_formats(stored: Path, key: str, value: object, message: str) -> None:
     edit(stored / "params.json", lambda params: params.update({key: value}))
     with pytest.raises(ValueError, match=message):
         open_checkpoint(stored)
 
 
-def test_plain_weights_that_are_said_to_be_codes(folder: Path) -> None:
+def test_plain_weights_with_a_quantization_entry(folder: Path) -> None:
     edit(folder / "params.json", lambda params: params.update(quantization={"scheme": "int8"}))
     with pytest.raises(ValueError, match=r"missing: layers\.0\.attention\.wq\.q \(64, 64\)"):
         open_checkpoint(folder).args()
 
 
 @pytest.mark.slow
-def test_the_command(demo_dir: Path, tmp_path: Path) -> None:
-    """llama3 quantize, verify and complete, against complete --quantize."""
+def test_commands(demo_dir: Path, tmp_path: Path) -> None:
+    """`llama3 quantize`, `verify` and `complete`, compared with `complete --quantize`."""
 
     def llama3(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "llama", *arguments]

@@ -1,9 +1,10 @@
-"""verification.py, file_damage.py: a good checkpoint has no problem; each bad one is named, and why."""
+"""verify.py and its checks: a good checkpoint has no problem; each bad file is named."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -15,11 +16,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from llama.checkpoints import file_damage, verify
-from llama.checkpoints.file_damage import damaged_entry
+from llama.checkpoints import file_checks, weight_checks
+from llama.checkpoints.file_checks import find_corrupt_entry, find_foreign_content
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.source import Source
-from llama.checkpoints.verify import recognise, verify
+from llama.checkpoints.verify import verify
 from tests.checkpoints import gguf_files
 
 Tiny = Callable[..., Path]
@@ -30,7 +31,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 160606
 
 
 def split(folder: Path, n: int) -> None:
-    """Make shards 0..n-1 of one."""
+    """Split the one shard into `n`."""
     from llama.distributed.sharding import shard_dim
 
     whole = torch.load(folder / PTH, weights_only=True)
@@ -100,21 +101,31 @@ def test_good_without_a_checklist(good: Path) -> None:
     assert verify(good, open_checkpoint) == []
 
 
-def test_the_folder_original_is_found(good: Path, tmp_path: Path) -> None:
+def test_folder_original(good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "original")
     assert verify(tmp_path, open_checkpoint) == []
     cut(tmp_path / "original" / PTH, 1000)
     assert f"{tmp_path}/original/{PTH} is a partial download" in only_problem(tmp_path)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
-    assert "is not there; check the path" in only_problem(tmp_path / "no")
-    assert "holds no checkpoint; give the folder" in only_problem(tmp_path)
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert "does not exist; check the path" in only_problem(tmp_path / "no")
+    assert "contains no checkpoint; give the folder" in only_problem(tmp_path)
     (tmp_path / "a.txt").write_text("text")
-    assert "a.txt is not a checkpoint by itself" in only_problem(tmp_path / "a.txt")
+    assert "a.txt is not a whole checkpoint; give the folder" in only_problem(tmp_path / "a.txt")
 
 
-# What is done to a good checkpoint without a checklist, and what is said of it.
+def replace_by_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.parent / "gone")
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+# What is done to a good checkpoint without a checklist, and a part of the problem found.
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no params": (lambda d: (d / "params.json").unlink(), "params.json is missing; download it"),
     "params not JSON": (lambda d: (d / "params.json").write_text("{"), "params.json is not JSON"),
@@ -124,10 +135,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no weights": (lambda d: (d / PTH).unlink(), f"{PTH} is missing; download it"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "tokenizer.model is missing"),
     "link to nothing": (
-        lambda d: ((d / PTH).unlink(), (d / PTH).symlink_to(d / "gone")),
-        f"{PTH} is a link to nothing; get or make it again",
+        lambda d: replace_by_link(d / PTH),
+        f"{PTH} is a link to a file that does not exist; get or make it again",
     ),
-    "a folder": (lambda d: ((d / PTH).unlink(), (d / PTH).mkdir()), f"{PTH} is missing"),
+    "a folder": (lambda d: replace_by_folder(d / PTH), f"{PTH} is missing"),
     "HTML": (lambda d: (d / PTH).write_bytes(HTML), f"{PTH} is an HTML page; get or make it again"),
     "LFS": (lambda d: (d / PTH).write_bytes(LFS), f"{PTH} is a Git-LFS pointer; get or"),
     "XML": (lambda d: (d / PTH).write_bytes(b"<?xml?><Error>"), "is a message of the server"),
@@ -143,10 +154,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "leftover": (
         lambda d: (d / f"{PTH}.part").write_bytes(b"x"),
-        f"{PTH}.part is left of an unfinished download; finish it, or remove the file",
+        f"{PTH}.part is part of an unfinished download; finish it, or remove the file",
     ),
-    "incomplete": (lambda d: (d / "x.incomplete").write_bytes(b""), "x.incomplete is left of"),
-    "tmp": (lambda d: (d / "x.tmp").write_bytes(b"x"), "x.tmp is left of an unfinished download"),
+    "incomplete": (lambda d: (d / "x.incomplete").write_bytes(b""), "x.incomplete is part of"),
+    "tmp": (lambda d: (d / "x.tmp").write_bytes(b"x"), "x.tmp is part of an unfinished download"),
     "gap": (
         lambda d: (d / PTH).rename(d / "consolidated.01.pth"), "consolidated.00.pth is missing",
     ),
@@ -167,15 +178,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage(good: Path, kind: str) -> None:
     (good / "checklist.chk").unlink()
-    harm, said = DAMAGE[kind]
+    harm, message = DAMAGE[kind]
     harm(good)
     (good / "checklist.chk").unlink(missing_ok=True)
     problem = only_problem(good)
-    assert said in problem and str(good) in problem
+    assert message in problem and str(good) in problem
 
 
 def overwrite(path: Path, entry: str, at: int = 0) -> None:
-    """Another byte in an entry of a torch checkpoint."""
+    """Change a byte of an entry in a torch checkpoint."""
     raw = path.read_bytes()
     with zipfile.ZipFile(path) as archive:
         header = archive.getinfo(entry).header_offset
@@ -183,24 +194,24 @@ def overwrite(path: Path, entry: str, at: int = 0) -> None:
     path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
 
 
-def test_overwritten_numbers(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite ones that no checklist tells: the archive's own checksums do, once for each file."""
+def test_changed_bytes_without_a_checklist(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers stay finite; the CRC-32 of the archive is wrong. One line per file."""
     (good / "checklist.chk").unlink()
-    monkeypatch.setattr(file_damage, "MIB", 100)
+    monkeypatch.setattr(file_checks, "MIB", 100)
     split(good, 2)
     assert verify(good, open_checkpoint) == []
     for i, (entry, at) in enumerate((("data/3", 333), ("data/2", 4))):
         overwrite(good / f"consolidated.0{i}.pth", f"consolidated.0{i}/{entry}", at)
     overwrite(good / "consolidated.01.pth", "consolidated.01/data/5")
     assert verify(good, open_checkpoint) == [
-        f"{good / f'consolidated.0{i}.pth'} is damaged (consolidated.0{i}/{entry} is not as it was "
-        "written); get or make it again"
+        f"{good / f'consolidated.0{i}.pth'} is damaged (consolidated.0{i}/{entry} has another "
+        "CRC-32 than when it was written); get or make it again"
         for i, entry in enumerate(("data/3", "data/2"))
     ]
 
 
 def test_archives_without_checksums(good: Path) -> None:
-    """torch leaves 0 where it is told to compute none; a pickle from before torch 1.6 has none."""
+    """torch can be set to write CRC 0; a pickle from before torch 1.6 has no CRC."""
     (good / "checklist.chk").unlink()
     weights = torch.load(good / PTH, weights_only=True)
     torch.serialization.set_crc32_options(False)
@@ -212,7 +223,7 @@ def test_archives_without_checksums(good: Path) -> None:
     overwrite(good / PTH, "consolidated.00/data/3")
     assert verify(good, open_checkpoint) == []
     torch.save(weights, good / PTH, _use_new_zipfile_serialization=False)
-    assert damaged_entry(good / PTH) is None
+    assert find_corrupt_entry(good / PTH) is None
 
 
 def test_gap_in_the_shards(good: Path) -> None:
@@ -226,14 +237,14 @@ def test_gap_in_the_shards(good: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["layers.0.attention.wo.weight", "layers.1.ffn_norm.weight"])
-def test_every_shard_is_looked_through(good: Path, name: str) -> None:
+def test_nan_in_the_second_shard(good: Path, name: str) -> None:
     split(good, 2)
     poison(good, name, float("nan"), shard=1)
     assert name in only_problem(good)
 
 
 def test_duplicated_kv_heads(tiny_checkpoint: Tiny) -> None:
-    """405B for 16 ranks: more shards than KV heads."""
+    """As in 405B for 16 ranks: more shards than KV heads."""
     folder = tiny_checkpoint(**SMALL)
     (folder / "tokenizer.model").write_text("IQ== 0\n")
     weights = torch.load(folder / PTH, weights_only=True)
@@ -254,7 +265,7 @@ def test_many_tensors_are_counted(good: Path) -> None:
 
 
 def test_large_tensors_are_read_in_pieces(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "NUMBERS_AT_ONCE", 64 * 7)
+    monkeypatch.setattr(weight_checks, "ELEMENTS_AT_ONCE", 64 * 7)
     assert verify(good, open_checkpoint) == []
     poison(good, "tok_embeddings.weight", float("nan"))
     assert "tok_embeddings.weight" in only_problem(good)
@@ -268,21 +279,21 @@ def test_checklist(good: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
-        ("0" * 32 + "  other.bin", "other.bin is missing and in checklist.chk; download it"),
+        ("0" * 32 + "  other.bin", "other.bin is missing, but listed in checklist.chk; download"),
         ("0" * 32 + "  ../other", "no 'MD5 filename' on line 6; get or make it again"),
         ("no sums", "no 'MD5 filename' on line 6; get or make it again"),
         ("0" * 32 + " *params.json", "params.json is not as published: MD5"),
     ],
 )
-def test_checklist_lines(good: Path, line: str, said: str) -> None:
+def test_checklist_lines(good: Path, line: str, message: str) -> None:
     with open(good / "checklist.chk", "a") as f:
         f.write(f"\n\n{line}\n")
-    assert said in only_problem(good)
+    assert message in only_problem(good)
 
 
-def test_sums_in_a_file_of_another_name_and_order(good: Path) -> None:
+def test_md5_file_with_the_name_first(good: Path) -> None:
     lines = [line.split() for line in (good / "checklist.chk").read_text().splitlines()]
     (good / "checklist.chk").unlink()
     swapped = "".join(f"{name} {md5}\n" for md5, name in lines)
@@ -293,15 +304,16 @@ def test_sums_in_a_file_of_another_name_and_order(good: Path) -> None:
 
 
 def test_checklist_names_the_last_shard(good: Path) -> None:
-    """Numbers without a gap cannot tell that the last one is missing."""
+    """Without the checklist the shards that remain look complete."""
     split(good, 2)
     write_checklist(good)
     (good / "consolidated.01.pth").unlink()
-    assert "consolidated.01.pth is missing and in checklist.chk" in verify(good, open_checkpoint)[0]
+    first = verify(good, open_checkpoint)[0]
+    assert "consolidated.01.pth is missing, but listed in checklist.chk" in first
 
 
-def test_everything_is_told(good: Path) -> None:
-    """One problem does not hide another: five files, five lines, and no line twice."""
+def test_several_problems(good: Path) -> None:
+    """Five bad files are five lines."""
     (good / "params.json").write_bytes(HTML)
     cut(good / PTH, 1000)
     (good / "tokenizer.model").write_text("other")
@@ -335,11 +347,11 @@ def raising(error: Exception) -> Callable[[Path], Source]:
 @pytest.mark.parametrize(
     "error", [KeyError("x"), RuntimeError("a\nb"), OSError("c"), MemoryError()]
 )
-def test_whatever_opening_raises_is_a_line(good: Path, error: Exception) -> None:
+def test_any_error_of_opening_is_a_line(good: Path, error: Exception) -> None:
     assert str(good) in only_problem(good, raising(error))
 
 
-def test_a_missing_package_is_no_problem_of_the_checkpoint(good: Path) -> None:
+def test_missing_package_raises(good: Path) -> None:
     with pytest.raises(ImportError):
         verify(good, raising(ImportError("pip install it")))
 
@@ -354,12 +366,12 @@ def test_unreadable_weights(good: Path) -> None:
 
 
 def test_unreadable_folder(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify.os, "access", lambda *args: False)
+    monkeypatch.setattr(os, "access", lambda *args: False)
     assert "cannot be read; check its permissions" in only_problem(good)
 
 
 def hf_folder(folder: Path, good: Path, files: int = 2) -> Callable[[Path], Source]:
-    """Safetensors with an index, and an opener that takes the weights of `good` for them."""
+    """Write safetensors with an index; returns an opener that opens `good` instead."""
     weights = {f"w{i}": torch.ones(8) for i in range(files)}
     for i, (name, w) in enumerate(weights.items(), 1):
         safetensors.torch.save_file({name: w}, folder / f"model-{i:05}-of-{files:05}.safetensors")
@@ -399,9 +411,9 @@ HF_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_hugging_face_damage(good: Path, tmp_path: Path, kind: str) -> None:
     opener = hf_folder(tmp_path, good)
     assert verify(tmp_path, opener) == []
-    harm, said = HF_DAMAGE[kind]
+    harm, message = HF_DAMAGE[kind]
     harm(tmp_path)
-    assert said in only_problem(tmp_path, opener)
+    assert message in only_problem(tmp_path, opener)
 
 
 def test_hugging_face_without_weights(tmp_path: Path) -> None:
@@ -412,7 +424,7 @@ def test_hugging_face_without_weights(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """Two tensors, an array of strings, and a metadata value of each sort."""
+    """Two tensors, an array of strings, and metadata values of several types."""
     import gguf
     import numpy as np
 
@@ -434,7 +446,7 @@ def whole_gguf(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def test_gguf_cut_anywhere(good: Path, tmp_path: Path, whole_gguf: bytes) -> None:
-    """Whole, it is good; short of the last tensor's last byte, it never is."""
+    """A file without the last byte of the last tensor always has a problem."""
     path = tmp_path / "a.gguf"
     path.write_bytes(whole_gguf)
     opener = lambda path: open_checkpoint(good)  # noqa: E731
@@ -446,7 +458,7 @@ def test_gguf_cut_anywhere(good: Path, tmp_path: Path, whole_gguf: bytes) -> Non
     assert "is a partial download (" in only_problem(path, opener)
 
 
-def test_gguf_of_nonsense(tmp_path: Path) -> None:
+def test_gguf_with_a_nonsensical_header(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 4000)
     assert "a.gguf is damaged; get or make it again" in only_problem(path)
@@ -468,12 +480,12 @@ def test_real_gguf(tmp_path: Path) -> None:
     gguf_files.write_gguf(path)
     assert verify(path, open_checkpoint) == []
     (tmp_path / "other.gguf").write_bytes(path.read_bytes())
-    assert "holds 2 GGUF files; give the path of one" in only_problem(tmp_path)
+    assert "contains 2 GGUF files; give the path of one" in only_problem(tmp_path)
 
 
-def test_recognise(tmp_path: Path) -> None:
+def test_find_foreign_content(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    for content, said in (
+    for content, expected in (
         (b"", "empty"),
         (HTML, "an HTML page"),
         (b"<html lang=en>", "an HTML page"),
@@ -483,4 +495,4 @@ def test_recognise(tmp_path: Path) -> None:
         (b"PK\x03\x04", None),
     ):
         path.write_bytes(content)
-        assert recognise(path) == said
+        assert find_foreign_content(path) == expected

@@ -165,7 +165,7 @@ def test_sizes_out_of_range() -> None:
         ({"shape": "8b", "batch": 0}, "batch must be a positive integer, not 0"),
         ({"shape": "8b", "context": -1}, "context must be a positive integer, not -1"),
         ({"shape": "8b", "context": 1.5}, "context must be a positive integer, not 1.5"),
-        ({"shape": "8b", "dtype": "int8"}, r"unknown dtype 'int8'; use one of \['bf16', 'fp16'"),
+        ({"shape": "8b", "dtype": "int8"}, "unknown dtype 'int8'; use one of"),
         ({"shape": "8b", "quantize": "int5"}, "unknown scheme 'int5'"),
         ({"shape": "8b", "device_memory": "much"}, "device_memory 'much' is no size"),
     ],

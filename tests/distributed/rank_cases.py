@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from llama import Llama
-from llama.checkpoints.load import load
+from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
@@ -40,7 +40,7 @@ PROMPTS = [[1, 2, 3], SHARED, [4], [*SHARED, 2, 1]]
 def open_model(folder: str | Path, scheme: str | None = None, group: int = 32) -> Transformer:
     source = open_checkpoint(folder)
     args = source.args(max_seq_len=48, max_batch_size=3)
-    model = load(source, args, CPU, torch.float32)
+    model = load_model(source, args, CPU, torch.float32)
     if scheme is not None:
         replace_modules(model, {nn.Linear: quantized(scheme, group, sharded=True)})
     optimize(model)
@@ -86,7 +86,7 @@ def generate_with(model: Transformer) -> dict[str, Any]:
 def gradient(folder: str | Path) -> list[float]:
     """The gradient of the first norm, a replicated weight."""
     source = open_checkpoint(folder)
-    model = load(source, source.args(), CPU, torch.float32)
+    model = load_model(source, source.args(), CPU, torch.float32)
     weight = next(w for name, w in model.named_parameters() if "attention_norm" in name)
     weight.requires_grad_()
     model(torch.tensor([SHARED])).logsumexp(-1).sum().backward()

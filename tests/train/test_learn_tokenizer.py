@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers, trainers
 
-from llama.checkpoints.formats.hf_tokenizer import write_tokenizer
-from llama.checkpoints.formats.hf_vocabulary import read_vocabulary
+from llama.checkpoints.formats.hf_tokenizer_export import write_tokenizer
+from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
 from llama.tokenizer import Tokenizer
 from llama.train.learn_tokenizer import learn
 from tests.test_tokenizer import random_text

@@ -1,8 +1,9 @@
-"""A Hugging Face Llama directory as a `Source`: config.json and safetensors under Meta's names.
+"""Hugging Face's layout: config.json and safetensors, read as weights under Meta's names.
 
-Knows the files' layout; `hf_config` knows config.json and names, `hf_vocabulary` tokenizer.json.
-Shapes: D dim, d head_dim. HF's query and key heads hold the first members of all rotary pairs, then
-the second ones; Meta's hold pair after pair.
+Knows the folder and its safetensors; `hf_config` knows config.json and tensor names,
+`hf_tokenizer_import` tokenizer.json.
+Shapes: D dim, d head_dim. The rows of a query or key head are rotary pairs: HF stores the first
+members of all pairs, then the second ones; Meta stores pair after pair.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llama.checkpoints.formats.hf_config import meta_name, read_config, read_json
-from llama.checkpoints.formats.hf_vocabulary import read_vocabulary
-from llama.checkpoints.source import Source
+from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
+from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
+from llama.checkpoints.source import Source, same_weights
+from llama.common.files import read_json
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+SAFETENSORS_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -27,30 +31,29 @@ def interleave(rows: Tensor, head_dim: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-class _Weight(NamedTuple):
-    """Where a weight is."""
+class _StoredWeight(NamedTuple):
+    """Where a weight is stored."""
 
     file: Any  # an open safetensors file
-    name: str  # the file's name of it
+    name: str  # in that file
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def tensor(self) -> Tensor:
-        """All of it, a view of the mapped file: no page is read before it is used."""
+        """The whole weight, a view of the mapped file: pages are read when used."""
         view: Tensor = self.file.get_tensor(self.name)
         return view
 
 
 class HFSource(Source):
-    """An open Hugging Face directory. The files are mapped; a read touches only its own pages.
+    """An open folder of Hugging Face. Files are mapped: reading a part reads only its pages.
 
     Args:
-        path: a folder with config.json and model.safetensors, or several of them.
+        path: a folder with config.json and one or several safetensors files.
 
     Raises:
         FileNotFoundError: no folder, no config.json or no safetensors in it.
-        ValueError: damaged files, or a model that computes something else than Meta's code; the
-            message says which.
+        ValueError: damaged files, or a model that does not compute what Meta's code computes.
         ImportError: the `safetensors` package is missing.
     """
 
@@ -67,9 +70,9 @@ class HFSource(Source):
         config = read_json(self.path / "config.json")
         self.params = read_config(config, self.path / "config.json")
         self._head_dim = self.params["dim"] // self.params["n_heads"]
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[str, _StoredWeight] = {}
         for file in weight_files(self.path):
-            self._add(file)
+            self._index_file(file)
         self._positions = config.get("max_position_embeddings")
         self.tied = self._is_tied(config.get("tie_word_embeddings", False))
         if self.tied and "tok_embeddings.weight" in self._weights:
@@ -78,48 +81,45 @@ class HFSource(Source):
     @property
     def context(self) -> int:
         """See `Source.context`."""
-        said = self._positions
-        return said if isinstance(said, int) and said > 0 else super().context
+        n = self._positions
+        return n if isinstance(n, int) and n > 0 else super().context
 
-    def _add(self, path: Path) -> None:
-        """Take up the names, shapes and dtypes of one file."""
+    def _index_file(self, path: Path) -> None:
+        """Add the names, shapes and dtypes of one file to `_weights`."""
         file = open_safetensors(path)
         for name in file.keys():  # noqa: SIM118 - not a mapping
             if name.endswith("rotary_emb.inv_freq"):
                 continue  # follows from config.json
             meta = meta_name(name) or name
             if meta in self._weights:
-                raise ValueError(f"{path} holds {name} again; remove the files of another model")
+                raise ValueError(
+                    f"{path} repeats {name} of another file; remove the files of another model"
+                )
             part = file.get_slice(name)
             kind = part.get_dtype()
-            if kind not in DTYPES:
+            if kind not in SAFETENSORS_DTYPES:
                 raise ValueError(
                     f"{path}: {name} is of type {kind}; use the unquantized model, of a type in "
-                    f"{list(DTYPES)}"
+                    f"{list(SAFETENSORS_DTYPES)}"
                 )
-            self._weights[meta] = _Weight(file, name, tuple(part.get_shape()), DTYPES[kind])
+            dtype = SAFETENSORS_DTYPES[kind]
+            self._weights[meta] = _StoredWeight(file, name, tuple(part.get_shape()), dtype)
 
-    def _is_tied(self, said: bool) -> bool:
-        """Whether the output's weights are the embedding's, by config.json and by content."""
+    def _is_tied(self, tied_in_config: bool) -> bool:
+        """Whether the output's weights are those of the embedding, by config.json and content."""
         embed, head = (self._weights.get(f"{n}.weight") for n in ("tok_embeddings", "output"))
         if embed is None or head is None:
-            if head is None and not said:
+            if head is None and not tied_in_config:
                 raise ValueError(
                     f"{self.path} has no lm_head.weight, and config.json does not tie it to the "
                     "embedding; download it again, or set tie_word_embeddings to true"
                 )
             return head is None
-        embedding, output = embed.tensor(), head.tensor()
-        # Nearly all that differ do in the first row, and then nothing else is read.
-        same = (
-            embedding.shape == output.shape
-            and torch.equal(embedding[:1], output[:1])
-            and torch.equal(embedding, output)
-        )
-        if said and not same:
+        same = same_weights(embed.tensor(), head.tensor())
+        if tied_in_config and not same:
             raise ValueError(
-                f"{self.path}: config.json ties lm_head.weight to the embedding, and the file has "
-                "another one; set tie_word_embeddings to false, or remove lm_head.weight"
+                f"{self.path}: config.json ties lm_head.weight to the embedding, but the file has "
+                "a different one; set tie_word_embeddings to false, or remove lm_head.weight"
             )
         return same
 
@@ -130,18 +130,18 @@ class HFSource(Source):
         return self._weights[name].dtype
 
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """See `Source.read`. Query and key rows are copied to Meta's order, the rest are views."""
+        """See `Source.read`. Query and key rows are copies in Meta's order; the rest are views."""
         whole = self._weights[name].tensor()
         stop = whole.shape[dim] if stop is None else stop
         part = whole.narrow(dim, start, stop - start)
         if name.split(".")[-2] not in ("wq", "wk"):
             return part
         d = self._head_dim
-        assert dim == 1 or start % d == stop % d == 0, f"{name} {start}:{stop}: heads are of {d}"
+        assert dim == 1 or start % d == stop % d == 0, f"{name}: {start}:{stop} splits a head"
         return interleave(part, d)
 
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
-        """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model is.
+        """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model.
 
         Raises:
             ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
@@ -150,13 +150,13 @@ class HFSource(Source):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder: the whole file, those of its index, or every numbered one.
+    """The safetensors of a folder: the single file, those of its index, or all numbered ones.
 
     Raises:
         FileNotFoundError: there are none.
         ValueError: one of several is missing.
     """
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / INDEX_FILE
     if single.is_file():
         return [single]
     if index.is_file():
@@ -183,6 +183,7 @@ def open_safetensors(path: Path) -> Any:
 
     Raises:
         ValueError: the file is truncated, a web page or a Git-LFS pointer.
+        ImportError: the `safetensors` package is missing.
     """
     try:
         from safetensors import SafetensorError, safe_open

@@ -1,17 +1,17 @@
-"""Hugging Face's config.json and tensor names in Meta's terms. Knows no tensors."""
+"""Hugging Face's config.json and tensor names <-> Meta's params.json and names. Reads no tensor."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints.formats.vocabulary import ffn_terms
+from llama.checkpoints.formats.params import ffn_terms
 from llama.model import ModelArgs
 
-# Hugging Face's names <-> Meta's; a layer's are `model.layers.N.` + HF and `layers.N.` + Meta.
+INDEX_FILE = "model.safetensors.index.json"
+# Hugging Face's name: Meta's. Names in a layer follow `model.layers.N.` (HF), `layers.N.` (Meta).
 TOP_NAMES = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",
@@ -29,9 +29,9 @@ LAYER_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
-# Keys under which the same weights compute something else, and their only value here.
-PLAIN = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-# What Llama 3.1's scaling fixes, see `llama.rope.apply_scaling`.
+# Keys that change what the weights compute, with the only value that Meta's models have.
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# Constants of Llama 3.1's RoPE scaling.
 SCALING = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -40,7 +40,7 @@ SCALING = {
 
 
 def meta_name(name: str) -> str | None:
-    """Meta's name of the HF tensor `name`; None: it has none."""
+    """Meta's name of the HF tensor `name`; None: Meta's models have no such tensor."""
     stem = name.removesuffix(".weight")
     if stem == name:
         return None
@@ -60,22 +60,11 @@ def hf_name(name: str) -> str:
     return prefix + next(hf for hf, meta in names.items() if meta == stem) + ".weight"
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again")
-    return value
-
-
 def read_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """config.json in params.json's terms; `path` is for messages.
+    """The content of params.json that says the same as `config`; `path` is for messages.
 
     Raises:
-        ValueError: a key is missing, or the model computes something else than Meta's code.
+        ValueError: a key is missing, or the model does not compute what Meta's code computes.
     """
 
     def count(key: str, default: int | None = None) -> int:
@@ -88,14 +77,14 @@ def read_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
         kind = config.get("model_type")
         raise ValueError(f"{path}: model_type is {kind!r}; only 'llama' can be loaded")
     dim, n_heads = count("hidden_size"), count("num_attention_heads")
-    for key, plain in (PLAIN | {"head_dim": dim // n_heads}).items():
-        if (value := config.get(key, plain)) not in (plain, None):
-            raise ValueError(f"{path}: {key} is {value!r}; Meta's models have {plain!r} here")
+    for key, fixed in (FIXED | {"head_dim": dim // n_heads}).items():
+        if (value := config.get(key, fixed)) not in (fixed, None):
+            raise ValueError(f"{path}: {key} is {value!r}; Meta's models have {fixed!r} here")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{path}: the weights are quantized; use the unquantized model")
     if "AutoModelForCausalLM" in (config.get("auto_map") or {}):
         raise ValueError(
-            f"{path}: auto_map names model code of its own, and this library runs none"
+            f"{path}: auto_map names model code in the repository, which this library never runs"
         )
     try:
         multiple_of, multiplier = ffn_terms(dim, count("intermediate_size"))
@@ -118,7 +107,7 @@ def read_config(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta and the scaling, which transformers 5 keeps in one object and 4 apart."""
+    """rope_theta and the scaling; transformers 5 stores both in one object, 4 does not."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"the RoPE parameters must be an object, not {rope!r}")

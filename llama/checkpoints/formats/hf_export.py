@@ -1,11 +1,10 @@
-"""A checkpoint -> a Hugging Face directory: safetensors and config.json.
+"""Any source -> Hugging Face's layout: config.json and safetensors.
 
-Knows Hugging Face's layout; `hf_tokenizer` writes tokenizer.json. Shapes: D dim, d head_dim.
+Knows the folder; `hf_tokenizer_export` writes tokenizer.json. Shapes: D dim, d head_dim.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,28 +12,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoints.formats.hf_config import SCALING, hf_name
-from llama.checkpoints.formats.hf_tokenizer import write_tokenizer
+from llama.checkpoints.formats.hf_config import INDEX_FILE, SCALING, hf_name
+from llama.checkpoints.formats.hf_tokenizer_export import write_tokenizer
 from llama.checkpoints.source import Source
+from llama.common.dtypes import dtype_name
+from llama.common.files import write_json
 from llama.common.progress import progress
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 
-MAX_SHARD_BYTES = 10**9  # a file holds at least one tensor, however large
+MAX_SHARD_BYTES = 10**9  # a larger tensor gets a file of its own
 
 
 def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write `source` into the existing `folder` as transformers and what reads its files expect.
+    """Write `source` into the existing `folder` as the transformers library reads it.
 
-    One file's tensors are in memory at a time. A tied model's output is not written.
+    The tensors of one file are in memory at a time. The output of a tied model is not written.
 
     Args:
-        dtype: of all weights; None keeps what is stored.
+        dtype: of all weights; None: the stored dtypes.
 
     Raises:
-        ValueError: weights that do not fit their sizes, or a tokenizer that does not fit them.
+        ValueError: weights that do not fit the sizes, or a tokenizer larger than the embedding.
         ImportError: the `safetensors` or `tokenizers` package is missing.
+        OSError: the files cannot be written.
     """
     try:
         import safetensors.torch  # noqa: F401 - before anything is written
@@ -48,18 +50,15 @@ def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
             "embeddings; give the model's own tokenizer"
         )
     stored = dtype or source.dtype("layers.0.attention.wq.weight")
-    write_json(folder / "config.json", config(args, tokenizer, stored, source.tied, source.context))
+    config = hf_config(args, tokenizer, stored, tied=source.tied, context=source.context)
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", token_ids(tokenizer))
     write_tokenizer(tokenizer, folder, source.context)
     write_weights(source, args, folder, dtype)
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The special ids that generation needs; null: there is no such token."""
+    """The ids of special tokens for generation_config.json; null: no such token."""
     return {
         "bos_token_id": tokenizer.bos_id if tokenizer.bos_id >= 0 else None,
         "eos_token_id": list(tokenizer.stop_tokens),
@@ -67,12 +66,12 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def config(
+def hf_config(
     args: ModelArgs, tokenizer: Tokenizer, dtype: torch.dtype, tied: bool, context: int
 ) -> dict[str, Any]:
-    """The contents of config.json.
+    """The content of config.json.
 
-    RoPE stands there as in transformers 4 (`rope_theta`, `rope_scaling`), which 5 reads too.
+    RoPE is written as in transformers 4 (`rope_theta`, `rope_scaling`), which 5 reads too.
     """
     scaling = {"rope_type": "llama3", "factor": args.scale_factor, **SCALING}
     return {
@@ -93,7 +92,7 @@ def config(
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": dtype_name(dtype),
         **token_ids(tokenizer),
     }
 
@@ -105,7 +104,7 @@ def halve(rows: Tensor, head_dim: int) -> Tensor:
 
 
 def plan_files(sizes: dict[str, int]) -> list[list[str]]:
-    """Share {name: bytes} out, in order, to files of at most MAX_SHARD_BYTES."""
+    """Distribute {name: bytes}, in order, over files of at most MAX_SHARD_BYTES."""
     files: list[list[str]] = []
     room = 0
     for name, size in sizes.items():
@@ -118,7 +117,7 @@ def plan_files(sizes: dict[str, int]) -> list[list[str]]:
 
 
 def write_weights(source: Source, args: ModelArgs, folder: Path, dtype: torch.dtype | None) -> None:
-    """Write model.safetensors, or numbered files and their index."""
+    """Write model.safetensors, or several numbered files and their index."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -144,16 +143,16 @@ def write_weights(source: Source, args: ModelArgs, folder: Path, dtype: torch.dt
                 save_file(weights, path, metadata={"format": "pt"})
             except SafetensorError as e:
                 raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
-            shutil.copymode(folder / "config.json", path)  # the library makes it private
+            shutil.copymode(folder / "config.json", path)  # the library lets only the owner read
             weights.clear()
     if len(files) > 1:
         where = {hf_name(name): path for name, path in file_of.items()}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def read_hf(source: Source, name: str, head_dim: int, dtype: torch.dtype | None) -> Tensor:
-    """The weight `name` as HF stores it, contiguous."""
+    """The weight `name` in HF's row order, contiguous."""
     weight = source.read(name).to(dtype or source.dtype(name))
     if name.split(".")[-2] in ("wq", "wk"):
         weight = halve(weight, head_dim)

@@ -1,13 +1,13 @@
-"""The official layout: params.json beside consolidated.00.pth, consolidated.01.pth, ...
+"""Meta's layout: params.json, and shards consolidated.00.pth, consolidated.01.pth, ...
 
-Knows how fairscale's shards make up whole weights. Shards are mapped; nothing is read before use.
+Knows how fairscale's shards combine to whole weights. Shards are mapped into memory; a weight is
+read from the disk when it is used.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import pickle
 from collections.abc import Collection
 from pathlib import Path
@@ -16,25 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoints.source import Source
+from llama.checkpoints.source import Source, same_weights
+from llama.common.dtypes import DTYPES
+from llama.common.files import read_json
 from llama.distributed.sharding import shard_dim
 from llama.model import ModelArgs
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-# What inference itself decides; params.json may name it, and is not asked.
+# Keys of params.json that are ignored: inference chooses the value.
 DECIDED_AT_BUILD = {"max_batch_size"}
-# What this library adds for quantized weights; see `llama.quantized_shard`.
+# The key that this library adds for quantized weights, see `formats.quantized`.
 QUANTIZATION = "quantization"
-# Tables that old checkpoints carry although they follow from params.json.
+# Tensors of old checkpoints that follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
 
 def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
-    """The contents of `params.json`, checked but for QUANTIZATION, if it has that.
+    """The content of `params.json`. All keys are checked but QUANTIZATION, which is optional.
 
     Raises:
         FileNotFoundError: no folder, or no params.json in it.
-        ValueError: not JSON, or keys that this model does not have.
+        ValueError: not JSON, unknown or missing keys, or impossible sizes.
     """
     folder = Path(ckpt_dir)
     if not folder.is_dir():
@@ -43,14 +44,9 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"no params.json in {folder}; an official checkpoint has one beside its "
-            "consolidated.*.pth (in Hugging Face repositories both lie under original/)"
+            "consolidated.*.pth (in Hugging Face repositories both are under original/)"
         )
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); download it again") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again")
+    params = read_json(path)
     known = {field.name for field in dataclasses.fields(ModelArgs)}
     if unknown := sorted(set(params) - known - {QUANTIZATION}):
         raise ValueError(
@@ -68,7 +64,11 @@ def read_params(ckpt_dir: str | Path) -> dict[str, Any]:
 
 
 def find_shards(ckpt_dir: str | Path) -> list[Path]:
-    """The `.pth` files in rank order."""
+    """The `.pth` files of a folder, in rank order.
+
+    Raises:
+        FileNotFoundError: there are none, or one is missing.
+    """
     shards = sorted(Path(ckpt_dir).glob("consolidated.*.pth"))
     if not shards:
         raise FileNotFoundError(f"no consolidated.*.pth in {ckpt_dir}; check ckpt_dir")
@@ -80,49 +80,56 @@ def find_shards(ckpt_dir: str | Path) -> list[Path]:
     return shards
 
 
-def read_shard(path: Path, dtypes: Collection[torch.dtype] = DTYPES) -> dict[str, Tensor]:
-    """Map one `.pth` of tensors of `dtypes` into memory; no code in it is run.
+def read_shard(
+    path: Path, dtypes: Collection[torch.dtype] = tuple(DTYPES.values())
+) -> dict[str, Tensor]:
+    """Map the tensors of one `.pth` into memory; code in the file is not run.
 
     Raises:
-        ValueError: the file is truncated, is no checkpoint, or tries to run code.
+        ValueError: the file is truncated, is not a checkpoint, has tensors of other dtypes than
+            `dtypes`, or would run code.
     """
     try:
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(
-            f"{path} holds more than weights and could run code when loaded; it was refused. "
+            f"{path} contains more than weights and could run code when loaded; it was refused. "
             f"Get the official file. ({str(e).splitlines()[0]})"
         ) from None
     except (RuntimeError, EOFError, ValueError, OSError) as e:
-        if is_of_disk(e):
+        if is_disk_error(e):
             raise
         raise ValueError(
             f"{path} is truncated or is not a torch checkpoint; get or make it again. "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
         ) from None
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise ValueError(f"{path} is not a state dict of tensors: this is another model's file")
+        raise ValueError(f"{path} is not a state dict of tensors: it is not a Llama checkpoint")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
     if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
         if quantized[0].endswith((".q", ".packed")):
             raise ValueError(
-                f"{path}: {quantized[0]} is of `llama3 quantize`, and the params.json beside it "
-                f'lacks "{QUANTIZATION}"; get params.json, or quantize it again'
+                f"{path}: {quantized[0]} was written by `llama3 quantize`, and the params.json "
+                f'beside it lacks "{QUANTIZATION}"; get its params.json, or quantize it again'
             )
         raise ValueError(
             f"{path}: {quantized[0]} is {weights[quantized[0]].dtype}; quantized checkpoints need "
-            "scales that this layout does not hold: get the bfloat16 release"
+            "scales that this layout does not have: get the bfloat16 release"
         )
     return weights
 
 
-def is_of_disk(e: Exception) -> bool:
-    """Whether what `torch.load` raised is about the disk; EINVAL tells of files cut off."""
+def is_disk_error(e: Exception) -> bool:
+    """Whether an error of `torch.load` is one of the disk. EINVAL means a truncated file."""
     return isinstance(e, OSError) and e.errno != errno.EINVAL
 
 
-class MetaShards(Source):
-    """The official layout as a `Source`: N shards make whole weights."""
+class MetaSource(Source):
+    """A folder in Meta's layout, of one or several shards.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_params`, `find_shards` and `read_shard`.
+    """
 
     layout = "meta"
 
@@ -142,26 +149,23 @@ class MetaShards(Source):
         if self.params.get("vocab_size", -1) == -1 and embedding is not None:
             self.params["vocab_size"] = self.n_shards * embedding.shape[0]
         self.tied = self._tied()
-        self.copies = self._copies_of_kv_heads()
+        self.kv_copies = self._count_kv_copies()
 
     def _tied(self) -> bool:
-        """Whether output and embedding are equal, by storage or number by number."""
+        """Whether output and embedding are equal in every shard."""
         for shard in self.shards:
             a, b = shard.get("tok_embeddings.weight"), shard.get("output.weight")
-            if a is None or b is None or a.shape != b.shape:
-                return False
-            if not (torch.equal(a[:1], b[:1]) and torch.equal(a, b)):  # mostly told by one row
+            if a is None or b is None or not same_weights(a, b):
                 return False
         return True
 
-    def _copies_of_kv_heads(self) -> int:
-        """How many times in a row each KV head is stored.
+    def _count_kv_copies(self) -> int:
+        """How many times in a row each KV head is stored; corrects params["n_kv_heads"].
 
-        The 405B release for 16 ranks stores 8 heads twice each. Its params.json may count them as
-        16: then they are counted here as the 8 they are.
+        The 405B release for 16 ranks stores each of 8 heads twice, and its params.json may say 16.
         """
         args = ModelArgs(**self.params)
-        copies = len(self.shards) * args.n_heads  # more than there can be
+        copies = len(self.shards) * args.n_heads  # an upper limit
         for layer in (0, args.n_layers - 1):
             for kind in ("wk", "wv"):
                 name = f"layers.{layer}.attention.{kind}.weight"
@@ -169,13 +173,13 @@ class MetaShards(Source):
                 rows = sum(len(part) for part in parts)
                 stored = rows // args.head_dim
                 if len(parts) < len(self.shards) or rows % args.head_dim or stored < 2:
-                    return 1  # `args` will say what is missing
+                    return 1  # `args` raises the error that says what is missing
                 if stored <= args.kv_heads and len(parts) != stored:
-                    return 1  # only the release for more ranks than heads stores heads twice
+                    return 1  # only a release for more ranks than heads stores heads twice
                 heads = torch.cat(parts).view(stored, args.head_dim, -1)
-                copies = min(copies, _copies(heads))
+                copies = min(copies, _count_copies(heads))
         if stored > args.kv_heads and stored // copies != args.kv_heads:
-            return 1  # different heads: `args` will say that there are too many
+            return 1  # the heads differ: `args` raises the error that there are too many
         self.params["n_kv_heads"] = stored // copies
         return copies
 
@@ -186,7 +190,7 @@ class MetaShards(Source):
             if dim is not None and dim < len(shape):
                 shape[dim] *= self.n_shards
                 if self._is_kv(name):
-                    shape[dim] //= self.copies
+                    shape[dim] //= self.kv_copies
             shapes[name] = tuple(shape)
         return shapes
 
@@ -200,30 +204,30 @@ class MetaShards(Source):
     def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         split = shard_dim(name)
         parts = [shard[name] for shard in self.shards]
-        if split is None:  # norms differ a little from shard to shard: a merge takes the first
+        if split is None:  # norms of the shards may differ slightly: the first one is used
             return parts[0][start:stop]
         if split != dim:
             whole = torch.cat(parts, split) if len(parts) > 1 else parts[0]
             return whole[start:stop] if dim == 0 else whole[:, start:stop]
         size = self.shapes()[name][dim]
-        if self.copies > 1 and self._is_kv(name):
-            return self._read_heads(parts, start, size if stop is None else stop)
-        return _range(parts, dim, start, size if stop is None else stop)
+        if self.kv_copies > 1 and self._is_kv(name):
+            return self._read_kv_heads(parts, start, size if stop is None else stop)
+        return _concatenated_range(parts, dim, start, size if stop is None else stop)
 
-    def _read_heads(self, parts: list[Tensor], start: int, stop: int) -> Tensor:
-        """Rows of whole KV heads, of which the first of each's copies is taken."""
+    def _read_kv_heads(self, parts: list[Tensor], start: int, stop: int) -> Tensor:
+        """Rows `start`:`stop`, which are whole KV heads, from the first copy of each head."""
         d = ModelArgs(**self.params).head_dim
         assert start % d == stop % d == 0
-        firsts = [head * self.copies * d for head in range(start // d, stop // d)]
-        heads = [_range(parts, 0, row, row + d) for row in firsts]
+        firsts = [head * self.kv_copies * d for head in range(start // d, stop // d)]
+        heads = [_concatenated_range(parts, 0, row, row + d) for row in firsts]
         return heads[0] if len(heads) == 1 else torch.cat(heads)
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
         return self.shards[rank if size == self.n_shards else 0][name]
 
 
-def _copies(heads: Tensor) -> int:
-    """The greatest power of two c for which every c heads in a row are equal."""
+def _count_copies(heads: Tensor) -> int:
+    """The greatest power of two c such that each group of c heads in a row is equal."""
     copies = 1
     while len(heads) % (2 * copies) == 0:
         groups = heads.unflatten(0, (-1, 2 * copies))
@@ -233,8 +237,8 @@ def _copies(heads: Tensor) -> int:
     return copies
 
 
-def _range(parts: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
-    """`torch.cat(parts, dim)[start:stop]` along `dim`, from the parts that it touches."""
+def _concatenated_range(parts: list[Tensor], dim: int, start: int, stop: int) -> Tensor:
+    """`torch.cat(parts, dim)[start:stop]` along `dim`; only the parts in the range are read."""
     n = parts[0].shape[dim]
     pieces = [
         part.narrow(dim, max(start - i * n, 0), min(stop - i * n, n) - max(start - i * n, 0))

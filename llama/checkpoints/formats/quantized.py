@@ -1,9 +1,9 @@
-"""A quantized checkpoint in the official layout: codes and scales in the place of plain weights.
+"""Quantized checkpoints in Meta's layout: codes and scales instead of plain weights.
 
     params.json          ..., "quantization": {"scheme": "int4", "group": 32, "tied": true}
     consolidated.00.pth  layers.0.attention.wq.packed, .scale and .zero: the buffers of `Int4Linear`
 
-Knows the files. Which weights are quantized, and how, is `linears.quantized`'s to say.
+Knows the files. `llama.layers.quantized_linear` decides which weights are quantized, and how.
 """
 
 from __future__ import annotations
@@ -14,28 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoints.formats.meta import (
-    DTYPES,
-    QUANTIZATION,
-    find_shards,
-    read_params,
-    read_shard,
-)
+from llama.checkpoints.formats.meta import QUANTIZATION, find_shards, read_params, read_shard
 from llama.checkpoints.source import Source, check_shapes
+from llama.common.dtypes import DTYPES
 from llama.distributed.sharding import weight_shapes
 from llama.layers.quantization import rows_int4
 from llama.layers.quantized_linear import check_scheme, quantized
 from llama.model import ModelArgs
 
-CODES = (torch.int8, torch.int32)
-KEYS = {"scheme", "group", "tied"}
+PLAIN_DTYPES = tuple(DTYPES.values())
+CODE_DTYPES = (torch.int8, torch.int32)
+KEYS = {"scheme", "group", "tied"}  # of params.json's "quantization"
 
 
-def held(name: str, w: Tensor, scheme: str, group: int) -> dict[str, Tensor]:
-    """{stored name: tensor} of Meta's weight `name`: of a linear, what its exchange holds.
+def quantize_weight(name: str, w: Tensor, scheme: str, group: int) -> dict[str, Tensor]:
+    """{stored name: tensor} of Meta's weight `name`: codes and scales if it is a linear's.
 
     Raises:
-        ValueError: naming the weight that the group does not divide.
+        ValueError: the group does not divide the weight's columns; the message names the weight.
     """
     layer = name.removesuffix(".weight")
     if w.dim() == 1 or layer == "tok_embeddings":
@@ -47,34 +43,37 @@ def held(name: str, w: Tensor, scheme: str, group: int) -> dict[str, Tensor]:
     return {f"{layer}.{key}": buffer for key, buffer in buffers.items()}
 
 
-def sizes(args: ModelArgs, scheme: str, group: int) -> dict[str, Tensor]:
-    """{stored name: tensor on the meta device} of a whole model; plain ones are in bf16.
+def stored_tensors(args: ModelArgs, scheme: str, group: int) -> dict[str, Tensor]:
+    """{stored name: tensor on the meta device} of a quantized model; plain weights are in bf16.
 
     Raises:
-        ValueError: naming the weight that the group does not divide.
+        ValueError: as `quantize_weight`.
     """
     tensors: dict[str, Tensor] = {}
     for name, shape in weight_shapes(args).items():
         w = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        tensors |= held(name, w, scheme, group)
+        tensors |= quantize_weight(name, w, scheme, group)
     return tensors
 
 
-def params_of(source: Source, scheme: str, group: int) -> dict[str, Any]:
-    """The params.json of `source` quantized so."""
-    said: dict[str, Any] = {"scheme": scheme}
+def quantized_params(source: Source, scheme: str, group: int) -> dict[str, Any]:
+    """The content of params.json for `source` after quantization."""
+    quantization: dict[str, Any] = {"scheme": scheme}
     if scheme == "int4":
-        said["group"] = group
+        quantization["group"] = group
     if source.tied:
-        said["tied"] = True
-    return source.params | {QUANTIZATION: said}
+        quantization["tied"] = True
+    return source.params | {QUANTIZATION: quantization}
 
 
-class QuantizedShard(Source):
-    """An open quantized checkpoint. The file is mapped; nothing is read before use.
+class QuantizedSource(Source):
+    """A folder with a quantized checkpoint. The file is mapped; tensors are read when used.
 
-    `shapes`, `dtype` and `read` are those of the stored tensors. All lie whole in one file. If
-    `tied`, the output was quantized from the embedding, and still has codes of its own.
+    `shapes`, `dtype` and `read` are about the stored tensors, which are whole and in one file. If
+    `tied`, the output was quantized from the embedding; it has codes of its own all the same.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_params`, `find_shards` and `read_shard`.
     """
 
     layout = "meta"
@@ -82,13 +81,13 @@ class QuantizedShard(Source):
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.params = read_params(path)
-        self.quantization, self.tied = _said(self.params.pop(QUANTIZATION), self.path)
+        self.quantization, self.tied = _parse_quantization(self.params.pop(QUANTIZATION), self.path)
         if self.params.get("vocab_size", -1) < 1:
             raise ValueError(f"{self.path / 'params.json'} lacks 'vocab_size'; quantize it again")
         files = find_shards(path)
         if len(files) > 1:
             raise ValueError(f"{path} is quantized and has {len(files)} shards; quantize it again")
-        self.tensors = read_shard(files[0], (*DTYPES, *CODES))
+        self.tensors = read_shard(files[0], (*PLAIN_DTYPES, *CODE_DTYPES))
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(w.shape) for name, w in self.tensors.items()}
@@ -109,15 +108,15 @@ class QuantizedShard(Source):
         if w.dim() == 1:  # scales of whole rows
             return w
         assert self.quantization is not None
-        columns = {"q": 1, "packed": 8}.get(kind, self.quantization[1])  # that a number stands for
+        columns = {"q": 1, "packed": 8}.get(kind, self.quantization[1])  # per stored number
         return w[:, start // columns : stop // columns]
 
     def args(self, **build: int) -> ModelArgs:
-        """As `Source.args`."""
+        """See `Source.args`."""
         assert self.quantization is not None
         args = ModelArgs(**(self.params | build))
         try:
-            expected = sizes(args, *self.quantization)
+            expected = stored_tensors(args, *self.quantization)
         except ValueError as e:
             raise ValueError(f"{self.path}: {e}; quantize it again") from None
         shapes = {name: tuple(w.shape) for name, w in expected.items()}
@@ -125,20 +124,20 @@ class QuantizedShard(Source):
             check_shapes(self.shapes(), shapes, self.path)
         except ValueError as e:
             scheme, group = self.quantization
-            said = f"{scheme} in groups of {group}" if scheme == "int4" else scheme
+            stated = f"{scheme} in groups of {group}" if scheme == "int4" else scheme
             raise ValueError(
-                f'{e}; "{QUANTIZATION}" in params.json says {said}: correct it, or quantize again'
+                f'{e}; "{QUANTIZATION}" in params.json says {stated}: correct it, or quantize again'
             ) from None
         for name, w in expected.items():
             plain, found = name.endswith(".weight"), self.dtype(name)
-            if found not in DTYPES if plain else found != w.dtype:
+            if found not in PLAIN_DTYPES if plain else found != w.dtype:
                 wanted = "plain" if plain else w.dtype
                 raise ValueError(f"{self.path}: {name} is {found}, not {wanted}; quantize it again")
         return args
 
 
-def _said(value: object, folder: Path) -> tuple[tuple[str, int], bool]:
-    """((scheme, group), tied) of what params.json says."""
+def _parse_quantization(value: object, folder: Path) -> tuple[tuple[str, int], bool]:
+    """((scheme, group), tied) from the QUANTIZATION entry of params.json."""
     try:
         if not isinstance(value, dict) or not {"scheme"} <= set(value) <= KEYS:
             raise ValueError(f"{value!r} is not what `llama3 quantize` writes")
@@ -148,7 +147,7 @@ def _said(value: object, folder: Path) -> tuple[tuple[str, int], bool]:
             raise ValueError(f"tied must be a boolean, not {tied!r}")
     except ValueError as e:
         raise ValueError(
-            f"{folder / 'params.json'}: {QUANTIZATION}: {e}; quantized checkpoints of other makers "
-            "are not read: quantize the original"
+            f"{folder / 'params.json'}: {QUANTIZATION}: {e}; only quantized checkpoints of this "
+            "library can be read: quantize the original"
         ) from None
     return (scheme, group), tied

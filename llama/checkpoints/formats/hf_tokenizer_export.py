@@ -1,21 +1,21 @@
-"""Our tokenizer as Hugging Face's files: tokenizer.json, its settings and a chat template.
+"""`Tokenizer` -> Hugging Face's files: tokenizer.json, its settings and a chat template.
 
-Knows what `Tokenizer` and `ChatFormat` do, and says the same with the `tokenizers` library.
+The `tokenizers` library then encodes as `Tokenizer` and `ChatFormat` do. Knows no weights.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama.checkpoints.formats.vocabulary import gpt2_bytes
+from llama.checkpoints.formats.bpe_ranks import gpt2_bytes
+from llama.common.files import write_json
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Jinja, as transformers runs it; content is data, `trim` is Python's `str.strip`.
+# Jinja, as transformers runs it; its `trim` is Python's `str.strip`.
 LLAMA3_TEMPLATE = (
     "{{ '<|begin_of_text|>' }}{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
@@ -38,12 +38,12 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Write tokenizer.json, tokenizer_config.json and special_tokens_map.json.
 
     Args:
-        context: how many positions the model was trained for.
+        context: tokens in a row that the model was trained for.
 
     Raises:
-        ValueError: an id that the library would not give back.
+        ValueError: tokenizer.json cannot give a special token its id.
     """
-    text = build_tokenizer(tokenizer).to_str(pretty=True)  # whose `save` knows no OSError
+    text = build_tokenizer(tokenizer).to_str(pretty=True)  # its `save` raises no OSError
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     text_of = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
@@ -57,16 +57,14 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     }
     if (template := chat_template(tokenizer)) is not None:
         settings["chat_template"] = template
-    for name, value in (("tokenizer_config", settings), ("special_tokens_map", roles)):
-        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "special_tokens_map.json", roles)
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:
-    """What `ChatFormat.encode_dialog_prompt` does, as a Jinja template; None: no chat format.
+    """The Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
 
-    Unlike `ChatFormat`, a template cannot keep special tokens' text in a content from being taken
-    for the tokens.
+    Unlike in `ChatFormat`, the text of a special token in a message becomes that token.
     """
     if tokenizer.chat_format is None:
         return None
@@ -82,7 +80,7 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer by the `tokenizers` library, BOS included."""
+    """The same tokenizer in the `tokenizers` library; it adds BOS."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as HFTokenizer
 
@@ -95,7 +93,7 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     special = sorted(tokenizer.special_tokens.items(), key=lambda item: item[1])
     vocab = {to_text(token): i for token, i in ranks.items()}
     if [i for _, i in special] != list(range(len(ranks), len(ranks) + len(special))):
-        vocab |= tokenizer.special_tokens  # else the library would number them after the ranks
+        vocab |= tokenizer.special_tokens  # otherwise the library numbers them after the ranks
     merges = [(to_text(left), to_text(right)) for left, right in recover_merges(ranks)]
     out = HFTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     split = pre_tokenizers.Split(Regex(tokenizer.pat_str), "isolated", invert=False)
@@ -121,19 +119,19 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
 
 
 def recover_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The merges of a tiktoken vocabulary, first merge first.
+    """The merges of a tiktoken vocabulary, in the order of their priority.
 
-    tiktoken joins the neighbours whose union has the lowest rank. What it does inside a token's own
-    bytes does not depend on what stands around them, so each token comes of one pair: the last two
-    parts of it. A token of which more parts are left, or whose parts are no tokens (a character
-    whose bytes are none), is never made by merging; it is found only as a whole piece
+    tiktoken joins the neighbours whose concatenation has the lowest rank. How it merges the bytes
+    of a token does not depend on the text around them, so each token results from one pair: its
+    last two parts. If more than two parts remain, or a part is not a token (a character whose bytes
+    are not tokens), merging never produces the token; it is found only as a whole piece of text
     (`ignore_merges`).
     """
     merges: list[tuple[bytes, bytes]] = []
-    never = max(ranks.values()) + 1
+    never = max(ranks.values()) + 1  # for a pair that is not a token
     for token in sorted(ranks, key=ranks.__getitem__):
-        cuts = list(range(len(token) + 1))  # the parts' ends
-        # joined[i]: the rank of parts i and i + 1 as one
+        cuts = list(range(len(token) + 1))  # part i is token[cuts[i] : cuts[i + 1]]
+        # joined[i]: the rank of the concatenation of parts i and i + 1
         joined = [ranks.get(token[i : i + 2], never) for i in range(len(token) - 1)]
         while len(cuts) > 3 and (lowest := min(joined)) < never:
             i = joined.index(lowest)
