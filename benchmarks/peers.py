@@ -24,8 +24,8 @@ from benchmarks.ours import build, greedy
 from benchmarks.random_checkpoint import RandomSource
 from benchmarks.transformers_peer import transformers_forward
 from llama.checkpoints.formats.meta_export import write_meta
-from llama.checkpoints.load import pick_device
 from llama.checkpoints.open import open_checkpoint
+from llama.distributed.device import pick_device
 from llama.engine.engine import Engine
 from llama.engine.request import Generation
 from llama.model import ModelArgs, Transformer

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.ours import random_prompts
 from benchmarks.peers import OURS, Job, System, make_system, write_weights
-from llama.checkpoints.load import pick_device
+from llama.distributed.device import pick_device
 
 LAYERS, VOCABULARY = 2, 1024  # upper bounds
 PROMPT, SINGLE = 192, 4  # ids computed at once, then ids computed one by one

@@ -25,7 +25,7 @@ from benchmarks.flags import check_counts, check_file
 from benchmarks.report import Figure, finish, make_result
 from benchmarks.script import run_benchmark
 from benchmarks.transformers_peer import transformers_model
-from llama.checkpoints.load import pick_device
+from llama.distributed.device import pick_device
 from llama.layers.optimize import optimize
 from llama.model import Transformer
 from llama.train.objective import Objective

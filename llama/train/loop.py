@@ -24,12 +24,11 @@ from llama.common.progress import progress, say
 from llama.distributed.device import pick_device, pick_dtype
 from llama.generation import Llama
 from llama.layers.optimize import optimize
-from llama.layers.replace import factory_of, replace_modules
-from llama.model import Transformer, TransformerBlock
+from llama.model import Transformer
 from llama.tokenizer import Tokenizer
 from llama.train.data import Split
 from llama.train.data_parallel import DataParallel
-from llama.train.objective import Objective, RecomputedBlock
+from llama.train.objective import Objective, prepare_model
 from llama.train.optimizer import initialize, make_optimizer
 from llama.train.report import Report, check_tensorboard
 from llama.train.settings import Settings
@@ -129,9 +128,7 @@ class Trainer:
             self.autocast = torch.autocast(ranks.device.type, torch.bfloat16)
         with torch.device("meta"):
             model = Transformer(self.args)
-        optimize(model, exact=True)  # plain linears and norms, which have gradients
-        if settings.recompute:
-            replace_modules(model, {TransformerBlock: factory_of(RecomputedBlock)})
+        prepare_model(model, settings.recompute)
         self.objective = Objective(model)
         ranks.shard(self.objective, list(model.layers))
         model.to_empty(device=ranks.device)

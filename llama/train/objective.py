@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama.layers.optimize import optimize
+from llama.layers.replace import factory_of, replace_modules
 from llama.model import Transformer, TransformerBlock
 
 
@@ -22,6 +24,17 @@ class RecomputedBlock(TransformerBlock):
         again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         out: Tensor = again(super().forward, x, *rest)
         return out
+
+
+def prepare_model(model: Transformer, recompute: bool = False) -> None:
+    """Replace modules of a plain model for training.
+
+    Args:
+        recompute: keep no activations of a block (activation checkpointing, arXiv:1604.06174).
+    """
+    optimize(model, exact=True)  # its linears and norms stay plain, which have gradients
+    if recompute:
+        replace_modules(model, {TransformerBlock: factory_of(RecomputedBlock)})
 
 
 class Objective(nn.Module):

@@ -16,7 +16,8 @@ from fairscale.nn.model_parallel import initialize as fs_init
 from torch import Tensor, nn
 
 from llama.common.dtypes import parse_dtype
-from llama.layers.quantized_linear import exchange, quantized
+from llama.layers.quantized_linear import quantized
+from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
 
 BATCH, CONTEXT = 3, 40
@@ -50,11 +51,11 @@ def built_bytes(
             model.output.weight = model.tok_embeddings.weight
         if scheme is not None:
             try:
-                exchange(model, quantized(scheme), nn.Linear)
+                replace_modules(model, {nn.Linear: quantized(scheme)})
             except ValueError:
                 return None
-        model.setup_cache(BATCH, CONTEXT)
-    caches = (c for cache in model.caches() for c in cache.buffers())
+        cache = model.new_cache(BATCH, CONTEXT)
+    caches = (t for layer in cache for t in (layer.k, layer.v))
     return [storage_bytes(iter(model.state_dict().values())), storage_bytes(caches)]
 
 

@@ -16,12 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
-from llama.checkpoints.load import tune
 from llama.common.dtypes import parse_dtype
 from llama.engine.engine import Engine
 from llama.engine.forward import draw_at
-from llama.engine.request import Request
+from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
+from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import possible_ranks
 from tests.checkpoints import eight_ranks
 from tests.checkpoints.eight_ranks import BATCH, CONTEXT, SHAPES, cases, storage_bytes
@@ -58,7 +58,7 @@ def test_bytes_are_those_of_models_on_1_to_8_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_weights_by_kind(scheme: str | None) -> None:
     model = Transformer(ModelArgs(**SHAPES[0]))
-    tune(model, scheme, exact=True)
+    optimize(model, scheme, exact=True)
     names = {
         "embedding": "tok_embeddings", "attention": ".attention.", "feed_forward": "feed_forward",
         "norms": "norm.", "output": "output",
@@ -87,7 +87,7 @@ def test_memory_of_a_built_model(
     model = llama.model
     planned = Footprint(model.params, tied, 1, "bf16", scheme).memory(2, 24)
     assert planned["weights"] == storage_bytes(iter(model.state_dict().values()))
-    assert planned["kv_cache"] == sum(c.k.nbytes + c.v.nbytes for c in model.caches())
+    assert planned["kv_cache"] == sum(c.k.nbytes + c.v.nbytes for c in llama.engine.cache)
     assert planned["rotary_table"] == model.freqs_cis.nbytes
 
 
@@ -120,18 +120,16 @@ def test_activations_are_close_to_torchs_peak(dtype: str, scheme: str | None) ->
     batch, context = 8, 1024
     args = ModelArgs(256, 2, 8, 2, vocab_size=3000, max_seq_len=context, max_batch_size=batch)
     model = Transformer(args).to(parse_dtype(dtype)).eval()
-    tune(model, scheme, exact=False)
-    model.setup_cache(batch, context)
-    requests = [Request([1], max_gen_len=1, sampling=Sampling(0.6, 1.0)) for _ in range(batch)]
-    for id, request in enumerate(requests):
-        request.begin(context, torch.device("cpu"))
-        request.id = id
+    optimize(model, scheme)
+    cache = model.new_cache(batch, context)
+    request = Request([1], max_gen_len=1, sampling=Sampling(0.6, 1.0))
+    generations = [Generation(request, id) for id in range(batch)]
 
     def step(length: int) -> None:
         """Feed each row its last `length` ids, and sample one for each."""
         tokens = torch.zeros(batch, length, dtype=torch.int64)
-        h = model.hidden(tokens, torch.full((batch,), context - length), context)
-        draw_at(model, h, [(request, request.id * length) for request in requests])
+        h = model.hidden(tokens, torch.full((batch,), context - length), cache, context)
+        draw_at(model, h, [(generation, generation.id * length) for generation in generations])
 
     step(1)  # allocates what is kept between steps
     for length in (PREFILL_CHUNK // batch, 1):

@@ -20,10 +20,11 @@ from torch import Tensor
 from llama import Llama
 from llama.checkpoints.convert import convert, quantize
 from llama.checkpoints.inspect import describe
-from llama.checkpoints.load import load_model, tune
+from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
 from llama.distributed import tensor_parallel
+from llama.layers.optimize import optimize
 from llama.layers.quantization import quantize_int4, quantize_int8
 from llama.layers.quantized_linear import quantized
 from tests.checkpoints import gguf_files
@@ -94,7 +95,7 @@ def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tenso
     """Logits of a prefill and of one decode step."""
     source = open_checkpoint(path)
     model = load_model(source, source.args(max_seq_len=32), CPU, dtype)
-    tune(model, quantize, exact=False)
+    optimize(model, quantize)
     return torch.cat([model(TOKENS, 0), model(TOKENS[:, :1], 20)], dim=1)
 
 
@@ -110,7 +111,7 @@ def test_bit_identical_to_quantizing_at_build(
     dst = quantize(src, tmp_path / "dst", scheme, group)
     if group:
         monkeypatch.setattr(
-            "llama.checkpoints.load.quantized",
+            "llama.layers.optimize.quantized",
             lambda scheme, group=group, **options: quantized(scheme, group, **options),
         )
     half = kind.startswith("gguf") or "bf16" in kind
@@ -230,7 +231,7 @@ def test_build_with_quantize(
     tiny_checkpoint: Tiny,
     llama3_tokenizer_path: Path,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = tiny_checkpoint(multiple_of=64)
     dst = quantize(folder, tmp_path / "int8", "int8")
@@ -243,9 +244,10 @@ def test_build_with_quantize(
 
     want = ids(folder, quantize="int8", exact=True)
     for how in ({}, {"quantize": "int8"}):
-        capfd.readouterr()
+        caplog.clear()
+        caplog.set_level("INFO", logger="llama")
         assert ids(dst, exact=True, **how) == want
-        assert "parameters, float32 and int8 on cpu" in capfd.readouterr().err
+        assert "parameters, float32 and int8 on cpu" in caplog.text
     with pytest.raises(ValueError, match=r"is quantized already, to int8; quantize='int4' needs"):
         ids(dst, quantize="int4")
     with pytest.raises(ValueError, match="unknown scheme 'int5'"):

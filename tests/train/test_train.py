@@ -121,11 +121,12 @@ def test_checkpoint(tmp_path: Path, text: Path, full_run: Path) -> None:
     assert best == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_longer_than_trained(full_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_longer_than_trained(full_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="llama")
     Llama.build(full_run, None, 16, 1, device="cpu")
-    assert "was trained for" not in capsys.readouterr().err
+    assert "was trained for" not in caplog.text
     Llama.build(full_run, None, 17, 1, device="cpu")
-    assert "was trained for 16 tokens in a row" in capsys.readouterr().err
+    assert "was trained for 16 tokens in a row" in caplog.text
 
 
 def test_best_checkpoint_is_kept(tmp_path: Path, text: Path) -> None:

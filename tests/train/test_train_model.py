@@ -12,10 +12,15 @@ from benchmarks.transformers_peer import config_of
 from llama import ModelArgs, Transformer
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
-from llama.train.loop import Objective
+from llama.train.objective import Objective, prepare_model
 from llama.train.optimizer import initialize, make_optimizer
 from llama.train.settings import Settings
 from tests.models import TINY, random_weights
+
+
+def objective_of(model: Transformer, recompute: bool = False) -> Objective:
+    prepare_model(model, recompute)
+    return Objective(model)
 
 
 def permuted(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
@@ -44,7 +49,7 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
     ids = torch.randint(0, 101, (3, 41))
     expected = theirs(input_ids=ids, labels=ids).loss
     expected.backward()
-    loss = Objective(model, recompute)(ids[:, :-1], ids[:, 1:])
+    loss = objective_of(model, recompute)(ids[:, :-1], ids[:, 1:])
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     gradients = {name: w.grad for name, w in theirs.named_parameters()}
@@ -69,7 +74,7 @@ def test_recompute_saves_fewer_activations() -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            Objective(model, recompute)(ids[:, :-1], ids[:, 1:])
+            objective_of(model, recompute)(ids[:, :-1], ids[:, 1:])
         saved[recompute] = sum(sizes)
     assert saved[True] < 0.5 * saved[False]
 
@@ -78,7 +83,7 @@ def test_overfits_a_batch() -> None:
     settings = Settings(dim=32, n_layers=2, n_heads=2, lr=0.01)
     model = Transformer(settings.model_args(30))
     initialize(model, 1)
-    objective = Objective(model, recompute=False)
+    objective = objective_of(model)
     optimizer = make_optimizer(objective, settings)
     ids = torch.randint(0, 30, (2, 33))
     ids[:, 0] = torch.arange(2)  # different first ids: rows must be distinguishable
