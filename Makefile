@@ -1,8 +1,10 @@
-# The two commands of README.md: `make demo` and `make test`. Everything goes into .venv.
+# The two commands of README.md: `make demo` and `make test`. Everything is installed into .venv.
 PYTHON ?= python3
 VENV ?= .venv
-# For example PIP_ARGS="--no-cache-dir"; which build of torch pip takes is the index's matter.
+# More arguments of pip, such as PIP_ARGS="--no-cache-dir". The index decides which build of torch.
 PIP_ARGS ?=
+# The versions to install; .github/lowest.txt has the oldest that are tested.
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint clean
@@ -17,13 +19,14 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/codespell
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
-# What is installed, by extra; installed again when the requirements change.
-$(VENV)/.demo $(VENV)/.dev: pyproject.toml constraints.txt
+# One stamp for each extra, which is installed again when the requirements change.
+$(VENV)/.demo $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_ARGS) --disable-pip-version-check -q \
-		-c constraints.txt -e '.[$(subst .,,$(@F))]'
+		-c $(CONSTRAINTS) -e '.[$(subst .,,$(@F))]'
 	touch $@
 
 clean:

@@ -35,4 +35,4 @@ __all__ = [
     "is_leader",
     "parse_tool_calls",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

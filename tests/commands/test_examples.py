@@ -109,7 +109,7 @@ def test_a_mistake_in_an_example_is_one_line() -> None:
 
 
 def test_version_and_demo_folder(demo_dir: Path) -> None:
-    assert run("-m", "llama", "version").stdout.strip() == "0.1.0"
+    assert run("-m", "llama", "version").stdout.strip() == "0.2.0"
     assert run("-m", "llama", "demo").stdout.strip() == str(demo_dir)
 
 

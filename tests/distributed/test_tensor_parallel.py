@@ -163,7 +163,7 @@ def test_replicas_are_independent(folders: list[str]) -> None:
 
 
 def test_two_nodes(folders: list[str], one_rank: list[dict[str, Any]]) -> None:
-    """Two torchrun agents on loopback, with the flags of docs/scaling.md."""
+    """Two torchrun agents on loopback, with the flags of docs/ranks.md."""
     launcher = ["--nnodes=2", f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
     command = [str(SCRIPT), "one", folders[3]]
     nodes = [
