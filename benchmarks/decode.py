@@ -28,7 +28,7 @@ from benchmarks.random_checkpoint import SHAPES
 from benchmarks.report import machine, print_table, save_plot
 from benchmarks.same_model import Preparation
 from benchmarks.workers import Reader, Worker
-from llama.commands import run
+from llama.commands.script import run_script
 
 READ_BYTES = 1 << 30  # of the memory whose reading is timed
 
@@ -219,4 +219,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.decode")
+    run_script(main)

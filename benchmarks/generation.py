@@ -256,4 +256,4 @@ def report(what: str, shape: str, dtype: str, **figures: float) -> None:
 if __name__ == "__main__":
     commands = (ragged, turns, prefill, overhead, steps)
     verbs = SimpleNamespace(**{command.__name__: command for command in commands})
-    run.run(verbs, "benchmarks.generation")
+    run_script(verbs)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.flags import check_counts
 from llama.attention import fused_grouped_attention
-from llama.commands import run
+from llama.commands.script import run_script
 from llama.layers import kernels
 from llama.layers.quantization import dequantize_int8
 
@@ -200,4 +200,4 @@ def attention(
 
 if __name__ == "__main__":
     verbs = SimpleNamespace(linear=linear, attention=attention)
-    run.run(verbs, "benchmarks.kernels")
+    run_script(verbs)

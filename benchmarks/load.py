@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from llama import Llama
-from llama.commands import run
+from llama.commands.script import run_script
 
 
 def resident_bytes(kind: str) -> int:
@@ -50,4 +50,4 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.load")
+    run_script(main)

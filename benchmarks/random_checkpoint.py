@@ -19,7 +19,8 @@ from llama.args import ModelArgs
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source
-from llama.commands import plan, run
+from llama.checkpoints import plan
+from llama.commands.script import run_script
 from llama.distributed.sharding import weight_shapes
 
 SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
@@ -77,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.random_checkpoint")
+    run_script(main)

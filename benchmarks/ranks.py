@@ -22,7 +22,7 @@ from benchmarks.generation import build, random_prompts
 from benchmarks.peers import Ours
 from benchmarks.random_checkpoint import SHAPES
 from llama.checkpoints.load import tune
-from llama.commands import run
+from llama.commands.script import run_script
 from llama.distributed import job, tensor_parallel
 
 
@@ -114,4 +114,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        run.run(main, "benchmarks.ranks")
+        run_script(main)

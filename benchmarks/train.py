@@ -26,7 +26,7 @@ from benchmarks.transformers_peer import config_of
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
 from llama.checkpoints.load import pick_device
-from llama.commands import run
+from llama.commands.script import run_script
 from llama.model import Transformer
 from llama.train.loop import Objective
 from llama.train.optimizer import initialize, make_optimizer
@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run.run(main, "benchmarks.train")
+    run_script(main)

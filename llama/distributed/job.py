@@ -18,18 +18,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from llama.common.errors import RankError as RankError
+from llama.common.errors import Terminated as Terminated
+
 TIMEOUT = "LLAMA3_RANK_TIMEOUT"  # environment: seconds that a rank may keep the others waiting
 ANSWER_WITHIN = 3.0  # seconds for the others to say that they live, once one of them is lost
 TELL_WITHIN = 2.0  # seconds for rank 0 to report, before another rank does
 POLL = 0.02  # seconds between looks: a store that waits by itself hears no signals
-
-
-class RankError(Exception):
-    """What happened to one rank, raised on every rank: the job is over."""
-
-
-class Terminated(SystemExit):
-    """SIGTERM came, as torchrun sends it to the other ranks when one has ended."""
 
 
 @dataclass(frozen=True)
