@@ -219,4 +219,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "benchmarks.decode")

@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from benchmarks.flags import check_counts, check_model
 from benchmarks.load import anonymous_bytes
 from benchmarks.random_checkpoint import SHAPES, RandomSource
 from llama.checkpoints import load
+from llama.commands.script import run_script
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -255,5 +255,5 @@ def report(what: str, shape: str, dtype: str, **figures: float) -> None:
 
 if __name__ == "__main__":
     commands = (ragged, turns, prefill, overhead, steps)
-    verbs = SimpleNamespace(**{command.__name__: command for command in commands})
-    run_script(verbs)
+    verbs = {command.__name__: command for command in commands}
+    run_script(verbs, "benchmarks.generation")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -199,5 +198,5 @@ def attention(
 
 
 if __name__ == "__main__":
-    verbs = SimpleNamespace(linear=linear, attention=attention)
-    run_script(verbs)
+    verbs = {"linear": linear, "attention": attention}
+    run_script(verbs, "benchmarks.kernels")

@@ -50,4 +50,4 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "benchmarks.load")

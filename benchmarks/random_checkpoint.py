@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from llama.args import ModelArgs
+from llama.checkpoints import plan
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.vocabulary import new_folder
 from llama.checkpoints.source import Source
-from llama.checkpoints import plan
 from llama.commands.script import run_script
 from llama.distributed.sharding import weight_shapes
 
@@ -78,4 +78,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "benchmarks.random_checkpoint")

@@ -114,4 +114,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         worker(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
     else:
-        run_script(main)
+        run_script(main, "benchmarks.ranks")

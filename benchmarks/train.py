@@ -139,4 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "benchmarks.train")

@@ -17,8 +17,10 @@ from typing import Any
 
 from llama.commands.run import run_command
 
+Functions = Callable[..., object] | dict[str, Callable[..., object]]
 
-def run_script(main: Callable[..., object] | dict[str, Callable[..., object]]) -> None:
+
+def run_script(main: Functions, name: str | None = None) -> None:
     """Call `main` with the flags of the command line, and end as a command does.
 
     A flag `--max_gen_len` (or `--max-gen-len`) becomes the argument `max_gen_len`. An unknown flag
@@ -28,14 +30,13 @@ def run_script(main: Callable[..., object] | dict[str, Callable[..., object]]) -
     Args:
         main: its parameters are the flags; those annotated as `str` are not parsed as Python
             literals. Or several functions by name, of which the first argument chooses one.
+        name: of the script in messages; None is the name of its file.
     """
-    name = Path(sys.argv[0]).name
+    name = name or Path(sys.argv[0]).name
     run_command(lambda: _parse(main, name)(), name)
 
 
-def _parse(
-    main: Callable[..., object] | dict[str, Callable[..., object]], name: str
-) -> Callable[[], object]:
+def _parse(main: Functions, name: str) -> Callable[[], object]:
     """The call that the command line asks for.
 
     Raises:
@@ -75,5 +76,7 @@ def _recorder(
 
     hints = {name: str(p.annotation) for name, p in inspect.signature(function).parameters.items()}
     texts = {name: str for name, hint in hints.items() if "str" in hint}
+    if "--help" in sys.argv:  # which would list SetParseFns' data as a command
+        return record
     recorder: Callable[..., None] = SetParseFns(**texts)(record)
     return recorder

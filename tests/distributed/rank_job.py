@@ -70,4 +70,4 @@ def fail(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, "job")
