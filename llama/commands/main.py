@@ -7,6 +7,7 @@ verb's flags are needed, so that `llama3 --help` and completing a verb in a shel
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -150,10 +151,10 @@ def make_command(verb: str) -> Any:
     """The typer command of a verb, with its flags."""
     modules = {name: module for verbs in VERBS.values() for name, module in verbs.items()}
     function = getattr(import_module(f"llama.commands.{modules[verb]}"), verb)
-    text, _, examples = (function.__doc__ or "").partition("Examples:")
+    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
-    app.command(verb, help=text, epilog=f"\b\nExamples:\n{lines}")(expand(function))
+    epilog = f"\b\nExamples:\n{examples}"  # \b: keep the line ends
+    app.command(verb, help=text, epilog=epilog)(expand(function))
     return typer.main.get_command(app)
 
 

@@ -40,9 +40,9 @@ class Settings:
         "char", "char, bpe:N (N tokens, learnt from the text), or a tokenizer.model"
     )
     val_fraction: float = option(
-        0.1, "part of each file, at its end, for the validation loss, which test_fraction follows"
+        0.1, "part of each file, at its end, for validation: it measures the loss"
     )
-    test_fraction: float = option(0.0, "part of each file, at its very end, that is not used")
+    test_fraction: float = option(0.0, "part of each file, after that, which is not used at all")
     batch_size: int = option(12, "rows that each process computes at once")
     accumulate: int = option(1, "batches that make one update")
     steps: int = option(2000, "updates")

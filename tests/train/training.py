@@ -24,10 +24,12 @@ def write_text(path: Path, seed: int = 0) -> Path:
 
 
 def flags(settings: Settings, data: Path, out: Path) -> list[str]:
-    """The same settings for `llama3 train`."""
-    given: dict[str, Any] = {"data": data, "out": out} | vars(settings)
+    """The command line of `llama3 train` with these settings."""
+    values: dict[str, Any] = {"data": data, "out": out} | vars(settings)
     return ["-m", "llama", "train"] + [
-        f"--{name}={value}" for name, value in given.items() if value is not None
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value is not None and value is not False
     ]
 
 
