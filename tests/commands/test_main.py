@@ -116,13 +116,14 @@ def test_names_of_the_package() -> None:
 @pytest.mark.parametrize("verb", DATACLASSES)
 def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
     found = {flag.name: flag for flag in flags(verb)}
+    kind: Any
     for kind in DATACLASSES[verb]:
         for field in dataclasses.fields(kind):
             assert found[field.name].default == field.default
             assert found[field.name].help == field.metadata["help"]
     needed = ["--data=x", "--out=x"] if verb == "train" else ["x"] if verb != "chat" else []
     call: Any = parse([verb, *([] if verb == "plan" else needed)])
-    built = [value for value in call.keywords.values() if dataclasses.is_dataclass(value)]
+    built: list[Any] = [v for v in call.keywords.values() if dataclasses.is_dataclass(v)]
     assert all(value == type(value)() for value in built) and built
 
 
