@@ -8,10 +8,7 @@
 
 from __future__ import annotations
 
-from llama import Dialog, Llama
-from llama.checkpoints.demo_model import checkpoint_or_demo
-from llama.commands.run import run
-from llama.distributed import job
+from llama import Dialog, Llama, checkpoint_or_demo, is_leader, run_script
 
 
 def main(
@@ -62,7 +59,7 @@ def main(
     results = generator.chat_completion(
         dialogs, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if job.is_leader():
+    if is_leader():
         for dialog, result in zip(dialogs, results, strict=True):
             for message in dialog:
                 print(f"{message['role'].capitalize()}: {message['content']}\n")
@@ -72,4 +69,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, "example_chat_completion.py")
+    run_script(main)

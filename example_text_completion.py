@@ -7,10 +7,7 @@
 
 from __future__ import annotations
 
-from llama import Llama
-from llama.checkpoints.demo_model import checkpoint_or_demo
-from llama.commands.run import run
-from llama.distributed import job
+from llama import Llama, checkpoint_or_demo, is_leader, run_script
 
 
 def main(
@@ -51,7 +48,7 @@ def main(
     results = generator.text_completion(
         prompts, max_gen_len=max_gen_len, temperature=temperature, top_p=top_p
     )
-    if job.is_leader():
+    if is_leader():
         for prompt, result in zip(prompts, results, strict=True):
             print(prompt)
             print(f"> {result['generation']}")
@@ -59,4 +56,4 @@ def main(
 
 
 if __name__ == "__main__":
-    run(main, "example_text_completion.py")
+    run_script(main)

@@ -1,18 +1,16 @@
-"""Train a Llama 3 on Tiny Shakespeare from nothing, then let it speak.
+"""Train a Llama 3 on Tiny Shakespeare from nothing, then continue a prompt with it.
 
     curl -LO https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
     python example_train_shakespeare.py --data input.txt
 
-As it stands the model has 25 million parameters, and two CPU cores need an hour; a minute is
-enough for `--dim 64 --n_layers 2 --max_seq_len 64 --steps 300`.
+With the default sizes the model has 25 million parameters, and two CPU cores need an hour. A minute
+is enough for `--dim 64 --n_layers 2 --max_seq_len 64 --steps 300`.
 """
 
 from __future__ import annotations
 
-from llama import Llama
-from llama.commands.run import run
-from llama.commands.train import run as train
-from llama.train.settings import Settings
+from llama import Llama, run_script
+from llama.train import Settings, train
 
 
 def main(
@@ -33,13 +31,13 @@ def main(
     """Train on the text in DATA, then continue a prompt with the checkpoint OUT.
 
     Args:
-        data: a text file; the last tenth of it is held out.
+        data: a text file; its last tenth is used for validation only.
         out: the folder that becomes the checkpoint.
         max_seq_len: characters that the model sees at once.
-        batch_size: rows of so many characters in an update.
+        batch_size: rows of `max_seq_len` characters in an update.
         steps: updates.
-        weight_decay: ten times the usual, because the text is read six times over.
-        resume: go on with what an interrupted run left in OUT.
+        weight_decay: ten times the usual value, because each row is seen six times.
+        resume: continue an interrupted run in OUT.
         prompt: what the samples, and the text at the end, begin with.
     """
     settings = Settings(
@@ -54,11 +52,15 @@ def main(
         seed=seed,
         prompt=prompt,
     )
-    train(data, out, settings, resume)
+    result = train(data, out, settings, resume=resume)
+    if result.signal:
+        print(f"stopped after step {result.step}; the same command with --resume goes on")
+        raise SystemExit(128 + result.signal)
+    print(f"{out}: the model of step {result.best_step}, loss {result.best_loss:.4f}")
     llama = Llama.build(out, None, max_seq_len, 1)
     (answer,) = llama.text_completion([prompt], temperature=0.8, seed=seed)
     print(f"{prompt}{answer['generation']}")
 
 
 if __name__ == "__main__":
-    run(main, "example_train_shakespeare.py")
+    run_script(main)

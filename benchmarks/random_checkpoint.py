@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.script import run_benchmark
+from llama.checkpoints import plan
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.source import Source
-from llama.commands import plan
 from llama.common.files import new_folder
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
-from llama.commands.run import run as run_script
+from llama import run_script
 
 
 def run_benchmark(function: Any, name: str) -> None:
@@ -13,5 +12,4 @@ def run_benchmark(function: Any, name: str) -> None:
 
     A user's mistake is one line on stderr and exit code 2.
     """
-    commands = SimpleNamespace(**function) if isinstance(function, dict) else function
-    run_script(commands, f"benchmarks.{name}")
+    run_script(function, f"benchmarks.{name}")

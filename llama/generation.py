@@ -23,6 +23,7 @@ from typing_extensions import Unpack
 
 from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
+from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
@@ -34,7 +35,7 @@ from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import check_scheme
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
@@ -102,7 +103,7 @@ class BuildOptions:
         model_parallel_size: ranks that share the model; None takes all. With fewer, every group of
             so many ranks (0 and 1, 2 and 3, ...) has a model and calls of its own.
         seed: of torch's global generator; each group's first rank draws for the group.
-        device: None takes cuda, then mps, then cpu.
+        device: None or "auto" takes cuda, then mps, then cpu.
         dtype: a torch dtype or its name ("bfloat16", "bf16"); None or "auto" takes bfloat16 where
             the device computes in it, else float16 (GPU) or float32 (CPU).
         quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
@@ -115,18 +116,22 @@ class BuildOptions:
     """
 
     max_seq_len: int | None = option(
-        None, "most tokens of prompt and answer; by default as trained, at most 4096"
+        None,
+        "most tokens of prompt and answer, in a chat of the whole dialog; "
+        "by default as trained, at most 4096",
     )
-    max_batch_size: int = option(1, "most rows at once")
+    max_batch_size: int = option(1, "most rows computed at once")
     model_parallel_size: int | None = option(None, "ranks that share the model; by default all")
     seed: int = option(1, "the same seed draws the same tokens")
     device: str | torch.device | None = option(
-        None, "cuda, mps or cpu; by default the first of them that is there"
+        None, "auto, cpu, cuda, cuda:1, mps, ...; by default (auto) the fastest one there is"
     )
     dtype: str | torch.dtype | None = option(
-        None, "bf16, fp16 or fp32; by default bf16 where the device computes in it"
+        None, "auto, bf16, fp16 or fp32; by default (auto) what suits the device"
     )
-    quantize: str | None = option(None, "int8 or int4: store the layers' weights in 8 or 4 bits")
+    quantize: str | None = option(
+        None, "int8 or int4: keep the layers' weights in 8 or 4 bits; by default as stored"
+    )
     exact: bool = option(False, "the reference's arithmetic, bit-identical to Meta's code")
     compile: bool = option(False, "decode by a compiled step")
 
@@ -267,7 +272,7 @@ class Answer:
             return None
         if detokenizer.stopped:
             reason = "stop"
-            self.engine.cancel(generation.id)
+            self.engine.cancel(generation.id, "stop")
         self.finish_reason = reason
         self.text += text
         n = detokenizer.used - used
@@ -387,12 +392,7 @@ class Llama:
             args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_quantize(source, args, options.quantize)
             tokenizer = open_tokenizer(source, tokenizer_path)
-        if tensor_parallel.size() > 1:
-            shared: dict[str, Any] = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-            shared |= {"device": device.type, "dtype": str(dtype), "quantize": options.quantize}
-            shared |= {"exact": options.exact, **source.fingerprints()}
-            shared |= {"the tokenizer": fingerprint(tokenizer)}
-            tensor_parallel.check_same_on_ranks(shared)
+        check_same_build(source, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
         with tensor_parallel.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
@@ -682,6 +682,26 @@ class Llama:
         )
         request = dataclasses.replace(request, name="the prompt")
         return Stream(self.engine, self.tokenizer, request, options.stop)
+
+
+def check_same_build(
+    source: Source,
+    tokenizer: Tokenizer,
+    args: ModelArgs,
+    options: BuildOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Raise a ValueError on every rank if the ranks build different models."""
+    if tensor_parallel.size() == 1:
+        return
+    fields: dict[str, Any] = {
+        "max_seq_len": args.max_seq_len,
+        "max_batch_size": args.max_batch_size,
+    }
+    fields |= {"device": device.type, "dtype": str(dtype), "quantize": options.quantize}
+    fields |= {"exact": options.exact, "the tokenizer": fingerprint(tokenizer)}
+    tensor_parallel.check_same_on_ranks(fields | source.fingerprints())
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -1,101 +1,120 @@
-"""The verbs of `llama3` that need a checkpoint's files and run no model. Imports when one runs."""
+"""The verbs that read or write checkpoints and run no model."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from llama.checkpoints.open import open_checkpoint, open_tokenizer
+
+CHECKPOINT = "a checkpoint: Meta's or Hugging Face's folder, or a GGUF file"
 
 
-class CheckpointCommands:
-    """`llama3 convert`, `quantize`, `plan`, `inspect`, `verify`, `download`."""
+def inspect(
+    path: Annotated[str, CHECKPOINT],
+    *,
+    max_batch_size: Annotated[int, "rows of the KV cache"] = 1,
+    max_seq_len: Annotated[
+        int | None, "tokens of each row of the KV cache; by default as trained, at most 8192"
+    ] = None,
+) -> None:
+    """Show a checkpoint's sizes and the memory that it needs.
 
-    def convert(
-        self,
-        src: str,
-        dst: str,
-        to: str = "meta",
-        mp: int | None = None,
-        dtype: str | None = None,
-        force: bool = False,
-    ) -> None:
-        """Write checkpoint SRC (Meta's or Hugging Face's folder, or a GGUF file) as folder DST.
+    Examples:
+        llama3 inspect Meta-Llama-3-70B-Instruct --max_batch_size 4 --max_seq_len 8192
+    """
+    from llama.checkpoints.inspect import describe
 
-        Args:
-            to: meta (the official layout) or hf (Hugging Face).
-            mp: shards of the official layout; by default as many as SRC has.
-            dtype: bf16, fp16 or fp32; by default what is stored (bf16 from a GGUF).
-            force: replace DST if it exists.
-        """
-        from llama.checkpoints.convert import convert
+    print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
-        print(convert(src, dst, to, mp, dtype, force))
 
-    def quantize(self, src: str, dst: str, scheme: str, group: int | None = None) -> None:
-        """Write checkpoint SRC, of any layout, as folder DST with weights of 8 or 4 bits.
+def verify(path: Annotated[str, CHECKPOINT]) -> None:
+    """Check every file of a checkpoint.
 
-        Args:
-            scheme: int8, or int4 (the output layer in int8).
-            group: 32, 64 or 128 inputs share a scale in int4; by default 32.
-        """
-        from llama.checkpoints.convert import quantize
+    Prints one line for each problem; the exit code is 1 if there is any.
 
-        print(quantize(src, dst, scheme, group))
+    Examples:
+        llama3 verify Meta-Llama-3-8B
+    """
+    from llama.checkpoints.verify import verify as find_problems
 
-    def inspect(self, path: str, max_batch_size: int = 1, max_seq_len: int | None = None) -> None:
-        """Tell what checkpoint PATH is and what it needs, with a cache of that batch and length."""
-        from llama.checkpoints.inspect import describe
-        from llama.checkpoints.open import open_checkpoint
+    problems = find_problems(path, open_checkpoint)
+    if not problems:
+        try:
+            open_tokenizer(open_checkpoint(path))
+        except (ValueError, FileNotFoundError) as e:
+            problems = [str(e)]
+    print("\n".join(problems) if problems else f"{path}: every check passed")
+    if problems:
+        raise SystemExit(1)
 
-        print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
-    def plan(
-        self,
-        *,
-        shape: str | None = None,
-        ckpt_dir: str | None = None,
-        ranks: int = 1,
-        batch: int = 1,
-        context: int = 8192,
-        dtype: str = "bf16",
-        quantize: str | None = None,
-        device_memory: str | None = None,
-        memory_bandwidth: str | None = None,
-        interconnect: str | None = None,
-        json: bool = False,
-    ) -> None:
-        """Tell what each of RANKS ranks needs, what fits, and how fast it can be at most.
+def convert(
+    src: Annotated[str, CHECKPOINT],
+    dst: Annotated[str, "the folder to write"],
+    *,
+    to: Annotated[str, "meta (the official layout) or hf (Hugging Face)"] = "meta",
+    mp: Annotated[int | None, "shards of the official layout; by default as many as SRC"] = None,
+    dtype: Annotated[
+        str | None, "bf16, fp16 or fp32; by default what is stored (bf16 from a GGUF)"
+    ] = None,
+    force: Annotated[bool, "replace DST if it exists"] = False,
+) -> None:
+    """Write a checkpoint in another layout.
 
-        Args:
-            shape: an official model, such as 8b, 70b or 405b; or else give ckpt_dir.
-            device_memory: of a rank, such as 80GB.
-            memory_bandwidth: what a rank reads, such as 3.35TB/s.
-            interconnect: what a rank sends, such as 450GB/s.
-        """
-        from llama.commands.plan import plan
+    Examples:
+        llama3 convert Meta-Llama-3-8B llama-3-8b-hf --to hf
+        llama3 convert model.Q4_K_M.gguf llama-from-gguf --dtype bf16
+        llama3 convert Meta-Llama-3-8B llama-two-ranks --mp 2
+    """
+    from llama.checkpoints.convert import convert as convert_checkpoint
 
-        sizes = (device_memory, memory_bandwidth, interconnect)
-        print(plan(shape, ckpt_dir, ranks, batch, context, dtype, quantize, *sizes, as_json=json))
+    print(convert_checkpoint(src, dst, to=to, mp=mp, dtype=dtype, force=force))
 
-    def verify(self, path: str) -> None:
-        """Check every file of checkpoint PATH; one line a problem, and exit code 1 if any."""
-        from llama.checkpoints.open import open_checkpoint, open_tokenizer
-        from llama.checkpoints.verify import verify
 
-        problems = verify(path, open_checkpoint)
-        if not problems:
-            try:
-                open_tokenizer(open_checkpoint(path))
-            except (ValueError, FileNotFoundError) as e:
-                problems = [str(e)]
-        print("\n".join(problems) if problems else f"{path}: every check passed")
-        if problems:
-            raise SystemExit(1)
+def quantize(
+    src: Annotated[str, CHECKPOINT],
+    dst: Annotated[str, "the folder to write"],
+    *,
+    scheme: Annotated[str, "int8, or int4 (with the output layer in int8)"],
+    group: Annotated[
+        int | None, "inputs that share a scale in int4: 32, 64 or 128; by default 32"
+    ] = None,
+) -> None:
+    """Write a checkpoint with weights of 8 or 4 bits.
 
-    def download(self, repo: str, dst: str | None = None, include: str | None = None) -> None:
-        """Fetch REPO from the Hugging Face hub into folder DST, then verify it.
+    Examples:
+        llama3 quantize Meta-Llama-3-8B-Instruct llama-3-8b-int4 --scheme int4
+    """
+    from llama.checkpoints.convert import quantize as quantize_checkpoint
 
-        Args:
-            include: a pattern of files, such as original/*; by default what is needed to run.
-        """
-        from llama.checkpoints.download import download
+    print(quantize_checkpoint(src, dst, scheme, group))
 
-        self.verify(str(download(repo, Path(dst) if dst else None, include)))
+
+def download(
+    repo: Annotated[str, "a repository of the Hugging Face hub, OWNER/NAME"],
+    dst: Annotated[str | None, "the folder to write; by default NAME"] = None,
+    *,
+    include: Annotated[
+        str | None, "files to fetch, such as 'original/*'; by default what is needed to run"
+    ] = None,
+) -> None:
+    """Download a checkpoint from the Hugging Face hub, and verify it.
+
+    Examples:
+        llama3 download meta-llama/Llama-3.2-1B-Instruct
+    """
+    from llama.checkpoints.download import download as download_checkpoint
+
+    verify(str(download_checkpoint(repo, Path(dst) if dst else None, include)))
+
+
+def demo() -> None:
+    """Fetch the demo model if it is not there yet, and print its folder.
+
+    Examples:
+        llama3 demo
+    """
+    from llama.checkpoints.demo_model import ensure_demo_model
+
+    print(ensure_demo_model())

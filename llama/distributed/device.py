@@ -14,7 +14,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     Raises:
         ValueError: unknown device, or it is not available.
     """
-    if device is None:
+    if device is None or device == "auto":
         # Ranks cannot communicate on mps.
         mps = torch.backends.mps.is_available() and job.is_single_process()
         device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"

@@ -19,18 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from llama.common.errors import RankError as RankError
+from llama.common.errors import Terminated as Terminated
+
 TIMEOUT = "LLAMA3_RANK_TIMEOUT"  # environment variable: see `timeout`
 ANSWER_WITHIN = 3.0  # seconds in which a live rank answers `find_lost_rank`
 REPORT_WITHIN = 2.0  # seconds for rank 0 to claim the error report before another rank does
 POLL = 0.02  # seconds between polls; a blocking wait of the store would delay signal handlers
-
-
-class RankError(Exception):
-    """An error of one rank, raised on every rank. The message names the rank."""
-
-
-class Terminated(SystemExit):
-    """Raised on SIGTERM, which torchrun sends to the other ranks when one has ended."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from llama.distributed import tensor_parallel
 from llama.engine.compiled_step import CompiledStep, compile_step
 from llama.engine.forward import Chunk, compute
-from llama.engine.request import Event, Generation, Request
+from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.engine.turns import Turns
 from llama.model import Transformer
@@ -89,8 +89,11 @@ class Engine:
             raise TypeError(f"add takes a Request, not {type(request)}")
         request.check(self.model.params.vocab_size, self.room)
 
-    def cancel(self, id: int) -> bool:
+    def cancel(self, id: int, reason: FinishReason = "cancelled") -> bool:
         """End a request and free its slot. False if it had ended already.
+
+        Args:
+            reason: its finish_reason; "stop" if what was generated so far is the whole answer.
 
         Raises:
             ValueError: no request ever had this id.
@@ -101,7 +104,7 @@ class Engine:
             generation = self._requests.get(id)
             if generation is None or generation.finish_reason is not None:
                 return False
-            generation.finish_reason = "cancelled"
+            generation.finish_reason = reason
             self._ended.append(generation)
             if not self._turns.stepping:  # otherwise the end of the step frees it
                 self._sweep()

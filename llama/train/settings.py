@@ -1,4 +1,4 @@
-"""`Settings`: what a training run is asked to do. Knows nothing about tensors or files."""
+"""`Settings`: the options of a training run. Knows nothing about tensors or files."""
 
 from __future__ import annotations
 
@@ -7,50 +7,67 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llama.common.options import option
 from llama.model import ModelArgs
 
 DTYPES = ("float32", "bfloat16")
 PARALLEL = ("ddp", "fsdp")
-# What changes neither the model nor its data, so that a run may go on with another value. More
+# Fields that change neither the model nor its data: a run may be resumed with other values. More
 # steps stretch the schedule of the learning rate.
 MAY_CHANGE = {"steps", "eval_every", "eval_windows", "recompute", "parallel", "prompt"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The sizes of a model, and how it is trained; the flags of `llama3 train` say more.
+    """The sizes of a model and how it is trained: the flags of `llama3 train`.
 
     Raises:
-        ValueError: they make no model, or no training.
+        ValueError: a value is out of range, or the sizes do not fit together.
     """
 
-    dim: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int | None = None  # None: as many as n_heads
-    multiple_of: int = 256
-    rope_theta: float | None = None  # None: 16 for each position
-    max_seq_len: int = 64
-    tokenizer: str = "char"
-    val_fraction: float = 0.1
-    test_fraction: float = 0.0
-    batch_size: int = 12
-    accumulate: int = 1
-    steps: int = 2000
-    lr: float | None = None  # None: see `peak_lr`
-    final_lr: float = 0.0
-    warmup: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-    seed: int = 1
-    eval_every: int = 250
-    eval_windows: int = 2048
-    dtype: str | None = None  # None: bfloat16 where the device computes in it
-    recompute: bool = False
-    parallel: str | None = None
-    prompt: str | None = None
+    dim: int = option(128, "width of the model")
+    n_layers: int = option(4, "transformer blocks")
+    n_heads: int = option(4, "attention heads of each block")
+    n_kv_heads: int | None = option(None, "heads of keys and values; by default as n_heads")
+    multiple_of: int = option(
+        256, "the feed-forward, 8/3 of dim wide, is rounded up to a multiple of this"
+    )
+    rope_theta: float | None = option(
+        None, "base of the rotary frequencies; by default 16 * max_seq_len"
+    )
+    max_seq_len: int = option(64, "tokens of a row; the model cannot read longer texts")
+    tokenizer: str = option(
+        "char", "char, bpe:N (N tokens, learnt from the text), or a tokenizer.model"
+    )
+    val_fraction: float = option(
+        0.1, "part of each file, at its end, for validation: it measures the loss"
+    )
+    test_fraction: float = option(0.0, "part of each file, after that, which is not used at all")
+    batch_size: int = option(12, "rows that each process computes at once")
+    accumulate: int = option(1, "batches that make one update")
+    steps: int = option(2000, "updates")
+    lr: float | None = option(None, "the highest learning rate; by default 0.4 / dim")
+    final_lr: float = option(0.0, "learning rate of the last update, as a part of lr, from 0 to 1")
+    warmup: int = option(100, "updates until lr is reached, at most half of steps")
+    beta1: float = option(0.9, "AdamW's decay of the mean of the gradients")
+    beta2: float = option(0.99, "AdamW's decay of the mean of the squared gradients")
+    weight_decay: float = option(0.1, "AdamW's weight decay")
+    grad_clip: float = option(1.0, "gradients are scaled down to this norm; 0 is no limit")
+    seed: int = option(1, "of the first weights and of the order of the rows")
+    eval_every: int = option(250, "updates between evaluations, which also save and print a sample")
+    eval_windows: int = option(2048, "rows of validation text to evaluate, at most")
+    dtype: str | None = option(
+        None, "float32, or bfloat16 for matmuls; by default bfloat16 where the device has it"
+    )
+    recompute: bool = option(
+        False, "compute activations twice instead of keeping them: slower, less memory"
+    )
+    parallel: str | None = option(
+        None, "ddp or fsdp, under torchrun: each process trains on rows of its own"
+    )
+    prompt: str | None = option(
+        None, "text that samples continue; by default the validation text's first token"
+    )
 
     def __post_init__(self) -> None:
         positive = (
@@ -78,21 +95,22 @@ class Settings:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {known}")
         self.model_args(vocab_size=1)
 
-    def _check(self, name: str, kind: type, fits: Any, wanted: str) -> None:
+    def _check(self, name: str, kind: type, is_valid: Any, wanted: str) -> None:
         value = getattr(self, name)
         kinds = (int, float) if kind is float else (kind,)
-        if type(value) not in kinds or not fits(value):
+        if type(value) not in kinds or not is_valid(value):
             raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up. Without a given one it falls as the width grows."""
+        """The learning rate after warm-up; by default inversely proportional to the width."""
         return 0.4 / self.dim if self.lr is None else self.lr
 
     def lr_at(self, step: int) -> float:
-        """Of the update after `step` others: up in a line, then down half a cosine to `final_lr`.
+        """The learning rate of update `step`, counted from 0.
 
-        `final_lr` is a part of the peak; arXiv:1608.03983 without restarts.
+        A linear warm-up, then half a cosine down to `final_lr` times the peak: arXiv:1608.03983
+        without restarts.
         """
         warmup = min(self.warmup, self.steps // 2)
         if step < warmup:
@@ -102,7 +120,7 @@ class Settings:
         return self.peak_lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
     def model_args(self, vocab_size: int) -> ModelArgs:
-        """The sizes of the model; one row of `max_seq_len` to generate."""
+        """The sizes of the model, with a cache of one row for samples."""
         names = ("dim", "n_layers", "n_heads", "n_kv_heads", "multiple_of", "rope_theta")
         sizes = {name: getattr(self, name) for name in (*names, "max_seq_len")}
         if self.rope_theta is None:  # Llama 3's 500000 is for thousands of positions
@@ -110,10 +128,10 @@ class Settings:
         return ModelArgs(vocab_size=vocab_size, max_batch_size=1, **sizes)
 
     def differences(self, other: dict[str, Any], ranks: int) -> list[str]:
-        """Why a run with `other` settings and ranks cannot go on with these, each as a text."""
-        mine = dataclasses.asdict(self) | {"ranks": ranks}
+        """Each field that keeps a run with `other` settings from being resumed with these."""
+        current = dataclasses.asdict(self) | {"ranks": ranks}
         return [
             f"{name} was {other.get(name)} and is now {value}"
-            for name, value in mine.items()
+            for name, value in current.items()
             if name not in MAY_CHANGE and other.get(name) != value
         ]

@@ -1,4 +1,4 @@
-"""chat.py: `llama3 chat` as a user meets it, in a terminal and over a pipe."""
+"""chat.py, chat_session.py: `llama3 chat` as a user meets it, in a terminal and over a pipe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pexpect
 import pytest
 
 from llama import Llama
-from llama.commands.chat import Chat
+from llama.commands.chat_session import ChatSession
 from tests.distributed.test_tensor_parallel import start_torchrun
 
 COMMAND = ["-m", "llama", "chat", "--temperature", "0", "--max_seq_len", "512"]
@@ -28,7 +28,7 @@ def piped(text: str, *flags: str, code: int = 0) -> subprocess.CompletedProcess[
     return done
 
 
-def contents(chat: Chat) -> list[tuple[str, str]]:
+def contents(chat: ChatSession) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in chat.dialog]
 
 
@@ -95,7 +95,7 @@ def test_terminal(demo_dir: Path) -> None:
 
 
 def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    chat = Chat(demo, OPTIONS, system="Be brief.")
+    chat = ChatSession(demo, OPTIONS, system="Be brief.")
     saved = tmp_path / "a dialog.json"
     assert chat.run(iter(["Hi\n", " /not a command\n", f"/save {saved}\n"]))
     before = contents(chat)
@@ -113,7 +113,7 @@ def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/load", "name a file"),
+        ("/load", "write the file's name"),
         ("/load {folder}/absent.json", "No such file"),
         ("/load {folder}/bad.json", "not a saved dialog"),
         ("/load {folder}/object.json", "not a list of messages"),
@@ -132,7 +132,7 @@ def test_mistakes_leave_the_dialog_as_it_was(
     files = {"bad": "{", "object": "{}", "robot": '[{"role": "robot", "content": ""}]'}
     for name, text in files.items():
         (tmp_path / f"{name}.json").write_text(text)
-    chat = Chat(demo, OPTIONS)
+    chat = ChatSession(demo, OPTIONS)
     assert chat.run(iter(["Hi\n"]))
     before = contents(chat)
     assert not chat.run(iter([line.format(folder=tmp_path)]))
@@ -146,7 +146,7 @@ def test_mistakes_leave_the_dialog_as_it_was(
 def test_a_saved_dialog_is_not_written_over_by_another(
     demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    chat, saved = Chat(demo, OPTIONS), tmp_path / "saved.json"
+    chat, saved = ChatSession(demo, OPTIONS), tmp_path / "saved.json"
     assert not chat.run(iter([f"/save {saved}\n", "/undo\n"]))
     err = capfd.readouterr().err
     assert "nothing to save" in err and "no message to drop" in err and not saved.exists()
@@ -165,7 +165,7 @@ def test_interrupt_over_a_pipe_ends_the_program(
 
     monkeypatch.setattr(demo.model, "hidden", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Chat(demo, OPTIONS, interactive=False).run(iter(["Hi\n", "Again\n"]))
+        ChatSession(demo, OPTIONS, interactive=False).run(iter(["Hi\n", "Again\n"]))
     assert not demo.engine.busy
 
 
@@ -178,7 +178,7 @@ def test_a_line_that_is_not_text(demo_dir: Path) -> None:
 def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
     demo: Llama, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    chat, hidden = Chat(demo, OPTIONS), demo.model.hidden
+    chat, hidden = ChatSession(demo, OPTIONS), demo.model.hidden
     for passes, messages in [(0, 0), (4, 2)]:
         left = passes
 
@@ -200,15 +200,15 @@ def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
 def test_control_characters_do_not_reach_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from llama.commands.chat import say
+    from llama.commands.terminal import print_text
 
-    say("a\x1b[2Jb\n")
+    print_text("a\x1b[2Jb\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    say("a\x1b[2Jb\t\x9b\n")
+    print_text("a\x1b[2Jb\t\x9b\n")
     assert capsys.readouterr().out == "a\x1b[2Jb\na\ufffd[2Jb\t\ufffd\n"
 
 
 def test_base_model_is_refused(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "formatter", None)
     with pytest.raises(ValueError, match="llama3 complete"):
-        Chat(demo, OPTIONS)
+        ChatSession(demo, OPTIONS)

@@ -15,7 +15,7 @@ import time
 import torch
 
 from llama import Llama
-from llama.commands.run import run
+from llama.commands.script import run_script
 from llama.distributed import job
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -71,4 +71,4 @@ def fail(fault: str) -> None:
 
 
 if __name__ == "__main__":
-    run(main, "job")
+    run_script(main, "job")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from llama.checkpoints import load
 from llama.checkpoints.convert import quantize
 from llama.checkpoints.inspect import describe, rank_bytes
 from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.plan import PlanOptions, make_plan
 from llama.checkpoints.source import Source
-from llama.commands.plan import plan
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_part, weight_shapes
 from llama.layers.quantization import dequantize_int4, dequantize_int8
@@ -172,20 +173,13 @@ def test_inspect_and_plan_list_the_ranks(folder: Path, name: str, scheme: str, g
     )
     text = describe(source)
     assert [int(line[12:16]) for line in text.splitlines() if "of weights each" in line] == possible
-    options: dict[str, Any] = {
-        "shape": None,
-        "ckpt_dir": str(source.path),
-        "batch": 1,
-        "context": 8,
-    }
-    options |= {"dtype": "fp32", "quantize": None, "as_json": True}
-    options |= dict.fromkeys(("device_memory", "memory_bandwidth", "interconnect"))
+    options = PlanOptions(ckpt_dir=str(source.path), context=8, dtype="fp32")
     for n in possible:
-        figures = json.loads(plan(ranks=n, **options))
+        figures = make_plan(replace(options, ranks=n))
         parts = [load.read_part(source, stored, args, 0, n) for stored in source.shapes()]
         assert rank_bytes(source, args, n) == sum(part.nbytes for part in parts)
         assert figures["weights"] == sum(part.nbytes for part in parts)
         assert figures["possible_ranks"] == possible
     other = {"int8": "int4", "int4": "int8"}[scheme]
     with pytest.raises(ValueError, match=f"quantized already, to {scheme}"):
-        plan(ranks=1, **options | {"quantize": other})
+        make_plan(replace(options, quantize=other))

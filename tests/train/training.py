@@ -24,10 +24,12 @@ def write_text(path: Path, seed: int = 0) -> Path:
 
 
 def flags(settings: Settings, data: Path, out: Path) -> list[str]:
-    """Arguments of `python` that run `llama3 train` with these settings."""
+    """The command line of `llama3 train` with these settings."""
     values: dict[str, Any] = {"data": data, "out": out} | vars(settings)
     return ["-m", "llama", "train"] + [
-        f"--{name}={value}" for name, value in values.items() if value is not None
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value is not None and value is not False
     ]
 
 

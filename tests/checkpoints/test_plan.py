@@ -1,4 +1,4 @@
-"""plan.py: figures follow from the published sizes by plain arithmetic; mistakes are told."""
+"""plan.py: figures follow from the published sizes by plain arithmetic; mistakes are reported."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from typing import Any
 import pytest
 
 from llama.checkpoints.footprint import Footprint
-from llama.commands.plan import as_text, parse_size, plan, release, report
+from llama.checkpoints.plan import (
+    PlanOptions,
+    as_text,
+    make_plan,
+    parse_size,
+    release,
+    report,
+)
 from llama.model import ModelArgs
 from tests.checkpoints.test_inspect import RELEASES
 from tests.checkpoints.test_inspect import release as published
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
-DEFAULTS: dict[str, Any] = {
-    "shape": None, "ckpt_dir": None, "ranks": 1, "batch": 1, "context": 8192, "dtype": "bf16",
-    "quantize": None, "device_memory": None, "memory_bandwidth": None, "interconnect": None,
-}  # fmt: skip
 
 
 def planned(**changes: Any) -> dict[str, Any]:
-    figures: dict[str, Any] = json.loads(plan(**DEFAULTS | changes, as_json=True))
+    figures = make_plan(PlanOptions(**changes))
+    assert json.loads(json.dumps(figures)) == figures
     return figures
 
 
@@ -95,9 +99,9 @@ def test_what_does_not_fit() -> None:
     f = planned(shape="8b", device_memory="16GB")
     assert not f["fits"] and f["left"] < 0
     assert f["largest_context"] == f["largest_batch"] == 0  # the weights alone are 16.06 GB
-    text = plan(**DEFAULTS | {"shape": "8b", "device_memory": "16GB"})
+    text = as_text(f)
     assert "16.00 GB: does not fit, 1.21 GB too little" in text
-    text = plan(**DEFAULTS | {"shape": "405b", "ranks": 64, "device_memory": "1GB"})
+    text = as_text(planned(shape="405b", ranks=64, device_memory="1GB"))
     assert "ranks that fit   none" in text
 
 
@@ -111,7 +115,7 @@ def test_text() -> None:
     assert lines["possible ranks"] == "1, 2, 4, 8, 16, 32"
     assert text.count("at most") == 3
     assert "35 collectives a step" in lines["a token sends"]
-    alone = plan(**DEFAULTS | {"shape": "1b", "interconnect": "1GB/s"})
+    alone = as_text(planned(shape="1b", interconnect="1GB/s"))
     for absent in ("device memory", "a token sends", "at most"):
         assert absent not in alone
 
@@ -172,7 +176,7 @@ def test_sizes_out_of_range() -> None:
 )  # fmt: skip
 def test_mistakes(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        plan(**DEFAULTS | changes)
+        make_plan(PlanOptions(**changes))
 
 
 def test_int4_needs_whole_groups_on_each_rank() -> None:

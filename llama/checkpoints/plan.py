@@ -1,0 +1,263 @@
+"""Plans a deployment: memory of each rank, what fits a device, upper bounds of the speed.
+
+Calculates from a model's sizes. Loads no weights.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
+from llama.checkpoints.load import check_quantize
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import CONTEXT, LONG_CONTEXT
+from llama.common.options import option
+from llama.layers.quantization import GROUPS
+from llama.model import ModelArgs
+
+LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
+# params.json of the releases from 3.1 on; 1B and 3B are tied.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": LLAMA3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5,
+                    "multiple_of": 256, "use_scaled_rope": True},
+    "3b": LLAMA3 | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0,
+                    "multiple_of": 256, "use_scaled_rope": True},
+    "8b": LLAMA3 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3,
+                    "multiple_of": 1024, "use_scaled_rope": True},
+    "70b": LLAMA3 | {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3,
+                     "multiple_of": 4096, "use_scaled_rope": True},
+    "405b": LLAMA3 | {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2,
+                      "multiple_of": 4096, "use_scaled_rope": True},
+}  # fmt: skip
+LINEARS = {None: "", "int8": ", linears in int8", "int4": ", linears in int4, output in int8"}
+TIED = ("1b", "3b")
+RELEASES = {
+    "3-8b": "8b", "3.1-8b": "8b", "3-70b": "70b", "3.1-70b": "70b", "3.3-70b": "70b",
+    "3.1-405b": "405b", "3.2-1b": "1b", "3.2-3b": "3b",
+}  # fmt: skip
+
+UNITS = {
+    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
+    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """A model, how it is run, and the device: the flags of `llama3 plan`."""
+
+    shape: str | None = option(
+        None, "an official model, such as 8b, 70b, 405b or 3.1-8b; or else give ckpt_dir"
+    )
+    ckpt_dir: str | None = option(None, "a checkpoint of any layout")
+    ranks: int = option(1, "processes that share the model, each with a device of its own")
+    batch: int = option(1, "rows of the KV cache")
+    context: int = option(8192, "tokens of each row")
+    dtype: str = option("bf16", "bf16, fp16 or fp32, of weights and cache")
+    quantize: str | None = option(None, "int8 or int4, of the layers' weights")
+    device_memory: str | None = option(None, "memory of each device, such as 80GB")
+    memory_bandwidth: str | None = option(None, "of each device, such as 3.35TB/s")
+    interconnect: str | None = option(None, "bandwidth from each rank to others, such as 450GB/s")
+
+
+def make_plan(options: PlanOptions) -> dict[str, Any]:
+    """The figures of `report` for these options.
+
+    Raises:
+        ValueError, FileNotFoundError: an option is wrong; the message says how to correct it.
+    """
+    sizes: dict[str, int] = {}
+    for name in ("device_memory", "memory_bandwidth", "interconnect"):
+        text = getattr(options, name)
+        if text is not None:
+            sizes[name] = parse_size(text, name, rate=name != "device_memory")
+    if (options.shape is None) == (options.ckpt_dir is None):
+        raise ValueError("give one of --shape and --ckpt_dir")
+    quantize, group = options.quantize, GROUPS[0]
+    if options.shape is not None:
+        args, tied = release(options.shape)
+    else:
+        assert options.ckpt_dir is not None
+        source = open_checkpoint(options.ckpt_dir)
+        args, tied = source.args(max_seq_len=source.context), source.tied
+        check_quantize(source, args, quantize)
+        quantize, group = source.quantization or (quantize, group)
+    footprint = Footprint(args, tied, options.ranks, options.dtype, quantize, group)
+    return report(footprint, options.batch, options.context, **sizes)
+
+
+def release(name: str) -> tuple[ModelArgs, bool]:
+    """(sizes, whether the output is tied) of an official model, such as "8b" or "3.1-8b".
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    shape = RELEASES.get(name.lower(), name.lower())
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {name!r}; use one of {[*SHAPES, *RELEASES]}")
+    args = ModelArgs(**SHAPES[shape])
+    scaled = not name.startswith("3-")
+    context = LONG_CONTEXT if scaled else CONTEXT
+    return replace(args, use_scaled_rope=scaled, max_seq_len=context), shape in TIED
+
+
+def parse_size(text: str, name: str, rate: bool = False) -> int:
+    """Bytes of "80GB" (10^9), "80GiB" (2^30) or "80e9"; with `rate` bytes a second, "450GB/s".
+
+    Raises:
+        ValueError: the text has another form, or is out of range.
+    """
+    example = "450GB/s" if rate else "80GB"
+    found = re.fullmatch(
+        r"([0-9.]+(?:[eE]\+?[0-9]+)?) ?(?:(|k|[MGT]|[KMGT]i)B)?(/s)?", text.strip()
+    )
+    try:
+        if found is None or (found[3] and not rate):
+            raise ValueError
+        size = float(found[1]) * UNITS[found[2] or ""]
+    except ValueError:
+        bits = "; 8 bits (b) are a byte (B)" if re.search("[kKMGT]i?b", text) else ""
+        raise ValueError(f"{name} {text!r} is no size; write it as {example}{bits}") from None
+    if not 10**6 <= size < math.inf:  # "80" is a forgotten unit
+        raise ValueError(f"{name} {text!r} is {size:g} bytes; write it as {example}")
+    return round(size)
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest n that fits, or 0. If n fits, all smaller numbers must fit."""
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def report(
+    footprint: Footprint,
+    batch: int,
+    context: int,
+    device_memory: int | None = None,
+    memory_bandwidth: int | None = None,
+    interconnect: int | None = None,
+) -> dict[str, Any]:
+    """All figures by name: bytes, tokens a second, counts.
+
+    Args:
+        batch, context: rows of the cache, and positions of each.
+        device_memory: bytes; None leaves out the figures of what fits.
+        memory_bandwidth, interconnect: bytes a second that a rank reads, and that it sends; None
+            leaves out the speed that they limit.
+
+    Raises:
+        ValueError: a number is not positive.
+    """
+    for name, value in (("batch", batch), ("context", context)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{name} must be a positive integer, not {value!r}")
+    args = footprint.args
+    out: dict[str, Any] = {
+        "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
+        "n_kv_heads": args.kv_heads, "hidden_dim": args.hidden_dim, "vocab_size": args.vocab_size,
+        "tied": footprint.tied, "dtype": footprint.dtype, "quantize": footprint.quantize,
+        "ranks": footprint.ranks, "batch": batch, "context": context,
+        "trained_context": args.max_seq_len,
+        "ranks_a_kv_head": max(footprint.ranks // args.kv_heads, 1),
+        "weights_by_kind": footprint.weights(), **footprint.memory(batch, context),
+        "needed": footprint.needed(batch, context),
+        "possible_ranks": footprint.possible_ranks(),
+        "sent_a_token": footprint.sent(), "collectives_a_step": footprint.collectives(),
+        "read_a_step": footprint.read(batch, context),
+    }  # fmt: skip
+    if device_memory is not None:
+        others = [replace(footprint, ranks=n) for n in out["possible_ranks"]]
+        out |= {
+            "device_memory": device_memory,
+            "fits": out["needed"] <= device_memory,
+            "left": device_memory - out["needed"],
+            "largest_context": largest(lambda n: footprint.needed(batch, n) <= device_memory),
+            "largest_batch": largest(lambda n: footprint.needed(n, context) <= device_memory),
+            "fitting_ranks": [p.ranks for p in others if p.needed(batch, context) <= device_memory],
+        }
+    return out | {"tokens_a_second": _rates(out, memory_bandwidth, interconnect)}
+
+
+def _rates(
+    f: dict[str, Any], memory_bandwidth: int | None, interconnect: int | None
+) -> dict[str, float]:
+    """Tokens a second of all rows, by what limits them: one bandwidth, or one after the other."""
+    seconds = {}
+    if memory_bandwidth is not None:
+        seconds["memory"] = f["read_a_step"] / memory_bandwidth
+    if interconnect is not None and f["ranks"] > 1:
+        seconds["interconnect"] = f["batch"] * f["sent_a_token"] / interconnect
+    if len(seconds) == 2:
+        seconds["both"] = sum(seconds.values())
+    return {name: f["batch"] / t for name, t in seconds.items()}
+
+
+def as_text(figures: dict[str, Any]) -> str:
+    """A `report` as aligned lines, one for each figure."""
+    f = figures
+    copies = f["ranks_a_kv_head"]
+    shape = f"dim {f['dim']}, {f['n_layers']} layers, feed-forward {f['hidden_dim']}"
+    heads = f"{f['n_heads']} heads, {f['n_kv_heads']} KV heads"
+    tied = ", output tied to the embedding" if f["tied"] else ""
+    lines = [
+        ("model", f"{shape}, {heads}, {f['vocab_size']} tokens"),
+        ("held as", f["dtype"] + LINEARS[f["quantize"]] + tied),
+        ("ranks", f"{f['ranks']}" + (f", each KV head on {copies} of them" if copies > 1 else "")),
+        ("on each rank", ""),
+    ]
+    lines += [(f"  {label}", f"{_gb(b)} {b:>18,}  {what}") for label, b, what in _amounts(f)]
+    lines.append(("possible ranks", ", ".join(map(str, f["possible_ranks"]))))
+    if "device_memory" in f:
+        lines += _what_fits(f)
+    if f["ranks"] > 1:
+        collectives = f"{f['collectives_a_step']} collectives a step"
+        lines.append(("a token sends", f"{f['sent_a_token'] / 1e6:.2f} MB a rank; {collectives}"))
+    lines.append(("a step reads", f"{_gb(f['read_a_step']).strip()} a rank, its rows full"))
+    limits = {"interconnect": "interconnect, without latency", "both": "both in turn"}
+    for name, rate in f["tokens_a_second"].items():
+        by = limits.get(name, name)
+        lines.append(("at most", f"{rate:.1f} tok/s, {rate / f['batch']:.1f} a row, by {by}"))
+    return "\n".join(f"{label:<17}{text}".rstrip() for label, text in lines)
+
+
+def _amounts(f: dict[str, Any]) -> list[tuple[str, int, str]]:
+    """(label, bytes, explanation) of everything in a rank's memory."""
+    batch, context = f["batch"], f["context"]
+    chunk = f"activations of a {PREFILL_CHUNK}-token chunk, est."
+    return [
+        *((kind.replace("_", "-"), b, "") for kind, b in f["weights_by_kind"].items()),
+        ("weights", f["weights"], "all of the above"),
+        ("KV cache", f["kv_cache"], f"{batch} x {context} tokens"),
+        ("rotary table", f["rotary_table"], f"{context} positions"),
+        ("prefill", f["prefill_activations"], chunk),
+        ("decode", f["decode_activations"], f"activations of a step of {batch}, est."),
+        ("needed", f["needed"], "weights, cache, table, the larger activations"),
+    ]
+
+
+def _what_fits(f: dict[str, Any]) -> list[tuple[str, str]]:
+    """The lines about a device's memory."""
+    memory, left = _gb(f["device_memory"]).strip(), _gb(abs(f["left"])).strip()
+    verdict = f"fits, {left} left" if f["fits"] else f"does not fit, {left} too little"
+    rows = f"{f['batch']} row" + "s" * (f["batch"] > 1)
+    trained = f"trained for {f['trained_context']}"
+    return [
+        ("ranks that fit", ", ".join(map(str, f["fitting_ranks"])) or "none"),
+        ("device memory", f"{memory}: {verdict}"),
+        ("largest context", f"{f['largest_context']} tokens in {rows} ({trained})"),
+        ("largest batch", f"{f['largest_batch']} rows of {f['context']} tokens"),
+    ]
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:>9.2f} GB"
