@@ -34,7 +34,7 @@ class Sampling:
     """
 
     temperature: float = option(0.6, "randomness; 0 always takes the most probable token")
-    top_p: float = option(0.9, "draw from the most probable tokens with this much of the mass")
+    top_p: float = option(0.9, "draw from the most probable tokens that hold this much of the mass")
     top_k: int = option(0, "draw from this many most probable tokens; 0 is no limit")
     min_p: float = option(
         0.0, "draw from tokens at least this times as probable as the most probable one"

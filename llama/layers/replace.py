@@ -30,7 +30,7 @@ def replace_modules(model: nn.Module, table: Mapping[type[nn.Module], Factory]) 
 
 
 def as_class(module: nn.Module, kind: type[M]) -> M:
-    """The same parameters, children and attributes as a `kind`, a subclass of the module's class."""
+    """A `kind` with the module's parameters, children and attributes; a subclass of its class."""
     replacement = kind.__new__(kind)
     nn.Module.__init__(replacement)
     replacement.__dict__.update(module.__dict__)
