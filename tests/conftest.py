@@ -1,7 +1,8 @@
-"""What the tests share: the demo model, Meta's own code as the oracle, tiny random checkpoints."""
+"""Shared fixtures: the demo model, tiny random checkpoints, tokenizers, the CPU kernels."""
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same random inputs at each run."""
+    """Every test gets the same random inputs in each run."""
     torch.manual_seed(0)
 
 
@@ -55,7 +56,7 @@ def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
-    """The demo model in the official layout."""
+    """The demo model in Meta's layout."""
     from llama.checkpoints.demo_model import ensure_demo_model
 
     return ensure_demo_model()
@@ -63,10 +64,19 @@ def demo_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer_path() -> Path:
-    """Meta's 128k rank file, as PyPI's llama-models carries it."""
+    """Meta's 128k rank file, from the package llama-models."""
     import llama_models.llama3
 
     return Path(llama_models.llama3.__path__[0]) / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vocabulary for tests that are not about text: 256 bytes and 256 special tokens."""
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
+    tokens = (base64.b64encode(bytes([i])).decode() for i in range(256))
+    path.write_text("".join(f"{token} {i}\n" for i, token in enumerate(tokens)))
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +89,7 @@ def demo(demo_dir: Path) -> Llama:
 
 @pytest.fixture(scope="module")
 def one_rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The process group of one that Meta's code insists on."""
+    """The process group of one rank that Meta's code needs."""
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     fs_init.initialize_model_parallel(1)
@@ -92,7 +102,7 @@ def one_rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def tiny_checkpoint(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
-    """Write an official-layout checkpoint of random weights: `tiny_checkpoint(dim=32, ...)`."""
+    """Write a checkpoint of random weights in Meta's layout: `tiny_checkpoint(dim=32, ...)`."""
 
     def write(**changes: Any) -> Path:
         params = TINY | changes

@@ -118,8 +118,8 @@ class Generation:
         prompt_logprobs: likewise of each prompt id; None for ids before `score_from` and for the
             first, which nothing predicts.
         reused: how many prompt ids were cached already.
-        finish_reason: None while it goes on. "stop": a stop token, or whoever reads the answer; "length": max_gen_len, or no
-            room left; "cancelled"; "error": see `error`.
+        finish_reason: None while it goes on. "stop": a stop token or a stop string; "length":
+            max_gen_len, or no room left; "cancelled"; "error": see `error`.
         stop_token: the id that ended it.
         error: what ended it.
     """

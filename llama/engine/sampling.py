@@ -13,15 +13,15 @@ from torch import Tensor
 
 from llama.common.options import option
 
-# Logits divided by less than this may overflow, and nothing but the most probable id has a chance.
+# A lower temperature is treated as 0: dividing by it may overflow, and only one id has a chance.
 GREEDY_BELOW = 1e-6
-# How many of the most probable ids to look for the nucleus among, before sorting them all.
+# `nucleus` first sorts only this many of the most probable ids, and all ids if these are too few.
 NUCLEUS_GUESSES = (256, 4096)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw an id.
+    """How to draw an id from logits.
 
     Attributes:
         temperature: divides the logits; 0 takes the most probable id.
@@ -57,12 +57,12 @@ class Sampling:
 def sample(
     logits: Tensor, how: Sampling, generators: Sequence[torch.Generator] | None = None
 ) -> Tensor:
-    """Draw one id a row.
+    """Draw one id per row.
 
     Args:
         logits: (B, vocab) fp32.
-        generators: one a row, so that a row's draws are its own; None draws the whole batch from
-            the global generator, as the reference does.
+        generators: one per row, which makes its draws independent of the other rows. None draws
+            the whole batch from torch's global generator, as the reference does.
 
     Returns:
         (B,) int64.
@@ -80,19 +80,19 @@ def sample(
     if generators is None:
         return sample_top_p(probs, how.top_p).reshape(-1)
     weights, ids = nucleus(probs, how.top_p, stable=True)
-    # In vocabulary order: a last digit that depends on the batch cannot permute the ids.
+    # In vocabulary order: rounding that depends on the batch then cannot permute the ids.
     ids, order = ids.sort()
     mass = weights.gather(-1, order).cumsum(-1)
     uniform = [torch.rand(1, generator=g, device=g.device) for g in generators]
-    aim = torch.stack(uniform) * mass.narrow(-1, mass.shape[-1] - 1, 1)
-    chosen = torch.searchsorted(mass, aim, right=True).clamp_max(mass.shape[-1] - 1)
+    target = torch.stack(uniform) * mass.narrow(-1, mass.shape[-1] - 1, 1)
+    chosen = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
     return ids.gather(-1, chosen).reshape(-1)
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
-    """Nucleus sampling, arXiv:1904.09751: draw from the most probable ids that hold mass `p`.
+    """Nucleus sampling, arXiv:1904.09751: draw from the most probable ids that have mass `p`.
 
-    The id that crosses `p` belongs to the nucleus, so `p` = 0 is the most probable id alone. The
+    The id at which the sum crosses `p` is included, so `p` = 0 is the most probable id alone. The
     draw is one `torch.multinomial` over the sorted row from the global generator, as in the
     reference: with the same seed, one row gives the same id.
 
@@ -105,20 +105,20 @@ def sample_top_p(probs: Tensor, p: float) -> Tensor:
     """
     weights, ids = nucleus(probs, p)
     weights = weights / weights.sum(dim=-1, keepdim=True)
-    # The reference draws as many random numbers as there are ids, also for those left out.
+    # The reference draws one random number per id of the vocabulary, including excluded ids.
     weights = F.pad(weights, (0, probs.shape[-1] - weights.shape[-1]))
     return ids.gather(-1, torch.multinomial(weights, num_samples=1))
 
 
 def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tensor]:
-    """(weights, ids), (B, n) each, the most probable first; ids outside the nucleus weigh 0.
+    """(weights, ids), (B, n) each, the most probable first; ids outside the nucleus have weight 0.
 
     On the CPU a full sort takes longer than a small model's decode step, and the nucleus is nearly
     always within a few hundred ids.
 
     Args:
-        stable: equally probable ids stand in rising order. Otherwise as `torch.sort` leaves them,
-            which is the reference's order.
+        stable: equally probable ids are in ascending order. Otherwise they are in the order of an
+            unstable `torch.sort`, which is the reference's.
     """
     for k in NUCLEUS_GUESSES if probs.device.type == "cpu" else ():
         if k >= probs.shape[-1]:
@@ -126,9 +126,9 @@ def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tens
         ids = torch.topk(probs, k, dim=-1, sorted=False).indices.sort().values
         weights, order = torch.sort(probs.gather(-1, ids), dim=-1, descending=True, stable=True)
         kept = _cut(weights, p)
-        # Ids as probable as the least of these may lie beyond the k.
+        # Ids as probable as the last of these k may be missing from them.
         unsure = weights == weights.narrow(-1, k - 1, 1)
-        if not stable:  # which of two equals comes first, or is cut, is known of a full sort only
+        if not stable:  # the order of equally probable ids is that of a full sort
             unsure = unsure | (weights == F.pad(weights, (0, 1)).narrow(-1, 1, k))
         if not bool((unsure & (kept > 0)).any()):
             return kept, ids.gather(-1, order)
@@ -137,6 +137,6 @@ def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tens
 
 
 def _cut(weights: Tensor, p: float) -> Tensor:
-    """Sorted weights, with 0 for those that begin beyond mass `p`."""
+    """Sorted weights; 0 where the mass of the more probable ids exceeds `p`."""
     before = torch.cumsum(weights, dim=-1) - weights  # mass of the more probable ids
     return torch.where(before > p, 0.0, weights)

@@ -20,10 +20,10 @@ class Perplexity:
     """How well a model predicts a text.
 
     Attributes:
-        tokens: how many were predicted.
+        tokens: the number of predicted tokens.
         nats: the sum of their negative natural log-probabilities.
         size: UTF-8 bytes of the text.
-        seconds: how long scoring took.
+        seconds: duration of scoring.
     """
 
     tokens: int
@@ -33,12 +33,12 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token): compares models with the same tokenizer only."""
+        """exp(nats per token). Comparable only between models with the same tokenizer."""
         return math.exp(self.nats / self.tokens)
 
     @property
     def bits_per_byte(self) -> float:
-        """Compares models with any tokenizers."""
+        """Comparable between models with different tokenizers."""
         return self.nats / math.log(2) / self.size
 
     def __str__(self) -> str:
@@ -48,17 +48,17 @@ class Perplexity:
         )
 
     def as_json(self) -> str:
-        """One object: the attributes, `perplexity` and `bits_per_byte`."""
+        """A JSON object of the attributes, `perplexity` and `bits_per_byte`."""
         ratios = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
         return json.dumps(ratios | asdict(self))
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with its line ends as they are.
+    """The text of a UTF-8 file, line ends unchanged.
 
     Raises:
-        ValueError: it is empty or not UTF-8.
-        OSError: it cannot be read.
+        ValueError: the file is empty or not UTF-8.
+        OSError: the file cannot be read.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -70,7 +70,7 @@ def read_text(path: str | Path) -> str:
 
 
 def check_windows(context: int, stride: int | None) -> int:
-    """The stride of sliding windows over a text; half of the context if None.
+    """The stride of the sliding windows over a text: half of the context if None.
 
     Raises:
         ValueError: the context or the stride is out of range.
@@ -86,14 +86,14 @@ def check_windows(context: int, stride: int | None) -> int:
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
     """(begin, first scored, end) of windows of at most `context` ids that score each id once.
 
-    The first window scores all its ids, and each later one its last `stride` ids, which thus have
-    at least context - stride ids before them.
+    The first window scores all its ids. Each later one scores at most `stride` ids, its last, so
+    that each of them has at least context - stride ids before it.
     """
-    found = [(0, 0, min(context, length))]
-    while (scored := found[-1][2]) < length:
+    spans = [(0, 0, min(context, length))]
+    while (scored := spans[-1][2]) < length:
         end = min(scored + stride, length)
-        found.append((end - context, scored, end))
-    return found
+        spans.append((end - context, scored, end))
+    return spans
 
 
 def score_ids(
@@ -103,15 +103,15 @@ def score_ids(
     stride: int | None = None,
     show: bool = False,
 ) -> list[float | None]:
-    """Log-probability of each id given those before it in its window; None for the first.
+    """Log-probability of each id given those before it in its window; None for the first id.
 
     Args:
         bos_id: if `ids` begin with it, every window begins with it.
-        stride: ids that each window of max_seq_len adds to the one before; None is half of it.
-        show: show a progress bar if it takes more than two seconds.
+        stride: ids that each window of max_seq_len adds to the one before; None: max_seq_len / 2.
+        show: show a progress bar after two seconds.
 
     Raises:
-        ValueError: there is nothing to score, or the stride is out of range.
+        ValueError: `ids` is empty, or the stride is out of range.
     """
     context, at_once = engine.room, engine.model.params.max_batch_size
     stride = check_windows(context, stride)
@@ -125,8 +125,8 @@ def score_ids(
         return Request(window, 0, score_from=scored - begin)
 
     scores: list[float | None] = []
-    found = windows(len(ids), context, stride)
-    batches = [found[i : i + at_once] for i in range(0, len(found), at_once)]
+    spans = windows(len(ids), context, stride)
+    batches = [spans[i : i + at_once] for i in range(0, len(spans), at_once)]
     show = show and job.is_leader()
     for batch in progress(batches, "scoring", unit="batch") if show else batches:
         for generation in engine.run([request_of(*window) for window in batch]):
@@ -144,5 +144,5 @@ def perplexity(
     scores = score_ids(engine, ids, bos_id, stride, show=True)
     known = [score for score in scores if score is not None]
     if not known:
-        raise ValueError("the text is too short: no token of it has one before it")
+        raise ValueError("the text is too short: it needs two tokens or more")
     return Perplexity(len(known), -math.fsum(known), size, time.perf_counter() - start)

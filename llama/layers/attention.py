@@ -14,14 +14,14 @@ from torch import Tensor
 from llama.layers import kernels
 from llama.model import DotProductAttention
 
-# Up to this many scores the reference's arithmetic is kept (scores in the model's dtype, softmax in
+# Up to this many scores, the arithmetic is the reference's (scores in the model's dtype, softmax in
 # fp32), so that a seed draws the same ids as in Meta's code. More scores would take over 64 MB in
-# fp32; then torch's fused kernel computes attention without storing them.
+# fp32; torch's fused kernel, which does not store them, is used instead.
 EXACT_SCORES = 1 << 24
 
 
 class GroupedAttention(DotProductAttention):
-    """The reference's arithmetic without copies of heads; long prompts by torch's kernel."""
+    """The reference's arithmetic without copies of key-value heads; fused for long prompts."""
 
     def forward(
         self,
@@ -35,10 +35,10 @@ class GroupedAttention(DotProductAttention):
 
 
 class KernelAttention(DotProductAttention):
-    """By the CPU kernel, which reads a cache at the memory's speed and only up to each position.
+    """Attention by the CPU kernel, which reads the cache once and only up to each position.
 
-    Where it does not apply: by torch's fused kernel in half precision, else as `GroupedAttention`.
-    In fp32 the CPU kernel serves single queries only: a prompt keeps the reference's arithmetic.
+    Where the kernel cannot run: torch's fused kernel in half precision, else `GroupedAttention`.
+    In fp32 the kernel is used for T = 1 only, so that prompts get the reference's arithmetic.
     """
 
     def forward(
@@ -49,8 +49,8 @@ class KernelAttention(DotProductAttention):
         mask: Tensor | None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        fits = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
-        if positions is not None and fits and kernels.takes(xq):
+        wanted = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
+        if positions is not None and wanted and kernels.supports(xq):
             out: Tensor = torch.ops.llama3.attend(xq, keys, values, positions)
             return out
         if xq.dtype in (torch.bfloat16, torch.float16):
@@ -59,7 +59,7 @@ class KernelAttention(DotProductAttention):
 
 
 def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """See `GroupedAttention`. Arguments and result: `DotProductAttention.forward`."""
+    """See `GroupedAttention`. Arguments and result are those of `DotProductAttention.forward`."""
     B, T, H, _ = xq.shape
     if B * H * T * keys.shape[1] <= EXACT_SCORES:
         return folded_attention(xq, keys, values, mask)
@@ -67,13 +67,13 @@ def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | N
 
 
 def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """By torch's kernel, which does not store scores. Arguments as `grouped_attention`."""
+    """torch's kernel, which does not store scores. Arguments as in `grouped_attention`."""
     B, T, H, D = xq.shape
     K = keys.shape[2]
-    if xq.device.type == "mps":  # several releases of torch give wrong results there
+    if xq.device.type == "mps":  # torch's kernel is wrong there in several releases
         return folded_attention(xq, keys, values, mask)
     keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-    if T == 1:  # a group's query heads become the queries of their key-value head
+    if T == 1:  # query heads of a group become queries of their key-value head
         xq = xq.view(B, K, H // K, D)
         return F.scaled_dot_product_attention(xq, keys, values, mask).reshape(B, 1, H, D)
     out = F.scaled_dot_product_attention(
@@ -83,7 +83,7 @@ def fused_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
 
 
 def folded_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """A group's heads as rows of one matrix multiplication. Arguments as `grouped_attention`."""
+    """One matmul for all query heads of a group. Arguments as in `grouped_attention`."""
     B, T, H, D = xq.shape
     S, K = keys.shape[1:3]
     folded = xq.view(B, T, K, H // K, D).permute(0, 2, 3, 1, 4).reshape(B, K, -1, D)

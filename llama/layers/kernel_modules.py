@@ -1,6 +1,6 @@
-"""Replacements of the model's modules that use the CPU kernels where they apply.
+"""Replacements of the model's modules that use the CPU kernels where these support the input.
 
-Elsewhere (other devices, dtypes, gradients) each computes what the module that it replaces does.
+For other devices and dtypes, and with gradients, each computes what the replaced module computes.
 Shapes: B rows, T positions, D head_dim.
 """
 
@@ -22,21 +22,21 @@ class KernelRMSNorm(RMSNorm):
         w = self.weight
         if x.dtype != w.dtype or (torch.is_grad_enabled() and w.requires_grad):
             return super().forward(x)
-        if not kernels.takes(x):
+        if not kernels.supports(x):
             return super().forward(x)
         y: Tensor = torch.ops.llama3.rms_norm(x, w, self.eps)
         return y
 
 
 class KernelLinear(nn.Linear):
-    """A linear that reads its weight at the memory's speed where x has few rows."""
+    """A linear that is limited only by reading its weight where x has few rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight)
 
 
 class KernelHeads(Attention):
-    """Attention whose queries, keys and values come of one call, and are rotated by a kernel."""
+    """Attention that computes queries, keys and values in one call and rotates by a kernel."""
 
     def heads(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         B, T, _ = x.shape
@@ -49,7 +49,7 @@ class KernelHeads(Attention):
 
 
 class KernelFeedForward(FeedForward):
-    """A feed-forward whose w1 and w3 are one call, and whose gate is one pass."""
+    """A feed-forward with w1 and w3 in one call, and silu and product in one pass."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = linears(copy_to_ranks(x), self.w1, self.w3)
@@ -57,23 +57,23 @@ class KernelFeedForward(FeedForward):
 
 
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
-    """[module(x), ...]. Plain weights are read in one call, which small matrices gain by."""
+    """[module(x), ...]; one call for plain weights, which saves time for small matrices."""
     weights = [module.weight for module in modules if isinstance(module, KernelLinear)]
-    if len(weights) == len(modules) and kernels.serves(x, *weights):
+    if len(weights) == len(modules) and kernels.is_fastest_with(x, *weights):
         ys: list[Tensor] = torch.ops.llama3.linears(x, weights)
         return ys
     return [module(x) for module in modules]
 
 
 def rotate(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-    """`apply_rotary_emb`.
+    """See `apply_rotary_emb`.
 
     Args:
-        freqs_cis: as there, or `torch.view_as_real` of it: torch.compile has no complex numbers.
+        freqs_cis: complex, or its `torch.view_as_real`: torch.compile supports no complex numbers.
     """
     if not freqs_cis.is_complex():
         return rotate_pairs(xq, freqs_cis), rotate_pairs(xk, freqs_cis)
-    if kernels.takes(xq) and kernels.takes(xk):
+    if kernels.supports(xq) and kernels.supports(xk):
         rotary = torch.ops.llama3.rotary
         return rotary(xq, freqs_cis), rotary(xk, freqs_cis)
     return apply_rotary_emb(xq, xk, freqs_cis)
@@ -88,7 +88,7 @@ def rotate_pairs(x: Tensor, cos_sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up."""
-    if kernels.takes(gate) and kernels.takes(up):
+    if kernels.supports(gate) and kernels.supports(up):
         y: Tensor = torch.ops.llama3.swiglu(gate, up)
         return y
     return F.silu(gate) * up

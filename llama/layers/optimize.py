@@ -1,4 +1,4 @@
-"""Which replacements a loaded model gets, by its device and by what the user asks for."""
+"""Chooses the replacements for a loaded model, by its device, its dtype and the user's options."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Tr
 
 Table = dict[type[nn.Module], Factory]
 
-# The reference's arithmetic, without its copies of key-value heads.
+# Bit-identical to the reference, without copies of key-value heads.
 REFERENCE: Table = {DotProductAttention: factory_of(GroupedAttention)}
-# The fastest that gives the same result up to rounding, on any device.
+# The fastest modules for any device; results differ from the reference by rounding only.
 FAST: Table = {
     DotProductAttention: factory_of(KernelAttention),
     Attention: factory_of(KernelHeads),
@@ -31,7 +31,7 @@ def optimize(model: Transformer, quantize: str | None = None, exact: bool = Fals
 
     Args:
         quantize: "int8", "int4" or None; see `quantized`.
-        exact: keep the reference's arithmetic in everything but quantized linears.
+        exact: the reference's arithmetic in everything but quantized linears.
 
     Raises:
         ValueError: the model cannot be quantized this way.
@@ -55,5 +55,5 @@ def optimize(model: Transformer, quantize: str | None = None, exact: bool = Fals
 
 
 def has_tinygemm(device: torch.device) -> bool:
-    """Whether torch's int4 kernel runs on this GPU: NVIDIA's Ampere and later."""
+    """Whether torch's int4 kernel supports this GPU: NVIDIA's Ampere and later."""
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -15,25 +15,24 @@ from llama.layers import kernels
 
 TILE = 16  # rows of an int4 weight that lie together
 GROUPS = (32, 64, 128)
-# Rows that are quantized, or made plain where x has many rows, at once: those of common widths
-# stay in the cache.
+# Rows that are quantized or dequantized at a time: at common widths they fit the processor's cache.
 BLOCK = 512
 
 
-def _by_rows(quantize: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
-    """`quantize(w, ...)` in blocks of rows: its fp32 and int64 are never as large as w."""
-    device = given[0].device
+def _by_rows(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """`function(*inputs)` in blocks of rows, so that its temporary tensors stay small."""
+    device = inputs[0].device
     if device.type == "meta":
-        return quantize(*given)
-    likes = quantize(*(t.to("meta") for t in given))
-    whole = tuple(torch.empty_like(t, device=device) for t in likes)
+        return function(*inputs)
+    shapes = function(*(t.to("meta") for t in inputs))
+    results = tuple(torch.empty_like(t, device=device) for t in shapes)
     start = 0
-    for rows in zip(*(t.split(BLOCK) for t in given), strict=True):
-        parts = quantize(*rows)
-        for t, part in zip(whole, parts, strict=True):
-            t[start : start + len(part)] = part
+    for rows in zip(*(t.split(BLOCK) for t in inputs), strict=True):
+        parts = function(*rows)
+        for result, part in zip(results, parts, strict=True):
+            result[start : start + len(part)] = part
         start += len(parts[0])
-    return whole
+    return results
 
 
 def row_largest(w: Tensor) -> Tensor:
@@ -46,10 +45,9 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Ten
     """Symmetric, one scale a row: (N, K) -> codes (N, K) int8 and scales (N,) fp32.
 
     Args:
-        largest: `row_largest` of a wider weight, of whose columns w is a part.
+        largest: `row_largest` of the whole weight, if w has only some of its columns.
     """
-    given = (w,) if largest is None else (w, largest)
-    q, scale = _by_rows(_quantize_int8, *given)
+    q, scale = _by_rows(_quantize_int8, *((w,) if largest is None else (w, largest)))
     return q, scale
 
 
@@ -67,29 +65,29 @@ def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
 
 def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     """x (..., K) times the transpose of a `quantize_int8` weight: (..., N) in x's dtype."""
-    if kernels.use("int8", x):
+    if kernels.is_fastest("int8", x):
         y: Tensor = torch.ops.llama3.linear_int8(x, q, scale)
         return y
-    if (wide := _served(x)) is not x:
+    if (wide := _fp16_to_fp32(x)) is not x:
         return linear_int8(wide, q, scale).to(x.dtype)
-    if x.dtype == torch.float16:  # whose range unscaled products may leave
+    if x.dtype == torch.float16:  # sums of unscaled codes may overflow its range
         return F.linear(x, dequantize_int8(q, scale).to(x.dtype))
-    if x.device.type != "cpu" and torch.compiler.is_compiling():  # which fuses it for one row
+    if x.device.type != "cpu" and torch.compiler.is_compiling():  # for one row, inductor fuses this
         return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)
     parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
     return torch.cat([F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts], dim=-1)
 
 
-def _served(x: Tensor) -> Tensor:
-    """float16 as float32 where kernels serve, which take no float16; else x itself."""
-    if x.dtype == torch.float16 and x.device.type == "cpu" and kernels.takes(wide := x.float()):
+def _fp16_to_fp32(x: Tensor) -> Tensor:
+    """float16 as float32 where the CPU kernels can run, which have no float16; else x itself."""
+    if x.dtype == torch.float16 and x.device.type == "cpu" and kernels.supports(wide := x.float()):
         return wide
     return x
 
 
 def widen_int8(x: Tensor, q: Tensor) -> Tensor:
-    """Codes in x's dtype; in bf16 too they are exact."""
-    if x.dtype == torch.bfloat16 and kernels.takes(x):
+    """Codes in x's dtype; every dtype represents them exactly."""
+    if x.dtype == torch.bfloat16 and kernels.supports(x):
         w: Tensor = torch.ops.llama3.widen_int8(q)
         return w
     return q.to(x.dtype)
@@ -102,9 +100,8 @@ def quantize_int4(w: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         packed: (T, K / 8, 16) int32; bits 4i to 4i + 3 of packed[t, b, r] are the code of row
-            16t + r, column 8b + i: a tile is read front to back, 16 rows side by side.
-        scale, zero: (T, K / G, 16) bf16. Codes are rounded to these, not to what they were before
-            their own rounding.
+            16t + r, column 8b + i: a tile is contiguous, with its 16 rows interleaved.
+        scale, zero: (T, K / G, 16) bf16. The codes are computed from these rounded values.
     """
     K = w.shape[1]
     if group not in GROUPS or K % group:
@@ -130,57 +127,57 @@ def _quantize_int4(w: Tensor, group: int) -> tuple[Tensor, ...]:
 
 
 def codes_int4(packed: Tensor) -> Tensor:
-    """The codes of all rows, those that fill the last tile included: (16 T, K) int32."""
+    """The codes of all rows, including the padding of the last tile: (16 T, K) int32."""
     T, blocks, _ = packed.shape
     places = torch.arange(0, 32, 4, device=packed.device, dtype=packed.dtype)
     codes = torch.bitwise_right_shift(packed.unsqueeze(3), places) & 15
     return codes.transpose(1, 2).reshape(T * TILE, blocks * 8).to(torch.int32)
 
 
-def by_row(t: Tensor) -> Tensor:
-    """Scales or zeros of all rows: (T, K / G, 16) -> (16 T, K / G). Packed codes alike."""
+def untile(t: Tensor) -> Tensor:
+    """Scales, zeros or packed codes of all rows: (T, K / G, 16) -> (16 T, K / G)."""
     rows: Tensor = t.transpose(1, 2).flatten(0, 1)
     return rows
 
 
 def rows_int4(t: Tensor, start: int, stop: int) -> Tensor:
-    """Codes, scales or zeros of rows `start`:`stop` in tiles of their own; whole ones are views."""
+    """Codes, scales or zeros of rows `start`:`stop`, tiled; a view if these are whole tiles."""
     first = start // TILE
     t = t[first : -(-stop // TILE)]
     if start % TILE == stop % TILE == 0:
         return t
-    rows = by_row(t)[start - first * TILE : stop - first * TILE]
+    rows = untile(t)[start - first * TILE : stop - first * TILE]
     tiles = F.pad(rows, (0, 0, 0, -len(rows) % TILE)).unflatten(0, (-1, TILE))
-    made: Tensor = tiles.transpose(1, 2).contiguous()
-    return made
+    retiled: Tensor = tiles.transpose(1, 2).contiguous()
+    return retiled
 
 
 def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
     """The first n rows: (n, K) fp32."""
     codes = codes_int4(packed).unflatten(1, (scale.shape[1], -1))
-    w: Tensor = codes * by_row(scale).float().unsqueeze(2) + by_row(zero).float().unsqueeze(2)
+    w: Tensor = codes * untile(scale).float().unsqueeze(2) + untile(zero).float().unsqueeze(2)
     return w.flatten(1)[:n]
 
 
 def scales_and_zeros_int4(scale: Tensor, zero: Tensor) -> Tensor:
-    """Those of a `quantize_int4` weight as torch's own int4 products take them.
+    """Scales and zeros of a `quantize_int4` weight in the layout of torch's own int4 matmuls.
 
-    There a weight is (code - 8) * scale + zero, so the zero is another, rounded to bf16 anew.
+    torch defines a weight as (code - 8) * scale + zero, so its zero differs and is rounded again.
 
     Returns:
         (K / G, 16 T, 2) bf16.
     """
     middle = (zero.float() + 8 * scale.float()).bfloat16()
-    both = torch.stack((by_row(scale), by_row(middle)), dim=2).transpose(0, 1)
+    both = torch.stack((untile(scale), untile(middle)), dim=2).transpose(0, 1)
     return both.clone(memory_format=torch.contiguous_format)
 
 
 def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
     """x (..., K) times the transpose of a `quantize_int4` weight of n rows: (..., n)."""
-    if kernels.use("int4", x):
+    if kernels.is_fastest("int4", x):
         y: Tensor = torch.ops.llama3.linear_int4(x, packed, scale, zero, n)
         return y
-    if (wide := _served(x)) is not x:
+    if (wide := _fp16_to_fp32(x)) is not x:
         return linear_int4(wide, packed, scale, zero, n).to(x.dtype)
     parts = zip(*(t.split(BLOCK // TILE) for t in (packed, scale, zero)), strict=True)
     rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
@@ -190,7 +187,7 @@ def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) 
 
 def unpack_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:
     """`dequantize_int4` in x's dtype."""
-    if kernels.takes(x):
+    if kernels.supports(x):
         w: Tensor = torch.ops.llama3.unpack_int4(x, packed, scale, zero, n)
         return w
     return dequantize_int4(packed, scale, zero, n).to(x.dtype)

@@ -28,10 +28,10 @@ SCHEMES = ("int8", "int4")
 
 
 class Int8Linear(nn.Module):
-    """One byte a weight and one scale an output.
+    """A linear with one byte per weight and one scale per output.
 
     Args:
-        weight: (N, K); one on the meta device gives empty codes and scales.
+        weight: (N, K). On the meta device, the codes and scales are on it too.
         largest: see `quantize_int8`.
     """
 
@@ -49,10 +49,10 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Half a byte a weight, and one scale and one zero for each group of inputs.
+    """A linear with half a byte per weight, and one scale and one zero per group of inputs.
 
     Args:
-        weight: (N, K); one on the meta device gives empty codes, scales and zeros.
+        weight: (N, K). On the meta device, the codes, scales and zeros are on it too.
         group: inputs that share a scale and a zero; must divide K.
     """
 
@@ -73,9 +73,9 @@ class Int4Linear(nn.Module):
 
 
 class TinygemmLinear(nn.Module):
-    """An `Int4Linear` in the layout of torch's CUDA kernel, for x in bf16; the groups stay.
+    """An `Int4Linear` in the layout of torch's int4 CUDA kernel, with the same groups. x is bf16.
 
-    The kernel multiplies codes as it reads them; see docs/decisions/0001-int4-on-cuda.md.
+    The kernel dequantizes in registers; see docs/decisions/0001-int4-on-cuda.md.
     """
 
     weight: Tensor
@@ -98,28 +98,29 @@ class TinygemmLinear(nn.Module):
 
 
 def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
-    """The `TinygemmLinear` of an `Int4Linear`; the latter if the results differ on this device."""
+    """The `TinygemmLinear` of an `Int4Linear`; `linear` itself if it gives other results here."""
     replacement = TinygemmLinear(linear)
     x = torch.linspace(-1, 1, linear.packed.shape[1] * 8, device=linear.packed.device).bfloat16()
     found, expected = replacement(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
     if (found - expected).abs().max() <= 0.02 * expected.abs().max():
         return replacement
     warnings.warn(
-        f"{name}: torch's int4 kernel computes something else here; it is not used", stacklevel=2
+        f"{name}: torch's int4 kernel gives wrong results on this device and is not used",
+        stacklevel=2,
     )
     return linear
 
 
 def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:
-    """What a table of `replace_modules` takes to quantize linears.
+    """A factory for `replace_modules` that quantizes linears.
 
-    "int4" keeps the output layer at 8 bits: at 4 bits it costs more perplexity than all other
-    layers together (docs/performance.md). The embedding is no linear and stays as it is.
+    "int4" stores the output layer in 8 bits: in 4 bits it costs more perplexity than all other
+    layers together (docs/performance.md). The embedding is not a linear and is not quantized.
 
     Args:
-        group: inputs that share a scale in int4.
-        sharded: the linears are this rank's part of the weights, and every rank quantizes its own.
-            They get the codes and scales that the whole weights would have.
+        group: inputs that share a scale and a zero in int4.
+        sharded: the linears are this rank's parts of the weights. All ranks must quantize at the
+            same time; the codes and scales are those of the whole weights.
 
     Raises:
         ValueError: there is no such scheme or group.
@@ -145,7 +146,7 @@ def largest_over_ranks(name: str, weight: Tensor) -> Tensor | None:
 
 
 def check_scheme(scheme: object, group: object = 32) -> None:
-    """Raise a ValueError unless `quantized` takes them."""
+    """Raise a ValueError unless `quantized` has this scheme and this group size."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; use one of {list(SCHEMES)}")
     if type(group) is not int or group not in GROUPS:
@@ -160,16 +161,16 @@ def undivided(args: Sizes, ranks: int, group: int) -> dict[str, int]:
 
 
 def possible_ranks(args: Sizes, quantize: str | None = None, group: int = 32) -> list[int]:
-    """`rank_counts`, without those whose part of a weight int4's groups do not divide."""
+    """`rank_counts`, without those that would split a group of int4 between ranks."""
     counts = rank_counts(args)
     return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]
 
 
 def check_ranks(args: Sizes, scheme: str, group: int = 32) -> None:
-    """Refuse a number of ranks for which int4's groups no longer divide the columns of a rank.
+    """Check that int4's groups divide the columns that a rank has of each weight.
 
     Raises:
-        ValueError: naming the weight, and the ranks and groups that are possible.
+        ValueError: they do not; it names the weight and the possible ranks and groups.
     """
     ranks, possible = tensor_parallel.size(), possible_ranks(args, scheme, group)
     if ranks in possible or 1 not in possible or ranks not in rank_counts(args):

@@ -18,7 +18,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def inputs(B: int, T: int, H: int, K: int, D: int, S: int, dtype: torch.dtype) -> Inputs:
-    """Queries, keys and values (views of a larger cache, not a number beyond what is read)."""
+    """Queries, and keys and values as views of a larger cache, with NaN after the last position."""
     generator = torch.Generator().manual_seed(B * T + H * K + D + S)
     xq = torch.randn(B, T, H, D, generator=generator).to(dtype)
     positions = torch.randint(0, S, (B, T), generator=generator)
@@ -31,7 +31,7 @@ def inputs(B: int, T: int, H: int, K: int, D: int, S: int, dtype: torch.dtype) -
 
 
 def check(got: Tensor, xq: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-    """Each query alone over the keys it sees, in fp64, then one rounding to the dtype."""
+    """Each query alone over its visible keys in fp64, then one rounding to the dtype."""
     assert got.dtype == xq.dtype and got.shape == xq.shape
     for b, row in enumerate(positions.expand(len(xq), -1).tolist()):
         for t, last in enumerate(row):
@@ -48,26 +48,26 @@ def test_attend(variant: str, dtype: torch.dtype, group: int, D: int) -> None:
     draw = random.Random(D + group)
     for B, T, S in [(1, 1, 1), (2, 1, 300), (3, 1, draw.randint(2, 200)), (2, 5, 131), (1, 40, 70)]:
         K = draw.randint(1, 3)
-        given = inputs(B, T, group * K, K, D, S, dtype)
-        check(torch.ops.llama3.attend(*given), *given)
+        tensors = inputs(B, T, group * K, K, D, S, dtype)
+        check(torch.ops.llama3.attend(*tensors), *tensors)
 
 
 @DTYPES
-def test_threads_divide_it(ops: object, dtype: torch.dtype) -> None:
-    """One row of few heads is divided along its keys, and the parts are merged."""
+def test_any_number_of_threads(ops: object, dtype: torch.dtype) -> None:
+    """With few heads, the keys of a row are split between threads and the parts are merged."""
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
             for B, T, H, K, S in [(1, 1, 9, 3, 3001), (3, 1, 8, 2, 1500), (1, 130, 6, 2, 400)]:
-                given = inputs(B, T, H, K, 64, S, dtype)
-                given[3][0, -1] = 2  # the other parts have nothing for this one
-                check(torch.ops.llama3.attend(*given), *given)
-        torch.set_num_threads(96)  # 96 parts of 65 keys would be more than there are
-        given = inputs(1, 1, 64, 8, 128, 6200, dtype)
-        given[3][0, 0] = 6160
-        given[1].nan_to_num_(0.1), given[2].nan_to_num_(0.2)
-        check(torch.ops.llama3.attend(*given), *given)
+                tensors = inputs(B, T, H, K, 64, S, dtype)
+                tensors[3][0, -1] = 2  # this query has keys in the first part only
+                check(torch.ops.llama3.attend(*tensors), *tensors)
+        torch.set_num_threads(96)  # 96 parts of 65 keys are more keys than there are
+        tensors = inputs(1, 1, 64, 8, 128, 6200, dtype)
+        tensors[3][0, 0] = 6160
+        tensors[1].nan_to_num_(0.1), tensors[2].nan_to_num_(0.2)
+        check(torch.ops.llama3.attend(*tensors), *tensors)
     finally:
         torch.set_num_threads(before)
 
@@ -83,11 +83,11 @@ def test_one_position_for_all_rows_and_large_scores(variant: str) -> None:
         torch.testing.assert_close(
             got[row : row + 1], torch.ops.llama3.attend(*alone, positions), rtol=0, atol=0
         )
-    values[:, 5] = float("nan")  # what is read and not a number is not hidden
+    values[:, 5] = float("nan")  # NaN in a visible value reaches the result
     assert bool(torch.ops.llama3.attend(xq, keys, values, positions).isnan().all())
 
 
-def test_mistakes_are_named(ops: object) -> None:
+def test_errors_name_the_argument(ops: object) -> None:
     attend = torch.ops.llama3.attend
     xq, keys, values, positions = inputs(2, 3, 4, 2, 16, 9, torch.float32)
     for bad in (9, -1):
@@ -105,13 +105,13 @@ def test_mistakes_are_named(ops: object) -> None:
             attend(xq, k, v, positions)
     with pytest.raises(RuntimeError, match="do not divide"):
         attend(xq[:, :, :3], keys, values, positions)
-    with pytest.raises(RuntimeError, match="side by side"):
+    with pytest.raises(RuntimeError, match="must be contiguous"):
         attend(xq, keys.transpose(2, 3).contiguous().transpose(2, 3), values, positions)
     assert attend(xq[:0], keys[:0], values[:0], positions[:0]).shape == (0, 3, 4, 16)
 
 
-def test_where_it_cannot_serve(ops: object) -> None:
-    """No positions, a gradient, another dtype: torch's own operators, to the same numbers."""
+def test_where_the_kernel_cannot_run(ops: object) -> None:
+    """Without positions, with a gradient or in fp16, torch's operators give the same numbers."""
     xq, keys, values = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     positions = torch.tensor([[4, 5, 6, 7, 8]])
     mask = torch.arange(9) <= positions[0].unsqueeze(1)
@@ -123,7 +123,7 @@ def test_where_it_cannot_serve(ops: object) -> None:
     half = [x.half() for x in (xq, keys, values)]
     got = kernel_attention(*half, mask, positions)
     torch.testing.assert_close(got.float(), want, atol=5e-3, rtol=5e-3)
-    with torch.inference_mode():  # here it serves: a mask is not looked at
+    with torch.inference_mode():  # the kernel runs, which ignores the mask
         single = kernel_attention(xq[:, :1], keys, values, None, positions[:, :1])
         torch.testing.assert_close(single, want[:, :1])
 

@@ -18,7 +18,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 
 @DTYPES
 def test_norm_rotation_and_gate(variant: str, dtype: torch.dtype) -> None:
-    """In bf16 to the last bit: every rounding is where torch has it."""
+    """In bf16 they are bit-identical: results are rounded at the same points as by torch."""
     bounds = {"rtol": 0, "atol": 0} if dtype == torch.bfloat16 else {"rtol": 2e-6, "atol": 2e-6}
     ops = torch.ops.llama3
     for B, T, heads, D in [(1, 1, 9, 64), (3, 1, 2, 20), (2, 7, 3, 2), (1, 200, 4, 128)]:
@@ -31,7 +31,7 @@ def test_norm_rotation_and_gate(variant: str, dtype: torch.dtype) -> None:
         for shape in ((T, D // 2), (B, T, D // 2)):
             turns = torch.polar(torch.ones(shape), torch.rand(shape) * 9)
             want = apply_rotary_emb(x, x, turns)[0]
-            got = ops.rotary(x, turns)  # a product and a sum in one rounding, where there is FMA
+            got = ops.rotary(x, turns)  # fused multiply-add rounds once
             torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=2e-6)
             assert dtype == torch.float32 or (got != want).float().mean() < 1e-3
     a = torch.tensor([-200.0, -88, 0, 88, 200, float("nan")], dtype=dtype)
@@ -39,13 +39,13 @@ def test_norm_rotation_and_gate(variant: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got, F.silu(a), rtol=2e-6, atol=1e-30, equal_nan=True)
 
 
-def test_mistakes_are_named(ops: object) -> None:
+def test_errors_name_the_argument(ops: object) -> None:
     x, turns = torch.randn(2, 3, 4, 8), torch.randn(3, 4, dtype=torch.complex64)
     with pytest.raises(RuntimeError, match="weight \\(D,\\)"):
         torch.ops.llama3.rms_norm(x, torch.ones(7), 1e-5)
     with pytest.raises(RuntimeError, match="both must be Float"):
         torch.ops.llama3.rms_norm(x, torch.ones(8).bfloat16(), 1e-5)
-    with pytest.raises(RuntimeError, match="must be alike"):
+    with pytest.raises(RuntimeError, match="must have the same shape"):
         torch.ops.llama3.swiglu(x, x[:1])
     with pytest.raises(RuntimeError, match="fp32 or bf16"):
         torch.ops.llama3.swiglu(x.double(), x.double())
@@ -56,8 +56,8 @@ def test_mistakes_are_named(ops: object) -> None:
         torch.ops.llama3.rotary(x, turns.real)
 
 
-def test_a_model_that_uses_them(ops: object) -> None:
-    """The same logits with and without a cache, the same gradients, the same names."""
+def test_optimized_model_equals_the_plain_one(ops: object) -> None:
+    """The same logits with and without a cache, the same gradients and state-dict names."""
     args = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=300, max_seq_len=32)
     model, tokens = Transformer(args), torch.randint(0, 300, (2, 12))
     want, names = model(tokens), list(model.state_dict())
@@ -77,8 +77,8 @@ def test_a_model_that_uses_them(ops: object) -> None:
 
 
 @torch.inference_mode()
-def test_projections_are_read_together(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where all are plain weights behind kernels; in one call, and alike."""
+def test_projections_are_one_call(ops: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several `KernelLinear` are one call, with the result of separate calls."""
     modules = [as_class(nn.Linear(64, n, bias=False), KernelLinear) for n in (48, 16, 16)]
     plain = nn.Linear(64, 8, bias=False)
     calls: list[int] = []

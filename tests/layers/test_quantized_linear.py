@@ -1,4 +1,4 @@
-"""linears.py and checkpoint.tune: exchanged modules compute what the plain ones do."""
+"""Quantized linears and `optimize`: replacements compute what the plain modules compute."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> Transformer:
 
 
 def with_dequantized_weights(model: Transformer) -> Transformer:
-    """A plain model with the weights that a quantized one stands for."""
+    """A plain model with the dequantized weights of `model`."""
     plain = make_model()
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
@@ -63,7 +63,7 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
     model = make_model()
     optimize(model, scheme)
     plain, untouched = with_dequantized_weights(model), make_model()
-    for tokens in (TOKENS, TOKENS[:1, :3]):  # more rows than the kernels take, and fewer
+    for tokens in (TOKENS, TOKENS[:1, :3]):  # more rows than is fastest by kernels, and fewer
         want = plain(tokens)
         torch.testing.assert_close(model(tokens), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model(tokens, 0), want, atol=1e-4, rtol=1e-4)
@@ -74,13 +74,13 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
-def test_quantized_weights_are_near(scheme: str, most: float) -> None:
+def test_quantized_weights_are_close(scheme: str, most: float) -> None:
     model = make_model()
     optimize(model, scheme)
-    near = dict(with_dequantized_weights(model).named_parameters())
+    found = dict(with_dequantized_weights(model).named_parameters())
     for name, w in make_model().named_parameters():
         if "norm" not in name:
-            assert (near[name] - w).norm() / w.norm() < most, name
+            assert (found[name] - w).norm() / w.norm() < most, name
 
 
 @pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
@@ -101,7 +101,7 @@ def test_kernels_share_the_weights_and_names() -> None:
         torch.testing.assert_close(*step, atol=0.1, rtol=0.1)
 
 
-def test_a_tuned_model_still_trains() -> None:
+def test_an_optimized_model_can_be_trained() -> None:
     model = make_model()
     optimize(model)
     model(TOKENS[:, :2]).sum().backward()
@@ -110,7 +110,7 @@ def test_a_tuned_model_still_trains() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_float16_does_not_overflow(grad: bool) -> None:
-    """Codes up to 127 times many inputs leave its range before the scale brings them back."""
+    """Sums of codes up to 127 over many inputs are outside its range before they are scaled."""
     linear = Int8Linear(torch.full((4, 4096), 0.01))
     x = torch.ones(3, 4096, dtype=torch.float16, requires_grad=grad)
     torch.testing.assert_close(linear(x), torch.full((3, 4), 40.96).half())
@@ -119,8 +119,8 @@ def test_float16_does_not_overflow(grad: bool) -> None:
 @pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
 @pytest.mark.parametrize("rows", [1, 40])
 @torch.inference_mode()
-def test_float16_goes_through_float32(rows: int) -> None:
-    """So the weights are not rounded to float16: only the result is, to its nearest."""
+def test_float16_is_computed_in_float32(rows: int) -> None:
+    """Weights are not rounded to float16, only the result is."""
     x, w = torch.randn(rows, 2048).half(), torch.randn(40, 2048)
     eight, four = Int8Linear(w), Int4Linear(w)
     for found, plain in (
@@ -189,15 +189,15 @@ def test_perplexity_of_the_demo_model(
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_torch_takes_the_codes_scales_and_zeros(group: int) -> None:
-    """By torch's int4 product for CPUs, which shares its convention with the one for CUDA."""
+def test_torchs_int4_layout(group: int) -> None:
+    """By torch's int4 matmul for CPUs, which has the same layout as the one for CUDA."""
     w, x = torch.randn(48, 256) + 0.3, torch.randn(3, 256).bfloat16()
     packed, scale, zero = quantize_int4(w, group)
     theirs = torch._convert_weight_to_int4pack_for_cpu(codes_int4(packed), 1)
     scales_and_zeros = scales_and_zeros_int4(scale, zero)
     found = torch._weight_int4pack_mm_for_cpu(x, theirs, group, scales_and_zeros)
     want = x.double() @ dequantize_int4(packed, scale, zero, 48).double().T
-    # Zeros rounded to bf16: at most 2^-9 of the largest, in every product of a row.
+    # Rounding zeros to bf16 changes each product by at most 2^-9 of the largest zero.
     bound = x.double().abs().sum(1, keepdim=True) * scales_and_zeros.abs().max() * 2**-8
     assert ((found - want).abs() <= bound).all()
 
@@ -207,15 +207,15 @@ def test_int4_on_cuda_by_fake_tensors() -> None:
         linear = Int4Linear(torch.empty(40, 192), 64)
         for name, t in list(linear.named_buffers()):
             linear.register_buffer(name, torch.empty(t.shape, dtype=t.dtype, device="cuda"))
-        made = TinygemmLinear(linear)
-        y = made(torch.empty(2, 5, 192, dtype=torch.bfloat16, device="cuda"))
+        packed = TinygemmLinear(linear)
+        y = packed(torch.empty(2, 5, 192, dtype=torch.bfloat16, device="cuda"))
     assert y.shape == (2, 5, 40) and y.device.type == "cuda" and y.dtype == torch.bfloat16
-    assert made.weight.device.type == made.scales_and_zeros.device.type == "cuda"
-    assert made.weight.numel() * 4 == 48 * 192 / 2  # no larger than before, but for whole tiles
+    assert packed.weight.device.type == packed.scales_and_zeros.device.type == "cuda"
+    assert packed.weight.numel() * 4 == 48 * 192 / 2  # the same size, rounded up to whole tiles
 
 
-def test_an_int4_kernel_with_other_numbers_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tinygemm_or_same` compares; here the stand-in for CUDA's product is right, then wrong."""
+def test_an_int4_kernel_with_wrong_results_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tinygemm_or_same` compares results; the fake of the CUDA kernel is right, then wrong."""
     linear = Int4Linear(torch.randn(40, 128), 32)
     plain = dequantize_int4(linear.packed, linear.scale, linear.zero, 48)
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda pairs, inner: pairs)

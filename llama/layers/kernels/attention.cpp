@@ -1,6 +1,6 @@
-// Attention over a cache, for queries that each read the keys up to their own position: at the
-// speed of reading the cache for one query a row, without a score matrix for many. Knows nothing
-// about models. Built and loaded by __init__.py; the arithmetic is in attention.h.
+// Attention over a KV cache, where each query reads the keys up to its own position. One query per
+// row is limited only by reading the cache; for many queries no score matrix is stored. Knows
+// nothing about models. Compiled and loaded by __init__.py; the arithmetic is in attention.h.
 //
 // Letters: B rows, T queries a row, S positions, H / K query / key-value heads, D numbers a head.
 
@@ -19,11 +19,11 @@ namespace {
 using at::Tensor;
 using std::memset;
 
-constexpr int64_t BLOCK = 64;       // keys and values made fp32 at once, to stay in the first cache
-constexpr int64_t ROWS = 64;        // queries x heads that use them there
-constexpr int64_t FEW = 8;          // of these, up to which making the values fp32 does not pay
-constexpr int64_t PART = 64;       // keys below which a task is not divided
-constexpr int64_t SHARE = 1 << 19;  // products below which one more thread does not pay
+constexpr int64_t BLOCK = 64;       // keys and values converted to fp32 at a time: they fit L1
+constexpr int64_t ROWS = 64;        // most queries x heads of a task
+constexpr int64_t FEW = 8;          // up to so many of them, values are not converted beforehand
+constexpr int64_t PART = 64;        // a task with fewer keys is not divided
+constexpr int64_t SHARE = 1 << 19;  // least number of multiplications per thread
 
 struct Job {
   int64_t B, T, H, K, D, S;
@@ -36,19 +36,19 @@ struct Job {
   void* out;
 };
 
-// Queries `begin` to `end` of a row, for the key-value heads `head` to `last_head` and the heads
-// that share them, over the keys `first` to `last`; all up to, but not with, the second.
+// Queries [begin, end) of a row, in the heads of the key-value heads [head, last_head), over the
+// keys [first, last).
 struct Task {
   int64_t row, head, last_head, begin, end, first, last;
 };
 
 struct Scratch {
-  float *keys, *values;                // (width, BLOCK), (BLOCK, width)
-  float *queries, *sums;               // (rows, width)
-  float *most, *total;                 // (rows,): the largest score, the sum of the weights
+  float *keys, *values;   // (width, BLOCK), (BLOCK, width)
+  float *queries, *sums;  // (rows, width)
+  float *most, *total;    // (rows,): the largest score, the sum of the weights
 };
 
-// Where the numbers of a task's query lie. Its rows are by key-value head, query and head.
+// Offset of a task's row in queries and out. Rows are ordered by key-value head, query and head.
 int64_t query(const Job& job, const Task& task, int64_t row) {
   const int64_t G = job.H / job.K, queries = task.end - task.begin;
   const int64_t t = task.begin + row / G % queries;
@@ -89,14 +89,14 @@ void check(const Tensor& xq, const Tensor& keys, const Tensor& values, const Ten
   TORCH_CHECK(keys.size(2) > 0 && xq.size(2) % keys.size(2) == 0, keys.size(2),
               " key-value heads do not divide ", xq.size(2), " heads");
   TORCH_CHECK(keys.size(3) == 0 || (keys.stride(3) == 1 && values.stride(3) == 1),
-              "the numbers of a head must lie side by side");
+              "the numbers of a head must be contiguous");
   TORCH_CHECK(positions.scalar_type() == at::kLong && positions.dim() == 2 &&
                   (positions.size(0) == 1 || positions.size(0) == xq.size(0)) &&
                   positions.size(1) == xq.size(1),
               "positions must be int64 (B or 1, T); got ", positions.sizes());
 }
 
-// Tasks of `heads` x `queries` and a part of the keys, those of more keys first.
+// Tasks of `heads` x `queries` over `step` keys each; those with the most keys come first.
 std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64_t step,
                            int64_t longest) {
   std::vector<Task> tasks;
@@ -111,7 +111,7 @@ std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64
 
 void run(const Job& job, const Kernels& kernels, int64_t longest) {
   const int64_t G = job.H / job.K, queries = std::clamp<int64_t>(ROWS / G, 1, job.T);
-  // Few queries leave memory to decide, which is fastest read from one end to the other.
+  // Few queries are limited by memory, which is fastest when read sequentially: all heads at once.
   const int64_t heads = queries * G <= FEW ? job.K : 1, rows = heads * queries * G;
   const int64_t units = job.B * job.K / heads * ((job.T + queries - 1) / queries);
   const int64_t work = job.B * job.T * job.H * job.D * longest;
@@ -120,9 +120,9 @@ void run(const Job& job, const Kernels& kernels, int64_t longest) {
   if (units < 4 * threads)
     parts = std::clamp<int64_t>(longest / PART, 1, threads / std::gcd(units, threads));
   const int64_t step = (longest + parts - 1) / parts;
-  parts = (longest + step - 1) / step;  // rounding up may have made some superfluous
+  parts = (longest + step - 1) / step;  // rounding `step` up may have left some parts empty
   const std::vector<Task> tasks = tasks_of(job, heads, queries, step, longest);
-  // Of each task, in lines: queries, sums, most and total. Kept only where there are parts.
+  // Per task, in cache lines: queries, sums, most, total. Stored only if there are parts to merge.
   const int64_t line = 16, of_rows = (rows + line - 1) / line * line;
   const int64_t stride = 2 * rows * job.width + 2 * of_rows;
   std::vector<Line> kept(parts > 1 ? tasks.size() * stride / line : 0);
@@ -149,7 +149,7 @@ void run(const Job& job, const Kernels& kernels, int64_t longest) {
 }
 
 // xq (B, T, H, D), keys and values (B, S, K, D), positions (B or 1, T) -> (B, T, H, D): query t of
-// row b reads the keys 0 to positions[b, t] of its head's.
+// row b reads the keys 0 to positions[b, t] of its key-value head.
 Tensor attend(const Tensor& xq, const Tensor& keys, const Tensor& values, const Tensor& positions) {
   check(xq, keys, values, positions);
   const Tensor q = xq.contiguous(), limits = positions.contiguous();

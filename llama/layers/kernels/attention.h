@@ -1,19 +1,19 @@
 // The arithmetic of attention.cpp, included by variants.h for each instruction set. No #include,
 // no #pragma once.
 //
-// A task is one key-value head and some queries of the heads that share it. It walks over the keys
-// and values in blocks, each made fp32 once, keys turned to (D, BLOCK), so that scores and sums are
-// two small matrix products. The softmax is the running one of flash attention (arXiv:2205.14135):
-// what was summed is scaled down whenever a larger score appears.
+// A task is one key-value head and some queries of the heads that share it. Keys and values are
+// read in blocks. Each block is converted to fp32 once, the keys transposed to (D, BLOCK), so that
+// scores and sums are two small matmuls. The softmax is computed online as in flash attention
+// (arXiv:2205.14135): previous sums are scaled down whenever a larger score appears.
 
 // c[m, j] = (keep ? keep[m] c[m, j] : 0) + sum over i < n of a[m, i] b[i, j], for j < columns, a
-// multiple of 64. Meanwhile the block after b is fetched, and that at `ahead`, row by row: a burst
-// of prefetches would hold up the arithmetic.
+// multiple of 64. If `ahead` is given, the block there and the block after b are prefetched row by
+// row: a burst of prefetches would delay the arithmetic.
 template <int M, class B>
 TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_t b_stride,
                             int64_t n, const float* keep, float* c, int64_t columns,
                             const B* ahead = nullptr, int64_t ahead_stride = 0) {
-  constexpr int U = LANES / 4;  // 4 U sums fit the registers
+  constexpr int U = LANES / 4;  // 4 U sums fit in registers
   for (int64_t j = 0; j < columns; j += U * LANES) {
     Vec sums[M][U] = {}, bs[U];
     if (keep)
@@ -37,8 +37,8 @@ TARGET inline void multiply(const float* a, int64_t a_stride, const B* b, int64_
   }
 }
 
-// Scores -> e^(score - most so far), the first `count` of BLOCK; the rest becomes 0. Returns what
-// earlier sums are to be multiplied by.
+// The first `count` of BLOCK scores -> e^(score - largest so far); the others become 0. Returns the
+// factor for earlier sums.
 TARGET inline float soften(float* scores, int64_t count, float& most, float& total) {
   Vec tops = Vec{} - INFINITY, sums = {}, v;
   Ints lane;
@@ -63,7 +63,7 @@ TARGET inline float soften(float* scores, int64_t count, float& most, float& tot
   return keep;
 }
 
-// A block of values, and the next block of keys if it is to be fetched.
+// A block of values, and the next block of keys if it is to be prefetched.
 template <class V>
 struct Values {
   const V* at;
@@ -72,7 +72,7 @@ struct Values {
   int64_t ahead_stride = 0;
 };
 
-// M queries from `row` on, which see `count` of the keys in `to` and of these values.
+// M queries from `row` on, over the first `count` of the keys in `to` and of these values.
 template <int M, class V>
 TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, const Values<V>& v,
                                int64_t count) {
@@ -86,7 +86,8 @@ TARGET inline void attend_rows(const Job& job, const Scratch& to, int64_t row, c
               v.ahead_stride);
 }
 
-// The queries of one key-value head, `row` the first, over the keys from `first` on that they see.
+// The queries of one key-value head, from `row` on, over the visible ones of `count` keys from
+// `first` on.
 template <class V>
 TARGET void attend_block(const Job& job, const Task& task, const Scratch& to, int64_t row,
                          int64_t first, int64_t count, const Values<V>& v) {
@@ -110,7 +111,7 @@ TARGET inline void exchange(Words& a, Words& b, std::index_sequence<I...>) {
   a = low;
 }
 
-// LANES rows of LANES words, transposed: blocks of H x H change places, H = 1, 2, 4 ...
+// Transposes LANES rows of LANES words: off-diagonal blocks of H x H are swapped, H = 1, 2, 4 ...
 template <int H = 1>
 TARGET inline void transpose(Words (&rows)[LANES]) {
 #pragma GCC unroll 16
@@ -126,7 +127,7 @@ TARGET inline void spread(const Words& words, float* to, const BFloat16*) {
   save(to + BLOCK, (Vec)(words & 0xffff0000));
 }
 
-// `count` keys, D numbers `stride` apart -> (width, BLOCK) in fp32.
+// Transposes `count` keys of D numbers, `stride` apart, to (width, BLOCK) fp32.
 template <class T>
 TARGET inline void turn(const T* keys, int64_t stride, int64_t count, int64_t D, float* to) {
   constexpr int64_t PER_WORD = 4 / sizeof(T), STEP = LANES * PER_WORD;
@@ -178,7 +179,7 @@ TARGET inline void narrow(const float* from, int64_t D, float scale, T* to) {
   for (; d < D; d++) to[d] = from[d] * scale;
 }
 
-// A task's queries over its keys: sums, and of each the largest score and the weights' total.
+// Computes a task: per query the weighted sum of values, the largest score, the sum of the weights.
 template <class T>
 TARGET void attend(const Job& job, const Task& task, const Scratch& to) {
   const int64_t G = job.H / job.K, W = job.width, D = job.D, per_head = (task.end - task.begin) * G;
@@ -214,7 +215,7 @@ TARGET void attend(const Job& job, const Task& task, const Scratch& to) {
     }
 }
 
-// Merge `parts` of the same queries, which lie `stride` apart, and write them.
+// Merges `parts` of the same queries, `stride` floats apart, and writes the result.
 template <class T>
 TARGET void finish(const Job& job, const Task& task, const Scratch& from, int64_t parts,
                    int64_t stride) {

@@ -1,20 +1,20 @@
 // y = x W^T for several rows of bf16 x, by AVX512_BF16: pairs of bf16 are multiplied exactly and
-// added up in fp32 (denormals count as zero). linear.cpp includes this inside a namespace, with
+// summed in fp32 (denormals count as zero). linear.cpp includes this inside a namespace, with
 // TARGET defined, as variants.h includes rows.h.
 //
-// W is read from memory once, whatever M is. bf16 and int8 weights: a vector lies along K, 16
-// accumulators are the products of 4 rows of x and 4 of W, and only at the end are lanes summed.
-// int4 weights: a lane is an output, so no lanes are summed, and codes are widened in registers.
+// W is read from memory once for any M. bf16 and int8 weights: vectors run along K, 16 accumulators
+// belong to 4 rows of x times 4 rows of W, and lanes are summed at the end only. int4 weights: a
+// lane is an output, so lanes are never summed, and codes are converted in registers.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
-constexpr int64_t DEPTH = 2048;  // columns at a time: 4 rows of x and of W fit the first cache
-constexpr int64_t WIDTH = 96;    // rows of W at a time: with DEPTH columns they fit the second
-constexpr int64_t HEIGHT = 512;  // rows of x at a time, for which sums of DEPTH columns are kept
-constexpr int64_t FEW = 16;      // up to as many rows of x most of the time is that of reading W
+constexpr int64_t DEPTH = 2048;  // columns at a time: 4 rows of x and of W fit L1
+constexpr int64_t WIDTH = 96;    // rows of W at a time: with DEPTH columns they fit L2
+constexpr int64_t HEIGHT = 512;  // rows of x at a time, whose partial sums are stored
+constexpr int64_t FEW = 16;      // up to so many rows of x, reading W dominates
 
 typedef const BFloat16* Rows[4];
-struct alignas(64) Line {  // of a cache
+struct alignas(64) Line {  // a cache line
   char bytes[64];
 };
 
@@ -22,10 +22,10 @@ TARGET inline __m512bh load(const BFloat16* from, __mmask32 columns) {
   return (__m512bh)_mm512_maskz_loadu_epi16(columns, from);
 }
 
-// For the first `columns` of 32; what the others would have read is not touched.
+// Mask of the first `columns` of 32; masked columns are not read.
 inline __mmask32 first(int64_t columns) { return columns < 32 ? (1u << columns) - 1 : ~0u; }
 
-// The loops below are unrolled by name: gcc 12 keeps accumulators in memory otherwise.
+// The loops below are unrolled explicitly: gcc 12 would store the accumulators in memory otherwise.
 TARGET inline void multiply(__m512 (&acc)[16], const Rows& x, const Rows& w, int64_t k,
                             __mmask32 columns) {
   __m512bh xs[4];
@@ -39,7 +39,7 @@ TARGET inline void multiply(__m512 (&acc)[16], const Rows& x, const Rows& w, int
   }
 }
 
-// The sum of each of 16 vectors: pairs are added, half as many each time, until one is left.
+// The sum of each of 16 vectors, by adding pairs of vectors until one is left.
 TARGET inline __m512 sums(const __m512 (&v)[16]) {
   __m512 a[8], b[4], c[2];
 #pragma GCC unroll 8
@@ -57,7 +57,7 @@ TARGET inline __m512 sums(const __m512 (&v)[16]) {
 }
 
 // 4 rows of x times 4 of W over `depth` columns: 4 outputs of the first row of x, then the next.
-// FETCH: the weights `ahead` of these are brought to the second cache.
+// FETCH: also prefetch the weights `ahead` of these into L2.
 template <bool FETCH>
 TARGET __attribute__((noinline)) __m512 tile(const Rows& x_rows, const Rows& w_rows, int64_t depth,
                                              int64_t ahead) {
@@ -93,7 +93,7 @@ TARGET inline void put_tile(const Job& job, int64_t m, int64_t n, __m512 values)
       memcpy((void*)y, rows + i, 2 * outputs);
 }
 
-// A row of W in bf16: as it lies, or (int8) widened into `to`, exactly.
+// A row of W in bf16: itself, or (int8) converted exactly into `to`.
 inline const BFloat16* widened(const BFloat16* from, int64_t, BFloat16*) { return from; }
 
 TARGET inline const BFloat16* widened(const int8_t* from, int64_t columns, BFloat16* to) {
@@ -108,9 +108,9 @@ TARGET inline const BFloat16* widened(const int8_t* from, int64_t columns, BFloa
   return to;
 }
 
-// x (rows m0 to m1) times W (n0 to n1) over the columns from k0. What earlier columns gave comes
-// from `partial`, and goes there unless these columns are the last. Beyond the last row of x or W
-// the last one is repeated, and put_tile drops it.
+// x (rows m0 to m1) times W (rows n0 to n1) over the columns from k0. Sums of earlier columns are
+// read from `partial`; the new sums are stored there unless these columns are the last. Beyond the
+// last row of x or W the last one is repeated, and put_tile drops it.
 template <class W>
 TARGET void block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k0,
                   BFloat16* plain, __m512* partial) {
@@ -125,7 +125,7 @@ TARGET void block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1
     for (int i = 0; i < 4; i++) x[i] = job.x_bf16 + std::min(m + i, m1 - 1) * K + k0;
     for (int64_t n = n0; n < n1; n += 4, partial++) {
       for (int i = 0; i < 4; i++) w[i] = lines[n - n0 + i];
-      // Each line of the next block once, spread over the work on this one.
+      // Prefetch each line of the next block once, spread over the work on this one.
       const bool fetch = sizeof(W) == 2 && (m - m0) / 4 == (n - n0) / 4 % x_tiles;
       __m512 values = fetch ? tile<true>(x, w, depth, (n1 - n0) * K) : tile<false>(x, w, depth, 0);
       if (k0) values += *partial;
@@ -149,7 +149,7 @@ TARGET void blocks(const Job& job, int64_t begin, int64_t end) {
                  (BFloat16*)plain.data(), (__m512*)partial.data());
 }
 
-// int4: as many rows of x at once as there are registers for, then what is left of M.
+// int4: as many rows of x at a time as fit in registers, then the rest of M.
 #define EACH_PANEL(M, make)             \
   int64_t m = 0;                        \
   for (; m + 12 <= M; m += 12) make(12) \
@@ -160,8 +160,8 @@ TARGET void blocks(const Job& job, int64_t begin, int64_t end) {
   for (; m + 2 <= M; m += 2) make(2)    \
   for (; m < M; m++) make(1)
 
-// Groups begin to end of C rows of x as tile_int4 reads them: columns k and k + 4 of eight in one
-// word, panel (K / 8, C, 4); and the sum of each group, (K / group, C).
+// Groups [begin, end) of C rows of x in the order in which tile_int4 reads them, (K / 8, C, 4) with
+// columns k and k + 4 of eight in one word; and the sum of each group, (K / group, C).
 TARGET inline void fill_panel(const Job& job, int64_t m, int64_t C, int64_t begin, int64_t end) {
   const int64_t K = job.K;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
@@ -190,8 +190,8 @@ TARGET inline __m512 from_bf16(const BFloat16* from) {
   return (__m512)_mm512_slli_epi32(bits, 16);
 }
 
-// The 16 outputs of a tile of int4 weights for C rows of x. Codes become bf16, exactly, by looking
-// them up: the fifth bit of an index belongs to the next code, so the table is there twice. A
+// The 16 outputs of a tile of int4 weights for C rows of x. A table converts codes to bf16 exactly;
+// the fifth bit of an index belongs to the next code, so the table contains every value twice. A
 // group's scale and zero are applied to its fp32 sums.
 template <int C>
 TARGET inline void tile_int4(const Job& job, int64_t m, int64_t tile) {

@@ -1,6 +1,7 @@
-// y = x W^T, for few rows of x (decoding) at the speed of reading W: torch operators for weights of
-// fp32 or bf16, int8 with a scale per output, and int4 with a scale and a zero per group. Knows
-// nothing about models. Built and loaded by __init__.py; the arithmetic is in rows.h and blocked.h.
+// y = x W^T; for few rows of x (decoding) it is limited only by reading W. Torch operators for
+// weights of fp32 or bf16, int8 with a scale per output, int4 with a scale and a zero per group.
+// Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is in rows.h and
+// blocked.h.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
@@ -45,7 +46,7 @@ std::vector<std::string> variant_names() {
   return found;
 }
 
-// For tests: "" goes back to the fastest.
+// For tests. "" selects the fastest variant again.
 void use_variant(std::string name) {
   int found = -1;
   for (const int index : llama3::variants())
@@ -54,7 +55,7 @@ void use_variant(std::string name) {
   llama3::chosen.store(found);
 }
 
-// Whether blocked.h serves, where it does for so many rows of x and more.
+// Whether to use blocked.h, which is the fastest for `rows` rows of x or more.
 bool in_blocks(const Job& job, int64_t rows) {
   return job.x_bf16 && job.M >= rows && job.K > 0 && llama3::variant() == llama3::AVX512_BF16;
 }
@@ -65,19 +66,20 @@ void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block)
   at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
 }
 
-// x (..., K), each w (N, K) fp32 or bf16 -> (..., N) of x's dtype for each, all in one go.
+// x (..., K) and several w (N, K), all fp32 or all bf16 -> (..., N) in x's dtype for each w, in one
+// parallel loop.
 std::vector<Tensor> linears(const Tensor& x, at::TensorList ws) {
   std::vector<Tensor> ys(ws.size());
   std::vector<Job> jobs(ws.size());
-  std::vector<int64_t> ends;  // of each job's rows, counted through
-  TORCH_CHECK(!ws.empty(), "there must be a w");
+  std::vector<int64_t> ends;  // the end of each job's blocks, numbered over all jobs
+  TORCH_CHECK(!ws.empty(), "ws is empty; give at least one w");
   const bool bf16 = ws[0].scalar_type() == at::kBFloat16;
   bool by_blocks = bf16;
   for (size_t i = 0; i < ws.size(); i++) {
     const Tensor& w = ws[i];
     check_matrix("w", w);
     TORCH_CHECK(w.scalar_type() == (bf16 ? at::kBFloat16 : at::kFloat),
-                "w must be fp32 or bf16, all alike, not ", w.scalar_type());
+                "all w must be fp32, or all bf16, not ", w.scalar_type());
     jobs[i].N = w.size(0), jobs[i].K = w.size(1);
     prepare(jobs[i], x, ys[i]);
     jobs[i].w = w.const_data_ptr();
@@ -138,7 +140,8 @@ Tensor widen_int8(const Tensor& q) {
   return w;
 }
 
-// x as tile_part wants it, divided by the place of its code in the word, and its sum in each group.
+// Prepares x for tile_part: divides it by the place value of its code in the word, and sums each
+// group.
 void prepare_int4(Job& job) {
   const int64_t groups = job.K / job.group;
   job.x_sums.resize(job.M * groups);
@@ -199,7 +202,7 @@ Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   return y;
 }
 
-// The weight itself, (N, K), of x's dtype.
+// The dequantized weight, (N, K), in x's dtype.
 Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
                    int64_t N) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;

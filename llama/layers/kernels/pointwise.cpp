@@ -1,6 +1,6 @@
-// What lies between a layer's products, each in one pass over its numbers: the norm, the
-// rotation and SwiGLU's gate. Every rounding is where torch's own operators have it. Knows nothing
-// about models. Built and loaded by __init__.py; the arithmetic is in pointwise.h.
+// The operators between a layer's matmuls, each in one pass over memory: RMSNorm, the rotary
+// embedding and SwiGLU's gate. Results are rounded at the same points as by torch's operators.
+// Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is in pointwise.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 namespace {
 using at::Tensor;
 
-constexpr int64_t SHARE = 1 << 15;  // numbers below which one more thread does not pay
+constexpr int64_t SHARE = 1 << 15;  // least number of elements per thread
 
 struct Job {
   int64_t width;
@@ -36,16 +36,16 @@ struct Kernels {
 #define BF16(ns) Kernels{ns::norm<BFloat16>, ns::gate<BFloat16>, ns::rotate<BFloat16>}
 const Kernels fp32[] = {EACH_VARIANT(FP32)}, bf16[] = {EACH_VARIANT(BF16)};
 
-const Kernels& variant(const Tensor& x, const Tensor& other, bool alike = true) {
+const Kernels& variant(const Tensor& x, const Tensor& other, bool same_dtype = true) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK(x.device().is_cpu() && other.device().is_cpu(), "both must be on the CPU");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
-  TORCH_CHECK(!alike || other.scalar_type() == dtype, "both must be ", dtype, "; the other is ",
-              other.scalar_type());
+  TORCH_CHECK(!same_dtype || other.scalar_type() == dtype, "both must be ", dtype,
+              "; the other is ", other.scalar_type());
   return (dtype == at::kFloat ? fp32 : bf16)[llama3::variant()];
 }
 
-// x (..., D) over the root of its mean square, cast to x's dtype, times weight (D,).
+// x (..., D) divided by its root mean square, cast to x's dtype, times weight (D,).
 Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
   const Kernels& kernels = variant(x_any, weight_any);
   TORCH_CHECK(x_any.dim() > 0 && weight_any.dim() == 1 && x_any.size(-1) == weight_any.size(0),
@@ -64,8 +64,8 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
 // silu(a), cast to a's dtype, times b.
 Tensor swiglu(const Tensor& a_any, const Tensor& b_any) {
   const Kernels& kernels = variant(a_any, b_any);
-  TORCH_CHECK(a_any.sizes() == b_any.sizes(), "a and b must be alike; got ", a_any.sizes(), " and ",
-              b_any.sizes());
+  TORCH_CHECK(a_any.sizes() == b_any.sizes(), "a and b must have the same shape; got ",
+              a_any.sizes(), " and ", b_any.sizes());
   const Tensor a = a_any.contiguous(), b = b_any.contiguous();
   Tensor y = at::empty(a.sizes(), a.options());
   const Job job{0, 0, a.const_data_ptr(), b.const_data_ptr(), y.mutable_data_ptr()};
@@ -73,7 +73,8 @@ Tensor swiglu(const Tensor& a_any, const Tensor& b_any) {
                    [&](int64_t begin, int64_t end) { kernels.gate(job, begin, end); });
   return y;
 }
-// x (B, T, heads, D), pairs of it multiplied by the complex turns (T, D / 2) or (B, T, D / 2).
+
+// Pairs of x (B, T, heads, D) multiplied by the complex turns (T, D / 2) or (B, T, D / 2).
 Tensor rotary(const Tensor& x_any, const Tensor& turns_any) {
   const Kernels& kernels = variant(x_any, turns_any, false);
   TORCH_CHECK(turns_any.scalar_type() == at::kComplexFloat, "turns must be complex64");

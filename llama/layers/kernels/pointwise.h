@@ -1,7 +1,7 @@
 // The arithmetic of pointwise.cpp, included by variants.h for each instruction set. No #include,
 // no #pragma once.
 
-// What a cast to T and back leaves.
+// v after a cast to T and back.
 TARGET inline Vec rounded(const Vec& v, const float*) { return v; }
 
 TARGET inline Vec rounded(Vec v, const BFloat16*) {
@@ -11,7 +11,7 @@ TARGET inline Vec rounded(Vec v, const BFloat16*) {
   return v;
 }
 
-// LANES numbers, or the last `count` of a row and zeros.
+// LANES numbers, or the last `count` of a row followed by zeros.
 template <class T>
 TARGET inline Vec read(const T* from, int64_t count) {
   Vec v;
@@ -33,7 +33,7 @@ TARGET inline void write(T* to, const Vec& v, int64_t count) {
   memcpy((void*)to, tail, count * sizeof(T));
 }
 
-// Rows `begin` to `end` of x / rms(x), cast to T, times the weight.
+// Rows [begin, end) of x / rms(x), cast to T, times the weight.
 template <class T>
 TARGET void norm(const Job& job, int64_t begin, int64_t end) {
   const T* weight = static_cast<const T*>(job.b);
@@ -55,7 +55,7 @@ TARGET void norm(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Numbers `begin` to `end` of silu(a), cast to T, times b.
+// Elements [begin, end) of silu(a), cast to T, times b.
 template <class T>
 TARGET void gate(const Job& job, int64_t begin, int64_t end) {
   const T *a = static_cast<const T*>(job.a), *b = static_cast<const T*>(job.b);
@@ -75,8 +75,8 @@ TARGET inline Vec turned(const Vec& x, const Vec& turn, std::index_sequence<I...
   return x * real + swapped * (imaginary * signs);
 }
 
-// Heads `begin` to `end`, each `width` numbers: pairs times complex numbers, of which there is a
-// row for every job.heads heads, the same ones again after job.turns rows.
+// Heads [begin, end) of `width` numbers each, whose pairs are multiplied by complex numbers. The
+// job.heads heads of a position use the same row of them; after job.turns rows they repeat.
 template <class T>
 TARGET void rotate(const Job& job, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; head++) {

@@ -1,9 +1,8 @@
-// The arithmetic of linear.cpp, written once and compiled once per instruction set: variants.h
-// includes this file inside a namespace for each, after vectors.h. No #include, no #pragma once:
-// both would break that.
+// The arithmetic of linear.cpp, compiled once per instruction set: variants.h includes this file
+// inside a namespace for each, after vectors.h. No #include, no #pragma once: they break that.
 //
-// Activations stay fp32: a weight is widened to fp32 and multiplied, nothing is rounded but the
-// sums. Reading memory takes longer than that, at least for one row.
+// Activations are fp32; each weight is converted to fp32 and multiplied; only sums are rounded.
+// At least for one row, this is faster than reading memory.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
@@ -21,7 +20,7 @@ TARGET inline void multiply(Vec (&acc)[R][M][U], const W* w, int64_t w_stride, c
   }
 }
 
-// y[m, n] for M rows of x and R rows of W: 4 M independent sums, enough to hide their latency.
+// y[m, n] for M rows of x and R rows of W: 4 M independent sums, enough to hide the latency.
 template <class W, int R, int M>
 TARGET inline void dots(const Job& job, int64_t m, int64_t n) {
   constexpr int U = 4 / R, STEP = U * LANES;
@@ -52,25 +51,25 @@ TARGET inline void dots(const Job& job, int64_t m, int64_t n) {
 
 template <class W, int R>
 TARGET void block(const Job& job, int64_t n) {
-  int64_t m = 0;  // beyond four rows of x, this block of W comes from the cache
+  int64_t m = 0;  // beyond four rows of x, this block of W is read from the cache
   for (; m + 4 <= job.M; m += 4) dots<W, R, 4>(job, m, n);
   for (; m + 2 <= job.M; m += 2) dots<W, R, 2>(job, m, n);
   for (; m < job.M; m++) dots<W, R, 1>(job, m, n);
 }
 
-// Rows begin to end of y = x W^T * scales, for W of fp32, bf16 or int8.
+// Outputs [begin, end) of y = x W^T * scales, for W of fp32, bf16 or int8.
 template <class W>
 TARGET void rows(const Job& job, int64_t begin, int64_t end) {
-  constexpr int R = LANES / 4;  // as many as there are registers for 4 rows of x
+  constexpr int R = LANES / 4;  // as many as fit in registers with 4 rows of x
   int64_t n = begin;
-  if (job.M > 1)  // for one row, memory is the limit, and gives one long run faster than several
+  if (job.M > 1)  // one row is limited by memory, which reads one row of W faster than several
     for (; n + R <= end; n += R) block<W, R>(job, n);
   for (; n < end; n++) block<W, 1>(job, n);
 }
 
 // LANES of the 16 outputs of a tile of int4 weights, for M rows of x. A word holds 8 neighbouring
 // weights of one output, so a lane is an output: no sum across lanes, and a group's scales are one
-// vector. Code i of a word is used where it lies, as q * 16^i; x comes divided by 16^i (exactly).
+// vector. Code i of a word is not shifted: it counts as q * 16^i, x is divided by 16^i, exactly.
 template <int M>
 TARGET inline void tile_part(const Job& job, int64_t m, int64_t tile, int part) {
   const int64_t groups = job.K / job.group;
@@ -104,7 +103,7 @@ TARGET inline void tile_part(const Job& job, int64_t m, int64_t tile, int part) 
       if (tile * 16 + part + i < job.N) job.put(m + j, tile * 16 + part + i, acc[j][i]);
 }
 
-// Tiles begin to end of y = x W^T for int4 weights.
+// Tiles [begin, end) of y = x W^T for int4 weights.
 TARGET void tiles(const Job& job, int64_t begin, int64_t end) {
   for (int64_t tile = begin; tile < end; tile++)
     for (int part = 0; part < 16; part += LANES) {
@@ -128,7 +127,7 @@ TARGET inline void store(BFloat16* to, const Vec8& v) {  // to the nearest, ties
   memcpy((void*)to, &rounded, sizeof rounded);
 }
 
-// Tiles begin to end of the weight itself, (N, K), for more rows of x than pay here.
+// Tiles [begin, end) of the dequantized weight, (N, K).
 template <class T>
 TARGET void unpack(const Job& job, int64_t begin, int64_t end) {
   const int64_t groups = job.K / job.group, words = job.K / 8;
@@ -147,7 +146,7 @@ TARGET void unpack(const Job& job, int64_t begin, int64_t end) {
   }
 }
 
-// Numbers begin to end of an int8 weight in bf16, exactly.
+// Elements [begin, end) of an int8 weight, exactly in bf16.
 TARGET void widen(const Job& job, int64_t begin, int64_t end) {
   typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
   const auto* w = static_cast<const int8_t*>(job.w);

@@ -1,7 +1,7 @@
-// The arithmetic of a .cpp file for every instruction set, and which of them serves. Such a file
-// defines ARITHMETIC, a header's name, and what that needs, and includes this one; the header is
-// then compiled inside the namespaces avx512, avx2 and plain, after vectors.h. The variant avx512bf16
-// is avx512 again, and what a file has of its own for processors that multiply bf16.
+// Compiles the arithmetic of a .cpp file for every instruction set; one is chosen at run time. The
+// .cpp file defines ARITHMETIC, the name of a header, and what that header needs, and includes this
+// file, which includes the header in the namespaces avx512, avx2 and plain, after vectors.h. The
+// variant avx512bf16 is avx512 plus the .cpp file's own kernels for processors with AVX512_BF16.
 
 #include <atomic>
 #include <cstring>
@@ -12,7 +12,7 @@
 #endif
 
 namespace llama3 {
-// Those this processor can run, the fastest first: indices into EACH_VARIANT.
+// The variants that this processor can run, the fastest first: indices into EACH_VARIANT.
 inline const std::vector<int>& variants() {
   static const std::vector<int> found = [] {
     std::vector<int> list;
@@ -38,7 +38,7 @@ constexpr int AVX512_BF16 = 0;
 constexpr int AVX512_BF16 = -1;
 #endif
 
-inline std::atomic<int> chosen{-1};  // by a test; -1: the fastest
+inline std::atomic<int> chosen{-1};  // set by tests; -1: the fastest
 
 inline int variant() {
   const int index = chosen.load();
@@ -46,8 +46,8 @@ inline int variant() {
 }
 }  // namespace llama3
 
-// LANES: floats in a vector. TARGET: the attribute that allows the instructions. WIDEN_8 and
-// WIDEN_16 read LANES int8 or uint16 into int32, which gcc 12's own conversion does lane by lane.
+// LANES: floats in a vector. TARGET: the attribute that enables the instructions. WIDEN_8 and
+// WIDEN_16 load LANES int8 or uint16 into int32; gcc 12's own conversion does that lane by lane.
 namespace {
 using c10::BFloat16;
 using std::memcpy;
@@ -86,7 +86,7 @@ namespace avx2 {
 #define TARGET
 #define WIDEN_8(p) (Ints{(p)[0], (p)[1], (p)[2], (p)[3]})
 #define WIDEN_16(p) (Words{(p)[0].x, (p)[1].x, (p)[2].x, (p)[3].x})
-namespace plain {  // what every x86-64 (SSE2) or ARM (NEON) has; elsewhere, plain loops
+namespace plain {  // SSE2 on x86-64, NEON on ARM, plain loops elsewhere
 #include "vectors.h"
 #include ARITHMETIC
 }

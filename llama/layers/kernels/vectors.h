@@ -1,5 +1,5 @@
-// Vectors of LANES floats, as variants.h says. They are those of gcc and clang (`vector_size`), so
-// the same lines become AVX-512, AVX2, SSE2 or NEON. Included inside a namespace for each: no
+// Vectors of LANES floats; see variants.h. They are gcc's and clang's `vector_size` types, so the
+// same source compiles to AVX-512, AVX2, SSE2 or NEON. Included inside a namespace for each: no
 // #include, no #pragma once here.
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
@@ -34,10 +34,10 @@ TARGET inline void save(BFloat16* to, const Vec& v) {  // to the nearest, ties t
   memcpy((void*)to, &upper, sizeof upper);
 }
 
-// e^x within 2 units in the last place; 0 below -87, where it would be no normal number.
+// e^x within 2 units in the last place; 0 below -87, where it would be denormal.
 TARGET inline Vec exp(Vec x) {
   const Vec most = Vec{} + 88.0f, shift = Vec{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds
-  const Vec none = Vec{}, left = x;
+  const Vec zero = Vec{}, unclamped = x;
   x = x > most ? most : x;
   const Vec shifted = x * 1.44269504f + shift, n = shifted - shift;
   const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
@@ -50,5 +50,5 @@ TARGET inline Vec exp(Vec x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Ints power = ((Ints)shifted - (Ints)shift + 127) << 23;
-  return left < -87.0f ? none : y * (Vec)power;
+  return unclamped < -87.0f ? zero : y * (Vec)power;
 }
