@@ -31,7 +31,7 @@ def meta_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> torc
 
 
 def random_weights(seed: int = 0, **params: Any) -> dict[str, torch.Tensor]:
-    """Seeded weights of a model of this shape, of a size that keeps activations near 1."""
+    """Seeded weights of a model of this shape, scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {

@@ -1,4 +1,4 @@
-"""`Llama` as an object: building, closing, memory, messages, and the types of its options."""
+"""`Llama` as an object: closing, memory, messages, and the types of its options."""
 
 from __future__ import annotations
 
@@ -75,21 +75,6 @@ def test_repr_is_one_short_line(build: Build) -> None:
         "Llama(dim=64, n_layers=2, n_heads=4, vocab_size=512, max_seq_len=64, max_batch_size=3, "
         "dtype=float32, device=cpu, ranks=1)"
     )
-
-
-@pytest.mark.parametrize("native", [True, False])
-def test_names_of_a_dtype(build: Build, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    expected = build(dtype=torch.bfloat16).model.state_dict()
-    for dtype in ("bf16", "bfloat16"):
-        found = build(dtype=dtype).model.state_dict()
-        assert all(
-            w.dtype == torch.bfloat16 and torch.equal(w, expected[n]) for n, w in found.items()
-        )
-    best = torch.bfloat16 if native else torch.float32
-    for automatic in ("auto", None):
-        assert build(dtype=automatic).model.norm.weight.dtype == best
 
 
 @pytest.mark.parametrize("how", ["close", "with", "del"])

@@ -1,4 +1,4 @@
-"""model.py against Meta's published Transformer on random models, and its own promises."""
+"""model.py against Meta's published Transformer on random models, caches, positions, devices."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_grouped_attention_equals_plain(
         torch.testing.assert_close(got, DotProductAttention()(xq, keys, values, mask))
 
 
-def test_without_a_cache_it_is_causal_and_trains() -> None:
+def test_without_a_cache_it_is_causal_and_can_be_trained() -> None:
     model, tokens = ours(**BASE), torch.randint(0, 300, (2, 12))
     logits = model(tokens)
     changed = tokens.clone()
@@ -101,7 +101,7 @@ def test_without_a_cache_it_is_causal_and_trains() -> None:
 
 @pytest.mark.parametrize("factor", [8, 32, 16])
 def test_model_takes_its_own_rope_factor(factor: int) -> None:
-    """Factor 8 by Meta's code; another one divides the longest wavelengths by as much more."""
+    """Factor 8 equals Meta's code; others scale the longest wavelengths in proportion."""
     from llama_models.llama3.model import precompute_freqs_cis
 
     params = BASE | {"dim": 256, "n_heads": 2, "use_scaled_rope": True, "max_seq_len": 9000}
