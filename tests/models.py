@@ -25,7 +25,7 @@ def meta_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> torc
     from llama_models.llama3.args import ModelArgs as MetaArgs
     from llama_models.llama3.model import Transformer as MetaTransformer
 
-    model = MetaTransformer(MetaArgs(**params))
+    model: torch.nn.Module = MetaTransformer(MetaArgs(**params))
     model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=True)
     return model.eval()
 

@@ -254,7 +254,7 @@ def test_more_prompts_than_slots_take_turns(tiny: Llama) -> None:
 
 def test_bad_texts_and_dialogs(tiny: Llama) -> None:
     with pytest.raises(TypeError, match="list of texts"):
-        tiny.text_completion("Hello")  # type: ignore[arg-type]
+        tiny.text_completion("Hello")
     with pytest.raises(TypeError, match="str"):
         tiny.text_completion([None])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="empty"):

@@ -58,10 +58,10 @@ def no_gc() -> Iterator[None]:
 
 
 def memory_of(llama: Llama) -> list[weakref.ref[torch.Tensor]]:
-    """Weak references to a weight, an embedding and a tensor of the KV cache."""
-    model = llama.model
-    weights = [model.layers[0].attention.wq.weight, model.tok_embeddings.weight]
-    return [weakref.ref(t) for t in (*weights, llama.engine.cache[0].k)]
+    """Weak references to two weights and a tensor of the KV cache."""
+    weights = dict(llama.model.named_parameters(remove_duplicate=False))
+    names = ("layers.0.attention_norm.weight", "tok_embeddings.weight")
+    return [weakref.ref(t) for t in (*(weights[n] for n in names), llama.engine.cache[0].k)]
 
 
 def assert_freed(references: list[weakref.ref[torch.Tensor]]) -> None:
@@ -83,7 +83,7 @@ def test_memory_is_freed_without_the_garbage_collector(
     build: Build, how: str, options: dict[str, Any]
 ) -> None:
     llama = build(**options)
-    references = [weakref.ref(llama.model.norm.weight), weakref.ref(llama.engine.cache[0].k)]
+    references = memory_of(llama)
     with no_gc():
         llama.generate([[1, 2, 3], [4]], 3)
         llama.text_completion(["Hello"], max_gen_len=3, logprobs=True, echo=True)

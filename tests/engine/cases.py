@@ -79,10 +79,11 @@ def shapes_of(monkeypatch: pytest.MonkeyPatch, model: Transformer) -> list[tuple
     return shapes
 
 
-def in_threads(jobs: list[Callable[[], None]]) -> None:
+def in_threads(jobs: list[Callable[[], object]]) -> None:
+    """Run each in a thread of its own; none may fail or take over two minutes."""
     errors: list[BaseException] = []
 
-    def guarded(job: Callable[[], None]) -> None:
+    def guarded(job: Callable[[], object]) -> None:
         try:
             job()
         except BaseException as e:

@@ -63,10 +63,11 @@ def main(folder: Path, tokenizer: Path, quantize: str | None) -> None:
         "difference": difference(plain, compiled),
         "graphs_later": counters["stats"]["unique_graphs"] - at_build,
     }
-    references = [weakref.ref(compiled.model.norm.weight), weakref.ref(compiled.engine.cache[0].k)]
+    tensors = [compiled.model.norm.weight, compiled.engine.cache[0].k]
+    references = [weakref.ref(t) for t in tensors]
     gc.collect()
     gc.disable()
-    del compiled
+    del compiled, tensors
     result["freed"] = [reference() is None for reference in references]
     print(json.dumps(result))
 

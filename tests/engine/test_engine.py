@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ prompts = st.builds(
     st.integers(0, len(SHARED)),
     st.lists(ids, min_size=1, max_size=28),
 )
-asked = st.builds(
+asked: st.SearchStrategy[dict[str, Any]] = st.builds(
     dict,
     prompt=prompts,
     max_gen_len=st.none() | st.integers(0, 12),
@@ -141,7 +142,7 @@ def test_bad_requests_leave_the_others_alone(model: Transformer) -> None:
 def test_a_request_checks_its_fields_and_is_immutable() -> None:
     with pytest.raises(ValueError, match="max_gen_len"):
         Request([1], -1)
-    for options, error in [
+    bad: list[tuple[dict[str, Any], str]] = [
         ({"seed": "x"}, "seed"),
         ({"sampling": None}, "sampling"),
         ({"stop_tokens": None}, "stop_tokens"),
@@ -149,9 +150,11 @@ def test_a_request_checks_its_fields_and_is_immutable() -> None:
         ({"max_gen_len": 1.5}, "max_gen_len"),
         ({"prompt": "text"}, "must be a list of token ids"),
         ({"prompt": [1, True]}, "holds True"),
-    ]:
+    ]
+    for options, error in bad:
+        fields = {"prompt": [1]} | options
         with pytest.raises(TypeError, match=error):
-            Request(**{"prompt": [1], **options})  # type: ignore[arg-type]
+            Request(**fields)
     with pytest.raises(dataclasses.FrozenInstanceError):
         Request([1]).seed = 3  # type: ignore[misc]
 
@@ -207,13 +210,13 @@ def test_close_cancels_requests_and_refuses_new_ones(model: Transformer) -> None
 def test_threads_share_one_engine(model: Transformer) -> None:
     engine = Engine(model, prefill_chunk=8)
     requests = [Request(SHARED[: i + 1], 10, Sampling(0.9), seed=i) for i in range(12)]
-
     done: list[Generation] = []
 
-    def job(mine: list[Request]) -> Callable[[], None]:
-        return lambda: [done.extend(run(engine, request)) for request in mine] and None
+    def run_one_by_one(some: list[Request]) -> None:
+        for request in some:
+            done.extend(run(engine, request))
 
-    in_threads([job(requests[i::4]) for i in range(4)])
+    in_threads([partial(run_one_by_one, requests[i::4]) for i in range(4)])
     assert len(done) == 12 and not engine.busy
     assert_as_alone(model, *done)
 
@@ -227,7 +230,7 @@ def test_cancel_from_another_thread_during_a_step(
 
     def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
         if len(second.ids) == 3:
-            in_threads([lambda: engine.cancel(first.id) and None])
+            in_threads([lambda: engine.cancel(first.id)])
         return hidden(*args, **kwargs)
 
     monkeypatch.setattr(model, "hidden", spy)
