@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama import Llama
+from llama import Llama, Piece
+from llama.generation import Answer
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +62,43 @@ def test_a_stop_string_ends_its_row_at_once(tiny: Llama, monkeypatch: pytest.Mon
     assert rows == [3] * n + [2] * (20 - n)
 
 
-def test_a_stop_string_cuts_at_one_id_whichever_thread_steps(tiny: Llama) -> None:
-    """Another thread steps all the time, so ids after the stop string may exist; they are cut."""
+def test_a_stop_string_cuts_at_the_same_id_whichever_thread_steps(
+    tiny: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread steps all the time, so that ids after the stop string exist before it is read.
+
+    Between two reads of an answer the other thread makes two steps or more.
+    """
     arguments, expected, n = stop_in_a_batch(tiny)
     prompts = [tiny.tokenizer.encode(t, bos=True, eos=False) for t in arguments["prompts"]]
     more = {key: arguments[key] for key in ("temperature", "max_gen_len", "logprobs", "stop")}
-    ended = threading.Event()
-    steps = 0
+    engine, ended, read = tiny.engine, threading.Event(), Answer.read
+    beyond: list[int] = []  # per answer that a stop string ended: how many ids are cut off
+
+    def read_late(answer: Answer) -> Piece | None:
+        target, deadline = engine.steps + 2, time.monotonic() + 60
+        while engine.steps < target and engine.busy and time.monotonic() < deadline:
+            time.sleep(0.001)
+        piece = read(answer)
+        if piece is not None and answer.finish_reason == "stop":
+            beyond.append(len(answer.generation.ids) - len(answer.ids))
+        return piece
 
     def step_on() -> None:
-        nonlocal steps
         while not ended.is_set():
-            steps += len(tiny.engine.step()) > 0
+            engine.step()
 
+    monkeypatch.setattr(Answer, "read", read_late)
     stepper = threading.Thread(target=step_on)
     stepper.start()
     try:
-        for _ in range(5):
+        for _ in range(3):
             assert tiny.text_completion(**arguments) == expected
-            ids, scores = tiny.generate(prompts, echo=True, **more)
-            assert [len(row) for row in ids] == [
-                len(prompt) + count for prompt, count in zip(prompts, (n, 20, 20), strict=True)
-            ]
-            assert scores is not None and [len(row) for row in scores] == [len(row) for row in ids]
+        ids, scores = tiny.generate(prompts, echo=True, **more)
     finally:
         ended.set()
         stepper.join(60)
-    assert steps > 0 and not tiny.engine.busy
+    lengths = [len(p) + count for p, count in zip(prompts, (n, 20, 20), strict=True)]
+    assert [len(row) for row in ids] == lengths
+    assert scores is not None and [len(row) for row in scores] == lengths
+    assert len(beyond) == 4 and max(beyond) > 0 and not engine.busy
