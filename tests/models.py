@@ -25,13 +25,13 @@ def meta_model(params: dict[str, Any], weights: dict[str, torch.Tensor]) -> torc
     from llama_models.llama3.args import ModelArgs as MetaArgs
     from llama_models.llama3.model import Transformer as MetaTransformer
 
-    model = MetaTransformer(MetaArgs(**params))
+    model: torch.nn.Module = MetaTransformer(MetaArgs(**params))
     model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=True)
     return model.eval()
 
 
 def random_weights(seed: int = 0, **params: Any) -> dict[str, torch.Tensor]:
-    """Seeded weights of a model of this shape, of a size that keeps activations near 1."""
+    """Seeded weights of a model of this shape, scaled so that activations stay near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         shapes = {

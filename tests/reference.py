@@ -1,7 +1,7 @@
-"""Meta's generation written from its description: the oracle of engine.py.
+"""Generation as Meta's code does it, written independently: the oracle of the engine.
 
-Full sort, whole-vocabulary `torch.multinomial`, log-softmax of the raw logits. Prompts of one
-length only, so that nothing is padded.
+Full sort, `torch.multinomial` over the whole vocabulary, log-softmax of the raw logits. All prompts
+of a batch have the same length, so that nothing is padded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def draw(probs: Tensor, p: float) -> int:
 
 @torch.no_grad()
 def greedy(model: Any, prompts: list[list[int]], n: int) -> tuple[list[list[int]], Tensor, Tensor]:
-    """`n` ids a row by Meta's `model`, whatever they are.
+    """`n` ids per row by Meta's `model`; stop tokens are ignored.
 
     Returns:
-        ids with the prompt; log-probabilities of all but the first, (B, T + n - 1); the logits
-        that each new id was taken from, (B, n, V).
+        ids with the prompt; log-probabilities of all ids but the first, (B, T + n - 1); the logits
+        from which each new id was taken, (B, n, V).
     """
     tokens = torch.tensor(prompts)
     length = tokens.shape[1]
@@ -44,7 +44,7 @@ def greedy(model: Any, prompts: list[list[int]], n: int) -> tuple[list[list[int]
 def sampled(
     model: Any, prompt: list[int], n: int, stop: set[int], temperature: float, top_p: float
 ) -> list[int]:
-    """Up to `n` new ids of one prompt from the global generator; the stop token is left out."""
+    """Up to `n` new ids of one prompt, drawn from the global generator, without the stop token."""
     ids: list[int] = []
     logits = model.forward(torch.tensor([prompt]), 0)
     for position in range(len(prompt), len(prompt) + n):

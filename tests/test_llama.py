@@ -1,4 +1,4 @@
-"""`Llama` as an object: building, closing, memory, messages, and the types of its options."""
+"""`Llama` as an object: closing, memory, messages, and the types of its options."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def no_gc() -> Iterator[None]:
 
 
 def memory_of(llama: Llama) -> list[weakref.ref[torch.Tensor]]:
-    """Weak references to a weight, an embedding and a tensor of the KV cache."""
-    model = llama.model
-    weights = [model.layers[0].attention.wq.weight, model.tok_embeddings.weight]
-    return [weakref.ref(t) for t in (*weights, llama.engine.cache[0].k)]
+    """Weak references to two weights and a tensor of the KV cache."""
+    weights = dict(llama.model.named_parameters(remove_duplicate=False))
+    names = ("layers.0.attention_norm.weight", "tok_embeddings.weight")
+    return [weakref.ref(t) for t in (*(weights[n] for n in names), llama.engine.cache[0].k)]
 
 
 def assert_freed(references: list[weakref.ref[torch.Tensor]]) -> None:
@@ -77,28 +77,13 @@ def test_repr_is_one_short_line(build: Build) -> None:
     )
 
 
-@pytest.mark.parametrize("native", [True, False])
-def test_names_of_a_dtype(build: Build, monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    expected = build(dtype=torch.bfloat16).model.state_dict()
-    for dtype in ("bf16", "bfloat16"):
-        found = build(dtype=dtype).model.state_dict()
-        assert all(
-            w.dtype == torch.bfloat16 and torch.equal(w, expected[n]) for n, w in found.items()
-        )
-    best = torch.bfloat16 if native else torch.float32
-    for automatic in ("auto", None):
-        assert build(dtype=automatic).model.norm.weight.dtype == best
-
-
 @pytest.mark.parametrize("how", ["close", "with", "del"])
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"quantize": "int8"}], ids=str)
 def test_memory_is_freed_without_the_garbage_collector(
     build: Build, how: str, options: dict[str, Any]
 ) -> None:
     llama = build(**options)
-    references = [weakref.ref(llama.model.norm.weight), weakref.ref(llama.engine.cache[0].k)]
+    references = memory_of(llama)
     with no_gc():
         llama.generate([[1, 2, 3], [4]], 3)
         llama.text_completion(["Hello"], max_gen_len=3, logprobs=True, echo=True)

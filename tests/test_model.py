@@ -1,6 +1,8 @@
-"""model.py against Meta's published Transformer on random models, and its own promises."""
+"""model.py against Meta's published Transformer on random models, caches, positions, devices."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,14 +36,14 @@ BASE = {
 }  # fmt: skip
 
 
-def ours(**params: object) -> Transformer:
-    model = Transformer(ModelArgs(**params))  # type: ignore[arg-type]
+def ours(**params: Any) -> Transformer:
+    model = Transformer(ModelArgs(**params))
     model.load_state_dict(random_weights(**params), strict=True)
     return model
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
-def test_logits_equal_metas(one_rank_group: None, changes: dict[str, object]) -> None:
+def test_logits_equal_metas(one_rank_group: None, changes: dict[str, Any]) -> None:
     params = BASE | changes
     model, meta = ours(**params), meta_model(params, random_weights(**params))
     tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(1))
@@ -85,23 +87,22 @@ def test_grouped_attention_equals_plain(
         torch.testing.assert_close(got, DotProductAttention()(xq, keys, values, mask))
 
 
-def test_without_a_cache_it_is_causal_and_trains() -> None:
+def test_without_a_cache_it_is_causal_and_can_be_trained() -> None:
     model, tokens = ours(**BASE), torch.randint(0, 300, (2, 12))
     logits = model(tokens)
     changed = tokens.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % 300
     torch.testing.assert_close(model(changed)[:, :8], logits[:, :8])
     assert not torch.allclose(model(changed)[:, 8:], logits[:, 8:])
-    torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
-    ).backward()
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.autograd.backward(loss)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert model.cache is None
 
 
 @pytest.mark.parametrize("factor", [8, 32, 16])
 def test_model_takes_its_own_rope_factor(factor: int) -> None:
-    """Factor 8 by Meta's code; another one divides the longest wavelengths by as much more."""
+    """Factor 8 equals Meta's code; others scale the longest wavelengths in proportion."""
     from llama_models.llama3.model import precompute_freqs_cis
 
     params = BASE | {"dim": 256, "n_heads": 2, "use_scaled_rope": True, "max_seq_len": 9000}

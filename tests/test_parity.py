@@ -1,4 +1,4 @@
-"""The demo weights through Meta's own Transformer and through ours: the same numbers and ids."""
+"""The demo model by Meta's code and by ours: the same logits, log-probabilities and ids."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def meta(one_rank_group: None, demo_dir: Path) -> torch.nn.Module:
 
 @pytest.fixture(scope="module")
 def groups(demo: Llama) -> list[list[list[int]]]:
-    """Prompts by length: each text, said twice, cut to its first ids."""
+    """Seven prompts of each length: the first ids of each text, which is repeated once."""
     encoded = [demo.tokenizer.encode(f"{text} {text}", bos=True, eos=False) for text in TEXTS]
     return [[ids[:n] for ids in encoded[i::3]] for i, n in enumerate(LENGTHS)]
 
@@ -58,7 +58,7 @@ def groups(demo: Llama) -> list[list[list[int]]]:
 def expected(
     meta: torch.nn.Module, groups: list[list[list[int]]]
 ) -> list[tuple[list[list[int]], torch.Tensor, torch.Tensor]]:
-    """64 ids for each prompt by Meta's code; stop tokens are not heeded, so that all are long."""
+    """64 ids for each prompt by Meta's code; stop tokens are ignored, so that all are long."""
     return [reference.greedy(meta, prompts, 64) for prompts in groups]
 
 
@@ -125,7 +125,7 @@ def test_sampled_ids_of_one_prompt(
 def test_seed_of_build_draws_as_meta(
     demo_dir: Path, meta: torch.nn.Module, groups: list[list[list[int]]]
 ) -> None:
-    """Nothing draws between the seeding in `build` and the first sample."""
+    """Nothing draws random numbers between the seeding in `build` and the first sample."""
     path, prompt = demo_dir / "tokenizer.model", groups[1][2]
     llama = Llama.build(demo_dir, path, 64, 1, seed=7, device="cpu", dtype=torch.float32)
     [got], _ = llama.generate([prompt], 12)
@@ -134,7 +134,7 @@ def test_seed_of_build_draws_as_meta(
 
 
 def test_bfloat16_ids(demo_dir: Path, one_rank_group: None, groups: list[list[list[int]]]) -> None:
-    """One prompt in the checkpoints' own dtype: greedy and sampled ids are Meta's."""
+    """Greedy and sampled ids of single prompts in the dtype of Meta's checkpoints."""
     params = json.loads((demo_dir / "params.json").read_text())
     weights = torch.load(demo_dir / "consolidated.00.pth", weights_only=True)
     meta = meta_model(params | {"max_batch_size": 1, "max_seq_len": 64}, weights).bfloat16()

@@ -1,4 +1,4 @@
-"""RoPE in model.py against the arithmetic that the model cards describe."""
+"""RoPE in model.py against the published formulas, written out in Python."""
 
 from __future__ import annotations
 

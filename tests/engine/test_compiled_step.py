@@ -1,4 +1,4 @@
-"""A compiled decoding step gives what the plain one gives, and compiles a few times only."""
+"""A compiled decoding step equals the plain one and compiles for a few shapes only."""
 
 from __future__ import annotations
 
@@ -41,23 +41,24 @@ def run(*arguments: object, **environment: str) -> dict[str, Any]:
 def test_compiled_agrees(
     quantize: str | None,
     tiny_checkpoint: Callable[..., Path],
-    llama3_tokenizer_path: Path,
+    byte_tokenizer_path: Path,
 ) -> None:
-    folder = tiny_checkpoint(n_layers=3, multiple_of=32)
-    found = run(folder, llama3_tokenizer_path, *([quantize] if quantize else []))
+    folder = tiny_checkpoint(n_layers=3, multiple_of=32, vocab_size=512)
+    found = run(folder, byte_tokenizer_path, *([quantize] if quantize else []))
     assert found["compiled"] and found["warnings"] == []
     assert found["same_ids"] and found["difference"] < 1e-4
     assert found["left_in_cache"] == 0.0
-    # Not one a layer, nor one a length: one row, several rows, and a whole cache of several rows.
+    # Not one per layer or length, but one for one row, several rows, and all rows of the cache.
     assert 2 <= found["graphs"] <= 4 and found["graphs_later"] == 0
+    assert found["freed"] == [True, True]  # without the garbage collector
 
 
-def test_without_a_compiler_it_warns_and_does_without(
-    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path, tmp_path: Path
+def test_without_a_compiler_it_warns_and_runs_eagerly(
+    tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path, tmp_path: Path
 ) -> None:
     found = run(
-        tiny_checkpoint(),
-        llama3_tokenizer_path,
+        tiny_checkpoint(vocab_size=512),
+        byte_tokenizer_path,
         CXX="no-such-compiler",
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
         LLAMA3_KERNELS="0",
@@ -68,16 +69,17 @@ def test_without_a_compiler_it_warns_and_does_without(
     assert found["same_ids"] and found["difference"] == 0.0 and found["left_in_cache"] == 0.0
 
 
-def test_a_cache_that_cannot_be_written(
-    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path, tmp_path: Path
+def test_a_folder_that_is_not_writable(
+    tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    """By the command, which gives torch a folder in LLAMA3_CACHE. No compiler: that is quick."""
+    """By the command, which sets torch's folder to one in LLAMA3_CACHE. No compiler: it is fast."""
     (tmp_path / "file").touch()
     environment = {"PYTHONPATH": str(SCRIPT.parents[2]), "TMPDIR": str(tmp_path)}
     environment |= {"LLAMA3_CACHE": str(tmp_path / "file" / "below"), "LLAMA3_KERNELS": "0"}
     environment["CXX"] = "no-such-compiler"
     command = [sys.executable, "-m", "llama", "complete", "a", "--compile"]
-    command += [f"--ckpt_dir={tiny_checkpoint()}", f"--tokenizer_path={llama3_tokenizer_path}"]
+    folder = tiny_checkpoint(vocab_size=512)
+    command += [f"--ckpt_dir={folder}", f"--tokenizer_path={byte_tokenizer_path}"]
     done = subprocess.run(
         [*command, "--max_gen_len=2"],
         env={k: v for k, v in os.environ.items() if "CACHE" not in k} | environment,
@@ -89,16 +91,14 @@ def test_a_cache_that_cannot_be_written(
     assert "decoding is not compiled: " in done.stderr
 
 
-def test_exact_and_compile_exclude_each_other(
-    tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path
-) -> None:
+def test_exact_and_compile_exclude_each_other(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="choose one"):
-        Llama.build(tiny_checkpoint(), llama3_tokenizer_path, 32, 1, exact=True, compile=True)
+        Llama.build(tmp_path, None, 32, 1, exact=True, compile=True)
 
 
 @pytest.mark.parametrize("name", ["exact", "compile"])
 @pytest.mark.parametrize("value", ["False", "no", 1, None])
-def test_switches_are_true_or_false(name: str, value: Any, tmp_path: Path) -> None:
+def test_exact_and_compile_are_true_or_false(name: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=f"{name} must be True or False, not {value!r}"):
         Llama.build(tmp_path, None, 32, 1, **{name: value})
 
@@ -113,7 +113,7 @@ def test_real_rotation_is_the_complex_one() -> None:
 
 
 def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surrounds CUDA's graph; capturing itself needs a GPU."""
+    """With a fake of CUDA's graphs: capturing one needs a GPU."""
 
     def step(tokens: Tensor, start_pos: Tensor) -> Tensor:
         return 100 * tokens + start_pos.unsqueeze(1)
@@ -130,7 +130,7 @@ def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(torch.cuda, name, lambda device: stream)
     tokens = torch.tensor([[1], [2]])
     graph = Graph(step, tokens, torch.tensor([3, 4]), None)
-    tokens.zero_()  # the caller's own are not the graph's
+    tokens.zero_()  # the graph has copies of the caller's tensors
     assert graph(torch.tensor([[1], [2]]), torch.tensor([3, 4])).tolist() == [[103], [204]]
     assert graph(torch.tensor([[5], [6]]), torch.tensor([7, 8])).tolist() == [[507], [608]]
 

@@ -1,4 +1,4 @@
-"""sampling.py against the definition of the nucleus and a plain full-sort draw."""
+"""Sampling against the definition of the nucleus and a plain draw over a full sort."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROBS = torch.tensor([0.1, 0.4, 0.2, 0.05, 0.25])  # in order: ids 1, 4, 2, 0, 3
     [
         (0.0, {1}),  # top-1
         (0.39, {1}),
-        (0.41, {1, 4}),  # the id that crosses p belongs to it
+        (0.41, {1, 4}),  # the id that crosses p is included
         (0.7, {1, 4, 2}),
         (0.86, {1, 4, 2, 0}),
         (1.0, {0, 1, 2, 3, 4}),
@@ -47,7 +47,7 @@ def test_draws_equal_a_full_sort_and_multinomial() -> None:
 @pytest.mark.parametrize("p", [0.0, 0.3, 0.9, 0.999, 1.0])
 @pytest.mark.parametrize("stable", [False, True])
 def test_nucleus_equals_a_full_sort(sharpness: float, p: float, stable: bool) -> None:
-    """Also where many ids are equally probable, as bfloat16 makes them."""
+    """Also where many ids are equally probable, as with logits in bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         logits = (torch.randn(4, 9000) * sharpness).to(dtype).float()
         probs = torch.softmax(logits, -1)
@@ -61,7 +61,7 @@ def test_nucleus_equals_a_full_sort(sharpness: float, p: float, stable: bool) ->
                 assert id[weight > 0].tolist() == order[:n][positive].tolist()
 
 
-def test_equals_at_the_edge_of_the_nucleus_are_cut_as_by_a_full_sort() -> None:
+def test_equally_probable_ids_at_the_end_of_the_nucleus() -> None:
     for seed in range(20):
         probs = torch.full((1, 5000), 1e-5)
         probs[0, torch.randperm(5000)[:8]] = 0.1
@@ -83,7 +83,7 @@ def test_seeded_draws_follow_the_nucleus() -> None:
         assert drawn.eq(i).float().mean().item() == pytest.approx(prob / 0.85, abs=0.04)
 
 
-def test_input_is_left_alone() -> None:
+def test_input_is_not_changed() -> None:
     probs = PROBS.repeat(2, 1)
     sample_top_p(probs, 0.5)
     assert torch.equal(probs, PROBS.repeat(2, 1))
@@ -105,8 +105,8 @@ def test_temperature() -> None:
         (Sampling(1.0, 1.0, top_k=99), {0, 1, 2, 3, 4}),
         (Sampling(1.0, 1.0, min_p=0.45), {1, 2, 4}),  # at least 0.18
         (Sampling(1.0, 1.0, min_p=1.0), {1}),
-        (Sampling(1.0, 0.7, top_k=2), {1, 4}),  # of the two, 0.4 / 0.65 alone is below 0.7
-        (Sampling(1.0, 0.6, top_k=2), {1}),  # and above 0.6
+        (Sampling(1.0, 0.7, top_k=2), {1, 4}),  # the first of the two has 0.4 / 0.65, less than 0.7
+        (Sampling(1.0, 0.6, top_k=2), {1}),  # and more than 0.6
     ],
 )
 def test_top_k_and_min_p(how: Sampling, allowed: set[int]) -> None:

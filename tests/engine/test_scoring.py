@@ -1,4 +1,4 @@
-"""scoring.py: every token is scored once, as one pass over its window says."""
+"""Scoring: every token is scored once, with the value of one pass over its window."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.engine.scoring import windows
+from llama.engine.scoring import check_windows, read_text, windows
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def tiny(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> L
 
 
 def one_pass(llama: Llama, ids: list[int]) -> list[float]:
-    """Of ids 1, 2, ...: the whole sequence through the model at once, without a cache."""
+    """Scores of ids 1, 2, ...: the whole sequence through the model at once, without a cache."""
     with torch.no_grad():
         raw = torch.log_softmax(llama.model(torch.tensor([ids]))[0], -1)
     return [raw[i, token].item() for i, token in enumerate(ids[1:])]
@@ -42,8 +42,8 @@ def test_windows_score_each_id_once() -> None:
                 assert all(scored - begin >= context - stride for begin, scored, _ in found[1:])
 
 
-def test_decode_scores_as_one_pass_does(tiny: Llama) -> None:
-    """Logits of each step against those of the whole text."""
+def test_decoding_scores_as_one_pass_does(tiny: Llama) -> None:
+    """Log-probabilities of each step against those of the whole text."""
     prompts = [[128000, 9, 8, 7], [128000, *range(500, 540)]]
     ids, stepwise = tiny.generate(prompts, 20, temperature=1.0, logprobs=True, echo=True)
     assert stepwise is not None
@@ -85,6 +85,7 @@ def test_perplexity(tiny: Llama) -> None:
 
 
 def test_command(demo_dir: Path, tmp_path: Path) -> None:
+    """One success and one error; messages of other errors are below."""
     text = tmp_path / "text.txt"
     text.write_text("The sun rises in the east and sets in the west. " * 8, "utf-8")
 
@@ -97,12 +98,26 @@ def test_command(demo_dir: Path, tmp_path: Path) -> None:
     result = json.loads(perplexity(str(text), "--context", "64", "--json").stdout)
     assert 1 < result["perplexity"] < 4 and result["size"] == text.stat().st_size
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+    refused = perplexity(str(tmp_path / "image"), "--context", "64", code=2)
+    assert "not text in UTF-8" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_files_that_are_not_text(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "empty").write_bytes(b"")
-    for arguments, message in [
-        ([str(tmp_path / "image")], "not text in UTF-8"),
-        ([str(tmp_path / "empty")], "is empty"),
-        ([str(tmp_path / "absent")], "No such file"),
-        ([str(text), "--context", "1"], "context must be 2 or more"),
-        ([str(text), "--context", "64", "--stride", "64"], "stride must be 1 to 63"),
-    ]:
-        assert message in perplexity(*arguments, code=2).stderr
+    with pytest.raises(ValueError, match="image is not text in UTF-8"):
+        read_text(tmp_path / "image")
+    with pytest.raises(ValueError, match="empty is empty"):
+        read_text(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="No such file"):
+        read_text(tmp_path / "absent")
+
+
+def test_bad_windows() -> None:
+    assert (check_windows(64, None), check_windows(64, 63)) == (32, 63)
+    for context in (1, 0, 2.5, True):
+        with pytest.raises(ValueError, match="context must be 2 or more"):
+            check_windows(context, None)  # type: ignore[arg-type]
+    for stride in (64, 0, 1.5):
+        with pytest.raises(ValueError, match="stride must be 1 to 63"):
+            check_windows(64, stride)  # type: ignore[arg-type]

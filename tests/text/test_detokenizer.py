@@ -1,4 +1,4 @@
-"""A stream is the completion, and is never cut within a character or a stop string."""
+"""Streams: their pieces make up the completion and never end inside a character or stop string."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tiny(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> L
 def feed(
     tokenizer: Tokenizer, ids: list[int], stop: list[str], cut: bool = False
 ) -> tuple[str, str | None]:
-    """What a row of these ids yields, one id at a time as the engine adds them."""
+    """(text, finish reason) of a row of these ids, fed one at a time as by the engine."""
     detokenizer, text = Detokenizer(tokenizer.decode_bytes, stop), ""
     for i, token in enumerate(ids):
         new = detokenizer.feed([token], last=i == len(ids) - 1)
@@ -49,7 +49,7 @@ def feed(
 
 
 def random_pieces(rng: random.Random, tokenizer: Tokenizer) -> tuple[str, list[int]]:
-    """A text, and ids that cut it anywhere, also within characters."""
+    """A text and ids that split it at any byte, also inside characters."""
     text = "".join(rng.choices(ALPHABET, k=rng.randint(1, 30)))
     data, ids = text.encode(), []
     while data:
@@ -74,7 +74,7 @@ def test_200_streams_equal_their_text_up_to_the_first_stop_string(tokenizer: Tok
             assert (got, reason) == (text, "length")
         else:
             stopped += 1
-            # The first to be complete ends the row; what was out before cannot overlap it.
+            # The first complete stop string ends the row; text returned before does not overlap it.
             assert reason == "stop" and text.startswith(got)
             assert not any(s in got for s in stop)
             assert any(text[len(got) :].startswith(s) for s in stop)
@@ -121,8 +121,8 @@ def test_chat_stream_of_the_demo_model(demo: Llama) -> None:
 
 
 def test_streams_beside_each_other(tiny: Llama) -> None:
-    """In one thread: each step serves all that have begun, and batches join them."""
-    texts = [f"Text {i}" for i in range(6)]  # of which four have slots at first
+    """In one thread: each step advances all streams that have begun, and a batch among them."""
+    texts = [f"Text {i}" for i in range(6)]  # there are four slots
     want = tiny.text_completion(texts, temperature=0, max_gen_len=12)
     streams = [tiny.text_stream(text, temperature=0, max_gen_len=12) for text in texts]
     got = [next(stream).text for stream in streams[:3]]
@@ -167,7 +167,7 @@ def test_an_abandoned_stream_frees_its_slot(tiny: Llama, how: str) -> None:
     assert tiny.generate([[1, 2]] * 4, 2, temperature=0)[0]
 
 
-def test_a_stream_tells_what_it_reused(tiny: Llama) -> None:
+def test_a_stream_reports_what_it_reused(tiny: Llama) -> None:
     tiny.engine.forget()
     for text, reused in [("One two three four", 0), ("One two three five", 4)]:
         stream = tiny.text_stream(text, temperature=0, max_gen_len=2)
@@ -178,7 +178,7 @@ def test_a_stream_tells_what_it_reused(tiny: Llama) -> None:
 def test_a_token_without_text_ends_its_own_stream(
     tiny: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a model has more ids than its tokenizer."""
+    """Such ids exist if a model's vocabulary is larger than its tokenizer's."""
     decode = tiny.tokenizer.decode_bytes
     [want] = tiny.text_completion(["Hello"], temperature=0, max_gen_len=6)
 
@@ -199,7 +199,7 @@ def test_a_token_without_text_ends_its_own_stream(
     assert text + "".join(piece.text for piece in other) == want["generation"]
 
 
-def test_a_fault_of_the_engine_is_raised(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_engine_is_raised(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = tiny.text_stream("Hello", temperature=0, max_gen_len=9)
     first = next(stream)
 
@@ -215,7 +215,7 @@ def test_a_fault_of_the_engine_is_raised(tiny: Llama, monkeypatch: pytest.Monkey
 
 
 def test_close_from_another_thread(tiny: Llama) -> None:
-    """As a server does when its client has left."""
+    """As a server does when its client disconnects."""
     stream = tiny.text_stream("Hello", temperature=0)
     next(stream)
     thread = threading.Thread(target=stream.close)
@@ -246,7 +246,7 @@ def test_nothing_to_generate(tiny: Llama) -> None:
         ({"unknown": 1}, TypeError),
     ],
 )
-def test_mistakes_are_told_at_the_call(
+def test_bad_options_are_refused_at_the_call(
     tiny: Llama, options: dict[str, Any], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
