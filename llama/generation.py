@@ -644,7 +644,11 @@ class Llama:
         read(self.engine.run(requests, read))
         errors = [answer.error for answer in answers if answer.error is not None]
         if len(errors) == len(requests):
-            raise errors[0]
+            first = errors[0]
+            try:
+                raise first
+            finally:  # no cycle of traceback, frame and error, which would keep the memory
+                del first, errors, answers
         for error in errors if tensor_parallel.rank() == 0 else ():
             warnings.warn(str(error), stacklevel=3)
         return answers

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 
-from llama import Llama, Request, Sampling
+from llama import Llama, Request, Sampling, Transformer
 from llama.engine.compiled_step import CompiledStep
 from llama.generation import (
     BuildOptions,
@@ -120,7 +120,13 @@ def test_memory_is_freed_after_a_stream_that_was_not_read_to_its_end(
             assert_freed(references)
 
 
-def test_memory_is_freed_after_errors(build: Build) -> None:
+@pytest.mark.parametrize("how", ["close", "del"])
+def test_memory_is_freed_after_errors(
+    build: Build, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("no memory left")
+
     llama = build()
     references = memory_of(llama)
     with no_gc():
@@ -128,7 +134,16 @@ def test_memory_is_freed_after_errors(build: Build) -> None:
             llama.generate([[]], 1)
         with pytest.warns(UserWarning, match="prompt 1 is empty"):
             llama.generate([[1], []], 1)
-        llama.close()
+        with monkeypatch.context() as patch:
+            patch.setattr(Transformer, "hidden", failing)
+            with pytest.raises(torch.OutOfMemoryError):
+                llama.generate([[1, 2]], 3)
+            if how == "close":  # a stream keeps its error, whose traceback names the stream
+                with pytest.raises(torch.OutOfMemoryError):
+                    list(llama.text_stream("Hello"))
+        if how == "close":
+            llama.close()
+        del llama
         assert_freed(references)
 
 

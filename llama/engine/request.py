@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 
 from llama.engine.sampling import Sampling
 
+log = logging.getLogger("llama")
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
@@ -177,7 +179,9 @@ class Generation:
 
     def fail(self, error: Exception) -> None:
         """End with an error, without harm to other requests."""
-        self.error, self.finish_reason = error, "error"
+        log.debug("%s failed", self.request.name, exc_info=error)
+        # The frames of a traceback would keep the model and its cache in memory.
+        self.error, self.finish_reason = error.with_traceback(None), "error"
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ def test_logits_on_any_number_of_ranks(
         "copy_to_ranks": lambda x: x,
     }.items():
         monkeypatch.setattr(tensor_parallel, name, collective)
+        monkeypatch.setattr(f"llama.model.{name}", collective, raising=False)
 
     # Meta-device contexts are per thread; models are made before the threads meet.
     def job() -> Tensor:

@@ -311,9 +311,12 @@ def test_bad_arguments(folder: Path, tmp_path: Path, kind: str) -> None:
 def test_bad_source_and_destination(folder: Path, stored: Path, tmp_path: Path) -> None:
     """Quantized twice, converted back, onto another folder, onto itself, not finite."""
     before = {path: path.read_bytes() for path in stored.iterdir()}
-    for write in (lambda: quantize(stored, tmp_path / "x", "int8"),
-                  lambda: convert(stored, tmp_path / "x"),
-                  lambda: convert(stored, tmp_path / "x", to="hf")):  # fmt: skip
+    writes: list[Callable[[], Path]] = [
+        lambda: quantize(stored, tmp_path / "x", "int8"),
+        lambda: convert(stored, tmp_path / "x"),
+        lambda: convert(stored, tmp_path / "x", to="hf"),
+    ]
+    for write in writes:
         with pytest.raises(ValueError, match=r"int4 is quantized already \(int4\).* the original"):
             write()
     with pytest.raises(FileExistsError, match="exists already; remove it or choose another folder"):

@@ -14,7 +14,7 @@ from llama.common.progress import progress
 def test_bar_by_log_level(level: int, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     bars = []
 
-    class Bar(tqdm.tqdm):
+    class Bar(tqdm.tqdm):  # type: ignore[misc]
         def __init__(self, *args: object, **kwargs: object) -> None:
             bars.append(self)
             super().__init__(*args, **kwargs)
