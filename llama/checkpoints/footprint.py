@@ -100,7 +100,7 @@ class Footprint:
         return 2 * self.args.n_layers * heads * self.args.head_dim * self.itemsize
 
     def cache(self, batch: int, context: int) -> int:
-        """Bytes that `Transformer.setup_cache(batch, context)` allocates."""
+        """Bytes that `Transformer.new_cache(batch, context)` allocates."""
         return batch * context * self.cache_token()
 
     def rotary(self, context: int) -> int:
