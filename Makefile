@@ -12,8 +12,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python example_chat_completion.py
 
+# One process a core, each with one thread; threads that wait must not hold up the other processes.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto \
+		--dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
