@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.commands.terminal import print_note, print_text
+from llama.common.files import replacing_file
 from llama.distributed import tensor_parallel
 from llama.engine.request import Generation
 from llama.generation import Llama, Stream
@@ -158,12 +158,8 @@ class ChatSession:
             raise FileNotFoundError(f"there is no folder {path.parent}")
         if path.exists() and path != self.file:
             raise FileExistsError(f"{path} is there already; use another name")
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing_file(path) as temporary:
             temporary.write_text(json.dumps(self.dialog, ensure_ascii=False, indent=1), "utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
         self.file = path
         print_note(f"{len(self.dialog)} messages written to {path}")
 

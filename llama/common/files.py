@@ -25,7 +25,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    # Not random: torch.save writes the name into the file, and a killed process leaves one file.
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         yield temporary
         with open(temporary, "r+b") as f:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoints.formats.bpe_ranks import rank_file, sidecar
+from llama.common.files import replacing_file
 from llama.common.progress import progress
 from llama.text.long_text import passages
 from llama.text.rank_file import LLAMA3_PATTERN, read_sidecar
 from llama.tokenizer import Tokenizer
-from llama.train.report import replacing_file
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
 # Every character is one piece. A piece that is a token is not split into bytes, so the single bytes

@@ -8,26 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llama.common.files import replacing_file
+
 logger = logging.getLogger("llama")
-
-
-@contextmanager
-def replacing_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; it replaces `path` if the block raises nothing."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        with open(partial, "rb") as f:
-            os.fsync(f.fileno())  # the rename may reach the disk before the data
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

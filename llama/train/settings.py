@@ -7,10 +7,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llama.common.dtypes import SHORT_NAMES
 from llama.common.options import option
 from llama.model import ModelArgs
 
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16")  # to compute in; the weights are float32
 PARALLEL = ("ddp", "fsdp")
 # Fields that change neither the model nor its data: a run may be resumed with other values. More
 # steps stretch the schedule of the learning rate.
@@ -90,6 +91,8 @@ class Settings:
         if self.lr is not None:
             self._check("lr", float, lambda x: 0 < x < math.inf, "a positive number")
         self._check("recompute", bool, lambda _: True, "of type bool")
+        dtype = SHORT_NAMES.get(str(self.dtype), self.dtype)
+        object.__setattr__(self, "dtype", None if dtype == "auto" else dtype)
         for name, known in (("dtype", DTYPES), ("parallel", PARALLEL)):
             if getattr(self, name) not in (None, *known):
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; use one of {known}")

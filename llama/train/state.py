@@ -23,12 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoints.formats.meta import is_disk_error
-from llama.common.files import new_folder
+from llama.common.files import new_folder, replacing_file
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
 from llama.train.learn_tokenizer import learn
-from llama.train.report import replacing_file
 from llama.train.settings import Settings
 
 # Fields of ModelArgs that params.json omits: a limit of inference, and RoPE scaling, which is off.

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 import torch
 
+from llama.common.files import replacing_file
 from llama.train.loop import train
-from llama.train.report import Report, read_metrics, replacing_file
+from llama.train.report import Report, read_metrics
 from llama.train.settings import Settings
 from tests.train.training import SMALL, contents, flags, losses, write_text
 

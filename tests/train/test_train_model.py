@@ -95,6 +95,11 @@ def test_overfits_a_batch() -> None:
     assert float(loss.detach()) < 0.01
 
 
+def test_dtype_by_its_short_name() -> None:
+    assert Settings(dtype="bf16") == Settings(dtype="bfloat16")
+    assert Settings(dtype="auto") == Settings()
+
+
 def test_model_args() -> None:
     assert Settings(max_seq_len=256).model_args(65).rope_theta == 4096
     assert Settings(rope_theta=5e5).model_args(65).rope_theta == 5e5
