@@ -192,6 +192,10 @@ class GenerationOptions:
     seed: int | Sequence[int] | None = None
     reuse_prefix: bool = False
 
+    def sampling(self, temperature: float, top_p: float) -> Sampling:
+        """These and Meta's two parameters as one."""
+        return Sampling(temperature, top_p, self.top_k, self.min_p)
+
 
 @dataclass
 class Piece:
@@ -219,11 +223,8 @@ class Answer:
         error: the generation's, or that of a token without text.
     """
 
-    def __init__(
-        self, engine: Engine, generation: Generation, tokenizer: Tokenizer, stop: Sequence[str]
-    ):
-        self.engine, self.generation = engine, generation
-        self.detokenizer = Detokenizer(tokenizer.decode_bytes, stop)
+    def __init__(self, engine: Engine, generation: Generation, detokenizer: Detokenizer):
+        self.engine, self.generation, self.detokenizer = engine, generation, detokenizer
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -248,8 +249,13 @@ class Answer:
         return self.generation.generated_logprobs[: self.detokenizer.used]
 
     @property
+    def stop_token(self) -> int | None:
+        """The stop token that ended it; None if a stop string came first."""
+        return None if self.detokenizer.stopped else self.generation.stop_token
+
+    @property
     def unread(self) -> bool:
-        """Whether the generation has what `read` has not seen."""
+        """Whether `read` would return something new."""
         generation = self.generation
         start = len(generation.request.prompt) + self.detokenizer.used
         return len(generation.tokens) > start or generation.finish_reason is not None
@@ -266,7 +272,7 @@ class Answer:
         new = generation.tokens[len(generation.request.prompt) + used :]
         try:
             text = detokenizer.feed(new, last=reason is not None)
-        except ValueError as e:  # such as an id that the tokenizer lacks
+        except Exception as e:  # such as an id that the tokenizer lacks: the others go on
             self.finish_reason, self.error = "error", e
             self.engine.cancel(generation.id)
             return None
@@ -288,30 +294,30 @@ class Stream:
 
     Attributes:
         request: what was asked.
-        generation: what has been generated; None until the first piece is read.
+        generation: what has been generated; its id is 0 until the first piece is read.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, stop: Sequence[str]):
         self._closed = True  # in case the request is refused
         engine.check(request)
-        self._engine, self._tokenizer, self._stop = engine, tokenizer, check_stop(stop)
-        self.request = request
-        self.generation: Generation | None = None
-        self._answer: Answer | None = None
-        self._lock = threading.Lock()
+        self.request, self.generation = request, Generation(request)
+        self._engine, self._lock = engine, threading.Lock()
+        detokenizer = Detokenizer(tokenizer.decode_bytes, stop)
+        self._answer = Answer(engine, self.generation, detokenizer)
         self._closed = False
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        with self._lock:
-            if self._answer is None and not self._closed:
-                self.generation = self._engine.add(self.request)
-                self._answer = Answer(self._engine, self.generation, self._tokenizer, self._stop)
         answer = self._answer
         try:
-            while not self._closed and answer is not None:
+            with self._lock:
+                if not self.generation.id and not self._closed:
+                    self._engine.queue(self.generation)
+                    if self._closed:  # by another thread, meanwhile
+                        self._engine.cancel(self.generation.id)
+            while not self._closed:
                 self._engine.wait(lambda: answer.unread or self._closed)
                 with self._lock:
                     piece = answer.read()
@@ -339,7 +345,7 @@ class Stream:
         """End the generation and free its slot at once."""
         if not self._closed:
             self._closed = True
-            if self.generation is not None:
+            if self.generation.id:
                 self._engine.cancel(self.generation.id)
 
 
@@ -472,11 +478,11 @@ class Llama:
             prompt_tokens,
             options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
+            sampling=options.sampling(temperature, top_p),
             logprobs=logprobs,
             score_from=0 if logprobs and echo else None,
         )
-        answers = self._run(requests, options.stop)
+        answers = self._run(requests, options.stop, decode=bool(options.stop))
         ids = [[*a.prompt, *a.ids] if echo else a.ids for a in answers]
         if not logprobs:
             return ids, None
@@ -503,7 +509,7 @@ class Llama:
             self._encode(prompts),
             options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
+            sampling=options.sampling(temperature, top_p),
             logprobs=logprobs,
             score_from=0 if logprobs and echo else None,
         )
@@ -539,14 +545,13 @@ class Llama:
             [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
             options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
+            sampling=options.sampling(temperature, top_p),
             logprobs=logprobs,
         )
         predictions: list[ChatPrediction] = []
         for answer in self._run(requests, options.stop):
             message: Message = {"role": "assistant", "content": answer.text}
-            stop_token = answer.generation.stop_token
-            if stop_token is not None and stop_token == self.tokenizer.eom_id:
+            if answer.stop_token is not None and answer.stop_token == self.tokenizer.eom_id:
                 message["stop_reason"] = "end_of_message"
             prediction: ChatPrediction = {"generation": message}
             predictions.append(self._finish(prediction, answer, logprobs))
@@ -630,17 +635,24 @@ class Llama:
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
 
-    def _run(self, requests: Sequence[Request], stop: Sequence[str]) -> list[Answer]:
-        """Run to the end. Failed requests give a warning each; if all fail, the first error."""
+    def _run(
+        self, requests: Sequence[Request], stop: Sequence[str], decode: bool = True
+    ) -> list[Answer]:
+        """Run to the end. Failed requests give a warning each; if all fail, the first error.
+
+        Args:
+            decode: False where only ids are wanted; the tokenizer may then lack some of them.
+        """
+        check_stop(stop)
+        decode_bytes = self.tokenizer.decode_bytes if decode else lambda ids: b""
         answers: list[Answer] = []
 
         def read(generations: Sequence[Generation]) -> None:
-            if not answers:
-                answers.extend(Answer(self.engine, g, self.tokenizer, stop) for g in generations)
+            for generation in generations[len(answers) :]:
+                answers.append(Answer(self.engine, generation, Detokenizer(decode_bytes, stop)))
             for answer in answers:
                 answer.read()
 
-        check_stop(stop)
         read(self.engine.run(requests, read))
         errors = [answer.error for answer in answers if answer.error is not None]
         if len(errors) == len(requests):
@@ -681,7 +693,7 @@ class Llama:
             [prompt],
             options,
             max_gen_len=max_gen_len,
-            sampling=Sampling(temperature, top_p, options.top_k, options.min_p),
+            sampling=options.sampling(temperature, top_p),
             logprobs=logprobs,
         )
         request = dataclasses.replace(request, name="the prompt")

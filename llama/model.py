@@ -169,7 +169,7 @@ class CacheSlice(NamedTuple):
 
     Attributes:
         rows, positions: int64, (B, 1) and (B or 1, T): where each new position is written.
-        first_row: `rows` are this one and the B - 1 after it.
+        first_row: the first of the B consecutive cache rows in `rows`.
         length: positions 0 to length - 1 of those rows are read.
     """
 
@@ -248,8 +248,8 @@ class DotProductAttention(nn.Module):
             keys, values: (B, S, K, D).
             mask: booleans, true where a query may look, (T, S) or (B, 1, T, S). None: causal if
                 T = S, everything if T = 1.
-            positions: int64, (B or 1, T), with a cache: each query's own position, which says the
-                same as the mask. Not used here; replacements may read it instead of the mask.
+            positions: int64, (B or 1, T), with a cache: each query's position in its row; it sees
+                keys 0 to that. Not used here; replacements may read it instead of the mask.
 
         Returns:
             (B, T, H, D).
@@ -420,13 +420,15 @@ class Transformer(nn.Module):
         cache_len: int | None = None,
         first_row: int = 0,
     ) -> tuple[Tensor, Tensor | None, CacheSlice | None]:
-        """Where (B, T) new ids stand: rotations (freqs_cis), mask, slice of the cache.
+        """For B rows of T new ids: their rotations (freqs_cis), mask and slice of the cache.
 
         Args and errors: see `hidden`.
         """
         B, T = shape
         self.freqs_cis = self.freqs_cis.to(self.norm.weight.device)
         steps = torch.arange(T, device=self.freqs_cis.device)
+        if (start_pos is None) != (cache is None):
+            raise ValueError("give both a start_pos and a cache, or neither")
         if start_pos is None or cache is None:
             check_room(0, T, len(self.freqs_cis))
             return F.embedding(steps, self.freqs_cis), None, None
@@ -501,7 +503,8 @@ class Transformer(nn.Module):
         if start_pos is not None and self.cache is None:
             self.cache = self.new_cache(self.params.max_batch_size, self.params.max_seq_len)
         with torch.set_grad_enabled(start_pos is None and torch.is_grad_enabled()):
-            return self.logits(self.hidden(tokens, start_pos, self.cache))
+            cache = None if start_pos is None else self.cache
+            return self.logits(self.hidden(tokens, start_pos, cache))
 
 
 def check_room(start: int, end: int, room: int) -> None:

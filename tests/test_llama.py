@@ -260,3 +260,17 @@ def test_defaults_of_signatures_are_those_of_the_options() -> None:
         if function is not Llama.generate:
             assert found["max_gen_len"] is Request.max_gen_len
         assert not found.keys() & get_type_hints(MoreOptions).keys()
+
+
+def test_generate_needs_no_text_of_its_ids(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a model has more rows than its tokenizer has tokens."""
+    llama = build()
+
+    def lacking(ids: list[int]) -> bytes:
+        raise ValueError(f"no token has the id {ids[0]}")
+
+    want = llama.generate([[1, 2, 3]], 5, temperature=0)
+    monkeypatch.setattr(llama.tokenizer, "decode_bytes", lacking)
+    assert llama.generate([[1, 2, 3]], 5, temperature=0) == want
+    with pytest.raises(ValueError, match="no token has the id"):
+        llama.generate([[1, 2, 3]], 5, temperature=0, stop=["x"])

@@ -182,3 +182,11 @@ def test_cuda_path_keeps_every_tensor_on_the_device(
         tokens = torch.zeros(3, 9, dtype=torch.long, device="cuda")
         assert model(tokens, 9).shape == (3, 9, 300)
         assert model(tokens).device.type == "cuda"
+
+
+def test_a_position_needs_a_cache() -> None:
+    model, tokens = ours(**BASE), torch.zeros(1, 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="give both"):
+        model.hidden(tokens, 3)
+    with pytest.raises(ValueError, match="give both"):
+        model.hidden(tokens, cache=model.new_cache(1, 8))

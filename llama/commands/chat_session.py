@@ -101,7 +101,7 @@ class ChatSession:
                 answer += piece.text
                 with tensor_parallel.ends_job_on_error():  # else the other ranks would wait
                     print_text(piece.text)
-            reason = stream.generation.finish_reason if stream.generation else None
+            reason = stream.generation.finish_reason
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
@@ -120,7 +120,7 @@ class ChatSession:
         if answer or reason != "cancelled":
             self.dialog = [*asked, {"role": "assistant", "content": answer}]
         print_text("\n")
-        if stream is not None and stream.generation is not None:
+        if stream is not None and stream.generation.id:
             rate = (n - 1) / (time.perf_counter() - first) if n > 1 else 0.0
             print_note(_status(stream.generation, reason, first - start if first else 0.0, rate))
 

@@ -61,7 +61,6 @@ def _print_as_generated(stream: Stream) -> None:
 def _print_as_json(stream: Stream, prompt: str) -> None:
     text = "".join(piece.text for piece in stream)
     request, generation = stream.request, stream.generation
-    assert generation is not None  # it has been read
     result: dict[str, Any] = {
         "prompt": prompt,
         "generation": text,

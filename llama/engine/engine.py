@@ -55,12 +55,12 @@ class Engine:
         self._added = 0
         self._ended: list[Generation] = []  # whose slots are to be freed
         self._turns = Turns()
+        self._closed = False
 
     def compile(self) -> bool:
-        """Decode by a compiled step from now on. False, with a warning, where that is impossible.
-
-        Nothing may have been generated yet: compiling uses the cache.
-        """
+        """Decode by a compiled step from now on; False, with a warning, where that fails."""
+        if self._added:
+            raise RuntimeError("compile before the first request: compiling uses the cache")
         self.compiled = compile_step(self.model, self.cache)
         return self.compiled is not None
 
@@ -70,24 +70,31 @@ class Engine:
         Raises:
             TypeError, ValueError: the request cannot be run. Others are not touched.
         """
+        generation = Generation(request)
+        self.queue(generation)
+        return generation
+
+    def queue(self, generation: Generation) -> None:
+        """As `add`. Whoever made the generation can cancel it whenever an interrupt comes."""
+        request = generation.request
         self.check(request)
         if tensor_parallel.size() > 1:
             tensor_parallel.check_same_on_ranks(request.shared_fields())
         with self._turns.changed:
+            self.check(request)  # again: another thread may have closed the engine
             self._added += 1
-            device = self.model.norm.weight.device
-            generation = Generation.start(request, self._added, self.room, device)
+            generation.begin(self._added, self.room, self.model.norm.weight.device)
             self._requests[generation.id] = generation
             self._waiting.append(generation)
-            return generation
 
     def check(self, request: Request) -> None:
         """Raise the TypeError or ValueError that `add` would."""
-        if not self.cache:
-            raise RuntimeError("this engine is closed; build another Llama")
         if not isinstance(request, Request):
             raise TypeError(f"add takes a Request, not {type(request)}")
-        request.check(self.model.params.vocab_size, self.room)
+        with self._turns.changed:
+            if self._closed:
+                raise RuntimeError("this engine is closed; build another Llama")
+            request.check(self.model.params.vocab_size, self.room)
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> bool:
         """End a request and free its slot. False if it had ended already.
@@ -126,15 +133,11 @@ class Engine:
             return self._step()
 
     def wait(self, ready: Callable[[], object]) -> None:
-        """Return once `ready()` is true, stepping unless another thread does.
-
-        Raises:
-            RuntimeError: no request is left, and `ready()` is false.
-        """
+        """Step, or let another thread step, until `ready()`; RuntimeError if nothing is left."""
         while not ready():
             with self._turn(ready) as mine:
                 if mine and not self.busy:
-                    raise RuntimeError("no request is left to run, and the condition is not met")
+                    raise RuntimeError("no request is left to run, and `ready()` is still false")
                 if mine:
                     self._step()
 
@@ -148,14 +151,13 @@ class Engine:
         Args:
             after_step: called between steps; it may cancel requests.
         """
-        generations: list[Generation] = []
+        generations = [Generation(request) for request in requests]
         try:
-            for request in requests:
+            for generation in generations:
                 try:
-                    generations.append(self.add(request))
+                    self.queue(generation)
                 except ValueError as e:
-                    generations.append(Generation(request))
-                    generations[-1].fail(e)
+                    generation.fail(e)
             while not all(g.finish_reason for g in generations):
                 self._wait_for_step(generations)
                 if after_step is not None:
@@ -182,11 +184,15 @@ class Engine:
     def close(self) -> None:
         """Cancel all requests and let go of the model and the cache."""
         with self._turn():
+            if self._closed:
+                return
+            self._closed = True
             for id in list(self._requests):
                 self.cancel(id)
-        self.compiled, self.cache = None, []
-        self._slots.cache, self._slots.rows = [], []
-        del self.model
+        with self._turns.changed:
+            self.compiled, self.cache = None, []
+            self._slots.cache, self._slots.rows = [], []
+            del self.model
 
     def _turn(self, ready: Callable[[], object] = lambda: False) -> AbstractContextManager[bool]:
         return self._turns.take(ready, self._sweep)
@@ -194,17 +200,17 @@ class Engine:
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
         while self._ended:
-            generation = self._ended.pop()
-            self._requests.pop(generation.id, None)
-            held = [slot for slot in self._slots.rows if slot.generation is generation]
-            for slot in held:
-                slot.release()
-            if not held and generation in self._waiting:
+            generation = self._ended[-1]  # removed last, in case an interrupt comes
+            if not self._slots.release(generation) and generation in self._waiting:
                 self._waiting.remove(generation)
+            self._requests.pop(generation.id, None)
+            self._ended.remove(generation)
 
     @torch.inference_mode()
     @tensor_parallel.ends_job_on_error()
     def _step(self) -> list[Event]:
+        if self._closed:
+            raise RuntimeError("this engine is closed; build another Llama")
         events = [] if self._arranged else self._start_over()
         events += self._admit()
         self._arranged = False  # in case an interrupt comes while rows change places
@@ -234,9 +240,10 @@ class Engine:
         """Give free slots to those who wait, first come, first served."""
         events, slots = [], self._slots
         with self._turns.changed:
-            for slot in slots.rows:  # an interrupt may have come before an ended request was noted
-                if slot.generation is not None and slot.generation.finish_reason is not None:
-                    slot.release()
+            for generation in self._requests.values():  # an interrupt may have kept it from this
+                if generation.finish_reason is not None and generation not in self._ended:
+                    self._ended.append(generation)
+            self._sweep()
             while self._waiting:
                 generation = self._waiting[0]
                 if generation.budget == 0 and generation.request.score_from is None:
@@ -250,7 +257,7 @@ class Engine:
         return events
 
     def _advance(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
-        """Feed neighbouring slots at most `most` pending ids each; draw where none is left."""
+        """Run the model on at most `most` pending ids of each slot; draw where none is left."""
         try:
             return self._feed(slots, first_row, most)
         except Exception as e:  # such as out of memory: the other requests go on
@@ -261,7 +268,7 @@ class Engine:
             return [self._event(slot.running) for slot in slots]
 
     def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
-        """Compute everything, then record it: what an interrupt keeps unrecorded is done again."""
+        """Compute first, then update. What an interrupt keeps from being updated is repeated."""
         chunks = [Chunk.pending(slot.running, len(slot.cached), most) for slot in slots]
         width, scored, drawn = compute(self.model, self.cache, chunks, first_row, self.compiled)
         events = []
@@ -270,6 +277,7 @@ class Engine:
             slot.written = max(slot.written, chunk.start + width)
             token, logprob = drawn.get(generation.id, (None, 0.0))
             before = len(generation.tokens)
+            generation.add_scores(chunk.start, scores)  # before its end is visible to other threads
             if not all(map(math.isfinite, [*scores, logprob])):
                 name = generation.request.name
                 generation.fail(ValueError(f"{name} made the model's logits not a number"))
@@ -277,7 +285,6 @@ class Engine:
                 generation.append(token, logprob)
             elif chunk.whole and generation.finish_reason is None:  # it was only to be scored
                 generation.finish_reason = "length"
-            generation.prompt_logprobs += scores
             slot.cached += chunk.ids
             if chunk.whole or generation.finish_reason is not None:
                 new = len(generation.tokens) > before
@@ -290,5 +297,4 @@ class Engine:
         """The event of a generation that has changed. One that has ended will free its slot."""
         if generation.finish_reason is not None:
             self._ended.append(generation)
-        score = logprob if generation.request.logprobs and token is not None else None
-        return Event(generation.id, token, score, generation.finish_reason)
+        return generation.event(token, logprob)

@@ -52,7 +52,7 @@ def compute(
 
     Args:
         first_row: the cache row of the first chunk.
-        compiled: computes single ids from row 0 on, if there is one.
+        compiled: used if every chunk is one id and first_row is 0; None: never.
 
     Returns:
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
@@ -88,7 +88,7 @@ def hidden_of_chunks(
     Args:
         starts: the position of each chunk's first id.
         first_row: the cache row of the first chunk.
-        compiled: computes single ids from row 0 on, if there is one.
+        compiled: used if every chunk is one id and first_row is 0; None: never.
     """
     T = max(len(chunk) for chunk in chunks)
     padded = [[*chunk, *[chunk[-1]] * (T - len(chunk))] for chunk in chunks]

@@ -113,7 +113,7 @@ class Generation:
 
     Attributes:
         request: what was asked.
-        id: its number in this engine; 0 if the engine refused it.
+        id: its number in this engine; 0 until it is queued, and if it is refused.
         tokens: the prompt and the generated ids.
         generated_logprobs: natural log-probability of each generated id under the raw distribution
             (before temperature and top_p), if the request asks for them.
@@ -138,19 +138,16 @@ class Generation:
     generator: torch.Generator | None = field(default=None, repr=False)
     budget: int = 0  # most ids that it may still generate, counted from the prompt's end
 
-    @classmethod
-    def start(cls, request: Request, id: int, room: int, device: torch.device) -> Generation:
-        """For a request that will run in a cache row of `room` positions."""
-        prompt, room = list(request.prompt), room - len(request.prompt)
-        generation = cls(request, id, prompt)
-        wanted = request.max_gen_len
-        generation.budget = room if wanted is None else min(wanted, room)
+    def begin(self, id: int, room: int, device: torch.device) -> None:
+        """Make ready to run in a cache row of `room` positions."""
+        request, self.tokens = self.request, list(self.request.prompt)
+        room -= len(self.tokens)
+        self.budget = room if request.max_gen_len is None else min(request.max_gen_len, room)
         if request.score_from is not None:
-            unscored = min(max(1, request.score_from), len(prompt))
-            generation.prompt_logprobs = [None] * unscored
+            self.prompt_logprobs = [None] * min(max(1, request.score_from), len(self.tokens))
         if request.seed is not None:
-            generation.generator = torch.Generator(device).manual_seed(request.seed)
-        return generation
+            self.generator = torch.Generator(device).manual_seed(request.seed)
+        self.id = id
 
     @property
     def ids(self) -> list[int]:
@@ -164,18 +161,34 @@ class Generation:
         return self.generator
 
     def append(self, token: int, logprob: float) -> None:
-        """Add a drawn id, or end at a stop token. Does nothing if it has ended (was cancelled)."""
+        """Add a drawn id, or end at a stop token. Does nothing if it has ended (was cancelled).
+
+        An id is added after its log-probability: other threads, and what follows an interrupt,
+        never see an id without one.
+        """
+        n = len(self.tokens) - len(self.request.prompt)
         if self.finish_reason is not None:
             return
         if token in self.request.stop_tokens:
             self.stop_token = token
             self.finish_reason = "stop"
             return
-        self.tokens.append(token)
-        if self.request.logprobs:
-            self.generated_logprobs.append(logprob)
-        if len(self.tokens) - len(self.request.prompt) >= self.budget:
+        if n < self.budget:
+            if self.request.logprobs:
+                self.generated_logprobs[n:] = [logprob]
+            self.tokens.append(token)
+        if n + 1 >= self.budget:
             self.finish_reason = "length"
+
+    def add_scores(self, start: int, scores: list[float]) -> None:
+        """Log-probabilities of the prompt's ids that the chunk from position `start` predicts."""
+        if scores:
+            self.prompt_logprobs[max(start + 1, self.request.score_from or 0) :] = scores
+
+    def event(self, token: int | None, logprob: float) -> Event:
+        """What a step did: it generated `token`, if not None."""
+        score = logprob if self.request.logprobs and token is not None else None
+        return Event(self.id, token, score, self.finish_reason)
 
     def fail(self, error: Exception) -> None:
         """End with an error, without harm to other requests."""
@@ -204,4 +217,4 @@ class Event:
 def check_seed(seed: object) -> None:
     """Raise a TypeError unless `seed` is an integer that torch's generators accept."""
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise TypeError(f"seed must be an integer of 64 bits, not {seed!r}")
+        raise TypeError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed!r}")

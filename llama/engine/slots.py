@@ -20,7 +20,7 @@ class Slot:
         cached: the ids whose keys and values the row holds, from position 0 on. They stay after
             their request has ended, for the next one with the same beginning.
         written: positions from here on are zero.
-        used: when it was last given to a request, counted in requests.
+        used: number of the last request placed here; the smallest is the least recently used.
         stale: no later request may build upon `cached`.
     """
 
@@ -54,7 +54,7 @@ class Slots:
     A model reads neighbouring rows, so slots change places as requests come and go.
 
     Args:
-        cache: of each layer; see `Transformer.new_cache`. It may hold anything.
+        cache: of each layer; see `Transformer.new_cache`. `place` clears what will be read.
     """
 
     def __init__(self, cache: Sequence[KVCache]):
@@ -67,6 +67,13 @@ class Slots:
         """Slots without a request: first those with nothing cached, then the longest unused."""
         free = [slot for slot in self.rows if slot.generation is None]
         return sorted(free, key=lambda slot: (bool(slot.cached), slot.used))
+
+    def release(self, generation: Generation) -> bool:
+        """Free the slot of a generation. False if it has none."""
+        held = [slot for slot in self.rows if slot.generation is generation]
+        for slot in held:
+            slot.release()
+        return bool(held)
 
     def place(self, generation: Generation) -> None:
         """Give a free slot to a generation, with as much of its prompt as any slot has cached."""

@@ -58,7 +58,7 @@ class KernelFeedForward(FeedForward):
 
 def linears(x: Tensor, *modules: nn.Module) -> list[Tensor]:
     """[module(x), ...]; one call for plain weights, which saves time for small matrices."""
-    weights = [module.weight for module in modules if isinstance(module, KernelLinear)]
+    weights = [module.weight for module in modules if type(module) is KernelLinear]
     if len(weights) == len(modules) and kernels.is_fastest_with(x, *weights):
         ys: list[Tensor] = torch.ops.llama3.linears(x, weights)
         return ys

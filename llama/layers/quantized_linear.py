@@ -131,6 +131,7 @@ def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:
         weight = linear.weight.detach()
         if scheme == "int8" or name == "output":
             return Int8Linear(weight, largest_over_ranks(name, weight) if sharded else None)
+        assert scheme == "int4", scheme
         try:
             return Int4Linear(weight, group)
         except ValueError as e:

@@ -176,7 +176,6 @@ def generate_demo(llama: Llama) -> dict[str, Any]:
     for _ in range(2):
         stream = llama.chat_stream(dialog, temperature=0.0, max_gen_len=16)
         pieces = [piece.text for piece in stream]
-        assert stream.generation is not None
         turns.append([pieces, stream.generation.reused])
         dialog += [{"role": "assistant", "content": "".join(pieces)}]
         dialog += [{"role": "user", "content": "And of Italy?"}]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from tests.engine.cases import (
     NAN,
     SHARED,
     assert_as_alone,
+    decoded_plainly,
     greedy,
     make_model,
     run,
@@ -153,3 +156,81 @@ def test_an_interrupt_while_rows_change_places(
     [after] = run(engine, greedy([*SHARED, 4], 3))
     assert isinstance(second.error, RuntimeError) and after.reused == 0
     assert_as_alone(model, after)
+
+
+def interrupted_at(line: int) -> Callable[..., Any]:
+    """A trace function that raises KeyboardInterrupt at the nth line run in llama/engine."""
+    left = line
+
+    def trace(frame: Any, event: str, arg: object) -> Any:
+        nonlocal left
+        if "llama/engine/" not in frame.f_code.co_filename.replace("\\", "/"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    return trace
+
+
+@pytest.mark.parametrize("first", range(1, 8))
+def test_an_interrupt_at_any_line_leaves_an_engine_that_works(
+    model: Transformer, first: int
+) -> None:
+    """Nothing of the interrupted call runs on, and no id or score is lost, doubled or wrong."""
+    engine, requests = (
+        Engine(model, prefill_chunk=8),
+        [greedy(SHARED, 3, score_from=0), greedy([1, 2], 4)],
+    )
+    want = [decoded_plainly(model, request)[0] for request in requests]
+    interrupts = 0
+    for line in range(first, 1400, 7 * 5):
+        before = sys.gettrace()
+        sys.settrace(interrupted_at(line))
+        try:
+            engine.run(requests)
+        except KeyboardInterrupt:
+            interrupts += 1
+        finally:
+            sys.settrace(before)
+        for _ in range(3):  # what the interrupt kept from being recorded is recorded
+            engine.step()
+        assert not engine.busy, line
+        again = engine.run(requests)
+        assert [g.ids for g in again] == want, line
+        assert [len(g.generated_logprobs) for g in again] == [3, 4]
+        assert len(again[0].prompt_logprobs) == len(SHARED)
+    assert interrupts > 20
+
+
+def test_an_id_is_never_seen_without_its_logprob(model: Transformer) -> None:
+    seen = []
+
+    class Tokens(list[int]):
+        def append(self, token: int) -> None:
+            seen.append(len(generation.generated_logprobs) - len(generation.ids))
+            super().append(token)
+
+    engine = Engine(model)
+    generation = engine.add(greedy([1, 2], 5))
+    generation.tokens = Tokens(generation.tokens)
+    engine.wait(lambda: generation.finish_reason)
+    assert seen == [1] * 5
+
+
+def test_closed_engines_refuse_everything_and_may_be_closed_again(model: Transformer) -> None:
+    engine = Engine(model)
+    engine.close()
+    engine.close()
+    for call in (lambda: engine.add(greedy([1], 1)), engine.step):
+        with pytest.raises(RuntimeError, match="this engine is closed; build another Llama"):
+            call()
+
+
+def test_compile_only_before_the_first_request(model: Transformer) -> None:
+    engine = Engine(model)
+    run(engine, greedy([1, 2], 2))
+    with pytest.raises(RuntimeError, match="before the first request"):
+        engine.compile()

@@ -192,7 +192,6 @@ def test_a_token_without_text_ends_its_own_stream(
     stream = tiny.text_stream("Hi", temperature=0, max_gen_len=6)
     text = next(other).text
     next(stream)
-    assert stream.generation is not None
     stream.generation.tokens.append(128000)
     with pytest.raises(ValueError, match="no token has the id 128000"):
         list(stream)
@@ -223,7 +222,7 @@ def test_close_from_another_thread(tiny: Llama) -> None:
         if i == 3:
             thread.start()
             thread.join(60)
-    assert stream.generation is not None and stream.generation.finish_reason == "cancelled"
+    assert stream.generation.finish_reason == "cancelled"
     assert i <= 4 and not tiny.engine.busy
     assert list(stream) == []
 
