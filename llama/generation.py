@@ -140,6 +140,8 @@ class BuildOptions:
         size = self.model_parallel_size
         if size is not None and type(size) is not int:
             raise TypeError(f"model_parallel_size must be an integer, not {size!r}")
+        if size is not None and size < 1:
+            raise ValueError(f"model_parallel_size must be 1 or more, not {size}")
         if self.quantize is not None:
             check_scheme(self.quantize)
         parse_dtype(self.dtype)
@@ -147,7 +149,7 @@ class BuildOptions:
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.exact and self.compile:
-            raise ValueError("a compiled step rounds differently from the reference; choose one")
+            raise ValueError("exact and compile: a compiled step rounds differently; choose one")
         if self.compile and job.environment().world > 1:
             raise ValueError(
                 "a compiled step runs on one rank; leave compile out, or run one process"

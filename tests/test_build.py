@@ -48,6 +48,7 @@ def test_names_of_a_dtype(
         ({"seed": "x"}, TypeError),
         ({"seed": None}, TypeError),
         ({"model_parallel_size": 2}, ValueError),
+        ({"model_parallel_size": 0}, ValueError),
         ({"dtype": "fp17"}, ValueError),
         ({"dtype": 16}, TypeError),
         ({"dtype": torch.float8_e4m3fn}, TypeError),

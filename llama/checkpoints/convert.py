@@ -159,4 +159,6 @@ def check_options(
     for name, value, kind in (("mp", mp, int), ("force", force, bool)):
         if value is not None and type(value) is not kind:
             raise TypeError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    if mp is not None and mp < 1:
+        raise ValueError(f"mp must be 1 or more, not {mp}")
     return chosen

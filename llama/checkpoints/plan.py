@@ -76,7 +76,7 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
         if text is not None:
             sizes[name] = parse_size(text, name, rate=name != "device_memory")
     if (options.shape is None) == (options.ckpt_dir is None):
-        raise ValueError("give one of --shape and --ckpt_dir")
+        raise ValueError("give either --shape or --ckpt_dir")
     quantize, group = options.quantize, GROUPS[0]
     if options.shape is not None:
         args, tied = release(options.shape)

@@ -86,7 +86,7 @@ class Request:
         if len(prompt) > room:
             raise ValueError(
                 f"{name} has {len(prompt)} tokens, more than max_seq_len {room}; "
-                "shorten it or build with more"
+                "shorten it or build with a larger max_seq_len"
             )
         for token in prompt:
             if not 0 <= token < vocab_size:

@@ -136,6 +136,7 @@ def test_source_is_never_overwritten(folder: Path) -> None:
         ({"to": "hf", "mp": 2}, "mp is for"),
         ({"force": "false"}, "force must be of type bool"),
         ({"mp": True}, "mp must be of type int"),
+        ({"mp": 0}, "mp must be 1 or more"),
     ],
 )
 def test_bad_arguments(

@@ -161,8 +161,8 @@ def test_sizes_out_of_range() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "give one of --shape and --ckpt_dir"),
-        ({"shape": "8b", "ckpt_dir": "x"}, "give one of --shape and --ckpt_dir"),
+        ({}, "give either --shape or --ckpt_dir"),
+        ({"shape": "8b", "ckpt_dir": "x"}, "give either --shape or --ckpt_dir"),
         ({"shape": "8b", "ranks": 3}, r"3 ranks cannot share .* use one of \[1, 2, 4, 8, 16, 32\]"),
         ({"shape": "8b", "ranks": 0}, "0 ranks cannot share"),
         ({"shape": "8b", "ranks": "two"}, "'two' ranks cannot share"),
