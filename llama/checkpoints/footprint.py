@@ -24,7 +24,7 @@ SAMPLING_BYTES = 32
 
 @dataclass(frozen=True)
 class Footprint:
-    """One of the `ranks` ranks that share a model.
+    """Memory and traffic of one rank, when `ranks` ranks share a model.
 
     Attributes:
         tied: the output's weights are those of the embedding.

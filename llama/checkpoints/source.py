@@ -83,7 +83,10 @@ class Source(ABC):
         return None
 
     def fingerprints(self) -> dict[str, str]:
-        """Texts for the sizes and for the weights; ranks compare them with each other's."""
+        """What ranks compare to detect different checkpoints.
+
+        {name: text}: each entry of params.json, and a hash of the files' sizes and `norm.weight`.
+        """
         files = [self.path] if self.path.is_file() else self.path.iterdir()
         sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_SUFFIXES)
         digest = hashlib.sha256(

@@ -104,7 +104,7 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
 
 
 def _checkpoint_folder(path: Path) -> Path:
-    """`path`, or its folder `original` if `open_checkpoint` would open that."""
+    """The folder to check: `path`, or `path/original` if only that holds Meta's files."""
     original = path / "original"
     if path.is_dir() and not _find_layout(path) and _find_layout(original) == "meta":
         return original

@@ -196,12 +196,12 @@ def rank() -> int:
 
 
 def copy_to_ranks(x: Tensor) -> Tensor:
-    """Identity; its gradient is summed over the ranks. Before weights split by outputs."""
+    """Identity, whose gradient is summed over the ranks; before linears with split outputs."""
     return x if size() == 1 else mappings.copy_to_model_parallel_region(x)
 
 
 def reduce_from_ranks(x: Tensor) -> Tensor:
-    """Sum over the ranks (all-reduce). After weights split by inputs."""
+    """Sum over the ranks (all-reduce); after linears with split inputs."""
     return x if size() == 1 else mappings.reduce_from_model_parallel_region(x)
 
 

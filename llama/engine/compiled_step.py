@@ -31,7 +31,7 @@ Step = Callable[[Tensor, Tensor], Tensor]  # (B, 1) ids and (B,) positions -> (B
 
 
 class CompiledStep:
-    """`model.hidden` for one new position of each of the cache's first rows.
+    """A compiled `model.hidden` for decoding: one new id for each of rows 0 to B - 1 of the cache.
 
     On CUDA, weights and cache must keep their addresses, which the graphs contain.
 

@@ -30,8 +30,8 @@ MIN_CONTEXTS = 8  # shortest span of text, in contexts; see `Split`
 class Split:
     """The token ids of one part of a corpus, and windows of them for a model.
 
-    A window stays inside a span. A span is one document; a document shorter than 8 contexts is
-    joined with the next one (the last with the previous span), with EOS and BOS between them.
+    A window stays inside a span. Documents are joined, with EOS and BOS between them, until a span
+    has at least 8 contexts; a short last document joins the span before it.
 
     Args:
         name: the split's name, for messages.
@@ -69,7 +69,7 @@ class Split:
         part: int = 0,
         parts: int = 1,
     ) -> tuple[Tensor, Tensor]:
-        """Random windows (B, T) and the ids that follow each of theirs (B, T), int64.
+        """Random windows, and the same shifted by one id (targets): (B, T) int64 each.
 
         The result depends on the arguments alone, so that resuming needs no state. The `parts` of
         a step together are one batch of `parts * batch_size` rows.
