@@ -61,7 +61,7 @@ def tables_by_part(results: Sequence[Result]) -> list[str]:
     parts = list(dict.fromkeys(figure.get("part") for figure in figures))
     if parts in ([], [None]):
         return table(results) if figures else []
-    text = []
+    text: list[str] = []
     for part in parts:
         some = [
             {**result, "figures": [f for f in result["figures"] if f.get("part") == part]}

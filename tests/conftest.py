@@ -30,7 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not torch.cuda.is_available() and not os.environ.get("LLAMA3_REHEARSE_CUDA"):
         for item in items:
             if item.get_closest_marker("cuda"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU; LLAMA3_REHEARSE_CUDA=1 runs it on the CPU"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs a GPU; LLAMA3_REHEARSE_CUDA=1 runs it on the CPU"
+                    )
+                )
 
 
 @pytest.fixture(autouse=True)

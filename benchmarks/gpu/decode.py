@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +16,7 @@ from benchmarks.gpu.models import cache_read, prompt, random_model, weights_read
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import copy_speed, replays_seen, seconds_of, wait
 from llama.engine.engine import Engine
-from llama.engine.request import Request
+from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.optimize import optimize
 from llama.model import Transformer
@@ -163,7 +164,9 @@ class Decoding:
             wait(self.run.device)
         self.end(engine)
         averages = found.key_averages()
-        print(averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90))
+        print(
+            averages.table(sort_by="self_cuda_time_total", row_limit=25, max_name_column_width=90)
+        )
         launched = [e for e in averages if getattr(e, "self_device_time_total", 0) > 0]
         launched.sort(key=lambda e: -e.self_device_time_total)
         busy = sum(e.self_device_time_total for e in launched) / steps
@@ -179,9 +182,8 @@ class Decoding:
             self.run.figure(self.scheme, "peak memory", "GiB", [peak], "lower")
 
 
-def check(generations: list[object]) -> None:
+def check(generations: Sequence[Generation]) -> None:
     """Raise the error of a generation that has failed."""
     for generation in generations:
-        error = getattr(generation, "error", None)
-        if error is not None:
-            raise error
+        if generation.error is not None:
+            raise generation.error

@@ -100,7 +100,9 @@ def one_attention(
 
     size = caches[0].k.nbytes + caches[0].v.nbytes
     report(run, row, work, (2, len(cores)), (size, ceiling))
-    report(run, f"torch's SDPA, {rows} rows, context {context}", sdpa, (2, len(cores)), (size, ceiling))
+    report(
+        run, f"torch's SDPA, {rows} rows, context {context}", sdpa, (2, len(cores)), (size, ceiling)
+    )
 
 
 def report(

@@ -16,8 +16,8 @@ from benchmarks.transformers_peer import config_of
 from llama.model import ModelArgs
 
 GPT_FAST = (
-    "gpt-fast publishes, for Llama 2 7B in bf16 on an A100, a compiled decoding step at 69 % of the "
-    "bandwidth (pytorch.org/blog/accelerating-generative-ai-2); it is not measured here"
+    "gpt-fast publishes, for Llama 2 7B in bf16 on an A100, a compiled decoding step at 69 % of "
+    "the bandwidth (pytorch.org/blog/accelerating-generative-ai-2); it is not measured here"
 )
 GROUPS = 5
 

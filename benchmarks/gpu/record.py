@@ -1,4 +1,4 @@
-"""What a part of `benchmarks.gpu` measures, written to a file figure by figure. Measures nothing."""
+"""What a part of `benchmarks.gpu` measures, written to a file as it comes. Measures nothing."""
 
 from __future__ import annotations
 

@@ -148,7 +148,10 @@ def describe(run: Run) -> None:
         versions["cuda"] = str(torch.version.cuda)
         with suppress(ImportError):
             versions["triton"] = importlib.import_module("triton").__version__
-        query = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem",
+        ]
         with suppress(OSError, subprocess.SubprocessError):
             found = subprocess.run(
                 [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20

@@ -22,8 +22,6 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from llama.distributed import job
 
-fs_init: Any
-mappings: Any
 try:
     from fairscale.nn.model_parallel import initialize as fs_init
     from fairscale.nn.model_parallel import mappings

@@ -136,13 +136,13 @@ def test_streams(
             folder, byte_tokenizer_path, 300, 3, device=device, dtype=torch.float32,
             compile=compile and device == DEVICE,
         )  # fmt: skip
-        options = {"max_gen_len": 30, "temperature": 0.0}
-        stream = llama.text_stream("Some words", **options)
+        stream = llama.text_stream("Some words", max_gen_len=30, temperature=0.0)
         pieces = "".join(piece.text for piece in stream)
         prompts = ["Some words", "b", "and others than these"]
-        whole = [answer["generation"] for answer in llama.text_completion(prompts, **options)]
-        options = {"max_gen_len": 20, "temperature": 0.9, "seed": 5}
-        seeded = [answer["generation"] for answer in llama.text_completion(prompts, **options)]
+        answers = llama.text_completion(prompts, 0.0, max_gen_len=30)
+        whole = [answer["generation"] for answer in answers]
+        answers = llama.text_completion(prompts, 0.9, max_gen_len=20, seed=5)
+        seeded = [answer["generation"] for answer in answers]
         assert pieces == whole[0]
         texts.append([whole, seeded])
         llama.close()

@@ -57,10 +57,10 @@ def test_calls_of_a_step(compiled: Engine, way: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     steps = 8
-    with decoding(compiled, WAYS[way]) as step:
-        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-            for _ in range(steps):
-                step()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with decoding(compiled, WAYS[way]) as step, profile(activities=activities) as found:
+        for _ in range(steps):
+            step()
     calls = Counter(event.name for event in found.events())
     if not any(name.startswith("cuda") for name in calls):
         pytest.skip("torch.profiler records no CUDA calls here")
