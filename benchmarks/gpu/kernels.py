@@ -19,7 +19,7 @@ from benchmarks.gpu.timing import copy_speed, graphed, seconds_of
 from llama.layers.optimize import optimize
 from llama.model import Transformer
 
-LINEARS = ("attention.wq", "attention.wk", "feed_forward.w1", "feed_forward.w2")
+LINEARS = ("output", "attention.wq", "attention.wk", "feed_forward.w1", "feed_forward.w2")
 
 
 def run(run: Run) -> None:
@@ -41,15 +41,19 @@ def run(run: Run) -> None:
 @torch.inference_mode()
 def linears(run: Run, scheme: str, model: Transformer, ceiling: float) -> None:
     """Each linear of a layer, and the output layer, for several rows of x."""
-    names = {name: [layer.get_submodule(name) for layer in model.layers] for name in LINEARS}
-    groups = {"output": [model.output], **names}
-    for name, modules in groups.items():
+
+    def measure(name: str) -> None:
+        owners = [model] if name == "output" else list(model.layers)
+        modules = [owner.get_submodule(name) for owner in owners]
         K = model.params.hidden_dim if name.endswith("w2") else model.params.dim
         size = sum(t.nbytes for t in modules[0].state_dict().values())
         for rows in run.sizes.rows:
             x = torch.randn(rows, 1, K, device=run.device, dtype=torch.bfloat16)
             row = f"{scheme} {name}, {rows} rows"
             run.attempt(row, one_linear, run, row, modules, x, (size, ceiling))
+
+    for name in LINEARS:
+        run.attempt(f"{scheme} {name}", measure, name)
 
 
 @torch.inference_mode()

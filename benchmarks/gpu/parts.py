@@ -28,7 +28,7 @@ PARTS = (
     Part("decode-int4", "benchmarks.gpu.decode:run", 100, ("int4",)),
     Part("decode-int8", "benchmarks.gpu.decode:run", 100, ("int8",)),
     Part("prefill-bf16", "benchmarks.gpu.prefill:run", 45, ("bf16",)),
-    Part("transformers", "benchmarks.gpu.peers:run", 90),
+    Part("transformers", "benchmarks.gpu.peers:run", 100),
     Part("engine", "benchmarks.gpu.serving:run", 100),
     Part("train", "benchmarks.gpu.training:run", 60),
     Part("nccl", "benchmarks.gpu.collectives:run", 60),

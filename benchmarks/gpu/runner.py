@@ -152,7 +152,7 @@ def describe(run: Run) -> None:
             "nvidia-smi",
             "--query-gpu=driver_version,power.limit,clocks.max.sm,clocks.max.mem",
         ]
-        with suppress(OSError, subprocess.SubprocessError):
+        with suppress(OSError, subprocess.SubprocessError, LookupError, ValueError):
             found = subprocess.run(
                 [*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20
             )

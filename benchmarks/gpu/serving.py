@@ -32,7 +32,7 @@ def run(run: Run) -> None:
     engine = Engine(model)
     if not engine.compile():
         run.failed("compile", "not compiled; the figures are of eager steps")
-    run.attempt("warm-up", serve, engine, make_requests(run, Sampling(0.0), False)[: sizes.slots])
+    run.attempt("first run", measure, run, engine, "greedy, the first run", Sampling(0.0), False)
     for way, (sampling, seeded) in WAYS.items():
         run.attempt(way, measure, run, engine, way, sampling, seeded)
     if run.device.type == "cuda":

@@ -6,8 +6,8 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.gpu.record import Run
@@ -20,20 +20,23 @@ TIME = re.compile(r"^ *([\d.]+s) (?:call|setup) +(tests/\S+.*)")
 
 def run(run: Run) -> None:
     """Run them, and end them before the limit. Counts are kept in any case."""
-    command = [sys.executable, "-m", "pytest", "tests/cuda", "-m", "cuda", "-v", "--tb=short"]
+    command = [sys.executable, "-u", "-m", "pytest", "tests/cuda", "-m", "cuda", "-v", "--tb=short"]
     command += ["-p", "no:cacheprovider", "--color=no", "-W", "ignore", *run.sizes.tests]
     environment = dict(os.environ) | {"COLUMNS": "300"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
     if run.device.type != "cuda":
         environment["LLAMA3_REHEARSE_CUDA"] = "1"
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=None
-    )
-    timer = threading.Timer(max(1.0, run.left - 3), process.kill)
-    timer.start()
-    counts, failures, slowest, last = read(process)
-    code = process.wait()
-    timed_out = not timer.is_alive()
-    timer.cancel()
+    output, code = run.path.with_suffix(".txt"), None
+    with open(output, "w", encoding="utf-8") as f:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=f, stderr=subprocess.STDOUT
+        )
+        with suppress(subprocess.TimeoutExpired):
+            code = process.wait(max(1.0, run.left - 3))
+        process.kill()
+        process.wait()
+    text = output.read_text(encoding="utf-8", errors="replace")
+    counts, failures, slowest, last = parse(text)
     row = "pytest tests/cuda"
     for outcome in ("PASSED", "FAILED", "ERROR", "SKIPPED"):
         if counts[outcome] or outcome in ("PASSED", "FAILED"):
@@ -42,21 +45,18 @@ def run(run: Run) -> None:
         run.failed("", line)
     for line in slowest[:5]:
         run.note(f"slow: {line}")
-    if timed_out:
-        run.failed(row, f"ended at its limit, after {last}")
+    if code is None:
+        run.failed(row, f"ended at its limit, after: {last}")
     elif code not in (0, 1):
-        run.failed(row, f"pytest ended with exit code {code}, after {last}")
+        run.failed(row, f"pytest ended with exit code {code}, after: {last}")
 
 
-def read(process: subprocess.Popen[str]) -> tuple[Counter[str], list[str], list[str], str]:
+def parse(output: str) -> tuple[Counter[str], list[str], list[str], str]:
     """(tests of each outcome, a line for each failure, the slowest tests, the last line)."""
     counts: Counter[str] = Counter()
     failures: dict[str, str] = {}
-    slowest: list[str] = []
-    last = "nothing was printed"
-    assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
+    slowest, last = [], "nothing was printed"
+    for line in output.splitlines():
         last = line.strip() or last
         if match := OUTCOME.match(line):
             counts[match[2]] += 1

@@ -17,7 +17,7 @@ def gpu_only() -> None:
         pytest.skip("about CUDA itself; a rehearsal cannot show it")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def compiled() -> Engine:
     """An engine in fp32 with a compiled step; a test leaves no request in it."""
     return make_engine(compile=True)
