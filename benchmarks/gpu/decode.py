@@ -6,6 +6,7 @@ CUDA graph or several, they are also replayed alone.
 
 from __future__ import annotations
 
+import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ def run(run: Run, scheme: str) -> None:
     run.figure(scheme, "make weights", "s", [made], "lower")
     run.figure(scheme, "optimize", "s", [time.perf_counter() - start - made], "lower")
     run.figure(scheme, "weights read", "GB", [weights_read(model) / 1e9], "lower")
-    ceiling = copy_speed(device, sizes.copied)[0]
+    ceiling = statistics.median(copy_speed(device, sizes.copied))
     run.figure(scheme, "copy ceiling", "GB/s", [ceiling], "higher")
     if device.type == "cuda":
         torch.cuda.empty_cache()

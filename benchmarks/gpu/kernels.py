@@ -6,6 +6,7 @@ A linear is timed over all layers of a model, so that its weights are not in the
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -25,7 +26,7 @@ LINEARS = ("output", "attention.wq", "attention.wk", "feed_forward.w1", "feed_fo
 def run(run: Run) -> None:
     """Measure the linears of each format, then attention."""
     sizes = run.sizes
-    ceiling = copy_speed(run.device, sizes.copied)[0]
+    ceiling = statistics.median(copy_speed(run.device, sizes.copied))
     run.figure("device", "copy ceiling", "GB/s", [ceiling], "higher")
     shape = sizes.shape | {"n_layers": sizes.copies}
     for scheme, quantize in QUANTIZE.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 from benchmarks.gpu.decode import QUANTIZE, check
@@ -24,7 +25,7 @@ def run(run: Run, scheme: str) -> None:
     parameters, args = layer_parameters(model), model.params
     optimize(model, QUANTIZE[scheme])
     wait(device)
-    ceiling = matmul_speed(device, sizes.matrix)[0]
+    ceiling = statistics.median(matmul_speed(device, sizes.matrix))
     run.figure(scheme, "matmul ceiling", "TFLOP/s", [ceiling], "higher")
 
     def measure(row: str, length: int, chunk: int) -> None:

@@ -17,7 +17,7 @@ from tests.models import random_weights
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 REHEARSING = DEVICE.type == "cpu" and bool(os.environ.get("LLAMA3_REHEARSE_CUDA"))
 if REHEARSING:  # the code of the compiled step, without waiting for a compiler
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 ROWS, ROOM = 4, 640
 BASE: dict[str, Any] = {"n_layers": 2, "n_heads": 4, "vocab_size": 512, "multiple_of": 64}
