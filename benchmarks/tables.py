@@ -51,8 +51,24 @@ def lines(results: Sequence[Result]) -> list[str]:
     notes = [f"- {note}" for result in results for note in result.get("notes", [])]
     text = [f"    {command}" for command in commands]
     text += [""] * bool(text) + ["; ".join(unique(results, circumstances)) + ".", ""]
-    text += table(results)
+    text += tables_by_part(results)
     return text + [""] * bool(notes) + notes
+
+
+def tables_by_part(results: Sequence[Result]) -> list[str]:
+    """A table; where figures have a "part" (`benchmarks.gpu`), a heading and a table for each."""
+    figures = [figure for result in results for figure in result["figures"]]
+    parts = list(dict.fromkeys(figure.get("part") for figure in figures))
+    if parts in ([], [None]):
+        return table(results) if figures else []
+    text: list[str] = []
+    for part in parts:
+        some = [
+            {**result, "figures": [f for f in result["figures"] if f.get("part") == part]}
+            for result in results
+        ]
+        text += [""] * bool(text) + [f"**{part}**", "", *table([r for r in some if r["figures"]])]
+    return text
 
 
 def unique(results: Sequence[Result], what: Callable[[Result], str | None]) -> list[str]:

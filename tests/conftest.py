@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as fs_init
 
 from llama import Llama
 from llama.layers import kernels
@@ -27,6 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow; `pytest --slow` runs it"))
+    if not torch.cuda.is_available() and not os.environ.get("LLAMA3_REHEARSE_CUDA"):
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs a GPU; LLAMA3_REHEARSE_CUDA=1 runs it on the CPU"
+                    )
+                )
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +98,8 @@ def demo(demo_dir: Path) -> Llama:
 @pytest.fixture(scope="module")
 def one_rank_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The process group of one rank that Meta's code needs."""
+    from fairscale.nn.model_parallel import initialize as fs_init
+
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     fs_init.initialize_model_parallel(1)

@@ -17,12 +17,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fairscale.nn.model_parallel import initialize as fs_init
-from fairscale.nn.model_parallel import mappings
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from llama.distributed import job
+
+try:
+    from fairscale.nn.model_parallel import initialize as fs_init
+    from fairscale.nn.model_parallel import mappings
+except ModuleNotFoundError:  # one rank runs without it
+    fs_init = mappings = None
 
 # Between steps a rank may wait without limit: another one loads, or a person types.
 NO_TIMEOUT = timedelta(days=300)
@@ -52,7 +56,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
             f"model_parallel_size {wanted} does not divide the {world} running process(es); "
             f"start them with: torchrun --nproc_per_node {max(wanted, 1)} YOUR_SCRIPT"
         )
-    if fs_init.model_parallel_is_initialized():
+    if _is_initialized():
         if size() != wanted:
             raise ValueError(
                 f"this process already runs model_parallel_size {size()}; it cannot also run "
@@ -71,6 +75,8 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
 
 def _create_groups(model_parallel_size: int, backend: str) -> None:
     global _control, _ranks
+    if fs_init is None:
+        raise ImportError("several ranks need fairscale: pip install fairscale")
     if not dist.is_initialized():
         if not dist.is_backend_available(backend) or not dist.is_backend_available("gloo"):
             raise ValueError(
@@ -124,7 +130,8 @@ def _close_groups() -> None:
         if control is not None:
             dist.destroy_process_group(control)
         return
-    fs_init.destroy_model_parallel()
+    if fs_init is not None:
+        fs_init.destroy_model_parallel()
     del control
     dist.destroy_process_group()
 
@@ -175,6 +182,10 @@ def is_collective_error(error: BaseException) -> bool:
     )
 
 
+def _is_initialized() -> bool:
+    return fs_init is not None and bool(fs_init.model_parallel_is_initialized())
+
+
 def size() -> int:
     """Number of ranks that share one model.
 
@@ -183,14 +194,14 @@ def size() -> int:
     """
     if _fault is not None:
         raise _fault.exception()
-    if not fs_init.model_parallel_is_initialized():
+    if not _is_initialized():
         return 1
     return int(fs_init.get_model_parallel_world_size())
 
 
 def rank() -> int:
     """This process's rank in its model-parallel group."""
-    if not fs_init.model_parallel_is_initialized():
+    if not _is_initialized():
         return 0
     return int(fs_init.get_model_parallel_rank())
 

@@ -141,6 +141,18 @@ def test_sections_are_rewritten(tmp_path: Path) -> None:
         tables.rewrite(page.replace("one", "two"), tmp_path)
 
 
+def test_a_table_for_each_part() -> None:
+    """Of a result of `benchmarks.gpu`, whose figures name their parts."""
+    measured = result(decode(7.0), Figure("copy", "speed", "GB/s", [3000.0]))
+    for figure, part in zip(measured["figures"], ("decode-bf16", "ceilings"), strict=True):
+        figure["part"] = part
+    measured |= {"notes": ["nccl: one GPU: not measured"]}
+    text = "\n".join(tables.lines([measured]))
+    assert "\n**decode-bf16**\n\n|        | decode, tok/s |\n" in text
+    assert "\n\n**ceilings**\n\n|      | speed, GB/s |\n" in text
+    assert text.endswith("\n\n- nccl: one GPU: not measured")
+
+
 @pytest.mark.parametrize("vocab_size", [300, 512, 70000])
 def test_rank_file(tmp_path: Path, vocab_size: int) -> None:
     """Its tokenizer has as many tokens as the model."""

@@ -1,0 +1,1 @@
+"""Everything that a GPU can answer in one sitting: `python -m benchmarks.gpu`."""
