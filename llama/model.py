@@ -169,12 +169,18 @@ class CacheSlice(NamedTuple):
 
     Attributes:
         rows, positions: int64, (B, 1) and (B or 1, T): where each new position is written.
+        queries, keys, ends: int32, for attention kernels that see the rows as one long sequence:
+            where each row's new positions begin in it (B + 1,), where each row of the cache begins
+            (B + 1,), and how many positions of it are read (B,).
         first_row: the first of the B consecutive cache rows in `rows`.
         length: positions 0 to length - 1 of those rows are read.
     """
 
     rows: Tensor
     positions: Tensor
+    queries: Tensor
+    keys: Tensor
+    ends: Tensor
     first_row: int
     length: int
 
@@ -239,7 +245,7 @@ class DotProductAttention(nn.Module):
         keys: Tensor,
         values: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None = None,
+        at: CacheSlice | None = None,
     ) -> Tensor:
         """Read the values with scores in the model's dtype and the softmax in fp32.
 
@@ -248,8 +254,8 @@ class DotProductAttention(nn.Module):
             keys, values: (B, S, K, D).
             mask: booleans, true where a query may look, (T, S) or (B, 1, T, S). None: causal if
                 T = S, everything if T = 1.
-            positions: int64, (B or 1, T), with a cache: each query's position in its row; it sees
-                keys 0 to that. Not used here; replacements may read it instead of the mask.
+            at: with a cache, where the new positions are; a query sees keys 0 to its own position.
+                Not used here; replacements may read it instead of the mask.
 
         Returns:
             (B, T, H, D).
@@ -302,11 +308,9 @@ class Attention(nn.Module):
         """(B, T, dim) -> (B, T, dim). With a cache, new keys and values are written `at` there."""
         B, T, _ = x.shape
         xq, keys, values = self.heads(copy_to_ranks(x), freqs_cis)
-        positions = None
         if cache is not None and at is not None:
             keys, values = cache.update(keys, values, at)
-            positions = at.positions
-        out = self.core(xq, keys, values, mask, positions).reshape(B, T, -1)
+        out = self.core(xq, keys, values, mask, at).reshape(B, T, -1)
         return reduce_from_ranks(self.wo(out))
 
 
@@ -451,7 +455,11 @@ class Transformer(nn.Module):
             if start > 0 and T > 1:  # otherwise attention needs no mask
                 mask = causal_mask(positions, cache_len)
         rows = torch.arange(first_row, first_row + B, device=steps.device).unsqueeze(1)
-        at = CacheSlice(rows, positions.view(-1, T), first_row, cache_len)
+        positions_, begins = positions.view(-1, T), torch.arange(B + 1, device=steps.device).int()
+        ends = (positions_.narrow(1, T - 1, 1) + 1).int().expand(B, 1).flatten()
+        at = CacheSlice(
+            rows, positions_, begins * T, begins * max_seq, ends, first_row, cache_len
+        )
         return F.embedding(positions, self.freqs_cis), mask, at
 
     def hidden(

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ log = logging.getLogger("llama")
 # A step reads this many cached positions, or twice as many, and so on: a CUDA graph for each.
 SHORTEST = 256
 
-Step = Callable[[Tensor, Tensor], Tensor]  # (B, 1) ids and (B,) positions -> (B, 1, dim)
-
 
 class CompiledStep:
     """A compiled `model.hidden` for decoding: one new id for each of rows 0 to B - 1 of the cache.
@@ -42,14 +40,12 @@ class CompiledStep:
 
     def __init__(self, model: Transformer, cache: Sequence[KVCache]):
         self.model, self.cache = model, cache
-        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.graphs: dict[Hashable, Graph] = {}
         self.pool: Any = None  # memory that the graphs share: one runs at a time
         self.graphed = model.norm.weight.is_cuda
         options: dict[str, Any] = {"dynamic": True}
         if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
             options["isolate_recompiles"] = True  # models of a process do not use up one limit
-        if model.norm.weight.is_cuda:  # one-row matmuls become fused reductions, as in gpt-fast
-            options["options"] = {"coordinate_descent_tuning": True}
         self.block: Callable[..., Tensor] = torch.compile(TransformerBlock.forward, **options)
 
     @torch.inference_mode()
@@ -58,25 +54,36 @@ class CompiledStep:
 
         On CUDA the result is overwritten by the next call.
         """
-        room = self.cache[0].k.shape[1]
-        length = min(max(SHORTEST, 1 << (cache_len - 1).bit_length()), room)
+        length = self.length(cache_len)
 
         def step(tokens: Tensor, start_pos: Tensor) -> Tensor:
             return self.hidden(tokens, start_pos, length)
 
+        return self.repeat((len(tokens), length), step, tokens, start_pos)
+
+    def length(self, cache_len: int) -> int:
+        """How many positions a step reads for rows that end before cache_len: one of few sizes."""
+        room = self.cache[0].k.shape[1]
+        return min(max(SHORTEST, 1 << (cache_len - 1).bit_length()), room)
+
+    def repeat(self, key: Hashable, step: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """step(*inputs), on CUDA by the graph that was captured for this key.
+
+        Args:
+            key: of the graph: all that `step` depends on, except the values of the inputs.
+        """
         if not self.graphed:
-            return step(tokens, start_pos)
-        key = (len(tokens), length)
+            return step(*inputs)
         if key not in self.graphs:
-            out = step(tokens, start_pos)  # so that what cannot be compiled ends here
+            out = step(*inputs)  # so that what cannot be compiled ends here
             try:
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
-                self.graphs[key] = Graph(step, tokens, start_pos, self.pool)
+                self.graphs[key] = Graph(step, inputs, self.pool)
             except RuntimeError as e:  # such as no memory left: requests go on without graphs
                 warnings.warn(f"decoding without CUDA graphs: {e}", stacklevel=2)
                 self.graphed, self.graphs = False, {}
-                return out
-        return self.graphs[key](tokens, start_pos)
+            return out
+        return self.graphs[key](*inputs)
 
     def hidden(self, tokens: Tensor, start_pos: Tensor, length: int) -> Tensor:
         """`Transformer.hidden`, with every layer through the one compiled block."""
@@ -89,6 +96,7 @@ class CompiledStep:
         out: Tensor = model.norm(h)
         return out
 
+    @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile for any number of rows and positions. The cache is empty before and after."""
         rows, room = self.cache[0].k.shape[:2]
@@ -97,7 +105,8 @@ class CompiledStep:
             for n in sorted({1, min(2, rows), rows}):
                 for length in (1, room):
                     tokens = torch.zeros(n, 1, dtype=torch.long, device=device)
-                    self(tokens, torch.zeros(n, dtype=torch.long, device=device), length)
+                    start_pos = torch.zeros(n, dtype=torch.long, device=device)
+                    self.hidden(tokens, start_pos, self.length(length))
         finally:
             for cache in self.cache:
                 for row in range(rows):
@@ -105,24 +114,31 @@ class CompiledStep:
 
 
 class Graph:
-    """A step as a CUDA graph: one launch instead of one for each operation."""
+    """A step as a CUDA graph: one launch instead of one for each operation.
 
-    def __init__(self, step: Step, tokens: Tensor, start_pos: Tensor, pool: Any):
-        self.tokens, self.start_pos = tokens.clone(), start_pos.clone()
-        stream = torch.cuda.Stream(tokens.device)
-        stream.wait_stream(torch.cuda.current_stream(tokens.device))
-        with torch.cuda.stream(stream):  # what happens once, such as compiling, is not captured
-            step(self.tokens, self.start_pos)
-        torch.cuda.current_stream(tokens.device).wait_stream(stream)
+    Args:
+        inputs: tensors on the GPU; calls give others of these shapes, which may be pinned.
+        pool: of the graph's memory.
+    """
+
+    def __init__(self, step: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any):
+        self.inputs = [x.clone() for x in inputs]
+        device = self.inputs[0].device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         self.graph = torch.cuda.CUDAGraph()
         # By default the stream is one of the current device, and other threads must not use CUDA.
         options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.device(tokens.device), torch.cuda.graph(self.graph, **options):
-            self.out = step(self.tokens, self.start_pos)
+        with torch.random.fork_rng([device]):  # capturing must not change what is drawn later
+            with torch.cuda.stream(stream):  # what happens once, such as compiling, is not captured
+                step(*self.inputs)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            with torch.cuda.device(device), torch.cuda.graph(self.graph, **options):
+                self.out = step(*self.inputs)
 
-    def __call__(self, tokens: Tensor, start_pos: Tensor) -> Tensor:
-        self.tokens.copy_(tokens)
-        self.start_pos.copy_(start_pos)
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given, non_blocking=True)
         self.graph.replay()
         return self.out
 

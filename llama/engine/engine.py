@@ -33,13 +33,16 @@ class Engine:
     Args:
         model: its params size the cache: max_batch_size rows of max_seq_len positions.
         prefill_chunk: most prompt positions computed in a step, shared by all prompts. It bounds
-            the memory of a long prompt, and how long that delays the other requests.
+            the memory of a long prompt, and how long that delays the other requests. None: 2048
+            on a GPU, whose matmuls need many rows, and 512 elsewhere.
         max_seq_len: fewer positions than the model's.
     """
 
     def __init__(
-        self, model: Transformer, prefill_chunk: int = 512, max_seq_len: int | None = None
+        self, model: Transformer, prefill_chunk: int | None = None, max_seq_len: int | None = None
     ):
+        if prefill_chunk is None:
+            prefill_chunk = 2048 if model.norm.weight.is_cuda else 512
         if type(prefill_chunk) is not int or prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
         self.model = model
@@ -83,7 +86,7 @@ class Engine:
         with self._turns.changed:
             self.check(request)  # again: another thread may have closed the engine
             self._added += 1
-            generation.begin(self._added, self.room, self.model.norm.weight.device)
+            generation.begin(self._added, self.room)
             self._requests[generation.id] = generation
             self._waiting.append(generation)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama.distributed import tensor_parallel
 from llama.engine.compiled_step import CompiledStep
+from llama.engine.drawing_step import Row, draw_rows
 from llama.engine.request import Generation
 from llama.engine.sampling import Sampling, sample
 from llama.model import KVCache, Transformer
@@ -57,6 +58,9 @@ def compute(
     Returns:
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
     """
+    if compiled is not None and first_row == 0 and all(decodes(chunk) for chunk in chunks):
+        if compiled.graphed and tensor_parallel.size() == 1:
+            return 1, [[] for _ in chunks], drawn_by_graph(compiled, chunks)
     ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
     h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]
@@ -70,6 +74,27 @@ def compute(
         if chunk.whole and chunk.generation.budget > 0
     ]
     return width, scores, draw_at(model, h, last) if last else {}
+
+
+def decodes(chunk: Chunk) -> bool:
+    """Whether the chunk is one id, from which the next is drawn, and nothing is scored."""
+    generation = chunk.generation
+    scored = generation.request.score_from is not None and chunk.start < len(
+        generation.request.prompt
+    )
+    return chunk.whole and len(chunk.ids) == 1 and generation.budget > 0 and not scored
+
+
+def drawn_by_graph(
+    compiled: CompiledStep, chunks: Sequence[Chunk]
+) -> dict[int, tuple[int, float]]:
+    """As `draw_at`, for chunks that `decodes`."""
+    rows = [
+        Row(chunk.ids[0], chunk.start, chunk.generation.request.sampling, chunk.generation.generator)
+        for chunk in chunks
+    ]
+    drawn = draw_rows(compiled, rows)
+    return {chunk.generation.id: pair for chunk, pair in zip(chunks, drawn, strict=True)}
 
 
 def hidden_of_chunks(

@@ -138,7 +138,7 @@ class Generation:
     generator: torch.Generator | None = field(default=None, repr=False)
     budget: int = 0  # most ids that it may still generate, counted from the prompt's end
 
-    def begin(self, id: int, room: int, device: torch.device) -> None:
+    def begin(self, id: int, room: int) -> None:
         """Make ready to run in a cache row of `room` positions."""
         request, self.tokens = self.request, list(self.request.prompt)
         room -= len(self.tokens)
@@ -146,7 +146,7 @@ class Generation:
         if request.score_from is not None:
             self.prompt_logprobs = [None] * min(max(1, request.score_from), len(self.tokens))
         if request.seed is not None:
-            self.generator = torch.Generator(device).manual_seed(request.seed)
+            self.generator = torch.Generator("cpu").manual_seed(request.seed)
         self.id = id
 
     @property

@@ -83,10 +83,58 @@ def sample(
     # In vocabulary order: rounding that depends on the batch then cannot permute the ids.
     ids, order = ids.sort()
     mass = weights.gather(-1, order).cumsum(-1)
-    uniform = [torch.rand(1, generator=g, device=g.device) for g in generators]
-    target = torch.stack(uniform) * mass.narrow(-1, mass.shape[-1] - 1, 1)
+    uniform = torch.tensor([uniform_of(g) for g in generators], device=mass.device)
+    target = uniform.unsqueeze(-1) * mass.narrow(-1, mass.shape[-1] - 1, 1)
     chosen = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
     return ids.gather(-1, chosen).reshape(-1)
+
+
+def uniform_of(generator: torch.Generator) -> float:
+    """The next number in [0, 1) of a generator on the CPU, which draws the same for any device."""
+    return torch.rand(1, generator=generator, dtype=torch.float32).item()
+
+
+def sample_rows(
+    logits: Tensor, settings: Sequence[Tensor], uniform: Tensor | None, from_global: bool
+) -> Tensor:
+    """As `sample`, with other settings for each row, all on the device.
+
+    No operation depends on a value that the host must know, so a CUDA graph can repeat it.
+
+    Args:
+        logits: (B, vocab) fp32.
+        settings: four of (B,) fp32: each row's temperature, top_p, top_k and min_p.
+        uniform: (B,) fp32: `uniform_of` each row's generator, negative for rows without one. None
+            if no row has one.
+        from_global: some rows are drawn from torch's global generator.
+
+    Returns:
+        (B,) int64.
+    """
+    best = torch.argmax(logits, dim=-1)
+    if uniform is None and not from_global:
+        return best
+    temperature, top_p, top_k, min_p = (each.unsqueeze(-1) for each in settings)
+    probs = torch.softmax(logits / temperature.clamp_min(GREEDY_BELOW), dim=-1)
+    weights, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
+    limited = (top_k > 0) | (min_p > 0)
+    last = (top_k.long() - 1).clamp(0, logits.shape[-1] - 1)
+    lowest = torch.where(top_k > 0, weights.gather(-1, last), 0.0)
+    lowest = torch.maximum(lowest, min_p * weights.narrow(-1, 0, 1))
+    weights = weights.where(weights >= lowest, 0.0)
+    weights = weights / torch.where(limited, weights.sum(-1, keepdim=True), 1.0)
+    weights = _cut(weights, top_p)
+    drawn = best
+    if from_global:  # as torch.multinomial does, which makes the host wait
+        some = weights / weights.sum(-1, keepdim=True)
+        place = (some / torch.empty_like(some).exponential_()).argmax(-1, keepdim=True)
+        drawn = ids.gather(-1, place).squeeze(-1)
+    if uniform is not None:
+        mass = torch.zeros_like(weights).scatter_(-1, ids, weights).cumsum(-1)
+        target = uniform.unsqueeze(-1) * mass.narrow(-1, mass.shape[-1] - 1, 1)
+        place = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
+        drawn = torch.where(uniform >= 0, place.squeeze(-1), drawn)
+    return torch.where(temperature.squeeze(-1) < GREEDY_BELOW, best, drawn)
 
 
 def sample_top_p(probs: Tensor, p: float) -> Tensor:
@@ -136,7 +184,7 @@ def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tens
     return _cut(weights, p), ids
 
 
-def _cut(weights: Tensor, p: float) -> Tensor:
+def _cut(weights: Tensor, p: float | Tensor) -> Tensor:
     """Sorted weights; 0 where the mass of the more probable ids exceeds `p`."""
     before = torch.cumsum(weights, dim=-1) - weights  # mass of the more probable ids
     return torch.where(before > p, 0.0, weights)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.layers import kernels
-from llama.model import DotProductAttention
+from llama.model import CacheSlice, DotProductAttention
 
 # Up to this many scores, the arithmetic is the reference's (scores in the model's dtype, softmax in
 # fp32), so that a seed draws the same ids as in Meta's code. More scores would take over 64 MB in
@@ -29,7 +29,7 @@ class GroupedAttention(DotProductAttention):
         keys: Tensor,
         values: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None = None,
+        at: CacheSlice | None = None,
     ) -> Tensor:
         return grouped_attention(xq, keys, values, mask)
 
@@ -47,15 +47,36 @@ class KernelAttention(DotProductAttention):
         keys: Tensor,
         values: Tensor,
         mask: Tensor | None,
-        positions: Tensor | None = None,
+        at: CacheSlice | None = None,
     ) -> Tensor:
         wanted = xq.dtype == keys.dtype and (xq.dtype == torch.bfloat16 or xq.shape[1] == 1)
-        if positions is not None and wanted and kernels.supports(xq):
-            out: Tensor = torch.ops.llama3.attend(xq, keys, values, positions)
+        if at is not None and wanted and kernels.supports(xq):
+            out: Tensor = torch.ops.llama3.attend(xq, keys, values, at.positions)
             return out
         if xq.dtype in (torch.bfloat16, torch.float16):
             return fused_attention(xq, keys, values, mask)
         return grouped_attention(xq, keys, values, mask)
+
+
+class FlashAttention(DotProductAttention):
+    """Attention on CUDA in half precision: each row of the cache is read as far as it is filled.
+
+    Needs no mask. Without a cache, torch chooses the kernel.
+    """
+
+    def forward(
+        self,
+        xq: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        mask: Tensor | None,
+        at: CacheSlice | None = None,
+    ) -> Tensor:
+        if at is None:
+            return fused_attention(xq, keys, values, mask)
+        flash = torch.ops.llama3.flash_attend
+        out: Tensor = flash(xq, keys, values, at.queries, at.keys, at.ends)
+        return out
 
 
 def grouped_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

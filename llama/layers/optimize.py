@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from llama.distributed import tensor_parallel
-from llama.layers import kernels
-from llama.layers.attention import GroupedAttention, KernelAttention
+from llama.layers import cuda_ops, kernels
+from llama.layers.attention import FlashAttention, GroupedAttention, KernelAttention
+from llama.layers.gpu_modules import (
+    HALF,
+    FusedRMSNorm,
+    joined_feed_forward,
+    joined_heads,
+    on_triton,
+    supports_triton,
+)
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
-from llama.layers.quantized_linear import Int4Linear, check_ranks, quantized, tinygemm_or_same
+from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
 from llama.layers.replace import Factory, factory_of, replace_modules
 from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
 
@@ -23,6 +30,14 @@ FAST: Table = {
     Attention: factory_of(KernelHeads),
     FeedForward: factory_of(KernelFeedForward),
     RMSNorm: factory_of(KernelRMSNorm),
+}
+# On NVIDIA's GPUs in half precision, before FAST: first what makes fewer linears.
+JOINED: Table = {Attention: joined_heads, FeedForward: joined_feed_forward}
+GPU: Table = {
+    DotProductAttention: factory_of(FlashAttention),
+    RMSNorm: factory_of(FusedRMSNorm),
+    Int8Linear: on_triton,
+    Int4Linear: on_triton,
 }
 
 
@@ -46,14 +61,11 @@ def optimize(model: Transformer, quantize: str | None = None, exact: bool = Fals
         replace_modules(model, REFERENCE)
         return
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
+    if device.type == "cuda" and dtype in HALF and supports_triton(device):
+        cuda_ops.load()
+        replace_modules(model, JOINED)
+        replace_modules(model, GPU)
     table = dict(FAST)
     if device.type == "cpu" and kernels.load():
         table[nn.Linear] = factory_of(KernelLinear)
-    if device.type == "cuda" and dtype == torch.bfloat16 and has_tinygemm(device):
-        table[Int4Linear] = tinygemm_or_same
     replace_modules(model, table)
-
-
-def has_tinygemm(device: torch.device) -> bool:
-    """Whether torch's int4 kernel supports this GPU: NVIDIA's Ampere and later."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)

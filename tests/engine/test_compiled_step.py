@@ -120,16 +120,17 @@ def test_a_graph_gets_the_inputs_of_each_call(monkeypatch: pytest.MonkeyPatch) -
 
     class Replaying:
         def replay(self) -> None:
-            graph.out.copy_(step(graph.tokens, graph.start_pos))
+            graph.out.copy_(step(*graph.inputs))
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replaying)
     for name in ("graph", "stream", "device"):
         monkeypatch.setattr(torch.cuda, name, lambda of, **options: nullcontext())
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda device: stream)
     tokens = torch.tensor([[1], [2]])
-    graph = Graph(step, tokens, torch.tensor([3, 4]), None)
+    graph = Graph(step, (tokens, torch.tensor([3, 4])), None)
     tokens.zero_()  # the graph has copies of the caller's tensors
     assert graph(torch.tensor([[1], [2]]), torch.tensor([3, 4])).tolist() == [[103], [204]]
     assert graph(torch.tensor([[5], [6]]), torch.tensor([7, 8])).tolist() == [[507], [608]]

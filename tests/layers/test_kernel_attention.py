@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama.layers.attention import KernelAttention
-from llama.model import DotProductAttention
+from llama.model import CacheSlice, DotProductAttention
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 kernel_attention, plain_attention = KernelAttention(), DotProductAttention()
@@ -28,6 +28,12 @@ def inputs(B: int, T: int, H: int, K: int, D: int, S: int, dtype: torch.dtype) -
         keys[row, positions[row].max() + 1 :] = float("nan")
         values[row, positions[row].max() + 1 :] = float("nan")
     return xq, keys, values, positions
+
+
+def where(positions: Tensor) -> CacheSlice:
+    """Of which the kernel reads the positions only."""
+    unused = torch.empty(0)
+    return CacheSlice(unused, positions, unused, unused, unused, 0, 0)
 
 
 def check(got: Tensor, xq: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
@@ -115,16 +121,17 @@ def test_where_the_kernel_cannot_run(ops: object) -> None:
     xq, keys, values = torch.randn(2, 5, 4, 16), torch.randn(2, 9, 2, 16), torch.randn(2, 9, 2, 16)
     positions = torch.tensor([[4, 5, 6, 7, 8]])
     mask = torch.arange(9) <= positions[0].unsqueeze(1)
+    at, first = where(positions), where(positions[:, :1])
     want = plain_attention(xq, keys, values, mask)
     torch.testing.assert_close(kernel_attention(xq, keys, values, mask), want)
-    torch.testing.assert_close(kernel_attention(xq, keys, values, mask, positions), want)
+    torch.testing.assert_close(kernel_attention(xq, keys, values, mask, at), want)
     grown = xq[:, :1].clone().requires_grad_()
-    assert kernel_attention(grown, keys, values, mask[:1], positions[:, :1]).requires_grad
+    assert kernel_attention(grown, keys, values, mask[:1], first).requires_grad
     half = [x.half() for x in (xq, keys, values)]
-    got = kernel_attention(*half, mask, positions)
+    got = kernel_attention(*half, mask, at)
     torch.testing.assert_close(got.float(), want, atol=5e-3, rtol=5e-3)
     with torch.inference_mode():  # the kernel runs, which ignores the mask
-        single = kernel_attention(xq[:, :1], keys, values, None, positions[:, :1])
+        single = kernel_attention(xq[:, :1], keys, values, None, first)
         torch.testing.assert_close(single, want[:, :1])
 
 
@@ -136,5 +143,6 @@ def test_compiled_and_fake(ops: object) -> None:
         assert out.shape == xq.shape and out.dtype == xq.dtype and out.is_contiguous()
     with torch.inference_mode():
         compiled = torch.compile(kernel_attention, fullgraph=True, backend="eager")
-        want = kernel_attention(xq, keys, values, None, positions)
-        assert torch.equal(compiled(xq, keys, values, None, positions), want)
+        at = where(positions)
+        want = kernel_attention(xq, keys, values, None, at)
+        assert torch.equal(compiled(xq, keys, values, None, at), want)

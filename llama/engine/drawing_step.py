@@ -1,0 +1,70 @@
+"""A decoding step from ids to ids: on CUDA one transfer in, one graph, one transfer out.
+
+What a row needs is one row of a small tensor: its id, position, sampling and random number. So
+the host waits once in a step, for the ids that were drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llama.engine.compiled_step import CompiledStep
+from llama.engine.sampling import GREEDY_BELOW, Sampling, sample_rows, uniform_of
+
+
+class Row(NamedTuple):
+    """What decides a row's next id.
+
+    Attributes:
+        token: the id drawn last, not cached yet.
+        position: of that id.
+        generator: on the CPU; None draws from torch's global generator.
+    """
+
+    token: int
+    position: int
+    sampling: Sampling
+    generator: torch.Generator | None
+
+
+def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """Feed rows 0 to B - 1 of the cache, and draw the next id of each.
+
+    Returns:
+        (id, its log-probability before temperature and top_p); NaN where the logits are not finite.
+    """
+    random = [row for row in rows if row.sampling.temperature >= GREEDY_BELOW]
+    seeded = any(row.generator is not None for row in random)
+    from_global = any(row.generator is None for row in random)
+    length = step.length(max(row.position for row in rows) + 1)
+
+    def run(packed: Tensor) -> Tensor:
+        tokens, start_pos = packed.narrow(1, 0, 2).long().unbind(1)
+        *settings, uniform = packed.narrow(1, 2, 5).float().unbind(1)
+        h = step.hidden(tokens.unsqueeze(1), start_pos, length).squeeze(1)
+        logits = step.model.logits(h)
+        finite = logits.amax(-1).isfinite()
+        logits = logits.where(finite.unsqueeze(-1), 0.0)  # drawing would fail, for all rows
+        ids = sample_rows(logits, settings, uniform if seeded else None, from_global)
+        chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+        return torch.stack((ids.double(), chosen.double().where(finite, math.nan)), dim=1)
+
+    device = step.model.norm.weight.device
+    numbers = [pack(row) for row in rows]
+    packed = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
+    key = ("draw", len(rows), length, seeded, from_global)
+    out = step.repeat(key, run, packed.to(device, non_blocking=True))
+    return [(int(token), logprob) for token, logprob in out.tolist()]
+
+
+def pack(row: Row) -> list[float]:
+    """A row as numbers; -1 is no random number of its own."""
+    how = row.sampling
+    drawn = row.generator is not None and how.temperature >= GREEDY_BELOW
+    uniform = uniform_of(row.generator) if drawn and row.generator is not None else -1.0
+    return [row.token, row.position, how.temperature, how.top_p, how.top_k, how.min_p, uniform]
