@@ -20,7 +20,9 @@ from benchmarks.gpu.timing import copy_speed, graphed, seconds_of
 from llama.layers.optimize import optimize
 from llama.model import Transformer
 
-LINEARS = ("output", "attention.wq", "attention.wk", "feed_forward.w1", "feed_forward.w2")
+# Those that a model has: replaced modules may have joined some.
+LINEARS = ("output", "attention.wqkv", "attention.wq", "attention.wk", "attention.wo",
+           "feed_forward.w13", "feed_forward.w1", "feed_forward.w2")  # fmt: skip
 
 
 def run(run: Run) -> None:
@@ -53,7 +55,8 @@ def linears(run: Run, scheme: str, model: Transformer, ceiling: float) -> None:
             row = f"{scheme} {name}, {rows} rows"
             run.attempt(row, one_linear, run, row, modules, x, (size, ceiling))
 
-    for name in LINEARS:
+    known = {name for name, _ in [*model.layers[0].named_modules(), *model.named_modules()]}
+    for name in (name for name in LINEARS if name in known):
         run.attempt(f"{scheme} {name}", measure, name)
 
 
@@ -86,17 +89,17 @@ def one_attention(
     """At (rows, context). Each layer has a cache of its own, as in a model."""
     (rows, context), args, device = shape, model.params, run.device
     caches = model.new_cache(rows, context)
+    starts = torch.full((rows,), context - 1, device=device)
+    _, mask, at = model.locate((rows, 1), starts, caches, context)
     for cache in caches:
         cache.k.normal_()
         cache.v.normal_()
     xq = torch.randn(rows, 1, args.n_heads, args.head_dim, device=device).bfloat16()
-    positions = torch.full((rows, 1), context - 1, device=device)
-    mask = torch.ones(rows, 1, 1, context, dtype=torch.bool, device=device)
     cores = [layer.get_submodule("attention.core") for layer in model.layers]
 
     def work() -> None:
         for core, cache in zip(cores, caches, strict=True):
-            core(xq, cache.k, cache.v, mask, positions)
+            core(xq, cache.k, cache.v, mask, at)
 
     def sdpa() -> None:
         for cache in caches:

@@ -18,7 +18,7 @@ RUNS = 3
 
 
 def run(run: Run, scheme: str) -> None:
-    """Measure each length, computed at once and in the engine's default chunks."""
+    """Measure each length, computed at once and in chunks."""
     sizes, device = run.sizes, run.device
     longest = max(sizes.prompts)
     model = random_model(sizes.shape, 1, longest + 8, device)
@@ -48,6 +48,6 @@ def run(run: Run, scheme: str) -> None:
         run.figure(row, "of matmul", "", [rate / ceiling for rate in rates], "higher")
 
     for length in reversed(sizes.prompts):
-        for chunk in dict.fromkeys((length, min(sizes.chunk, length))):
+        for chunk in [length, *(n for n in sizes.chunks if n < length)]:
             row = f"{scheme}, {length} tokens" + f" by {chunk}" * (chunk < length)
             run.attempt(row, measure, row, length, chunk)

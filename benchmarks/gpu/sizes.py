@@ -14,7 +14,7 @@ class Sizes:
     shape, train_shape: sizes of the models.
     matrix, copied: side of the matrices and bytes, of the ceilings.
     rows, contexts, steps: of decoding. A step is measured `steps` times.
-    prompts, chunk: lengths, and the engine's default part of one, of prefill.
+    prompts, chunks: lengths, and parts in which they are computed too, of prefill.
     requests, slots, prompt_lengths, answer_lengths: of the engine.
     train_rows, train_length: of the training step; the first number of rows that fits is used.
     copies: layers of the model whose linears are timed alone.
@@ -30,7 +30,7 @@ class Sizes:
     contexts: tuple[int, ...]
     steps: int
     prompts: tuple[int, ...]
-    chunk: int
+    chunks: tuple[int, ...]
     requests: int
     slots: int
     prompt_lengths: tuple[int, int]
@@ -51,7 +51,7 @@ REAL = Sizes(
     contexts=(128, 4096),
     steps=40,
     prompts=(512, 4096),
-    chunk=512,
+    chunks=(2048, 512),
     requests=64,
     slots=32,
     prompt_lengths=(32, 1024),
@@ -72,7 +72,7 @@ REHEARSAL = Sizes(
     contexts=(16, 64),
     steps=5,
     prompts=(16, 64),
-    chunk=16,
+    chunks=(16,),
     requests=4,
     slots=2,
     prompt_lengths=(4, 20),

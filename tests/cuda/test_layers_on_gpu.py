@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llama import ModelArgs, Transformer
 from llama.layers.optimize import optimize
 from llama.layers.quantization import dequantize_int4, dequantize_int8
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
-from llama.model import DotProductAttention
+from llama.layers.replace import replace_modules
+from llama.model import DotProductAttention, TransformerBlock
 from tests.cuda.cases import DEVICE
 from tests.models import random_weights
 
@@ -31,50 +32,65 @@ SHAPES = {
 ROWS = (1, 3, 8, 32, 200)
 
 
-def plain_weight(name: str, linear: nn.Linear, scheme: str) -> Tensor:
-    """What the quantized linear's codes and scales mean, fp32 on the CPU."""
+def plain_linear(scheme: str, name: str, linear: nn.Linear) -> nn.Module:
+    """A linear in fp32 with what the quantized linear's codes and scales mean."""
     module = quantized(scheme)(name, linear)
     if isinstance(module, Int8Linear):
-        return dequantize_int8(module.q, module.scale)
-    assert isinstance(module, Int4Linear)
-    return dequantize_int4(module.packed, module.scale, module.zero, module.n)
+        weight = dequantize_int8(module.q, module.scale)
+    else:
+        assert isinstance(module, Int4Linear)
+        weight = dequantize_int4(module.packed, module.scale, module.zero, module.n)
+    plain = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    plain.weight = nn.Parameter(weight)
+    return plain
+
+
+def pair(
+    shape: str, scheme: str, dtype: torch.dtype, device: torch.device = DEVICE
+) -> tuple[Transformer, Transformer]:
+    """A quantized model on the GPU, and a plain one in fp32 on the CPU with the same weights."""
+    models = []
+    for _ in range(2):
+        model = Transformer(ModelArgs(**SHAPES[shape], max_seq_len=16))
+        model.load_state_dict(random_weights(**SHAPES[shape]))
+        models.append(model.to(dtype).eval())
+    found, wanted = models
+    replace_modules(wanted, {nn.Linear: partial(plain_linear, scheme)})
+    found.to(device)
+    optimize(found, scheme)
+    return found, wanted.float()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantized_layers_are_the_plain_path(shape: str, scheme: str, dtype: torch.dtype) -> None:
-    """Every linear of a layer and the output layer, for few and for many rows."""
-    model = Transformer(ModelArgs(**SHAPES[shape], max_seq_len=16))
-    model.load_state_dict(random_weights(**SHAPES[shape]))
-    weights = {
-        name: plain_weight(name, linear, scheme)
-        for name, linear in model.to(dtype).named_modules()
-        if isinstance(linear, nn.Linear)
-    }
-    assert len(weights) == 8
-    model.to(DEVICE)
-    optimize(model, scheme)
-    # bf16: x and the result are rounded, and int4's zeros may be too.
+    """Queries, keys and values; wo; the feed-forward; the output layer; for few and many rows."""
+    found, wanted = pair(shape, scheme, dtype)
+    dim, freqs = found.params.dim, found.freqs_cis[3:4]
+    # bf16: x, the result, and in the feed-forward what is between its linears are rounded.
     tolerance = 1e-4 if dtype == torch.float32 else 0.02
     with torch.inference_mode():
-        for name, weight in weights.items():
-            layer = model.get_submodule(name)
-            for rows in ROWS:
-                x = torch.randn(rows, 1, weight.shape[1]).to(dtype)
-                found = layer(x.to(DEVICE)).float().cpu()
-                wanted = x.float() @ weight.T
-                assert found.shape == wanted.shape
-                error = float((found - wanted).abs().max() / wanted.abs().max())
-                assert error < tolerance, f"{name}, {rows} rows: {error}"
+        for rows in ROWS:
+            x = torch.randn(rows, 1, dim).to(dtype)
+            results = []
+            for model, given in ((found, x.to(DEVICE)), (wanted, x.float())):
+                block = model.layers[0]
+                assert isinstance(block, TransformerBlock)
+                heads = block.attention.heads(given, freqs.to(given.device))
+                last = (block.attention.wo(given), block.feed_forward(given), model.output(given))
+                results.append([*heads, *last])
+            for i, (y, z) in enumerate(zip(*results, strict=True)):
+                assert y.shape == z.shape and y.dtype == dtype
+                error = float((y.float().cpu() - z).abs().max() / z.abs().max())
+                assert error < tolerance, f"result {i}, {rows} rows: {error}"
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 def test_a_row_does_not_depend_on_the_others(scheme: str) -> None:
     """Up to the rounding of another order of sums."""
-    model = Transformer(ModelArgs(**SHAPES["wide"], max_seq_len=16)).bfloat16().to(DEVICE)
-    optimize(model, scheme)
-    layer = model.get_submodule("layers.0.feed_forward.w1")
+    model, _ = pair("wide", scheme, torch.bfloat16)
+    layer = model.get_submodule("layers.0.feed_forward")
     x = torch.randn(32, 1, 1024, device=DEVICE).bfloat16()
     with torch.inference_mode():
         together = layer(x).float()
@@ -86,45 +102,33 @@ def test_a_row_does_not_depend_on_the_others(scheme: str) -> None:
 @pytest.mark.parametrize(("H", "K", "D"), [(8, 2, 64), (4, 4, 128), (6, 1, 32)])
 def test_attention(H: int, K: int, D: int, dtype: torch.dtype) -> None:
     """Decoding at several positions, prompts, and parts of prompts after a cache."""
-    args = ModelArgs(dim=H * D, n_layers=1, n_heads=H, n_kv_heads=K, vocab_size=8, max_seq_len=8)
+    S = 300
+    args = ModelArgs(dim=H * D, n_layers=1, n_heads=H, n_kv_heads=K, vocab_size=8, max_seq_len=S)
     model = Transformer(args).to(DEVICE, dtype)
     optimize(model)
     core, plain = model.get_submodule("layers.0.attention.core"), DotProductAttention()
-    S = 300
-    cases: list[tuple[int, list[int]]] = [
-        (1, [0, 5, 299]),  # T, the last position of each row
+    cache, row = model.new_cache(5, S), 1
+    for tensor in (cache[0].k, cache[0].v):
+        tensor.copy_(torch.randn(tensor.shape))
+    cases: list[tuple[int, int | list[int]]] = [  # T, and where each row's new positions begin
+        (1, [0, 5, 299]),
         (1, [255, 256, 31]),
-        (7, [6, 6, 6]),
-        (S, [S - 1] * 3),
-        (33, [140, 32, 299]),
+        (7, [0, 0, 0]),
+        (33, [108, 0, 267]),
+        (257, 0),
+        (20, 40),
+        (1, 77),
     ]
-    for T, last in cases:
-        B = len(last)
+    for T, begins in cases:
+        B = len(begins) if isinstance(begins, list) else 2
+        start = torch.tensor(begins, device=DEVICE) if isinstance(begins, list) else begins
+        length = max(begins) + T if isinstance(begins, list) else begins + T
+        _, mask, at = model.locate((B, T), start, cache, length, row)
         xq = torch.randn(B, T, H, D).to(dtype)
-        keys, values = (torch.randn(B, S, K, D).to(dtype) for _ in range(2))
-        positions = torch.tensor(last).unsqueeze(1) + torch.arange(1 - T, 1)
-        mask = (torch.arange(S) <= positions.unsqueeze(-1)).unsqueeze(1)
-        wanted = plain(xq.float(), keys.float(), values.float(), mask)
-        given = (t.to(DEVICE) for t in (xq, keys, values, mask, positions))
+        keys, values = (t[row : row + B, :length] for t in (cache[0].k, cache[0].v))
         with torch.inference_mode():
-            found = core(*given).float().cpu()
+            found = core(xq.to(DEVICE), keys, values, mask, at).float().cpu()
+        mask = None if mask is None else mask.cpu()
+        wanted = plain(xq.float(), keys.float().cpu(), values.float().cpu(), mask)
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
-        assert (found - wanted).abs().max() < tolerance, (T, last)
-        assert math.isfinite(float(found.sum()))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_causal_attention_without_a_mask(dtype: torch.dtype) -> None:
-    """A whole prompt at once, as the model calls it from position 0."""
-    model = Transformer(ModelArgs(dim=256, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=8))
-    optimize(model.to(DEVICE, dtype))
-    core = model.get_submodule("layers.0.attention.core")
-    for B, T in ((1, 1), (2, 70), (3, 257)):
-        xq = torch.randn(B, T, 4, 64).to(dtype)
-        keys, values = (torch.randn(B, T, 2, 64).to(dtype) for _ in range(2))
-        wanted = DotProductAttention()(xq.float(), keys.float(), values.float(), None)
-        positions = torch.arange(T, device=DEVICE).unsqueeze(0)
-        with torch.inference_mode():
-            found = core(xq.to(DEVICE), keys.to(DEVICE), values.to(DEVICE), None, positions)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.02
-        assert (found.float().cpu() - wanted).abs().max() < tolerance
+        assert (found - wanted).abs().max() < tolerance, (T, begins)
