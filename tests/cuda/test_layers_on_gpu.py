@@ -40,7 +40,7 @@ def plain_linear(scheme: str, name: str, linear: nn.Linear) -> nn.Module:
     else:
         assert isinstance(module, Int4Linear)
         weight = dequantize_int4(module.packed, module.scale, module.zero, module.n)
-    plain = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+    plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(weight)
     return plain
 
