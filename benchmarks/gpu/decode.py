@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks.gpu.models import cache_read, prompt, random_model, weights_read
+from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import copy_speed, replays_seen, seconds_of, wait
 from llama.engine.engine import Engine
@@ -155,30 +156,10 @@ class Decoding:
         self.run.figure(row, f"{what}, of copy", "", shares, "higher")
 
     def profile(self, engine: Engine, context: int, steps: int = 5) -> None:
-        """Where the device's time goes in a step of one row: notes, and a table in the log."""
-        from torch.profiler import ProfilerActivity, profile
-
+        """Where the device's time goes in a step of one row."""
         self.begin(engine, 1, context, steps + 10)
-        activities = [ProfilerActivity.CPU]
-        if self.run.device.type == "cuda":
-            activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as found:
-            for _ in range(steps):
-                engine.step()
-            wait(self.run.device)
+        profile(self.run, f"{self.scheme}, a step of one row", engine.step, steps)
         self.end(engine)
-        averages = found.key_averages()
-        print(
-            averages.table(sort_by="self_device_time_total", row_limit=25, max_name_column_width=90)
-        )
-        launched = [e for e in averages if str(e.device_type).endswith("CUDA")]
-        launched.sort(key=lambda e: -e.self_device_time_total)
-        busy = sum(e.self_device_time_total for e in launched) / steps
-        if busy:
-            self.run.figure(self.scheme, "device busy in a step", "us", [busy], "lower")
-        for e in launched[:8]:
-            time = e.self_device_time_total / steps
-            self.run.note(f"{time:.0f} us a step, {e.count / steps:.0f} calls: {e.key[:90]}")
 
     def memory(self) -> None:
         if self.run.device.type == "cuda":

@@ -7,6 +7,7 @@ import time
 
 from benchmarks.gpu.decode import QUANTIZE, check
 from benchmarks.gpu.models import layer_parameters, prompt, random_model
+from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import matmul_speed, wait
 from llama.engine.engine import Engine
@@ -51,3 +52,9 @@ def run(run: Run, scheme: str) -> None:
         for chunk in [length, *(n for n in sizes.chunks if n < length)]:
             row = f"{scheme}, {length} tokens" + f" by {chunk}" * (chunk < length)
             run.attempt(row, measure, row, length, chunk)
+    engine = Engine(model, longest)
+
+    def once() -> None:
+        engine.run([Request(prompt(args.vocab_size, longest), 1, Sampling(0.0), reuse=False)])
+
+    run.attempt("profile", profile, run, f"{scheme}, a prompt of {longest}", once, 1)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.parts import Part
 from benchmarks.gpu.record import Run, read_entries, reason
 from benchmarks.gpu.sizes import REAL, REHEARSAL
@@ -168,4 +169,5 @@ def shown(result: Result) -> list[str]:
     """Tables of all figures, what failed, and how long each part took."""
     lines = tables_by_part([result])
     lines += ["", *result["notes"], ""]
+    lines += [] if result["settings"]["rehearsal"] else [*goals(result), ""]
     return lines + [f"{p['name']}: {p['status']}, {p['seconds']} s" for p in result["parts"]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.models import random_model
+from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import matmul_speed
 from benchmarks.train import updates
@@ -61,4 +62,5 @@ def measure(run: Run, row: str, rows: int, ceiling: float) -> bool:
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device) / 2**30
         run.figure(row, "peak memory", "GiB", [peak], "lower")
+    run.attempt("profile", profile, run, row, lambda: update(ids), 1)
     return True

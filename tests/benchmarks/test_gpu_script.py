@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import tables
+from benchmarks.gpu.goals import goals
 from benchmarks.gpu.parts import PARTS, Part, chosen
 from benchmarks.gpu.record import read_entries
-from benchmarks.report import load_result
+from benchmarks.report import Figure, load_result, make_result
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -131,3 +132,19 @@ def test_chosen() -> None:
     assert chosen("") == list(PARTS) and isinstance(PARTS[0], Part)
     with pytest.raises(ValueError, match="no part 'dec'"):
         chosen("dec")
+
+
+def test_goals() -> None:
+    """Reached, not reached, and not measured."""
+    figures = [
+        Figure("bf16 compiled, batch 1, context 128", "engine step", "tok/s", [150.0]),
+        Figure("bf16 compiled, batch 1, context 128", "engine step, of copy", "", [0.81]),
+        Figure("int4 compiled, batch 1, context 128", "engine step", "tok/s", [300.0]),
+        Figure("pytest tests/cuda", "failed", "", [2]),
+    ]
+    assert [line.removeprefix("goal: ") for line in goals(make_result("gpu", {}, figures))] == [
+        "a compiled bf16 step, of copying: 0.8: 0.810, reached",
+        "int4 / bf16, compiled: 2.2: 2.000, not reached",
+        "bf16 prefill of 4,096, of matmul: 0.55: not measured",
+        "no test marked cuda fails: 2 failed",
+    ]
