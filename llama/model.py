@@ -456,10 +456,8 @@ class Transformer(nn.Module):
                 mask = causal_mask(positions, cache_len)
         rows = torch.arange(first_row, first_row + B, device=steps.device).unsqueeze(1)
         positions_, begins = positions.view(-1, T), torch.arange(B + 1, device=steps.device).int()
-        ends = (positions_.narrow(1, T - 1, 1) + 1).int().expand(B, 1).flatten()
-        at = CacheSlice(
-            rows, positions_, begins * T, begins * max_seq, ends, first_row, cache_len
-        )
+        ends = (positions_.select(1, T - 1) + 1).int().expand(B).contiguous()
+        at = CacheSlice(rows, positions_, begins * T, begins * max_seq, ends, first_row, cache_len)
         return F.embedding(positions, self.freqs_cis), mask, at
 
     def hidden(

@@ -58,9 +58,9 @@ def compute(
     Returns:
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
     """
-    if compiled is not None and first_row == 0 and all(decodes(chunk) for chunk in chunks):
-        if compiled.graphed and tensor_parallel.size() == 1:
-            return 1, [[] for _ in chunks], drawn_by_graph(compiled, chunks)
+    graphed = compiled is not None and compiled.graphed and tensor_parallel.size() == 1
+    if compiled is not None and graphed and first_row == 0 and all(map(decodes, chunks)):
+        return 1, [[] for _ in chunks], drawn_by_graph(compiled, chunks)
     ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
     h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]
@@ -85,14 +85,11 @@ def decodes(chunk: Chunk) -> bool:
     return chunk.whole and len(chunk.ids) == 1 and generation.budget > 0 and not scored
 
 
-def drawn_by_graph(
-    compiled: CompiledStep, chunks: Sequence[Chunk]
-) -> dict[int, tuple[int, float]]:
+def drawn_by_graph(compiled: CompiledStep, chunks: Sequence[Chunk]) -> dict[int, tuple[int, float]]:
     """As `draw_at`, for chunks that `decodes`."""
-    rows = [
-        Row(chunk.ids[0], chunk.start, chunk.generation.request.sampling, chunk.generation.generator)
-        for chunk in chunks
-    ]
+    rows = []
+    for generation, start, ids, _ in chunks:
+        rows.append(Row(ids[0], start, generation.request.sampling, generation.generator))
     drawn = draw_rows(compiled, rows)
     return {chunk.generation.id: pair for chunk, pair in zip(chunks, drawn, strict=True)}
 

@@ -2,9 +2,9 @@
 
 `load()` registers them:
 
-    llama3::flash_attend(xq, keys, values, *spans)       as `FlashAttention` in layers/attention.py
-    llama3::gpu_linear_int8(x, q, scale)                 few rows x (M, K), by a Triton kernel
-    llama3::gpu_linear_int4(x, words, scale, zero, n)    the same; words as by `gpu_words`
+    llama3::flash_attend(xq, keys, values, *spans)   as `FlashAttention` in layers/attention.py
+    llama3::gpu_linear(x, w)                         one row x (1, K) by a plain weight
+    llama3::gpu_linear_int8(x, q, scale)             a few rows x (M, K) by codes of int8
 
 Shapes: B rows, T new positions, S positions read, D head_dim, H / K query / key-value heads.
 """
@@ -12,6 +12,8 @@ Shapes: B rows, T new positions, S positions read, D head_dim, H / K query / key
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,20 +24,16 @@ def load() -> None:
     """Register the operators. Imports Triton, which torch installs with its CUDA builds."""
     from llama.layers import triton_kernels
 
-    def register(name: str, function: object, fake: object) -> None:
+    def register(name: str, function: Callable[..., Tensor], fake: Callable[..., Any]) -> None:
         operator = torch.library.custom_op(f"llama3::{name}", function, mutates_args=())
         operator.register_fake(fake)
 
     register("flash_attend", flash_attend, lambda xq, *others: xq.new_empty(xq.shape))
+    register("gpu_linear", triton_kernels.linear_one_row, lambda x, w: x.new_empty(1, len(w)))
     register(
         "gpu_linear_int8",
         triton_kernels.linear_int8,
         lambda x, q, scale: x.new_empty(len(x), len(q)),
-    )
-    register(
-        "gpu_linear_int4",
-        triton_kernels.linear_int4,
-        lambda x, words, scale, zero: x.new_empty(len(x), len(words)),
     )
 
 
@@ -44,8 +42,8 @@ def flash_attend(
 ) -> Tensor:
     """Causal attention of each row's last T positions, by torch's flash kernel, arXiv:2307.08691.
 
-    It takes rows of different lengths as parts of one sequence, and splits the keys of a row between
-    multiprocessors where T = 1.
+    It takes rows of different lengths as parts of one sequence. Where T = 1, several
+    multiprocessors share the keys of a row.
 
     Args:
         xq: (B, T, H, D) in half precision.

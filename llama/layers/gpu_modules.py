@@ -1,7 +1,7 @@
-"""Replacements of the model's modules on an NVIDIA GPU, where launching a kernel takes microseconds.
+"""Replacements of the model's modules on an NVIDIA GPU: fewer and larger matmuls, other kernels.
 
-Fewer and larger matmuls, and Triton's for quantized weights. Each computes what the replaced module
-computes. Shapes: B rows, T positions, N outputs and K inputs of a linear, G inputs of a group.
+Each computes what the replaced module computes. Shapes: B rows, T positions, N outputs and K inputs
+of a linear.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from torch import Tensor, nn
 
 from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers.kernel_modules import rotate, swiglu
-from llama.layers.quantization import untile
+from llama.layers.quantization import codes_int4, scales_and_zeros_int4
 from llama.layers.quantized_linear import Int4Linear, Int8Linear
 from llama.layers.replace import as_class
 from llama.model import Attention, FeedForward, RMSNorm
 
 HALF = (torch.bfloat16, torch.float16)
-# Up to this many rows, reading a quantized weight takes longer than the arithmetic, and Triton's
-# kernels are used. For more, the weight is dequantized and multiplied by torch.
-MAX_ROWS = 64
+# Up to this many rows of x, the kernels that widen codes in registers are faster than dequantizing
+# the weight and torch's matmul (H100, docs/performance.md).
+INT8_ROWS = 64
+INT4_ROWS = 24
 
 
 def supports_triton(device: torch.device) -> bool:
@@ -114,12 +115,22 @@ def join(*linears: nn.Module) -> nn.Module | None:
     return joined
 
 
+class TritonLinear(nn.Linear):
+    """A linear that for one row of x is limited only by reading its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1] or (torch.is_grad_enabled() and x.requires_grad):
+            return super().forward(x)
+        y: Tensor = torch.ops.llama3.gpu_linear(x.reshape(1, -1), self.weight)
+        return y.view(*x.shape[:-1], -1)
+
+
 class TritonInt8Linear(Int8Linear):
-    """An `Int8Linear` on a GPU: x in half precision."""
+    """An `Int8Linear` whose codes are widened in registers where x has few rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= MAX_ROWS:
+        if len(rows) <= INT8_ROWS:
             y: Tensor = torch.ops.llama3.gpu_linear_int8(rows, self.q, self.scale)
             return y.view(*x.shape[:-1], -1)
         if x.dtype == torch.float16:  # sums of unscaled codes may overflow its range
@@ -127,47 +138,75 @@ class TritonInt8Linear(Int8Linear):
         return F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
 
 
-class TritonInt4Linear(nn.Module):
-    """An `Int4Linear` in the order in which a GPU reads it: x in half precision.
+class TinygemmLinear(nn.Module):
+    """An `Int4Linear` in the layout of torch's int4 CUDA kernel, with the same groups. x is bf16.
+
+    The kernel dequantizes in registers; see docs/decisions/0001-int4-on-cuda.md. It is for few
+    rows of x: for many, the weight is dequantized and multiplied by torch.
 
     Args:
-        linear: its codes, scales and zeros are kept bit for bit.
+        unpack: whether `unpack_tinygemm` works on this device.
     """
 
-    words: Tensor
-    scale: Tensor
-    zero: Tensor
+    weight: Tensor
+    scales_and_zeros: Tensor
 
-    def __init__(self, linear: Int4Linear):
+    def __init__(self, linear: Int4Linear, unpack: bool = True):
         super().__init__()
-        from llama.layers.triton_kernels import gpu_words
-
-        self.register_buffer("words", gpu_words(linear.packed, linear.n))
-        self.register_buffer("scale", untile(linear.scale)[: linear.n].contiguous())
-        self.register_buffer("zero", untile(linear.zero)[: linear.n].contiguous())
+        self.n, self.group, self.unpack = linear.n, linear.group, unpack
+        codes = codes_int4(linear.packed)
+        inner = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
+        even, odd = codes.unflatten(1, (-1, 2)).unbind(2)
+        pairs = (even * 16 + odd).to(torch.uint8)
+        self.register_buffer("weight", torch._convert_weight_to_int4pack(pairs, inner))
+        self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
 
     def forward(self, x: Tensor) -> Tensor:
-        from llama.layers.triton_kernels import unpack_int4
-
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) <= MAX_ROWS:
-            y: Tensor = torch.ops.llama3.gpu_linear_int4(rows, self.words, self.scale, self.zero)
-            return y.view(*x.shape[:-1], -1)
-        return F.linear(x, unpack_int4(self.words, self.scale, self.zero, x.dtype))
+        if self.unpack and len(rows) > INT4_ROWS:
+            return F.linear(x, self.dequantized())
+        y = torch._weight_int4pack_mm(rows, self.weight, self.group, self.scales_and_zeros)
+        return y.narrow(1, 0, self.n).view(*x.shape[:-1], self.n)
+
+    def dequantized(self) -> Tensor:
+        """(N, K) bf16."""
+        from llama.layers.triton_kernels import unpack_tinygemm
+
+        return unpack_tinygemm(self.weight, self.scales_and_zeros, self.n, self.group)
 
 
-def on_triton(name: str, linear: Int8Linear | Int4Linear) -> nn.Module:
-    """The Triton linear for a quantized one; `linear` itself if its results differ here."""
-    if isinstance(linear, Int4Linear):
-        replacement: nn.Module = TritonInt4Linear(linear)
-        device, K = linear.packed.device, linear.packed.shape[1] * 8
-    else:
-        replacement = as_class(linear, TritonInt8Linear)
-        device, K = linear.q.device, linear.q.shape[1]
-    x = torch.linspace(-1, 1, 5 * K, device=device).bfloat16().view(5, K)
-    for rows in (x[:1], x):  # the kernels for few and for more rows
-        found, expected = replacement(rows).float(), linear(rows).float()
-        if not bool((found - expected).abs().max() <= 0.02 * expected.abs().max()):
-            warnings.warn(f"{name}: Triton's matmul is wrong on this device and is not used", stacklevel=2)
-            return linear
+def triton_int8_or_same(name: str, linear: Int8Linear) -> nn.Module:
+    """The Triton linear for a quantized one; `linear` itself if it gives other results here."""
+    replacement = as_class(linear, TritonInt8Linear)
+    rows = probe(linear.q.shape[1], linear.q.device)
+    if all(close(replacement(x), linear(x)) for x in (rows[:1], rows)):
+        return replacement
+    warn_of_wrong_results(name, "the int8 kernel")
+    return linear
+
+
+def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
+    """The `TinygemmLinear` of an `Int4Linear`; `linear` itself if it gives other results here."""
+    replacement = TinygemmLinear(linear)
+    x = probe(linear.packed.shape[1] * 8, linear.packed.device)
+    if not close(replacement(x), expected := linear(x)):
+        warn_of_wrong_results(name, "torch's int4 kernel")
+        return linear
+    replacement.unpack = close(F.linear(x, replacement.dequantized()), expected)
     return replacement
+
+
+def warn_of_wrong_results(name: str, kernel: str) -> None:
+    message = f"{name}: {kernel} gives wrong results on this device and is not used"
+    warnings.warn(message, stacklevel=3)
+
+
+def probe(K: int, device: torch.device) -> Tensor:
+    """(5, K) bf16 numbers, all different."""
+    return torch.linspace(-1, 1, 5 * K, device=device, dtype=torch.float32).bfloat16().view(5, K)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether all numbers are equal up to the rounding of bf16."""
+    difference = (found.float() - expected.float()).abs().max()
+    return bool(difference <= 0.02 * expected.float().abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from llama.distributed import tensor_parallel
@@ -10,10 +11,12 @@ from llama.layers.attention import FlashAttention, GroupedAttention, KernelAtten
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
+    TritonLinear,
     joined_feed_forward,
     joined_heads,
-    on_triton,
     supports_triton,
+    tinygemm_or_same,
+    triton_int8_or_same,
 )
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
@@ -36,8 +39,8 @@ JOINED: Table = {Attention: joined_heads, FeedForward: joined_feed_forward}
 GPU: Table = {
     DotProductAttention: factory_of(FlashAttention),
     RMSNorm: factory_of(FusedRMSNorm),
-    Int8Linear: on_triton,
-    Int4Linear: on_triton,
+    nn.Linear: factory_of(TritonLinear),
+    Int8Linear: triton_int8_or_same,
 }
 
 
@@ -65,6 +68,8 @@ def optimize(model: Transformer, quantize: str | None = None, exact: bool = Fals
         cuda_ops.load()
         replace_modules(model, JOINED)
         replace_modules(model, GPU)
+        if dtype == torch.bfloat16:
+            replace_modules(model, {Int4Linear: tinygemm_or_same})
     table = dict(FAST)
     if device.type == "cpu" and kernels.load():
         table[nn.Linear] = factory_of(KernelLinear)

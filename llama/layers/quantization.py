@@ -54,8 +54,13 @@ def quantize_int8(w: Tensor, largest: Tensor | None = None) -> tuple[Tensor, Ten
 def _quantize_int8(w: Tensor, largest: Tensor | None = None) -> tuple[Tensor, ...]:
     w = w.float()
     largest = w.abs().amax(dim=1) if largest is None else largest
-    scale = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
+    scale = divide(largest.clamp(min=torch.finfo(torch.float32).tiny), 127)
     return (w / scale.unsqueeze(1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def divide(x: Tensor, by: float) -> Tensor:
+    """x / by, rounded alike on all devices: a GPU multiplies by the inverse of a Python number."""
+    return x / torch.full((), by, dtype=x.dtype, device=x.device)
 
 
 def dequantize_int8(q: Tensor, scale: Tensor) -> Tensor:
@@ -116,7 +121,7 @@ def _quantize_int4(w: Tensor, group: int) -> tuple[Tensor, ...]:
     N, K = w.shape
     w = F.pad(w.float(), (0, 0, 0, -N % TILE)).view(-1, TILE, K // group, group)
     low, high = w.amin(dim=3), w.amax(dim=3)
-    scale = ((high - low) / 15).bfloat16()
+    scale = divide(high - low, 15).bfloat16()
     zero = low.bfloat16()
     step = scale.float().where(scale > 0, 1).unsqueeze(3)
     codes = ((w - zero.float().unsqueeze(3)) / step).round().clamp(0, 15).to(torch.int64)

@@ -5,22 +5,17 @@ Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's d
 
 from __future__ import annotations
 
-import warnings
-
-import torch
 from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import Sizes, rank_counts, rank_shapes, shard_dim
 from llama.layers.quantization import (
     GROUPS,
-    codes_int4,
     linear_int4,
     linear_int8,
     quantize_int4,
     quantize_int8,
     row_largest,
-    scales_and_zeros_int4,
 )
 from llama.layers.replace import Factory
 
@@ -70,45 +65,6 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_int4(x, self.packed, self.scale, self.zero, self.n)
-
-
-class TinygemmLinear(nn.Module):
-    """An `Int4Linear` in the layout of torch's int4 CUDA kernel, with the same groups. x is bf16.
-
-    The kernel dequantizes in registers; see docs/decisions/0001-int4-on-cuda.md.
-    """
-
-    weight: Tensor
-    scales_and_zeros: Tensor
-
-    def __init__(self, linear: Int4Linear):
-        super().__init__()
-        self.n, self.group = linear.n, linear.group
-        codes = codes_int4(linear.packed)
-        inner = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
-        even, odd = codes.unflatten(1, (-1, 2)).unbind(2)
-        pairs = (even * 16 + odd).to(torch.uint8)
-        self.register_buffer("weight", torch._convert_weight_to_int4pack(pairs, inner))
-        self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        y = torch._weight_int4pack_mm(rows, self.weight, self.group, self.scales_and_zeros)
-        return y.narrow(1, 0, self.n).view(*x.shape[:-1], self.n)
-
-
-def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
-    """The `TinygemmLinear` of an `Int4Linear`; `linear` itself if it gives other results here."""
-    replacement = TinygemmLinear(linear)
-    x = torch.linspace(-1, 1, linear.packed.shape[1] * 8, device=linear.packed.device).bfloat16()
-    found, expected = replacement(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
-    if (found - expected).abs().max() <= 0.02 * expected.abs().max():
-        return replacement
-    warnings.warn(
-        f"{name}: torch's int4 kernel gives wrong results on this device and is not used",
-        stacklevel=2,
-    )
-    return linear
 
 
 def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:

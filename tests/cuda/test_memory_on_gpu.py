@@ -89,5 +89,7 @@ def test_no_memory_is_lost_from_step_to_step(gpu_only: None, compiled: Engine) -
     sizes = []
     for i in range(4):
         compiled.run([greedy(prompt(n, seed=i), 10) for n in (5, 80, 300)])
-        sizes.append(allocated())
+        gc.collect()
+        torch.cuda.synchronize()
+        sizes.append(torch.cuda.memory_allocated())  # graphs need the workspaces of cuBLAS
     assert sizes[3] - sizes[1] < 1 << 16

@@ -99,7 +99,7 @@ def test_ids_and_log_probabilities() -> None:
 
 @torch.inference_mode()
 def test_a_row_that_is_not_a_number_harms_no_other() -> None:
-    model, step, cache = model_and_step()
+    model, step, _ = model_and_step()
     good = Row(7, 299, Sampling(0.0), None)
     [alone] = draw_rows(step, [good])
     model.tok_embeddings.weight[8] = math.nan

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import Llama, ModelArgs, Transformer
 from llama.layers import kernels
+from llama.layers.gpu_modules import TinygemmLinear, tinygemm_or_same
 from llama.layers.kernel_modules import KernelLinear
 from llama.layers.optimize import optimize
 from llama.layers.quantization import (
@@ -25,8 +26,6 @@ from llama.layers.quantization import (
 from llama.layers.quantized_linear import (
     Int4Linear,
     Int8Linear,
-    TinygemmLinear,
-    tinygemm_or_same,
 )
 from tests.models import random_weights
 
