@@ -361,6 +361,9 @@ class Llama:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
+        unused = [i for i in tokenizer.unused_ids if i < model.vocab_size]
+        device = model.norm.weight.device
+        model.unused = torch.tensor(sorted(unused), device=device) if unused else None
         self.formatter: ChatFormat | None = None
         with suppress(ValueError):  # a base model: only the chat methods are refused
             self.formatter = ChatFormat(tokenizer)
@@ -726,4 +729,5 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """A short text that is the same for equal vocabularies only."""
     digest = hashlib.sha256(b"\n".join(tokenizer.ranks))
     digest.update(repr(sorted(tokenizer.special_tokens.items())).encode())
+    digest.update(repr((tokenizer.stop_tokens, tokenizer.text_tokens.flags)).encode())
     return digest.hexdigest()[:8]

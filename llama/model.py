@@ -376,6 +376,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = nn.Linear(params.dim, share, bias=False)
         self.cache: list[KVCache] | None = None  # of `model(tokens, start_pos)` alone
+        self.unused: Tensor | None  # ids without a token, which the engine never draws
+        self.register_buffer("unused", None, persistent=False)
         # Not a buffer: `.to(torch.bfloat16)` would cast it and lose the imaginary part.
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
@@ -12,6 +11,7 @@ import tiktoken
 from llama.text.long_text import check_characters, encode_uncut
 from llama.text.messages import NO_TOOLS, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
+from llama.text.text_tokens import TextTokens
 from llama.text.tool_prompt import (
     Tool,
     ToolCall,
@@ -54,15 +54,18 @@ class Tokenizer:
 
     A sidecar, a JSON file named like the rank file plus ".json", may describe another vocabulary:
     `pat_str` (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`,
-    `pad_token` (text of a special token, or null), `stop_tokens` (a list of texts), `chat_format`
-    ("llama3", "chatml" or null) and `default_system`. It takes precedence over `version`.
+    `pad_token` (text of a special token, id of an ordinary one, or null), `stop_tokens` (a list of
+    those), `text_tokens` ({text: flags} of special tokens that text stands for, see `TextTokens`),
+    `unused_ids` (without a token), `chat_format` ("llama3", "chatml" or null) and
+    `default_system`. It takes precedence over `version`.
 
     Attributes:
         model: the tiktoken encoding.
-        n_words: size of the vocabulary, special tokens included.
+        n_words: size of the vocabulary, special tokens and unused ids included.
         special_tokens: {text: id}.
         bos_id, eos_id, eot_id, eom_id, pad_id: -1 where the vocabulary has no such token.
         stop_tokens: ids that end a generation.
+        unused_ids: ids without a token, for which the model may have a row. They decode to nothing.
 
     Raises:
         FileNotFoundError: there is no rank file.
@@ -100,16 +103,18 @@ class Tokenizer:
         self.ranks = ranks
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab
+        self.unused_ids: Set[int] = frozenset(spec["unused_ids"])
+        self.text_tokens = TextTokens(spec["text_tokens"])
 
-        def id_of(text: str | None) -> int:
-            return self.special_tokens.get(text, -1) if text else -1
+        def id_of(token: str | int | None) -> int:
+            return token if isinstance(token, int) else self.special_tokens.get(token or "", -1)
 
         self.bos_id: int = id_of(spec["bos_token"])
         self.eos_id: int = id_of(spec["eos_token"])
         self.pad_id: int = id_of(spec["pad_token"])
         self.eot_id: int = id_of("<|eot_id|>")
         self.eom_id: int = id_of("<|eom_id|>")
-        self.stop_tokens: list[int] = [id_of(text) for text in spec["stop_tokens"]]
+        self.stop_tokens = list(dict.fromkeys(map(id_of, spec["stop_tokens"])))
 
     def encode(
         self,
@@ -117,7 +122,7 @@ class Tokenizer:
         *,
         bos: bool,
         eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] | None = None,
+        allowed_special: Literal["all"] | Set[str] | None = None,
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
         """Encode `s`, of any length.
@@ -125,8 +130,8 @@ class Tokenizer:
         Args:
             bos, eos: add the begin / end token, if the vocabulary has one.
             allowed_special: special tokens whose text in `s` becomes their id; "all" for every
-                one. By default none: the text of special tokens is encoded as ordinary characters,
-                so that content cannot forge a turn.
+                one. By default none but `text_tokens`: the text of others is encoded as ordinary
+                characters, so that content cannot forge a turn.
             disallowed_special: special tokens whose text in `s` raises a ValueError.
 
         Unlike the reference, this does not cut long runs of characters, which would change tokens.
@@ -137,10 +142,15 @@ class Tokenizer:
         """
         if not isinstance(s, str):
             raise TypeError(f"text to encode must be a str, not {type(s).__name__}")
-        allowed = allowed_special or set()
-        if self._missing_bytes:
-            check_characters(s, self.pat_str, self.ranks, self._missing_bytes)
-        t = encode_uncut(s, self.model, self.pat_str, self.ranks, allowed, disallowed_special)
+        allowed, t = allowed_special or set(), []
+        for part, is_token in self.text_tokens.split(s):
+            if is_token:
+                t.append(self.special_tokens[part])
+                continue
+            if self._missing_bytes:
+                check_characters(part, self.pat_str, self.ranks, self._missing_bytes)
+            parts = self.model, self.pat_str, self.ranks
+            t += encode_uncut(part, *parts, allowed, disallowed_special)
         if bos and self.bos_id >= 0:
             t.insert(0, self.bos_id)
         if eos and self.eos_id >= 0:
@@ -158,17 +168,11 @@ class Tokenizer:
     def decode_bytes(self, t: Sequence[int]) -> bytes:
         """Like `decode`, but to bytes, which may start or end inside a character."""
         try:
-            return self.model.decode_bytes(list(t))
+            return self.model.decode_bytes([i for i in t if i not in self.unused_ids])
         except (KeyError, OverflowError):
-            wrong = next(i for i in t if not self._has(i))
+            known = {*self.ranks.values(), *self.special_tokens.values(), *self.unused_ids}
+            wrong = next(i for i in t if i not in known)
             raise ValueError(f"no token has the id {wrong}; use 0 to {self.n_words - 1}") from None
-
-    def _has(self, token: int) -> bool:
-        try:
-            self.model.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):
-            return False
-        return True
 
 
 class ChatFormat:

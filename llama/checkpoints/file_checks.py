@@ -69,7 +69,8 @@ def find_damage(path: Path) -> str | None:
         ".pth": _check_pth, ".safetensors": _check_safetensors, ".gguf": _check_gguf,
         ".json": _check_json,
     }  # fmt: skip
-    return check[path.suffix](path) if path.suffix in check else None
+    kind = path.suffix.lower()
+    return check[kind](path) if kind in check else None
 
 
 def file_hash(path: Path, algorithm: str) -> str:

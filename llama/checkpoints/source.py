@@ -88,7 +88,9 @@ class Source(ABC):
         {name: text}: each entry of params.json, and a hash of the files' sizes and `norm.weight`.
         """
         files = [self.path] if self.path.is_file() else self.path.iterdir()
-        sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_SUFFIXES)
+        sizes = sorted(
+            (f.name, f.stat().st_size) for f in files if f.suffix.lower() in WEIGHT_SUFFIXES
+        )
         digest = hashlib.sha256(
             repr(sizes).encode() + self.read("norm.weight").float().numpy().tobytes()
         )

@@ -20,7 +20,9 @@ from llama.checkpoints.file_checks import (
     find_damage,
     is_gguf,
 )
+from llama.checkpoints.formats.gguf_parts import part_paths
 from llama.checkpoints.formats.hf_config import INDEX_FILE
+from llama.checkpoints.locate import checkpoint_folder, expand, gguf_files
 from llama.checkpoints.source import WEIGHT_SUFFIXES, Source
 from llama.checkpoints.weight_checks import check_weights
 
@@ -75,16 +77,21 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
     Raises:
         ImportError: the extra that reads this layout is not installed.
     """
-    path, problems = Path(path), Problems()
+    path, problems = expand(path), Problems()
     if not path.exists():
         problems.add(path, "does not exist", "check the path, or download the checkpoint")
         return problems.lines
-    folder = _checkpoint_folder(path)
+    try:
+        folder = checkpoint_folder(path)
+    except ValueError as e:
+        return [str(e)]
+    except OSError:
+        folder = path
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         problems.add(folder, "cannot be read", "check its permissions")
         return problems.lines
     _check_files(folder, problems)
-    expected = _expected_files(folder, problems) if folder.is_dir() else [folder]
+    expected = _expected_files(folder, problems) if folder.is_dir() else part_paths(folder)
     for file in expected:
         if not file.is_file():
             problems.add(file, "is missing", "download it")
@@ -103,23 +110,17 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
     return problems.lines
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """The folder to check: `path`, or `path/original` if only that holds Meta's files."""
-    original = path / "original"
-    if path.is_dir() and not _find_layout(path) and _find_layout(original) == "meta":
-        return original
-    return path
-
-
 def _find_layout(folder: Path) -> str | None:
     """The layout of the files in a folder: "meta", "hf", "gguf", or None for other files."""
     if (folder / "params.json").is_file():
         return "meta"
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and (
+        any(folder.glob("*.safetensors")) or not gguf_files(folder)
+    ):
         return "hf"
     for layout, pattern in (
         ("meta", "consolidated.*.pth"),
-        ("gguf", "*.gguf"),
+        ("gguf", "*.[gG][gG][uU][fF]"),  # whatever the case
         ("hf", "*.safetensors"),
         ("hf", INDEX_FILE),
     ):
@@ -138,7 +139,7 @@ def _check_files(path: Path, problems: Problems) -> None:
             continue
         elif file.suffix in UNFINISHED_SUFFIXES:
             problems.add(file, "is part of an unfinished download", "finish it, or remove the file")
-        elif file.suffix in parts:
+        elif file.suffix.lower() in parts:
             problems.run(find_damage, file)
     if path.is_file() and path.suffix != ".gguf" and not is_gguf(path):
         problems.add(path, "is not a whole checkpoint", "give the folder that contains it")
@@ -158,12 +159,13 @@ def _expected_files(folder: Path, problems: Problems) -> list[Path]:
             problems.add(folder / "tokenizer.json", "is missing", "download it")
         return files
     if layout == "gguf":
-        files = sorted(folder.glob("*.gguf"))
+        files = gguf_files(folder)
         if len(files) > 1:
             problems.add(
                 folder, f"contains {len(files)} GGUF files", "give the path of one of them"
             )
-        return [*files, *([folder] if len(files) > 1 else [])]
+            return [*files, folder]
+        return [part for file in files for part in part_paths(file)]
     problems.add(
         folder, "contains no checkpoint", "give the folder with params.json or config.json"
     )

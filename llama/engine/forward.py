@@ -117,7 +117,10 @@ def draw_at(
     finite = logits.amax(-1).isfinite().tolist()
     if not all(finite):  # drawing would fail, for all rows
         logits = logits.nan_to_num(0.0, 0.0)
-    drawn = draw(generations, logits)
+    allowed = logits  # log-probabilities are of all ids
+    if model.unused is not None:
+        allowed = logits.index_fill(-1, model.unused, -math.inf)
+    drawn = draw(generations, allowed)
     scores = [0.0] * len(generations)
     if any(generation.request.logprobs for generation in generations):
         scores = chosen_logprobs(logits, drawn).tolist()

@@ -12,6 +12,8 @@ from typing import Literal
 
 import tiktoken
 
+from llama.text.rank_file import LLAMA3_PATTERN
+
 # The stack of tiktoken's regex engine overflows on a whitespace run of almost 10^6 characters.
 _LONG_WHITESPACE = re.compile(r"\s{100000}")
 _CUT_POINT = re.compile(r"(?<=\S) (?=\S)")
@@ -28,12 +30,10 @@ def check_characters(
     Raises:
         ValueError: it cannot; the message names the first such character.
     """
-    import regex
-
     s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
     if missing_bytes.isdisjoint(s.encode()):
         return
-    for piece in regex.findall(pat_str, s):
+    for piece in pieces(pat_str, s):
         if piece.encode() in ranks:
             continue
         for character in piece:
@@ -49,7 +49,10 @@ def encode_uncut(
     allowed_special: Literal["all"] | AbstractSet[str],
     disallowed_special: Literal["all"] | Collection[str],
 ) -> list[int]:
-    """`encoding.encode`; text with a very long run of whitespace is split by the `regex` package.
+    """`encoding.encode`, of all text.
+
+    A very long run of whitespace is split by the `regex` package. So is text that the split pattern
+    does not match: tiktoken drops it, and the `tokenizers` library encodes it.
 
     Args:
         pat_str, ranks: the split pattern and the ranks of `encoding`.
@@ -58,11 +61,12 @@ def encode_uncut(
         ValueError: `s` contains a disallowed special token.
     """
     if not _LONG_WHITESPACE.search(s):
-        return encoding.encode(
+        t = encoding.encode(
             s, allowed_special=allowed_special, disallowed_special=disallowed_special
         )
-    import regex
-
+        dropped = len(s.encode("utf-8", "surrogatepass")) - len(encoding.decode_bytes(t))
+        if pat_str == LLAMA3_PATTERN or not dropped:
+            return t
     specials = encoding.special_tokens_set
     allowed = specials if allowed_special == "all" else set(allowed_special)
     disallowed = specials if disallowed_special == "all" else disallowed_special
@@ -76,14 +80,28 @@ def encode_uncut(
         special_tokens={},
     )
     special = "|".join(re.escape(text) for text in sorted(allowed, key=len, reverse=True))
-    t: list[int] = []
+    t = []
     for part in re.split(f"({special})", s) if special else [s]:
         if part in allowed:
             t.append(encoding.encode_single_token(part))
         else:
-            for piece in regex.finditer(pat_str, part):
-                t.extend(one_piece.encode_ordinary(piece.group()))
+            for piece in pieces(pat_str, part):
+                t.extend(one_piece.encode_ordinary(piece))
     return t
+
+
+def pieces(pat_str: str, s: str) -> Iterator[str]:
+    """What the split pattern matches, and the text between its matches, in order."""
+    import regex
+
+    end = 0
+    for match in regex.finditer(pat_str, s):
+        for piece in (s[end : match.start()], match.group()):
+            if piece:
+                yield piece
+        end = match.end()
+    if end < len(s):
+        yield s[end:]
 
 
 def passages(text: str, size: int) -> Iterator[str]:

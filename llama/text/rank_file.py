@@ -18,6 +18,8 @@ LLAMA3_PATTERN = (
 )
 N_SPECIAL_TOKENS = 256
 CHAT_FORMATS = ("llama3", "chatml")
+# How a token that is recognised in text treats the text beside it, see `llama.text.text_tokens`.
+TEXT_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word")
 
 # The first special tokens of each release, in the order of ids; None is a reserved token.
 SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
@@ -105,6 +107,8 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
         "eos_token": "<|end_of_text|>",
         "pad_token": pad if pad in special else None,
         "stop_tokens": [text for text in stop if text in special],
+        "text_tokens": {},
+        "unused_ids": [],
         "chat_format": "llama3",
         "default_system": None,
     }
@@ -120,7 +124,7 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     if "://" in model_path or not path.is_file():
         return {}
     try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        sidecar = json.loads(path.read_bytes())  # of any UTF, with a byte order mark or without
     except ValueError as e:
         raise ValueError(f"{path} is not JSON: {e}") from None
     known = set(default_spec("llama3", 0))
@@ -130,13 +134,13 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
 
 
 def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
-    """Check that ranks and special tokens together use each id from 0 on exactly once.
+    """Check that ranks, special tokens and unused ids together are each id from 0 on exactly once.
 
     Raises:
-        ValueError: they do not, or `spec` names an unknown special token or chat format.
+        ValueError: they are not, or `spec` names an unknown token or chat format.
     """
     special = spec["special_tokens"]
-    ids = [*ranks.values(), *special.values()]
+    ids = [*ranks.values(), *special.values(), *spec["unused_ids"]]
     if clash := set(special.values()) & set(ranks.values()):
         raise ValueError(
             f"{where} and its .json both use the ids {sorted(clash)[:3]}: they do not belong "
@@ -145,8 +149,12 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     if sorted(ids) != list(range(len(ids))):
         gap = min(set(range(len(ids))) - set(ids), default=len(ids))
         raise ValueError(f"{where} has no token with id {gap}: it is damaged; download it again")
-    named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
-    if unknown := named - set(special) - {None}:
+    roles = [spec[f"{role}_token"] for role in ("bos", "eos", "pad")]
+    named = {*roles, *spec["stop_tokens"], *spec["text_tokens"]}
+    if unknown := named - set(special) - set(ranks.values()) - {None}:
         raise ValueError(f"{where}.json uses special tokens that it does not list: {unknown}")
+    flags = {flag for flags in spec["text_tokens"].values() for flag in flags}
+    if flags - set(TEXT_TOKEN_FLAGS):
+        raise ValueError(f"{where}.json: text_tokens may have the flags {TEXT_TOKEN_FLAGS}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")

@@ -55,7 +55,7 @@ def without(name: str) -> dict[str, np.ndarray]:
         ({"llama.expert_count": 8}, "expert_count is 8"),
         ({"llama.rope.scaling.type": "yarn"}, "scaling.type is 'yarn'"),
         ({"llama.rope.dimension_count": 32}, "dimension_count is 32"),
-        ({"split.count": 2}, "merge the parts"),
+        ({"split.count": 2}, "merge them"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 # GPT-2's split pattern, and the same with every digit split from the rest of the text first.
@@ -21,6 +21,8 @@ DIGITS_PATTERN = (
 )
 # Tokens that end a turn, in any vocabulary that has them.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
+# More ids without a token than this, and than tokens, mean a damaged file.
+MAX_UNUSED = 1024
 # A system turn that a chat template contains as literal text.
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)((?:[^'\"{}\\]|\\.)+?)<\|im_end\|>")
 
@@ -95,37 +97,60 @@ def sidecar(
     eos: int,
     pad: int | None,
     chat_template: str,
+    *,
+    ordinary: Collection[int] = (),
+    stop_ids: Iterable[int] = (),
+    text_tokens: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
+
+    An id below the highest one that is neither special nor ordinary is unused.
 
     Args:
         pat_str: regular expression that splits text before the BPE.
         special_tokens: {text: id}.
-        bos, eos, pad: ids in `special_tokens`; None: no such token.
+        bos, eos, pad: ids; None: no such token.
         chat_template: searched for a default system prompt; it is never evaluated.
+        ordinary: ids of the ordinary tokens.
+        stop_ids: more ids that end a generation; those without a token are ignored.
+        text_tokens: {text: flags} of the tokens that are recognised in text.
 
     Raises:
-        ValueError: one of the ids is not that of a special token.
+        ValueError: bos, eos or pad is no token's id, or most ids have no token.
     """
-    text_of: dict[int | None, str | None] = {i: text for text, i in special_tokens.items()}
-    text_of[None] = None
+    name_of: dict[int | None, str | int | None] = {i: i for i in ordinary}
+    name_of |= {i: text for text, i in special_tokens.items()}
+    unused = _unused_ids({i for i in name_of if i is not None})
+    name_of[None] = None
     for role, i in (("bos", bos), ("eos", eos), ("pad", pad)):
-        if i not in text_of:
-            raise ValueError(f"the {role} token {i} is not a special token")
-    stops = [text_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
+        if i not in name_of:
+            raise ValueError(f"the {role} token {i} is not in the vocabulary")
+    stops = [name_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
+    stops += [name_of[i] for i in stop_ids if i in name_of]
+    tokens_in_text = {text: list(flags) for text, flags in (text_tokens or {}).items()}
+    optional = {"text_tokens": tokens_in_text, "unused_ids": unused}
     chatml = "<|im_start|>" in special_tokens
     found = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
     return {
         "pat_str": pat_str,
         "special_tokens": special_tokens,
-        "bos_token": text_of[bos],
-        "eos_token": text_of[eos],
-        "pad_token": text_of[pad],
+        "bos_token": name_of[bos],
+        "eos_token": name_of[eos],
+        "pad_token": name_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
         "chat_format": "chatml" if chatml else llama3,
         "default_system": _unescape(found[1]) if found else None,
+        **{key: value for key, value in optional.items() if value},
     }
+
+
+def _unused_ids(used: Set[int]) -> list[int]:
+    """The ids below the highest one in `used` that are not in it."""
+    count = max(used, default=-1) + 1
+    if count > 2 * len(used) + MAX_UNUSED:
+        raise ValueError(f"there is a token {count - 1}, and only {len(used)} tokens")
+    return [i for i in range(count) if i not in used]
 
 
 def _unescape(text: str) -> str:

@@ -45,9 +45,8 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """
     text = build_tokenizer(tokenizer).to_str(pretty=True)  # its `save` raises no OSError
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    text_of = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    roles = {f"{role}_token": text_of[i] for role, i in ids.items() if i >= 0}
+    roles = {f"{role}_token": token_text(tokenizer, i) for role, i in ids.items() if i >= 0}
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -79,6 +78,13 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     return CHATML_TEMPLATE.replace("SYSTEM", system)
 
 
+def token_text(tokenizer: Tokenizer, i: int) -> str:
+    """What tokenizer.json calls the token `i`."""
+    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    character = {b: c for c, b in gpt2_bytes().items()}
+    return special.get(i) or "".join(character[b] for b in tokenizer.decode_bytes([i]))
+
+
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer in the `tokenizers` library; it adds BOS."""
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
@@ -100,13 +106,17 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     out.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     out.decoder = decoders.ByteLevel()
-    out.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, _ in special])
+    for text, _ in special:
+        flags = dict.fromkeys(tokenizer.text_tokens.flags.get(text, ()), True)
+        in_text = text in tokenizer.text_tokens.flags
+        token = AddedToken(text, special=not in_text, normalized=False, **flags)
+        (out.add_tokens if in_text else out.add_special_tokens)([token])
     wrong = [text for text, i in special if out.token_to_id(text) != i]
     if wrong:
         raise ValueError(f"the special token {wrong[0]!r} cannot have its id in tokenizer.json")
     after: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if tokenizer.bos_id >= 0:
-        bos = next(text for text, i in special if i == tokenizer.bos_id)
+        bos = token_text(tokenizer, tokenizer.bos_id)
         after.append(
             processors.TemplateProcessing(
                 single=[bos, "$A"],
