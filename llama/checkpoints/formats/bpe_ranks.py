@@ -104,31 +104,27 @@ def sidecar(
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
 
-    An id below the highest one that is neither special nor ordinary is unused.
-
     Args:
         pat_str: regular expression that splits text before the BPE.
         special_tokens: {text: id}.
         bos, eos, pad: ids; None: no such token.
         chat_template: searched for a default system prompt; it is never evaluated.
-        ordinary: ids of the ordinary tokens.
+        ordinary: ids of the ordinary tokens; ids of no token are unused.
         stop_ids: more ids that end a generation; those without a token are ignored.
         text_tokens: {text: flags} of the tokens that are recognised in text.
 
     Raises:
         ValueError: bos, eos or pad is no token's id, or most ids have no token.
     """
-    name_of: dict[int | None, str | int | None] = {i: i for i in ordinary}
+    name_of: dict[int | None, str | int | None] = {None: None} | {i: i for i in ordinary}
     name_of |= {i: text for text, i in special_tokens.items()}
-    unused = _unused_ids({i for i in name_of if i is not None})
-    name_of[None] = None
+    unused = _unused_ids({*ordinary, *special_tokens.values()})
     for role, i in (("bos", bos), ("eos", eos), ("pad", pad)):
         if i not in name_of:
             raise ValueError(f"the {role} token {i} is not in the vocabulary")
     stops = [name_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
     stops += [name_of[i] for i in stop_ids if i in name_of]
-    tokens_in_text = {text: list(flags) for text, flags in (text_tokens or {}).items()}
-    optional = {"text_tokens": tokens_in_text, "unused_ids": unused}
+    optional = {"text_tokens": text_tokens, "unused_ids": unused}
     chatml = "<|im_start|>" in special_tokens
     found = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
