@@ -124,7 +124,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file is not JSON, or is not an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except ValueError as e:
         raise ValueError(f"{path} is not JSON ({e}); download it again") from None
     if not isinstance(value, dict):

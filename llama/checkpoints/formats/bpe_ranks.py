@@ -116,7 +116,7 @@ def sidecar(
     Raises:
         ValueError: bos, eos or pad is no token's id, or most ids have no token.
     """
-    name_of: dict[int | None, str | int | None] = {None: None} | {i: i for i in ordinary}
+    name_of: dict[int | None, str | int | None] = {None: None, **{i: i for i in ordinary}}
     name_of |= {i: text for text, i in special_tokens.items()}
     unused = _unused_ids({*ordinary, *special_tokens.values()})
     for role, i in (("bos", bos), ("eos", eos), ("pad", pad)):

@@ -74,6 +74,7 @@ class HFSource(Source):
         for file in weight_files(self.path):
             self._index_file(file)
         self._positions = config.get("max_position_embeddings")
+        self._add_alias(config.get("tie_word_embeddings", False))
         self.tied = self._is_tied(config.get("tie_word_embeddings", False))
         if self.tied and "tok_embeddings.weight" in self._weights:
             self._weights["output.weight"] = self._weights["tok_embeddings.weight"]
@@ -104,6 +105,18 @@ class HFSource(Source):
                 )
             dtype = SAFETENSORS_DTYPES[kind]
             self._weights[meta] = _StoredWeight(file, name, tuple(part.get_shape()), dtype)
+
+    def _add_alias(self, tied_in_config: bool) -> None:
+        """Give a tied embedding that is stored as lm_head.weight alone its own name.
+
+        `safetensors.torch.save_model` stores one of two names, and the other in the metadata.
+        """
+        head = self._weights.get("output.weight")
+        if head is None or "tok_embeddings.weight" in self._weights:
+            return
+        alias = (head.file.metadata() or {}).get("model.embed_tokens.weight")
+        if tied_in_config or alias == head.name:
+            self._weights["tok_embeddings.weight"] = head
 
     def _is_tied(self, tied_in_config: bool) -> bool:
         """Whether the output's weights are those of the embedding, by config.json and content."""

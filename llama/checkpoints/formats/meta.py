@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import pickle
+import zipfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,9 @@ from llama.model import ModelArgs
 DECIDED_AT_BUILD = {"max_batch_size"}
 # The key that this library adds for quantized weights, see `formats.quantized`.
 QUANTIZATION = "quantization"
+# Where training loops keep the state dict, and what wrapped models put before every name.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+PREFIXES = ("module.", "_orig_mod.", "model.", "_forward_module.")
 # Tensors of old checkpoints that follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
@@ -90,7 +94,8 @@ def read_shard(
             `dtypes`, or would run code.
     """
     try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        mapped = zipfile.is_zipfile(path)  # not a file from before torch 1.6
+        weights = torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as e:
         raise ValueError(
             f"{path} contains more than weights and could run code when loaded; it was refused. "
@@ -103,9 +108,11 @@ def read_shard(
             f"{path} is truncated or is not a torch checkpoint; get or make it again. "
             f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
         ) from None
+    weights = unwrap(weights)
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors: it is not a Llama checkpoint")
-    weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
+    # Plain tensors, without the gradients that a saved nn.Parameter asks for.
+    weights = {name: w.detach() for name, w in weights.items() if name not in IGNORED_WEIGHTS}
     if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
         if quantized[0].endswith((".q", ".packed")):
             raise ValueError(
@@ -117,6 +124,24 @@ def read_shard(
             "scales that this layout does not have: get the bfloat16 release"
         )
     return weights
+
+
+def unwrap(content: Any) -> Any:
+    """The state dict in the content of a `.pth`, without what training loops put around it.
+
+    That is a dict with other things, such as the optimizer's state, and prefixes of the names.
+    """
+    while isinstance(content, dict):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        return content
+    for prefix in [prefix for _ in PREFIXES for prefix in PREFIXES]:  # in any order
+        if content and all(name.startswith(prefix) for name in content):
+            content = {name.removeprefix(prefix): w for name, w in content.items()}
+    return content
 
 
 def is_disk_error(e: Exception) -> bool:
