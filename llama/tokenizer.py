@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
@@ -55,9 +56,8 @@ class Tokenizer:
     A sidecar, a JSON file named like the rank file plus ".json", may describe another vocabulary:
     `pat_str` (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`,
     `pad_token` (text of a special token, id of an ordinary one, or null), `stop_tokens` (a list of
-    those), `text_tokens` ({text: flags} of special tokens that text stands for, see `TextTokens`),
-    `unused_ids` (without a token), `chat_format` ("llama3", "chatml" or null) and
-    `default_system`. It takes precedence over `version`.
+    those), `text_tokens` ({text: flags}, see `TextTokens`), `unused_ids`, `chat_format` ("llama3",
+    "chatml" or null) and `default_system`. It takes precedence over `version`.
 
     Attributes:
         model: the tiktoken encoding.
@@ -73,7 +73,7 @@ class Tokenizer:
     """
 
     def __init__(self, model_path: str | Path, version: str | None = None):
-        model_path = str(model_path)
+        model_path = os.path.expanduser(model_path)
         self._initialize(read_ranks(model_path), read_sidecar(model_path), model_path, version)
 
     @classmethod

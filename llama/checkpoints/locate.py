@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from llama.checkpoints.formats.gguf_parts import part_paths
@@ -12,10 +13,7 @@ from llama.common.listing import listing
 def expand(path: str | Path) -> Path:
     """`path`, with the home folder for a leading `~` unless there is such a file."""
     path = Path(path)
-    try:
-        return path if path.exists() else path.expanduser()
-    except RuntimeError:  # no such user, or no home folder
-        return path
+    return path if path.exists() else Path(os.path.expanduser(path))
 
 
 def checkpoint_folder(path: Path) -> Path:

@@ -59,7 +59,7 @@ def open_checkpoint(path: str | Path) -> Source:
 def find_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     """(content of tokenizer.model, its sidecar or {}) of an open checkpoint; None: it has none.
 
-    In Hugging Face's layout tokenizer.json decides where it differs from a tokenizer.model.
+    A tokenizer.json decides where it differs from a tokenizer.model without a sidecar.
 
     Raises:
         ValueError: the tokenizer is damaged, or a rank file cannot express it.
@@ -72,15 +72,13 @@ def find_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
             if source.layout == "hf" and not is_rank_file(path):  # SentencePiece: the same name
                 continue
             sidecar = read_sidecar(str(path))
-            if source.layout == "hf" and not sidecar:
-                return _reconciled_vocabulary(source, path)
-            return path.read_bytes(), sidecar
+            return (path.read_bytes(), sidecar) if sidecar else _reconciled(source, path)
     return source.vocabulary()
 
 
-def _reconciled_vocabulary(source: Source, path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The rank file `path` of a Hugging Face folder, unless its tokenizer.json differs from it."""
-    from llama.checkpoints.formats.hf_tokenizer_import import agrees, stop_ids
+def _reconciled(source: Source, path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The rank file `path` and more ids that end a turn; or the tokenizer.json that differs."""
+    from llama.checkpoints.formats.hf_tokenizer_import import agrees, read_vocabulary
 
     data = path.read_bytes()
     ranks = parse_ranks(data, str(path))
@@ -88,7 +86,7 @@ def _reconciled_vocabulary(source: Source, path: Path) -> tuple[bytes, dict[str,
     special: dict[str, int] = spec["special_tokens"]
     if not agrees(source.path, ranks, special):
         try:
-            if vocabulary := source.vocabulary():
+            if vocabulary := read_vocabulary(source.path):
                 return vocabulary
         except ValueError as e:
             warnings.warn(
@@ -97,7 +95,7 @@ def _reconciled_vocabulary(source: Source, path: Path) -> tuple[bytes, dict[str,
                 stacklevel=4,
             )
     name_of = {i: i for i in ranks.values()} | {i: text for text, i in special.items()}
-    stops = [name_of[i] for i in stop_ids(source.path) if i in name_of]
+    stops = [name_of[i] for i in source.stop_ids() if i in name_of]
     more = [stop for stop in stops if stop not in spec["stop_tokens"]]
     return data, {"stop_tokens": spec["stop_tokens"] + more} if more else {}
 
@@ -119,6 +117,8 @@ def open_tokenizer(source: Source, tokenizer_path: str | Path | None = None) -> 
     if tokenizer_path is not None:
         tokenizer = Tokenizer(expand(tokenizer_path), _release(source))
         fit_to_rows(tokenizer, source.params["vocab_size"], tokenizer_path)
+        stops = [*tokenizer.stop_tokens, *source.stop_ids()]
+        tokenizer.stop_tokens = list(dict.fromkeys(stops))
         return tokenizer
     vocabulary = find_vocabulary(source)
     if vocabulary is None:

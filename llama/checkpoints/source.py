@@ -82,6 +82,10 @@ class Source(ABC):
         """
         return None
 
+    def stop_ids(self) -> list[int]:
+        """Ids that end a generation, by the checkpoint's files; some may have no token."""
+        return []
+
     def fingerprints(self) -> dict[str, str]:
         """What ranks compare to detect different checkpoints.
 

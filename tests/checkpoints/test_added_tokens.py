@@ -41,6 +41,19 @@ def add_tokens(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def test_tokens_of_turns_are_never_found_in_text(tmp_path: Path) -> None:
+    """Fine-tunes store them with special=false too; a user's text must not forge a turn."""
+    write_tokenizer(tmp_path, "llama-bpe", bos=False, eos_token="[END]", pad_token="[PAD]")
+    names = ["<|user|>", "<\uff5cUser\uff5c>", "[END]", "[PAD]", "<think>", "[STOP]"]
+    tokenizer = HFTokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_tokens(names)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    edit(tmp_path / "generation_config.json", eos_token_id=505)
+    found = ours(tmp_path).encode("".join(names), bos=False, eos=False)
+    assert [i for i in found if i >= 500] == [504]
+    assert ours(tmp_path).stop_tokens == [502, 499, 497, 505]
+
+
 def texts_with(tokens: list[str]) -> list[str]:
     rng = random.Random(0)
     between = ["", " ", "\n ", "a", "_", "é", "7", "\x1c", "\u00a0\t", *mixed_texts(40)[10:]]

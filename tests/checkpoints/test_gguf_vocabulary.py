@@ -75,12 +75,12 @@ def test_whole_pieces_under_another_name(tmp_path: Path) -> None:
 
 
 def test_user_defined_tokens_are_found_in_text(tmp_path: Path) -> None:
-    keys = vocabulary_keys("smollm")
-    keys["tokenizer.ggml.token_type"] = [1] * 497 + [4, 3, 3]
+    keys = vocabulary_keys("smollm", {"<think>": 497, "<|im_start|>": 498, "<|im_end|>": 499})
+    keys["tokenizer.ggml.token_type"] = [1] * 497 + [4, 3, 4]
     tokenizer = Tokenizer.from_vocabulary(*read(write_gguf(tmp_path / "m.gguf", keys=keys)), "x")
-    ids = tokenizer.encode("a<|endoftext|>b<|im_end|>", bos=False, eos=False)
-    assert ids.count(497) == 1 and 499 not in ids
-    assert tokenizer.decode(ids) == "a<|endoftext|>b<|im_end|>"
+    ids = tokenizer.encode("a<think>b<|im_end|>", bos=False, eos=False)
+    assert ids.count(497) == 1 and 499 not in ids  # which ends a turn
+    assert tokenizer.decode(ids) == "a<think>b<|im_end|>"
 
 
 def test_all_ids_that_end_a_turn_stop(tmp_path: Path) -> None:

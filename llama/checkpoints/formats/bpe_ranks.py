@@ -23,6 +23,8 @@ DIGITS_PATTERN = (
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
 # More ids without a token than this, and than tokens, mean a damaged file.
 MAX_UNUSED = 1024
+# Names of tokens that mark turns: <|user|>, and with DeepSeek's bars.
+_MARK = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 # A system turn that a chat template contains as literal text.
 _DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)((?:[^'\"{}\\]|\\.)+?)<\|im_end\|>")
 
@@ -109,24 +111,25 @@ def sidecar(
         special_tokens: {text: id}.
         bos, eos, pad: ids; None: no such token.
         chat_template: searched for a default system prompt; it is never evaluated.
-        ordinary: ids of the ordinary tokens; ids of no token are unused.
+        ordinary: ids of the ordinary tokens; if given, ids of no token are unused.
         stop_ids: more ids that end a generation; those without a token are ignored.
-        text_tokens: {text: flags} of the tokens that are recognised in text.
+        text_tokens: {text: flags} of tokens that text stands for.
 
     Raises:
         ValueError: bos, eos or pad is no token's id, or most ids have no token.
     """
     name_of: dict[int | None, str | int | None] = {None: None, **{i: i for i in ordinary}}
     name_of |= {i: text for text, i in special_tokens.items()}
-    unused = _unused_ids({*ordinary, *special_tokens.values()})
+    unused = _unused_ids({*ordinary, *special_tokens.values()}) if ordinary else []
     for role, i in (("bos", bos), ("eos", eos), ("pad", pad)):
         if i not in name_of:
             raise ValueError(f"the {role} token {i} is not in the vocabulary")
     stops = [name_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
     stops += [name_of[i] for i in stop_ids if i in name_of]
-    optional = {"text_tokens": text_tokens, "unused_ids": unused}
+    found = _found_in_text(text_tokens or {}, {name_of[bos], name_of[pad], *stops})
+    optional = {"text_tokens": found, "unused_ids": unused}
     chatml = "<|im_start|>" in special_tokens
-    found = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
+    system = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
     return {
         "pat_str": pat_str,
@@ -136,7 +139,7 @@ def sidecar(
         "pad_token": name_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
         "chat_format": "chatml" if chatml else llama3,
-        "default_system": _unescape(found[1]) if found else None,
+        "default_system": _unescape(system[1]) if system else None,
         **{key: value for key, value in optional.items() if value},
     }
 
@@ -147,6 +150,17 @@ def _unused_ids(used: Set[int]) -> list[int]:
     if count > 2 * len(used) + MAX_UNUSED:
         raise ValueError(f"there is a token {count - 1}, and only {len(used)} tokens")
     return [i for i in range(count) if i not in used]
+
+
+def _found_in_text(
+    tokens: Mapping[str, Sequence[str]], control: Set[str | int | None]
+) -> dict[str, Sequence[str]]:
+    """`tokens` without those in `control` and those that mark turns: a user could forge a turn."""
+    return {
+        text: flags
+        for text, flags in tokens.items()
+        if text not in control and not _MARK.fullmatch(text)
+    }
 
 
 def _unescape(text: str) -> str:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llama.checkpoints.formats.gguf_parts import check_parts, find_parts
-from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary
+from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary, stop_ids
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
@@ -163,6 +163,9 @@ class GGUFSource(Source):
         """
         return read_vocabulary(self.file)
 
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.file)
+
 
 def _read_params(file: _File) -> dict[str, Any]:
     """The content of params.json that says the same as the file's keys."""
@@ -172,7 +175,7 @@ def _read_params(file: _File) -> dict[str, Any]:
     dim, n_heads = file.count("llama.embedding_length"), file.count("llama.attention.head_count")
     _check_keys(file, dim // n_heads)
     vocab_size = file.shape(EMBEDDING)[0]
-    if file.get("llama.vocab_size", vocab_size) != vocab_size:
+    if file.get("llama.vocab_size", vocab_size) > vocab_size:  # the embeddings may be padded
         raise ValueError(f"{file.path}: llama.vocab_size contradicts {vocab_size} embeddings")
     multiple_of, multiplier = ffn_terms(dim, file.count("llama.feed_forward_length"))
     theta = file.get("llama.rope.freq_base", 10000.0)  # the format's own default

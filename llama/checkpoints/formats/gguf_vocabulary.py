@@ -74,7 +74,7 @@ def read_vocabulary(file: Keys) -> tuple[bytes, dict[str, Any]] | None:
         ids["bos"] = None
     elif ids["bos"] is None:
         file.need("tokenizer.ggml.bos_token_id")
-    ends = [ids[role] for role in ("eos", "eot", "eom") if ids[role] is not None]
+    ends = stop_ids(file)
     if not ends:
         file.need("tokenizer.ggml.eos_token_id")
     if ids["padding"] in ordinary.values():  # some files name an ordinary token, which cannot pad
@@ -93,6 +93,12 @@ def read_vocabulary(file: Keys) -> tuple[bytes, dict[str, Any]] | None:
         )
     except ValueError as e:
         raise ValueError(f"{file.path}: {e}; {WAY_OUT}") from e
+
+
+def stop_ids(file: Keys) -> list[int]:
+    """The ids that end generation."""
+    ids = [file.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")]
+    return [i for i in ids if i is not None]
 
 
 def _pre_tokenizer(file: Keys, special: dict[str, int]) -> PreTokenizer:

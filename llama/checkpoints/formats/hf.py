@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
-from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
+from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary, stop_ids
 from llama.checkpoints.source import Source, same_weights
 from llama.common.files import read_json
 
@@ -160,6 +160,9 @@ class HFSource(Source):
             ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
         """
         return read_vocabulary(self.path)
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.path)
 
 
 def weight_files(folder: Path) -> list[Path]:
