@@ -38,6 +38,7 @@ WRAPPERS: dict[str, Callable[[State], dict[str, Any]]] = {
     "state_dict": lambda state: {"state_dict": OrderedDict(state), "epoch": 1},
     "data parallel": prefixed("module."),
     "compiled": prefixed("_orig_mod."),
+    "other names": lambda state: {"ema": 0.9, "net": {"w": prefixed("llm.")(state)}},
     "all": lambda state: {"model": prefixed("_orig_mod.module.")(parameters(state))},
 }
 

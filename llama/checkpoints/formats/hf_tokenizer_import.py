@@ -93,7 +93,7 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
         if not known:
             raise ValueError("neither tokenizer_config.json nor generation_config.json names EOS")
         eos = known[0]
-    bos = _added_bos(spec.get("post_processor"), special)
+    bos = _added_bos(spec.get("post_processor"))
     template = _chat_template(folder, settings)
     return ranks, sidecar(
         pattern,
@@ -180,8 +180,8 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
-def _added_bos(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
-    """The id of the special token that the post-processor puts before a text; None: none.
+def _added_bos(post_processor: dict[str, Any] | None) -> int | None:
+    """The id of the token that the post-processor puts before a text; None: none.
 
     transformers follows the post-processor and ignores add_bos_token if there is a tokenizer.json.
     """
@@ -189,8 +189,8 @@ def _added_bos(post_processor: dict[str, Any] | None, special: dict[str, int]) -
     steps = top["processors"] if top.get("type") == "Sequence" else [top]
     for step in steps:
         if step.get("type") == "TemplateProcessing":
-            first = step["single"][0]
-            return special[first["SpecialToken"]["id"]] if "SpecialToken" in first else None
+            first = step["single"][0].get("SpecialToken")
+            return step["special_tokens"][first["id"]]["ids"][0] if first else None
     return None
 
 

@@ -27,9 +27,9 @@ from llama.model import ModelArgs
 DECIDED_AT_BUILD = {"max_batch_size"}
 # The key that this library adds for quantized weights, see `formats.quantized`.
 QUANTIZATION = "quantization"
-# Where training loops keep the state dict, and what wrapped models put before every name.
+EMBEDDING = "tok_embeddings.weight"
+# Where training loops keep the state dict.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-PREFIXES = ("module.", "_orig_mod.", "model.", "_forward_module.")
 # Tensors of old checkpoints that follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
@@ -129,19 +129,27 @@ def read_shard(
 def unwrap(content: Any) -> Any:
     """The state dict in the content of a `.pth`, without what training loops put around it.
 
-    That is a dict with other things, such as the optimizer's state, and prefixes of the names.
+    That is a dict with other things, such as the optimizer's state, and a prefix of all names.
     """
-    while isinstance(content, dict):
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    state = _find_state_dict(content)
+    if state is None:
+        return content  # the caller's checks say what is wrong
+    name = next(name for name in state if str(name).endswith(EMBEDDING))
+    prefix = name.removesuffix(EMBEDDING)
+    if not all(str(name).startswith(prefix) for name in state):
+        return state
+    return {name.removeprefix(prefix): w for name, w in state.items()}
+
+
+def _find_state_dict(content: Any, depth: int = 3) -> dict[str, Any] | None:
+    """The dict in nested dicts that has the embedding; those under usual names come first."""
+    if not isinstance(content, dict):
+        return None
+    if any(str(name).endswith(EMBEDDING) for name in content):
         return content
-    for prefix in [prefix for _ in PREFIXES for prefix in PREFIXES]:  # in any order
-        if content and all(name.startswith(prefix) for name in content):
-            content = {name.removeprefix(prefix): w for name, w in content.items()}
-    return content
+    inside = sorted(content, key=lambda name: name not in WRAPPERS) if depth else []
+    found = (_find_state_dict(content[name], depth - 1) for name in inside)
+    return next((state for state in found if state is not None), None)
 
 
 def is_disk_error(e: Exception) -> bool:
