@@ -92,6 +92,19 @@ def test_rows_without_a_token(
         llama.tokenizer.decode([rows])
 
 
+def test_rows_without_a_token_may_hold_anything(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "m", 507)
+    expected = build(tmp_path / "m").generate([[5, 6]], 9, temperature=0.0)
+    with torch.no_grad():
+        model.lm_head.weight[TOKENS:] = torch.nan
+        model.lm_head.weight[506] = torch.inf
+    model.save_pretrained(tmp_path / "m")
+    llama = build(tmp_path / "m")
+    assert llama.generate([[5, 6]], 9, temperature=0.0) == expected
+    llama.tokenizer.stop_tokens = []
+    assert len(llama.generate([[5, 6]], 30, seed=1)[0][0]) == 30
+
+
 def test_tokens_without_a_row(tmp_path: Path) -> None:
     write_model(tmp_path / "m", TOKENS, added=("[PAD]",))
     for name, verb in verbs(tmp_path / "m").items():
