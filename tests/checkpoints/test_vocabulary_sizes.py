@@ -148,9 +148,22 @@ def test_tokenizer_of_another_model(rows: int, tmp_path: Path) -> None:
     assert not any((tmp_path / "out").glob("*"))
 
 
-def test_gguf_with_padded_rows(tmp_path: Path) -> None:
+def test_gguf_with_a_token_without_a_row(tmp_path: Path) -> None:
+    special = {"<|endoftext|>": 497, "<|im_start|>": 498, "<|im_end|>": 499, "[PAD]": 500}
+    write_gguf(tmp_path / "m.gguf", keys=vocabulary_keys("llama-bpe", special))
+    for verb in verbs(tmp_path / "m.gguf").values():
+        with pytest.warns(UserWarning, match=r"it cannot be given \[PAD\] \(500\)"):
+            verb()
+
+
+@pytest.mark.parametrize("padding", [0, 12])
+def test_gguf_with_padded_rows(padding: int, tmp_path: Path) -> None:
+    """With tokens of type UNUSED for the padding, as converters write them, or without."""
     path = tmp_path / "m.gguf"
-    write_gguf(path, weights(vocab=512), keys=vocabulary_keys("llama-bpe"))
+    keys = vocabulary_keys("llama-bpe")
+    keys["tokenizer.ggml.tokens"] += [f"[PAD{i}]" for i in range(500, 500 + padding)]
+    keys["tokenizer.ggml.token_type"] += [5] * padding
+    write_gguf(path, weights(vocab=512), keys=keys | {"llama.vocab_size": 500 + padding})
     llama = build(path)
     drawn, _ = llama.generate([[5]], 60, temperature=9.0, top_p=1.0, seed=3)
     assert max(drawn[0]) < TOKENS and llama.tokenizer.decode([511]) == ""
