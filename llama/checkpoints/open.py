@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoints.formats.chat_settings import chat_settings
 from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
 from llama.checkpoints.source import Source
-from llama.text.rank_file import read_sidecar
+from llama.text.rank_file import default_spec, parse_ranks, read_sidecar
 from llama.tokenizer import Tokenizer
 
 
@@ -47,6 +48,32 @@ def open_checkpoint(path: str | Path) -> Source:
 
 def find_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     """(content of tokenizer.model, its sidecar or {}) of an open checkpoint; None: it has none."""
+    found = _stored_vocabulary(source)
+    return found and (found[0], with_chat(source, *found))
+
+
+def with_chat(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """`sidecar` and how the checkpoint's chats are prompted, unless it says so itself.
+
+    Raises:
+        ValueError: the files with the chat template are damaged.
+    """
+    stored = source.chat_templates()
+    if "chat_templates" in sidecar or not (stored.sources or stored.add_bos):
+        return sidecar
+    spec = sidecar
+    if "special_tokens" not in spec:
+        first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
+        spec = default_spec(_version(source), first_id) | sidecar
+    return sidecar | chat_settings(stored, spec)
+
+
+def _version(source: Source) -> str:
+    """Whose special tokens a rank file without a sidecar has, see `Tokenizer`."""
+    return "llama3.1" if source.params.get("use_scaled_rope") else "llama3"
+
+
+def _stored_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file
 
     folder = source.path if source.path.is_dir() else source.path.parent
@@ -65,8 +92,12 @@ def open_tokenizer(source: Source, tokenizer_path: str | Path | None = None) -> 
         FileNotFoundError: there is none.
         ValueError: it cannot be read, or its size is not that of the model's vocabulary.
     """
-    version = "llama3.1" if source.params.get("use_scaled_rope") else "llama3"  # the 3.1 releases
-    if tokenizer_path is not None:
+    version = _version(source)
+    if tokenizer_path is not None and Path(tokenizer_path).is_file():
+        data, path = Path(tokenizer_path).read_bytes(), str(tokenizer_path)
+        sidecar = with_chat(source, data, read_sidecar(path))
+        tokenizer = Tokenizer.from_vocabulary(data, sidecar, path, version)
+    elif tokenizer_path is not None:
         tokenizer = Tokenizer(tokenizer_path, version)
     else:
         vocabulary = find_vocabulary(source)

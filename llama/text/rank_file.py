@@ -17,7 +17,7 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 N_SPECIAL_TOKENS = 256
-CHAT_FORMATS = ("llama3", "chatml")
+CHAT_FORMATS = ("llama3", "chatml", "template")
 
 # The first special tokens of each release, in the order of ids; None is a reserved token.
 SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
@@ -107,6 +107,9 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
         "stop_tokens": [text for text in stop if text in special],
         "chat_format": "llama3",
         "default_system": None,
+        "chat_bos": None,
+        "chat_templates": {},
+        "template_tokens": {},
     }
 
 
@@ -150,3 +153,9 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
         raise ValueError(f"{where}.json uses special tokens that it does not list: {unknown}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")
+    if spec["chat_bos"] is not None and spec["chat_bos"] not in special:
+        raise ValueError(f"{where}.json: chat_bos must be null or a special token")
+    for key in ("chat_templates", "template_tokens"):
+        table = spec[key]
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError(f"{where}.json: {key} must be an object of texts")

@@ -96,7 +96,7 @@ def test_rank_file_of_the_demo_model(
     ],
 )
 def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: Path) -> None:
-    keys = vocabulary_keys(pre) | {"tokenizer.chat_template": TEMPLATE}
+    keys = vocabulary_keys(pre)
     keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     keys["tokenizer.ggml.padding_token_id"] = 497
     assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1] == {
@@ -107,11 +107,8 @@ def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: P
         "pad_token": "<|endoftext|>",
         "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
         "chat_format": "chatml",
-        "default_system": "Be brief.",
+        "default_system": None,
     }
-
-
-TEMPLATE = "{% if true %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
 
 
 def test_unused_tokens_keep_their_ids(tmp_path: Path) -> None:

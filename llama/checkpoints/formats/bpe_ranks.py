@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,8 +20,6 @@ DIGITS_PATTERN = (
 )
 # Tokens that end a turn, in any vocabulary that has them.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
-# A system turn that a chat template contains as literal text.
-_DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)((?:[^'\"{}\\]|\\.)+?)<\|im_end\|>")
 
 
 def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bool) -> bytes:
@@ -94,15 +91,15 @@ def sidecar(
     bos: int | None,
     eos: int,
     pad: int | None,
-    chat_template: str,
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
+
+    The chat format is the one whose tokens there are; a chat template can say another.
 
     Args:
         pat_str: regular expression that splits text before the BPE.
         special_tokens: {text: id}.
         bos, eos, pad: ids in `special_tokens`; None: no such token.
-        chat_template: searched for a default system prompt; it is never evaluated.
 
     Raises:
         ValueError: one of the ids is not that of a special token.
@@ -114,7 +111,6 @@ def sidecar(
             raise ValueError(f"the {role} token {i} is not a special token")
     stops = [text_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
     chatml = "<|im_start|>" in special_tokens
-    found = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
     return {
         "pat_str": pat_str,
@@ -124,10 +120,5 @@ def sidecar(
         "pad_token": text_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
         "chat_format": "chatml" if chatml else llama3,
-        "default_system": _unescape(found[1]) if found else None,
+        "default_system": None,
     }
-
-
-def _unescape(text: str) -> str:
-    """Resolve a quoted string's escapes: `\\n` is a newline, `\\x` is x for any other x."""
-    return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text, flags=re.DOTALL)

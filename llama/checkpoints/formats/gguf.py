@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_gguf_templates
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
@@ -151,6 +152,10 @@ class GGUFSource(Source):
         """
         return _read_tokenizer(self.file)
 
+    def chat_templates(self) -> StoredTemplates:
+        """See `Source.chat_templates`."""
+        return read_gguf_templates(self.file.get)
+
 
 def _read_params(file: _File) -> dict[str, Any]:
     """The content of params.json that says the same as the file's keys."""
@@ -268,12 +273,10 @@ def _read_tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
     eos, pad = file.need("tokenizer.ggml.eos_token_id"), file.get("tokenizer.ggml.padding_token_id")
     if pad in ordinary.values():  # some files name an ordinary token, which cannot pad
         pad = None
-    merges, template = file.need("tokenizer.ggml.merges"), file.get("tokenizer.chat_template", "")
+    merges = file.need("tokenizer.ggml.merges")
     try:
         ranks = rank_file(ordinary, merges, whole_pieces=llama3)
-        return ranks, sidecar(
-            PATTERNS[pre], special, bos=bos, eos=eos, pad=pad, chat_template=template
-        )
+        return ranks, sidecar(PATTERNS[pre], special, bos=bos, eos=eos, pad=pad)
     except ValueError as e:
         raise ValueError(f"{file.path}: {e}; use the model's own tokenizer.model") from e
 
