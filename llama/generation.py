@@ -356,7 +356,7 @@ class Llama:
 
     Attributes:
         model, tokenizer, engine: the parts; see their classes.
-        formatter: the chat format; None for a base model's vocabulary.
+        formatter: the chat format; None if there is none, or its template cannot be used.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):

@@ -12,7 +12,7 @@ import tiktoken
 from llama.text.chat_formats import ChatML, Writer
 from llama.text.chat_template import Piece, named_template
 from llama.text.long_text import check_characters, encode_uncut
-from llama.text.messages import NO_TOOLS, Dialog, Message, check_dialog, check_message
+from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.tool_prompt import (
     Tool,
@@ -22,6 +22,8 @@ from llama.text.tool_prompt import (
     is_code,
     with_tools,
 )  # fmt: skip
+
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
 
 class Tokenizer:

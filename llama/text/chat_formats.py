@@ -16,6 +16,7 @@ from llama.text.chat_template import (
     Piece,
     said,
 )
+from llama.text.tool_prompt import with_tools
 
 # The system turn of the published templates of Llama 3.1 and later starts with two dates.
 _DATES = re.compile(
@@ -88,7 +89,9 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
     except ValueError:
         return other
     if all(map(lambda text, dialog: _without_dates(text) == _llama3(dialog), written, tried)):
-        known = not template.takes_tools or _LLAMA31_TOOLS in template.text(tried[0], [TOOL])
+        with_tool = template.text(tried[0], [TOOL]) if template.takes_tools else _LLAMA31_TOOLS
+        ours = _llama3(with_tools(tried[0], [TOOL]))
+        known = _LLAMA31_TOOLS in with_tool or with_tool == ours
         return ("llama3", None, None) if known else other
     bos = template.variables.get("bos_token") or None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", _tail(written[0], bos), re.S)

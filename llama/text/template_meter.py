@@ -14,7 +14,7 @@ import jinja2
 
 BUDGET, PER_INPUT = 5_000_000, 100  # most work: a constant, and more for each character of input
 OPERATION = 20  # what a step costs beside the size of its values
-MAX_VALUE = 1_000_000  # characters and items of one value, beside 4 times the input
+MAX_VALUE = 1_000_000  # characters of one value, beside 4 times the input; an 8th as many items
 MAX_DEPTH = 64  # of nested lists and dicts
 
 
@@ -49,10 +49,10 @@ def measure(value: Any, most: int = 10**9) -> tuple[int, int, int]:
                 inner += v
             elif isinstance(v, Namespace) and depth:
                 raise TooMuchError("it puts a namespace into another value")
-            if len(inner) > most:
+            if len(inner) > most // 8:
                 break
         items += len(level)
-        if items + characters + len(inner) > most:
+        if characters > most or items + len(inner) > most // 8:
             raise TooMuchError("it makes a value that is too large")
         if not inner:
             return items, characters, depth
@@ -98,19 +98,19 @@ class Meter(threading.local):
         """The filter `replace`."""
         s, old, new = str(self.read(s)), str(self.read(old)), str(self.read(new))
         self.check(len(s) + s.count(old) * len(new))
-        return s.replace(old, new, -1 if count is None else count)
+        return str(s.replace(old, new, -1 if count is None else count))
 
     def join(self, values: Any, between: Any = "") -> str:
         """The filter `join`."""
         values, between = self.read(list(values)), str(self.read(between))
         self.check(len(values) * len(between))
-        return between.join(map(str, values))
+        return str(between.join(map(str, values)))
 
     def indent(self, s: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
         """The filter `indent`."""
         s = str(self.read(s))
         self.check((s.count("\n") + 1) * (width if isinstance(width, int) else len(width)))
-        return jinja2.filters.do_indent(s, width, first, blank)
+        return str(jinja2.filters.do_indent(s, width, first, blank))
 
     def format(self, text: str, *args: Any, **kwargs: Any) -> None:
         """Check a call of `str.format`."""

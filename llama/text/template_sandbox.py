@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 from jinja2 import nodes
@@ -111,7 +111,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for name in ("replace", "join", "indent", "tojson"):
             self.filters[name] = getattr(self.meter, name, self.tojson)
         for name in COMPARES:
-            self.tests[name] = self._comparing(self.tests[name])
+            self.tests[name] = self._comparing(cast(Callable[..., Any], self.tests[name]))
         self.globals = {
             "range": self.globals["range"],
             "dict": lambda *args, **kwargs: dict(*args, **kwargs),
@@ -203,7 +203,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if obj.__name__ == "replace":
                 return self.made(self.meter.replace(owner, *args, **kwargs))
             if obj.__name__ == "join":
-                return self.made(self.meter.join(*args, owner))
+                return self.made(self.meter.join(args[0], owner))
         return self.made(super().call(context, obj, *args, **kwargs))
 
     def tojson(

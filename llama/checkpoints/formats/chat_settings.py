@@ -95,7 +95,7 @@ def chat_settings(stored: StoredTemplates, spec: Mapping[str, Any]) -> dict[str,
     text_of = {i: text for text, i in special_tokens.items()}
     tokens = {k: text_of.get(v) if isinstance(v, int) else v for k, v in stored.tokens.items()}
     texts = {name: text for name, text in tokens.items() if text is not None}
-    bos = spec["bos_token"] if stored.add_bos else None
+    bos = spec["bos_token"] if stored.add_bos and isinstance(spec["bos_token"], str) else None
     if not stored.sources:
         chatml = bos and bos != "<|im_start|>" and "<|im_start|>" in special_tokens
         return {"chat_bos": bos} if chatml else {}
