@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoints.formats.chat_settings import chat_settings
 from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
 from llama.checkpoints.locate import checkpoint_folder, expand, only_gguf
@@ -64,6 +65,28 @@ def find_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     Raises:
         ValueError: the tokenizer is damaged, or a rank file cannot express it.
     """
+    found = _stored_vocabulary(source)
+    return found and (found[0], with_chat(source, *found))
+
+
+def with_chat(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """`sidecar` and how the checkpoint's chats are prompted, unless it says so itself.
+
+    Raises:
+        ValueError: the files with the chat template are damaged.
+    """
+    stored = source.chat_templates()
+    if "chat_templates" in sidecar or not (stored.sources or stored.add_bos):
+        return sidecar
+    spec = sidecar
+    if "special_tokens" not in spec:
+        first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
+        spec = default_spec(_release(source), first_id) | sidecar
+    return sidecar | chat_settings(stored, spec)
+
+
+def _stored_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
+    """`find_vocabulary` without what the chat template says."""
     from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file
 
     folder = source.path if source.path.is_dir() else source.path.parent
@@ -115,7 +138,13 @@ def open_tokenizer(source: Source, tokenizer_path: str | Path | None = None) -> 
         ValueError: it cannot be read, or it is not of this model.
     """
     if tokenizer_path is not None:
-        tokenizer = Tokenizer(expand(tokenizer_path), _release(source))
+        path = expand(tokenizer_path)
+        if path.is_file():
+            data = path.read_bytes()
+            sidecar = with_chat(source, data, read_sidecar(str(path)))
+            tokenizer = Tokenizer.from_vocabulary(data, sidecar, str(path), _release(source))
+        else:  # an address, or nothing
+            tokenizer = Tokenizer(tokenizer_path, _release(source))
         fit_to_rows(tokenizer, source.params["vocab_size"], tokenizer_path)
         stops = [*tokenizer.stop_tokens, *source.stop_ids()]
         tokenizer.stop_tokens = list(dict.fromkeys(stops))

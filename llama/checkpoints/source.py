@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoints.formats.chat_settings import StoredTemplates
 from llama.common.listing import listing
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
@@ -85,6 +86,10 @@ class Source(ABC):
     def stop_ids(self) -> list[int]:
         """Ids that end a generation, by the checkpoint's files; some may have no token."""
         return []
+
+    def chat_templates(self) -> StoredTemplates:
+        """The chat templates in the checkpoint's files."""
+        return StoredTemplates()
 
     def fingerprints(self) -> dict[str, str]:
         """What ranks compare to detect different checkpoints.

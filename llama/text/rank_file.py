@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 N_SPECIAL_TOKENS = 256
-CHAT_FORMATS = ("llama3", "chatml")
+CHAT_FORMATS = ("llama3", "chatml", "template")
 # How a token that is recognised in text treats the text beside it, see `llama.text.text_tokens`.
 TEXT_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word")
 
@@ -65,11 +66,12 @@ def read_ranks(model_path: str) -> dict[bytes, int]:
 
         with blobfile.BlobFile(model_path, "rb") as f:
             return parse_ranks(f.read(), model_path)
-    if not Path(model_path).is_file():
+    path = Path(os.path.expanduser(model_path))
+    if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer at {model_path}; give the path of the checkpoint's tokenizer.model file"
         )
-    return parse_ranks(Path(model_path).read_bytes(), model_path)
+    return parse_ranks(path.read_bytes(), model_path)
 
 
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
@@ -111,6 +113,9 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
         "unused_ids": [],
         "chat_format": "llama3",
         "default_system": None,
+        "chat_bos": None,
+        "chat_templates": {},
+        "template_tokens": {},
     }
 
 
@@ -120,7 +125,7 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     Raises:
         ValueError: the sidecar is not a JSON object with known keys.
     """
-    path = Path(model_path + ".json")
+    path = Path(os.path.expanduser(model_path + ".json"))
     if "://" in model_path or not path.is_file():
         return {}
     try:
@@ -158,3 +163,9 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
         raise ValueError(f"{where}.json: text_tokens may have the flags {TEXT_TOKEN_FLAGS}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")
+    if spec["chat_bos"] is not None and spec["chat_bos"] not in special:
+        raise ValueError(f"{where}.json: chat_bos must be null or a special token")
+    for key in ("chat_templates", "template_tokens"):
+        table = spec[key]
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError(f"{where}.json: {key} must be an object of texts")

@@ -143,28 +143,10 @@ def test_sidecar(
     expected: dict[str, Any],
 ) -> None:
     common = {"pat_str": "[ab]", "special_tokens": special, "default_system": None}
-    assert sidecar("[ab]", special, bos, eos, pad, "") == common | expected
+    assert sidecar("[ab]", special, bos, eos, pad) == common | expected
 
 
 @pytest.mark.parametrize("ids", [(5, 499, None), (None, 5, None), (None, 499, 5)])
-def test_sidecar_names_only_special_tokens(ids: tuple[Any, Any, Any]) -> None:
-    with pytest.raises(ValueError, match="token 5 is not a special token"):
-        sidecar("", SPECIAL, *ids, "")
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        ("{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}", "Be brief."),
-        ("{{ '<|im_start|>system\\nBe brief.\\nPlease.<|im_end|>' }}", "Be brief.\nPlease."),
-        ("{{ '<|im_start|>system\nYou\\'re kind<|im_end|>' }}", "You're kind"),
-        ("<|im_start|>system\nOutside quotes<|im_end|>{{ 1 }}", "Outside quotes"),
-        ("{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}", None),
-        ("<|im_start|>system\n{{ system }}<|im_end|>", None),
-        ("{{ '<|im_start|>user\nHello<|im_end|>' }}", None),
-        ("", None),
-    ],
-)
-def test_default_system(template: str, expected: str | None) -> None:
-    assert sidecar("", SPECIAL, None, 499, None, template)["default_system"] == expected
-    assert sidecar("", LLAMA3, None, 8, None, template)["default_system"] is None
+def test_sidecar_names_only_tokens(ids: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(ValueError, match="token 5 is not in the vocabulary"):
+        sidecar("", SPECIAL, *ids)

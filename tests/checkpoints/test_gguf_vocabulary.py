@@ -145,7 +145,7 @@ def test_rank_file_of_the_demo_model(
     ],
 )
 def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: Path) -> None:
-    keys = vocabulary_keys(pre) | {"tokenizer.chat_template": TEMPLATE}
+    keys = vocabulary_keys(pre)
     keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     keys["tokenizer.ggml.padding_token_id"] = 497
     assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1] == {
@@ -156,11 +156,8 @@ def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: P
         "pad_token": "<|endoftext|>",
         "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
         "chat_format": "chatml",
-        "default_system": "Be brief.",
+        "default_system": None,
     }
-
-
-TEMPLATE = "{% if true %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
 
 
 def test_unused_tokens_have_an_id_and_no_text(tmp_path: Path) -> None:

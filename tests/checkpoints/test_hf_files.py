@@ -152,25 +152,19 @@ def test_gpt2_pattern_and_list_merges(tmp_path: Path) -> None:
         assert tokenizer.encode(text, bos=False, eos=False) == reference.encode(text), repr(text)
 
 
-def test_stop_tokens_and_system(tmp_path: Path) -> None:
-    template = "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"
-    write_tokenizer(tmp_path, "smollm", False, eos_token=None, chat_template=template)
+def test_stop_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm", False, eos_token=None)
     with pytest.raises(ValueError, match="names EOS"):
         read_vocabulary(tmp_path)
     edit(tmp_path / "config.json", eos_token_id=499)
     assert ours(tmp_path).stop_tokens == [499, 497]
     edit(tmp_path / "generation_config.json", eos_token_id=[498, 497])
     assert ours(tmp_path).stop_tokens == [498, 499, 497]  # of both files
-    assert ours(tmp_path).default_system == "Be kind."
     edit(tmp_path / "special_tokens_map.json", eos_token={"content": "<|endoftext|>"})
-    edit(tmp_path / "tokenizer_config.json", chat_template=[{"name": "tool", "template": template}])
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert ours(tmp_path).eos_id == 497
-    assert ours(tmp_path).default_system is None
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert ours(tmp_path).default_system == "Be kind."
     edit(tmp_path / "generation_config.json", eos_token_id=[5, 497, 1000])  # 5: an ordinary token
     assert ours(tmp_path).stop_tokens == [497, 499, 5]
     edit(tmp_path / "special_tokens_map.json", eos_token=trained()[0][7])

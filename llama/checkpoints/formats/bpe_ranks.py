@@ -25,8 +25,6 @@ STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|e
 MAX_UNUSED = 1024
 # Names of tokens that mark turns: <|user|>, and with DeepSeek's bars.
 _MARK = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
-# A system turn that a chat template contains as literal text.
-_DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)((?:[^'\"{}\\]|\\.)+?)<\|im_end\|>")
 
 
 def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bool) -> bytes:
@@ -98,7 +96,6 @@ def sidecar(
     bos: int | None,
     eos: int,
     pad: int | None,
-    chat_template: str,
     *,
     ordinary: Collection[int] = (),
     stop_ids: Iterable[int] = (),
@@ -106,11 +103,12 @@ def sidecar(
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
 
+    The chat format is the one whose tokens there are; a chat template can say another.
+
     Args:
         pat_str: regular expression that splits text before the BPE.
         special_tokens: {text: id}.
         bos, eos, pad: ids; None: no such token.
-        chat_template: searched for a default system prompt; it is never evaluated.
         ordinary: ids of the ordinary tokens; if given, ids of no token are unused.
         stop_ids: more ids that end a generation; those without a token are ignored.
         text_tokens: {text: flags} of tokens that text stands for.
@@ -129,7 +127,6 @@ def sidecar(
     found = _found_in_text(text_tokens or {}, {name_of[bos], name_of[pad], *stops})
     optional = {"text_tokens": found, "unused_ids": unused}
     chatml = "<|im_start|>" in special_tokens
-    system = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
     return {
         "pat_str": pat_str,
@@ -139,7 +136,7 @@ def sidecar(
         "pad_token": name_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
         "chat_format": "chatml" if chatml else llama3,
-        "default_system": _unescape(system[1]) if system else None,
+        "default_system": None,
         **{key: value for key, value in optional.items() if value},
     }
 
@@ -161,8 +158,3 @@ def _found_in_text(
         for text, flags in tokens.items()
         if text not in control and not _MARK.fullmatch(text)
     }
-
-
-def _unescape(text: str) -> str:
-    """Resolve a quoted string's escapes: `\\n` is a newline, `\\x` is x for any other x."""
-    return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text, flags=re.DOTALL)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_gguf_templates
 from llama.checkpoints.formats.gguf_parts import check_parts, find_parts
 from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary, stop_ids
 from llama.checkpoints.formats.params import ffn_terms
@@ -165,6 +166,10 @@ class GGUFSource(Source):
 
     def stop_ids(self) -> list[int]:
         return stop_ids(self.file)
+
+    def chat_templates(self) -> StoredTemplates:
+        """See `Source.chat_templates`."""
+        return read_gguf_templates(self.file.get)
 
 
 def _read_params(file: _File) -> dict[str, Any]:

@@ -86,7 +86,6 @@ def read_vocabulary(file: Keys) -> tuple[bytes, dict[str, Any]] | None:
             bos=ids["bos"],
             eos=ends[0],
             pad=ids["padding"],
-            chat_template=file.get("tokenizer.chat_template", ""),
             ordinary=ordinary.values(),
             stop_ids=ends,
             text_tokens=dict.fromkeys(in_text, ()),

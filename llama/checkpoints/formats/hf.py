@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
 from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary, stop_ids
 from llama.checkpoints.source import Source, same_weights
@@ -163,6 +164,10 @@ class HFSource(Source):
 
     def stop_ids(self) -> list[int]:
         return stop_ids(self.path)
+
+    def chat_templates(self) -> StoredTemplates:
+        """See `Source.chat_templates`."""
+        return read_hf_templates(self.path)
 
 
 def weight_files(folder: Path) -> list[Path]:

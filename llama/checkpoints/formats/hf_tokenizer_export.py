@@ -47,6 +47,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
     roles = {f"{role}_token": token_text(tokenizer, i) for role, i in ids.items() if i >= 0}
+    roles |= tokenizer.template_tokens
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -54,14 +55,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "clean_up_tokenization_spaces": False,
         **roles,
     }
-    if (template := chat_template(tokenizer)) is not None:
+    if tokenizer.chat_templates:
+        named = [{"name": k, "template": v} for k, v in tokenizer.chat_templates.items()]
+        only = list(tokenizer.chat_templates) == ["default"]
+        settings["chat_template"] = tokenizer.chat_templates["default"] if only else named
+    elif (template := chat_template(tokenizer)) is not None:
         settings["chat_template"] = template
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", roles)
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:
-    """The Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
+    """A Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
+
+    For checkpoints without a template of their own.
 
     Unlike in `ChatFormat`, the text of a special token in a message becomes that token.
     """
@@ -75,7 +82,8 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
         for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
             quoted = quoted.replace(character, escape)
         system = DEFAULT_SYSTEM.replace("TEXT", quoted)
-    return CHATML_TEMPLATE.replace("SYSTEM", system)
+    template = CHATML_TEMPLATE.replace("SYSTEM", system)
+    return f"{{{{ '{tokenizer.chat_bos}' }}}}{template}" if tokenizer.chat_bos else template
 
 
 def token_text(tokenizer: Tokenizer, i: int) -> str:

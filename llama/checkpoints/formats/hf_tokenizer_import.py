@@ -1,6 +1,6 @@
 """Hugging Face's tokenizer.json and its settings -> a tiktoken rank file and its sidecar.
 
-Nothing in the files is evaluated, chat templates included. Knows no weights.
+Nothing in the files is evaluated. Knows no weights and no chat templates: see `chat_settings`.
 """
 
 from __future__ import annotations
@@ -94,14 +94,12 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
             raise ValueError("neither tokenizer_config.json nor generation_config.json names EOS")
         eos = known[0]
     bos = _added_bos(spec.get("post_processor"))
-    template = _chat_template(folder, settings)
     return ranks, sidecar(
         pattern,
         special,
         bos=bos,
         eos=eos,
         pad=id_of("pad", special),
-        chat_template=template,
         ordinary=tokens.values(),
         stop_ids=known,
         text_tokens=in_text,
@@ -204,14 +202,3 @@ def stop_ids(folder: Path) -> list[int]:
                 raise ValueError(f"{folder / name}: eos_token_id must be ids, not {found!r}")
             ids.append(i)
     return list(dict.fromkeys(ids))
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
-    """The text of the default chat template, from its own file or the settings."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t["name"] == "default"), "")
-    return str(template)
