@@ -7,8 +7,6 @@ read from the disk when it is used.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor
 from llama.checkpoints.source import Source, same_weights
 from llama.common.dtypes import DTYPES
 from llama.common.files import read_json
+from llama.common.torch_file import load_torch
 from llama.distributed.sharding import shard_dim
 from llama.model import ModelArgs
 
@@ -86,23 +85,10 @@ def read_shard(
     """Map the tensors of one `.pth` into memory; code in the file is not run.
 
     Raises:
-        ValueError: the file is truncated, is not a checkpoint, has tensors of other dtypes than
-            `dtypes`, or would run code.
+        ValueError: see `load_torch`; or the file is not a state dict, or has tensors of other
+            dtypes than `dtypes`.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(
-            f"{path} contains more than weights and could run code when loaded; it was refused. "
-            f"Get the official file. ({str(e).splitlines()[0]})"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as e:
-        if is_disk_error(e):
-            raise
-        raise ValueError(
-            f"{path} is truncated or is not a torch checkpoint; get or make it again. "
-            f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-        ) from None
+    weights = load_torch(path, mmap=True)
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} is not a state dict of tensors: it is not a Llama checkpoint")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
@@ -117,11 +103,6 @@ def read_shard(
             "scales that this layout does not have: get the bfloat16 release"
         )
     return weights
-
-
-def is_disk_error(e: Exception) -> bool:
-    """Whether an error of `torch.load` is one of the disk. EINVAL means a truncated file."""
-    return isinstance(e, OSError) and e.errno != errno.EINVAL
 
 
 class MetaSource(Source):
