@@ -8,6 +8,7 @@ from typing import Any
 from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
 from llama.checkpoints.source import Source
+from llama.common.files import damage
 from llama.text.rank_file import read_sidecar
 from llama.tokenizer import Tokenizer
 
@@ -20,7 +21,11 @@ def open_checkpoint(path: str | Path) -> Source:
         ValueError: the checkpoint is damaged or of another architecture.
         ImportError: the extra that reads this layout is not installed.
     """
-    path = Path(path)
+    with damage(Path(path)):
+        return _open(Path(path))
+
+
+def _open(path: Path) -> Source:
     if path.is_file():
         with open(path, "rb") as f:
             magic = f.read(4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,22 @@ class Source(ABC):
             ValueError: impossible sizes, or weights of other sizes.
         """
         args = ModelArgs(**(self.params | build))
+        check_layers(self.shapes(), args, self.path)
         check_shapes(self.shapes(), weight_shapes(args), self.path)
         return args
+
+
+def check_layers(found: Collection[str], args: ModelArgs, path: Path) -> None:
+    """Check that there are at least as many weights as layers, before anything loops over layers.
+
+    Raises:
+        ValueError: there are fewer; `path` is for the message.
+    """
+    if args.n_layers > len(found):
+        raise ValueError(
+            f"the weights of {path} do not fit its sizes; missing: {args.n_layers} layers "
+            f"need more than {len(found)} weights"
+        )
 
 
 def check_shapes(

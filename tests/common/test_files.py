@@ -193,9 +193,9 @@ def test_files_that_are_no_files(tmp_path: Path) -> None:
 def test_damage(tmp_path: Path) -> None:
     path = tmp_path / "a"
     for error in (KeyError("x"), RecursionError(), ZeroDivisionError(), ValueError("y" * 1000)):
-        with pytest.raises(ValueError, match=f"^{path} is damaged .*; download it again") as found:
-            with damage(path):
-                raise error
+        message = f"^{path} is damaged .*; download it again"
+        with pytest.raises(ValueError, match=message) as found, damage(path):
+            raise error
         assert len(str(found.value)) < 500
     for passed in (ValueError(f"{path} is old"), OSError(5, "disk"), MemoryError(), ImportError()):
         with pytest.raises(type(passed)) as same, damage(path):

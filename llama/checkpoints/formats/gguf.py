@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
+from llama.checkpoints.formats.gguf_header import read_header
 from llama.checkpoints.formats.params import ffn_terms
-from llama.checkpoints.source import Source
+from llama.checkpoints.source import Source, check_layers
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
 from llama.text.rank_file import LLAMA3_PATTERN
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 # Keys that change what the tensors compute: refused unless absent or 0.
 UNSUPPORTED_KEYS = (
@@ -51,25 +49,22 @@ class _File:
         if not self.path.is_file():
             raise FileNotFoundError(f"no GGUF file at {path}; give the path of a .gguf file")
         try:
-            from gguf import GGUFReader
+            import gguf.quants  # noqa: F401
         except ImportError as e:
             raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
-        with open(self.path, "rb") as f:
-            if f.read(4) != b"GGUF":
-                raise ValueError(f"{path} is not a GGUF file; give the path of a .gguf file")
         try:
-            reader = GGUFReader(self.path)
-        except (ValueError, LookupError, OverflowError, TypeError) as e:
-            raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
-        if reader.byte_order != "I":
-            raise ValueError(f"{path} has the other byte order; run gguf-convert-endian on it")
-        self.fields = reader.fields
-        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
+            self.fields, self.tensors = read_header(self.path)
+        except ValueError as e:
+            raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
+        self.data = np.memmap(self.path, mode="r")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`."""
+        value = self.fields.get(key, default)
         try:
-            return self.fields[key].contents() if key in self.fields else default
+            if isinstance(value, list):
+                return [v.decode() if isinstance(v, bytes) else v for v in value]
+            return value.decode() if isinstance(value, bytes) else value
         except UnicodeDecodeError as e:
             raise ValueError(f"{self.path} is damaged in {key} ({e}); download it again") from e
 
@@ -90,19 +85,23 @@ class _File:
         """The shape of the tensor `name`, as in torch; a ValueError if the file lacks it."""
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF again")
-        return tuple(int(n) for n in reversed(self.tensors[name].shape))
+        return self.tensors[name].shape[::-1]
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy in fp32 of rows `start`:`stop` of the tensor `name`."""
+        from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        tensor = self.tensors[name]
+        tensor, shape = self.tensors[name], self.shape(name)
+        data = self.data[tensor.start : tensor.start + tensor.size].reshape(*shape[:-1], -1)
+        rows = data[start:stop] if len(shape) > 1 else data
         try:
-            values = dequantize(tensor.data[start:stop], tensor.tensor_type)
+            values = dequantize(rows, GGMLQuantizationType(tensor.kind))
         except NotImplementedError as e:
-            kind = tensor.tensor_type.name
+            kind = GGMLQuantizationType(tensor.kind).name
             raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
-        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *self.shape(name)[1:])
+        values = values if len(shape) > 1 else values[start:stop]
+        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *shape[1:])
 
 
 class GGUFSource(Source):
@@ -233,7 +232,9 @@ def _map_names(file: _File, params: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: a weight is missing or has another shape, or the file has other tensors.
     """
-    shapes = weight_shapes(ModelArgs(**params))
+    args = ModelArgs(**params)
+    check_layers(file.tensors, args, file.path)
+    shapes = weight_shapes(args)
     names: dict[str, str] = {}
     for meta in shapes:
         *layer, name = meta.removesuffix(".weight").split(".", 2)

@@ -24,6 +24,8 @@ SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
 
+MAX_FILES = 10_000  # the numbers in their names have five digits
+
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
     """Whole heads (heads * d, D) from HF's order to Meta's: row j -> 2j, row d/2 + j -> 2j + 1."""
@@ -172,6 +174,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not names:
             other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
             raise FileNotFoundError(f"{folder} has no model.safetensors{other}")
+        if (most := max(totals, default=0)) > MAX_FILES:
+            raise ValueError(
+                f"{folder} has a file of {most} files, more than {MAX_FILES}; remove it"
+            )
         names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for n in totals for i in range(n)]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")
