@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
-from llama.checkpoints.formats.gguf_header import read_header
+from llama.checkpoints.formats.gguf_header import GGUFHeader, read_header
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source, check_layers
 from llama.distributed.sharding import weight_shapes
@@ -48,23 +48,14 @@ class _File:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no GGUF file at {path}; give the path of a .gguf file")
-        try:
-            import gguf.quants  # noqa: F401
-        except ImportError as e:
-            raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
-        try:
-            self.fields, self.tensors = read_header(self.path)
-        except ValueError as e:
-            raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
-        self.data = np.memmap(self.path, mode="r")
+        header = _open(self.path)
+        self.fields = header.fields
+        self.tensors = {tensor.name: tensor for tensor in header.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`."""
-        value = self.fields.get(key, default)
         try:
-            if isinstance(value, list):
-                return [v.decode() if isinstance(v, bytes) else v for v in value]
-            return value.decode() if isinstance(value, bytes) else value
+            return self.fields[key].contents() if key in self.fields else default
         except UnicodeDecodeError as e:
             raise ValueError(f"{self.path} is damaged in {key} ({e}); download it again") from e
 
@@ -93,15 +84,26 @@ class _File:
         from gguf.quants import dequantize
 
         tensor, shape = self.tensors[name], self.shape(name)
-        data = self.data[tensor.start : tensor.start + tensor.size].reshape(*shape[:-1], -1)
-        rows = data[start:stop] if len(shape) > 1 else data
+        rows = tensor.rows()
         try:
-            values = dequantize(rows, GGMLQuantizationType(tensor.kind))
+            values = dequantize(
+                rows[start:stop] if len(shape) > 1 else rows, GGMLQuantizationType(tensor.kind)
+            )
         except NotImplementedError as e:
             kind = GGMLQuantizationType(tensor.kind).name
             raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
         values = values if len(shape) > 1 else values[start:stop]
         return np.require(values, np.float32, ["C", "W"]).reshape(-1, *shape[1:])
+
+
+def _open(path: Path) -> GGUFHeader:
+    """The header of one file; a ValueError if it is damaged or is not a GGUF."""
+    try:
+        return read_header(path)
+    except ImportError as e:
+        raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
+    except ValueError as e:
+        raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
 
 
 class GGUFSource(Source):

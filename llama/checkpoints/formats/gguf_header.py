@@ -9,7 +9,10 @@ from __future__ import annotations
 import struct
 from math import prod
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STRING, ARRAY, UINT32 = 8, 9, 4  # value types
 # The other value types: their letter in `struct`.
@@ -22,7 +25,19 @@ MAX_HEADER = 1 << 28  # bytes; vocabularies and templates have less than a tenth
 MAX_TRAILING = 4096  # bytes after the last tensor: padding
 
 
-class TensorInfo(NamedTuple):
+class Field(NamedTuple):
+    """A value of the metadata; strings are bytes."""
+
+    value: Any
+
+    def contents(self) -> Any:
+        """The value, with strings as text; a UnicodeDecodeError if one is not."""
+        if isinstance(self.value, list):
+            return [v.decode() if isinstance(v, bytes) else v for v in self.value]
+        return self.value.decode() if isinstance(self.value, bytes) else self.value
+
+
+class StoredTensor(NamedTuple):
     """Where a tensor is stored.
 
     Attributes:
@@ -31,17 +46,26 @@ class TensorInfo(NamedTuple):
         start, size: bytes.
     """
 
+    path: Path
+    name: str
     shape: tuple[int, ...]
     kind: int
     start: int
     size: int
 
+    def rows(self) -> np.ndarray:
+        """The stored bytes, mapped: (..., bytes of a row)."""
+        import numpy as np
 
-class Header(NamedTuple):
-    """{key: value}, with strings as bytes, and {name: tensor}."""
+        data = np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
+        return data.reshape(*self.shape[:0:-1], -1)
 
-    fields: dict[str, Any]
-    tensors: dict[str, TensorInfo]
+
+class GGUFHeader(NamedTuple):
+    """Metadata by key, and the tensors in the order of the file."""
+
+    fields: dict[str, Field]
+    tensors: list[StoredTensor]
 
 
 class _Reader:
@@ -89,7 +113,7 @@ class _Reader:
         return list(struct.unpack(f"<{n}{letter}", data))
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path) -> GGUFHeader:
     """The header of a GGUF file.
 
     Tensors follow each other in the order of the header, each padded to the file's alignment, as
@@ -112,41 +136,40 @@ def read_header(path: Path) -> Header:
             raise ValueError(f"of the unknown GGUF version {version}")
         n_tensors, n_keys = reader.unpack("<QQ")
         fields = _read_fields(reader, n_keys)
-        found = _read_tensors(reader, n_tensors)
-        alignment = fields.get("general.alignment", 32)
+        found = [_read_tensor(reader, path) for _ in range(n_tensors)]
+        alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"damaged (its alignment is {alignment})")
         start = _padded(f.tell(), alignment)
-    return Header(fields, _place(found, start, alignment, size))
+    if len({tensor.name for tensor in found}) < len(found):
+        raise ValueError("damaged (two tensors have one name)")
+    return GGUFHeader(fields, _place(found, start, alignment, size))
 
 
-def _read_fields(reader: _Reader, n: int) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _read_fields(reader: _Reader, n: int) -> dict[str, Field]:
+    fields: dict[str, Field] = {}
     for _ in range(n):
         key = reader.name()
         if key in fields:
             raise ValueError(f"damaged (it has the key {key!r} twice)")
-        fields[key] = reader.value(reader.unpack("<I")[0])
+        fields[key] = Field(reader.value(reader.unpack("<I")[0]))
     return fields
 
 
-def _read_tensors(reader: _Reader, n: int) -> dict[str, TensorInfo]:
-    """The tensors as the file lists them: `start` is from the end of the header."""
-    tensors: dict[str, TensorInfo] = {}
-    for _ in range(n):
-        name = reader.name()
-        [n_dims] = reader.unpack("<I")
-        if not 1 <= n_dims <= MAX_DIMS or name in tensors:
-            raise ValueError(f"damaged ({name!r} has {n_dims} dimensions, or is there twice)")
-        shape = reader.unpack(f"<{n_dims}Q")
-        kind, offset = reader.unpack("<IQ")
-        tensors[name] = TensorInfo(shape, kind, offset, _bytes(name, shape, kind))
-    return tensors
+def _read_tensor(reader: _Reader, path: Path) -> StoredTensor:
+    """A tensor as the file lists it: `start` is from the end of the header."""
+    name = reader.name()
+    [n_dims] = reader.unpack("<I")
+    if not 1 <= n_dims <= MAX_DIMS:
+        raise ValueError(f"damaged ({name!r} has {n_dims} dimensions)")
+    shape = reader.unpack(f"<{n_dims}Q")
+    kind, offset = reader.unpack("<IQ")
+    return StoredTensor(path, name, shape, kind, offset, _bytes(name, shape, kind))
 
 
 def _bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     """Bytes of a tensor, whose rows are whole blocks."""
-    from gguf.constants import GGML_QUANT_SIZES
+    from gguf import GGML_QUANT_SIZES
 
     sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
     if kind not in sizes:
@@ -158,17 +181,18 @@ def _bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
 
 
 def _place(
-    tensors: dict[str, TensorInfo], start: int, alignment: int, size: int
-) -> dict[str, TensorInfo]:
+    tensors: list[StoredTensor], start: int, alignment: int, size: int
+) -> list[StoredTensor]:
     """The tensors with their positions in the file, if they follow each other to its end."""
-    placed, end = {}, start
-    for name, tensor in tensors.items():
+    placed, end = [], start
+    for tensor in tensors:
         expected = _padded(end, alignment)
         if start + tensor.start != expected:
             raise ValueError(
-                f"damaged ({name!r} is at offset {tensor.start:,} instead of {expected - start:,})"
+                f"damaged ({tensor.name!r} is at offset {tensor.start:,} instead of "
+                f"{expected - start:,})"
             )
-        placed[name] = tensor._replace(start=expected)
+        placed.append(tensor._replace(start=expected))
         end = expected + tensor.size
     if size < end:
         raise ValueError(f"a partial download ({size:,} of {end:,} bytes)")
