@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 from pathlib import Path
 from typing import Any
+
+from llama.common.files import read_json
 
 # Llama 3's split pattern; a sidecar may have another one (see `Tokenizer`).
 LLAMA3_PATTERN = (
@@ -119,14 +120,35 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     path = Path(model_path + ".json")
     if "://" in model_path or not path.is_file():
         return {}
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
+    sidecar = read_json(path)
     known = set(default_spec("llama3", 0))
-    if not isinstance(sidecar, dict) or set(sidecar) - known:
+    if set(sidecar) - known:
         raise ValueError(f"{path} must be a JSON object with keys among {sorted(known)}")
     return sidecar
+
+
+def check_types(spec: dict[str, Any], where: str) -> None:
+    """Check the types of a sidecar's values.
+
+    Raises:
+        ValueError: one is wrong; `where` names the file in the message.
+    """
+    special, stops = spec["special_tokens"], spec["stop_tokens"]
+    wrong = [
+        key
+        for key in ("bos_token", "eos_token", "pad_token", "chat_format", "default_system")
+        if not isinstance(spec[key], (str, type(None)))
+    ]
+    if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
+        wrong.append("special_tokens")
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        wrong.append("stop_tokens")
+    if not isinstance(spec["pat_str"], str):
+        wrong.append("pat_str")
+    if wrong:
+        kinds = {"special_tokens": "{text: id}", "stop_tokens": "a list of texts"}
+        kind = kinds.get(wrong[0], "a text")
+        raise ValueError(f"{where}: {wrong[0]} must be {kind}, not {spec[wrong[0]]!r:.80}")
 
 
 def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
@@ -135,6 +157,7 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     Raises:
         ValueError: they do not, or `spec` names an unknown special token or chat format.
     """
+    check_types(spec, f"{where}.json")
     special = spec["special_tokens"]
     ids = [*ranks.values(), *special.values()]
     if clash := set(special.values()) & set(ranks.values()):
