@@ -127,7 +127,7 @@ def _check_archive(f: IO[bytes]) -> None:
         ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
     starts: dict[str, int] = {}
     for record, end in zip(records, ends, strict=True):
-        f.seek(record.header_offset)
+        f.seek(max(record.header_offset, 0))
         start = f.tell() + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(f.read(LOCAL_HEADER.size)))
         if record.compress_type != zipfile.ZIP_STORED or start + record.file_size > end:
             raise ValueError(f"its record {record.filename!r} is compressed or overlaps the next")

@@ -45,7 +45,7 @@ def test_damaged_json(layout: str, name: str, examples: int) -> None:
     @given(damaged_json(json.loads(files[name])))
     def check(content: bytes) -> None:
         with tempfile.TemporaryDirectory() as temporary:
-            read_all(write_base(Path(temporary) / "checkpoint", files | {name: content}))
+            read_all(write_base(Path(temporary) / "fuzzed-model", files | {name: content}))
 
     check()
 
@@ -58,4 +58,4 @@ def test_damaged_text(data: st.DataObject) -> None:
     layout, name = data.draw(st.sampled_from([file[:2] for file in FILES]))
     content = data.draw(damaged_bytes(base(layout)[name]))
     with tempfile.TemporaryDirectory() as temporary:
-        read_all(write_base(Path(temporary) / "checkpoint", base(layout) | {name: content}))
+        read_all(write_base(Path(temporary) / "fuzzed-model", base(layout) | {name: content}))

@@ -17,6 +17,7 @@ from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidec
 from llama.checkpoints.formats.gguf_header import GGUFHeader, read_header
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source, check_layers
+from llama.common.files import damage
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
 from llama.text.rank_file import LLAMA3_PATTERN
@@ -68,7 +69,7 @@ class _File:
     def count(self, key: str, default: int | None = None) -> int:
         """The value of `key`; a ValueError if it is not a positive integer."""
         value = self.need(key) if default is None else self.get(key, default)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r}")
         return value
 
@@ -150,7 +151,8 @@ class GGUFSource(Source):
         Raises:
             ValueError: a vocabulary that a rank file cannot express.
         """
-        return _read_tokenizer(self.file)
+        with damage(self.path, "convert the model to GGUF again"):
+            return _read_tokenizer(self.file)
 
 
 def _read_params(file: _File) -> dict[str, Any]:

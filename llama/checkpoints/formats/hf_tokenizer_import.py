@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, GPT2_PATTERN, rank_file, sidecar
-from llama.common.files import read_json
+from llama.common.files import damage, read_json
 
 # Settings of tokenizer.json's BPE that a rank file cannot express; refused unless empty.
 UNSUPPORTED_BPE = (
@@ -37,12 +37,11 @@ def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
     if not path.is_file():
         return None
     spec = read_json(path)
-    try:
-        return _convert(spec, folder)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
+    with damage(path):
+        try:
+            return _convert(spec, folder)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
 
 
 def is_rank_file(path: Path) -> bool:

@@ -89,7 +89,9 @@ def read_shard(
             dtypes than `dtypes`.
     """
     weights = load_torch(path, mmap=True)
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
+    ):
         raise ValueError(f"{path} is not a state dict of tensors: it is not a Llama checkpoint")
     weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
     if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
