@@ -16,7 +16,7 @@ import torch
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
 from llama.checkpoints.formats.gguf_header import GGUFHeader, read_header
 from llama.checkpoints.formats.params import ffn_terms
-from llama.checkpoints.source import Source, check_layers
+from llama.checkpoints.source import Source, check_layers, sample
 from llama.common.files import damage
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
@@ -81,20 +81,10 @@ class _File:
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy in fp32 of rows `start`:`stop` of the tensor `name`."""
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
-
-        tensor, shape = self.tensors[name], self.shape(name)
-        rows = tensor.rows()
         try:
-            values = dequantize(
-                rows[start:stop] if len(shape) > 1 else rows, GGMLQuantizationType(tensor.kind)
-            )
+            return self.tensors[name].array(start, stop)
         except NotImplementedError as e:
-            kind = GGMLQuantizationType(tensor.kind).name
-            raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
-        values = values if len(shape) > 1 else values[start:stop]
-        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *shape[1:])
+            raise ValueError(f"{self.path}: {name}: cannot read {e}; use another") from e
 
 
 def _open(path: Path) -> GGUFHeader:
@@ -144,6 +134,11 @@ class GGUFSource(Source):
         if dim == 0:
             return torch.from_numpy(self.file.array(self.names[name], start, stop))
         return torch.from_numpy(self.file.array(self.names[name]))[:, start:stop]
+
+    def sample(self, name: str) -> bytes:
+        rows = self.file.tensors[self.names[name]].rows()
+        some = rows[[0, len(rows) // 2, -1]] if rows.ndim > 1 else rows  # a copy, or small
+        return sample(torch.from_numpy(np.array(some)))
 
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """See `Source.vocabulary`; None also for another kind of vocabulary than BPE.

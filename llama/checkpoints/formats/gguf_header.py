@@ -1,7 +1,7 @@
 """The header of a GGUF file: metadata and places of the tensors, compared with the file's size.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Reads no tensor; knows no
-model. The reader of the `gguf` package checks no bounds and takes a kilobyte for each token.
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Knows no model.
+The reader of the `gguf` package checks no bounds, and takes a kilobyte for each token.
 """
 
 from __future__ import annotations
@@ -59,6 +59,25 @@ class StoredTensor(NamedTuple):
 
         data = np.memmap(self.path, np.uint8, "r", self.start, (self.size,))
         return data.reshape(*self.shape[:0:-1], -1)
+
+    def array(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """A copy in fp32 of rows `start`:`stop`, with the outermost dimension first.
+
+        Raises:
+            NotImplementedError: the `gguf` package cannot read this type; its name.
+        """
+        import numpy as np
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        kind, is_vector = GGMLQuantizationType(self.kind), len(self.shape) == 1
+        stored = self.rows()
+        try:
+            values = dequantize(stored if is_vector else stored[start:stop], kind)
+        except NotImplementedError:
+            raise NotImplementedError(f"type {kind.name}") from None
+        values = values[start:stop] if is_vector else values
+        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *self.shape[-2::-1])
 
 
 class GGUFHeader(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
 from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
-from llama.checkpoints.source import Source, same_weights
+from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.files import read_json
 
 SAFETENSORS_DTYPES = {
@@ -141,6 +141,9 @@ class HFSource(Source):
         d = self._head_dim
         assert dim == 1 or start % d == stop % d == 0, f"{name}: {start}:{stop} splits a head"
         return interleave(part, d)
+
+    def sample(self, name: str) -> bytes:
+        return sample(self._weights[name].tensor())  # as stored: heads are not reordered
 
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoints.source import Source, same_weights
+from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.dtypes import DTYPES
 from llama.common.files import read_json
 from llama.common.torch_file import load_torch
@@ -204,6 +204,9 @@ class MetaSource(Source):
         firsts = [head * self.kv_copies * d for head in range(start // d, stop // d)]
         heads = [_concatenated_range(parts, 0, row, row + d) for row in firsts]
         return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def sample(self, name: str) -> bytes:
+        return b"".join(sample(shard[name]) for shard in self.shards)
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
         return self.shards[rank if size == self.n_shards else 0][name]
