@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.common.files import read_json
+from llama.text.split_pattern import check_pattern
 
 # Llama 3's split pattern; a sidecar may have another one (see `Tokenizer`).
 LLAMA3_PATTERN = (
@@ -158,6 +159,7 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
         ValueError: they do not, or `spec` names an unknown special token or chat format.
     """
     check_types(spec, f"{where}.json")
+    check_pattern(spec["pat_str"], f"{where}.json")
     special = spec["special_tokens"]
     ids = [*ranks.values(), *special.values()]
     if clash := set(special.values()) & set(ranks.values()):
