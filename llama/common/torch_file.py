@@ -142,9 +142,8 @@ def _check_archive(f: IO[bytes]) -> None:
         raise ValueError("its data.pkl has another CRC-32 than when it was written")
     folder = pickles[0].removesuffix("data.pkl")
     for key, size in find_storages(content).items():
-        record = found.get(f"{folder}data/{key}")
-        if record is None or record.file_size < size:
-            stored = record.file_size if record else 0
+        stored = entry.file_size if (entry := found.get(f"{folder}data/{key}")) else 0
+        if stored < size:
             raise ValueError(f"its record data/{key} has {stored:,} of {size:,} bytes")
 
 
@@ -170,6 +169,7 @@ def find_storages(pickle: bytes | IO[bytes]) -> dict[str, int]:
     marks: list[int] = []  # heights of the stack
     memo: dict[int, Any] = {}
     sizes: dict[str, int] = {}
+    arg: Any
     for opcode, arg, _ in pickletools.genops(pickle):
         name = opcode.name
         if name == "MARK":

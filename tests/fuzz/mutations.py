@@ -68,7 +68,8 @@ def change(value: Any, path: Path, new: Callable[[Any], Any] | None) -> Any:
 @st.composite
 def damaged_json(draw: st.DrawFn, good: Any) -> Damaged:
     """Text of JSON with one to three items replaced, removed, wrapped or doubled."""
-    value, edits = good, []
+    value = good
+    edits: list[Any] = []
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(places(value)))
         item = draw(st.sampled_from(HOSTILE) | st.integers() | st.floats() | st.text(max_size=20))
@@ -88,7 +89,8 @@ def damaged_json(draw: st.DrawFn, good: Any) -> Damaged:
 @st.composite
 def damaged_bytes(draw: st.DrawFn, good: bytes) -> Damaged:
     """Bytes with one to four parts overwritten, removed or doubled; often near the start."""
-    data, edits = bytearray(good), []
+    data = bytearray(good)
+    edits: list[Any] = []
     for _ in range(draw(st.integers(1, 4))):
         if not data:
             break

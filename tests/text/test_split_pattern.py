@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiktoken_ext.openai_public as published
 
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, GPT2_PATTERN
 from llama.text.rank_file import LLAMA3_PATTERN
@@ -18,7 +17,7 @@ PUBLISHED = {
     "llama3": LLAMA3_PATTERN,
     "gpt2": GPT2_PATTERN,
     "digits": DIGITS_PATTERN,
-    "r50k": published.r50k_pat_str,
+    "r50k": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
     "cl100k": r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s",
     "qwen": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"

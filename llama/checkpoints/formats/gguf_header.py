@@ -196,7 +196,7 @@ def _bytes(name: str, shape: tuple[int, ...], kind: int) -> int:
     block, size = sizes[kind]
     if min(shape) < 1 or shape[0] % block:
         raise ValueError(f"damaged ({name!r} of shape {shape} is not whole blocks of {block})")
-    return prod(shape) // block * int(size)
+    return prod(shape) // int(block) * int(size)
 
 
 def _place(
