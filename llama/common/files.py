@@ -18,6 +18,7 @@ from typing import Any
 
 MAX_JSON = 1 << 28  # bytes; a tokenizer.json has less than a tenth
 MAX_REASON = 300  # characters of another library's message
+MAX_MESSAGE = 2000  # characters of our own
 
 
 @contextmanager
@@ -137,8 +138,8 @@ def check_regular_file(path: Path) -> None:
 def damage(path: Path, remedy: str = "download it again") -> Iterator[None]:
     """A block that reads `path`; what it raises becomes a ValueError that names the file.
 
-    A ValueError that names it already passes unchanged, and so do errors of the disk, of imports
-    and of memory.
+    A ValueError that names it already passes, without the middle if it is very long; so do errors
+    of the disk, of imports and of memory.
     """
     try:
         yield
@@ -146,7 +147,10 @@ def damage(path: Path, remedy: str = "download it again") -> Iterator[None]:
         raise
     except Exception as e:
         if isinstance(e, ValueError) and str(path) in str(e):
-            raise
+            if len(str(e)) <= MAX_MESSAGE:
+                raise
+            half = MAX_MESSAGE // 2  # it quotes the file, and ends with the remedy
+            raise ValueError(f"{str(e)[:half]} ... {str(e)[-half:]}") from None
         text = str(e) if isinstance(e, ValueError) and str(e) else f"{type(e).__name__}: {e}"
         reason = " ".join(text.split())[:MAX_REASON]
         raise ValueError(f"{path} is damaged ({reason}); {remedy}") from e

@@ -201,3 +201,7 @@ def test_damage(tmp_path: Path) -> None:
         with pytest.raises(type(passed)) as same, damage(path):
             raise passed
         assert same.value is passed
+    message = rf"^{path}: x+ \.\.\. x+; remove it$"
+    with pytest.raises(ValueError, match=message) as found, damage(path):
+        raise ValueError(f"{path}: {'x' * 10**6}; remove it")
+    assert len(str(found.value)) < 2100
