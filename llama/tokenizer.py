@@ -6,11 +6,9 @@ from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import tiktoken
-
 from llama.text.chat_formats import ChatML, Writer
 from llama.text.chat_template import Piece, named_template
-from llama.text.long_text import check_characters, encode_uncut
+from llama.text.long_text import check_characters, encode_uncut, make_encoding
 from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.text_tokens import TextTokens
@@ -82,12 +80,8 @@ class Tokenizer:
         self.control_tokens = frozenset(self.special_tokens) - set(spec["text_tokens"])
         check_spec(spec, ranks, where)
         self.pat_str: str = spec["pat_str"]
-        self.model = tiktoken.Encoding(
-            name=Path(where).name,
-            pat_str=self.pat_str,
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
-        )
+        name = Path(where).name
+        self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)
         self.ranks = ranks
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab

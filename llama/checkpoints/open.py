@@ -12,6 +12,7 @@ from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
 from llama.checkpoints.locate import checkpoint_folder, expand, only_gguf
 from llama.checkpoints.source import Source
+from llama.common.files import damage
 from llama.common.listing import listing
 from llama.text.rank_file import default_spec, parse_ranks, read_sidecar
 from llama.tokenizer import Tokenizer
@@ -32,7 +33,12 @@ def open_checkpoint(path: str | Path) -> Source:
         ValueError: the checkpoint is damaged or of another architecture.
         ImportError: the extra that reads this layout is not installed.
     """
-    path = checkpoint_folder(expand(path))
+    path = expand(path)
+    with damage(path):
+        return _open(checkpoint_folder(path))
+
+
+def _open(path: Path) -> Source:
     if path.is_file():
         with open(path, "rb") as f:
             magic = f.read(4)

@@ -6,7 +6,6 @@ Knows which files a layout needs and what Meta publishes about them. `file_check
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -21,10 +20,12 @@ from llama.checkpoints.file_checks import (
     is_gguf,
 )
 from llama.checkpoints.formats.gguf_parts import part_paths
+from llama.checkpoints.formats.hf import MAX_FILES
 from llama.checkpoints.formats.hf_config import INDEX_FILE
 from llama.checkpoints.locate import checkpoint_folder, expand, gguf_files
 from llama.checkpoints.source import WEIGHT_SUFFIXES, Source
 from llama.checkpoints.weight_checks import check_weights
+from llama.common.files import read_json
 
 # Meta's tokenizer.model of Llama 3 to 3.3: every model of 128,256 tokens has this one.
 OFFICIAL_VOCABULARY = 128256
@@ -136,7 +137,8 @@ def _check_files(path: Path, problems: Problems) -> None:
         if file.is_symlink() and not file.exists():
             problems.add(file, "is a link to a file that does not exist", GET_AGAIN)
         elif not file.is_file():
-            continue
+            if file.suffix in parts and not file.is_dir():
+                problems.add(file, "is a pipe or a device", "put the file in its place")
         elif file.suffix in UNFINISHED_SUFFIXES:
             problems.add(file, "is part of an unfinished download", "finish it, or remove the file")
         elif file.suffix.lower() in parts:
@@ -150,6 +152,7 @@ def _expected_files(folder: Path, problems: Problems) -> list[Path]:
     layout = _find_layout(folder)
     if layout == "meta":
         numbers = [int(m[1]) for f in folder.iterdir() if (m := SHARD.fullmatch(f.name))]
+        numbers = [number for number in numbers if number < MAX_FILES]
         shards = [f"consolidated.{i:02}.pth" for i in range(max(numbers, default=0) + 1)]
         return [folder / name for name in ("params.json", *shards, "tokenizer.model")]
     if layout == "hf":
@@ -186,17 +189,16 @@ def _safetensors_files(folder: Path, problems: Problems) -> list[Path]:
     if numbered := [m for f in found if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)", f.stem))]:
         base, n = numbered[0][1], numbered[0][2]
         names = [f"{base}-{i:0{len(n)}}-of-{n}.safetensors" for i in range(1, int(n) + 1)]
-        return [index, *(folder / name for name in names)] if int(n) < 10000 else [index]
+        return [index, *(folder / name for name in names)] if int(n) <= MAX_FILES else [index]
     return found or [folder / "model.safetensors"]
 
 
 def _read_json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} if it is not one, which `_check_files` reports."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _check_tokenizer(folder: Path, problems: Problems) -> None:
@@ -217,7 +219,7 @@ def _check_tokenizer(folder: Path, problems: Problems) -> None:
 def _check_checksums(folder: Path, problems: Problems) -> None:
     """Compare with checklist.chk and .md5 files: lines `md5  filename` or `filename md5`."""
     for checklist in [*folder.glob("checklist.chk"), *folder.glob("*.md5")]:
-        if checklist in problems.files:
+        if checklist in problems.files or not checklist.is_file():
             continue
         try:
             lines = checklist.read_text("utf-8", errors="replace").splitlines()

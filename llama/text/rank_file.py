@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import os
 from pathlib import Path
 from typing import Any
+
+from llama.common.files import read_json
+from llama.text.split_pattern import check_pattern
 
 # Llama 3's split pattern; a sidecar may have another one (see `Tokenizer`).
 LLAMA3_PATTERN = (
@@ -128,14 +130,44 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     path = Path(os.path.expanduser(model_path + ".json"))
     if "://" in model_path or not path.is_file():
         return {}
-    try:
-        sidecar = json.loads(path.read_bytes())  # of any UTF, with a byte order mark or without
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
+    sidecar = read_json(path)
     known = set(default_spec("llama3", 0))
-    if not isinstance(sidecar, dict) or set(sidecar) - known:
+    if set(sidecar) - known:
         raise ValueError(f"{path} must be a JSON object with keys among {sorted(known)}")
     return sidecar
+
+
+def check_types(spec: dict[str, Any], where: str) -> None:
+    """Check the types of a sidecar's values.
+
+    Raises:
+        ValueError: one is wrong; `where` names the file in the message.
+    """
+    special, stops = spec["special_tokens"], spec["stop_tokens"]
+    wrong = [
+        key
+        for key in ("bos_token", "eos_token", "pad_token", "chat_format", "default_system")
+        if type(spec[key]) not in (str, type(None), *([int] if key.endswith("_token") else []))
+    ]
+    if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
+        wrong.append("special_tokens")
+    if not isinstance(stops, list) or not all(type(token) in (str, int) for token in stops):
+        wrong.append("stop_tokens")
+    in_text, unused = spec["text_tokens"], spec["unused_ids"]
+    if not isinstance(unused, list) or not all(type(i) is int for i in unused):
+        wrong.append("unused_ids")
+    if not isinstance(in_text, dict) or not all(
+        isinstance(flags, (list, tuple)) and all(isinstance(flag, str) for flag in flags)
+        for flags in in_text.values()
+    ):
+        wrong.append("text_tokens")
+    if not isinstance(spec["pat_str"], str):
+        wrong.append("pat_str")
+    if wrong:
+        kinds = {"special_tokens": "{text: id}", "stop_tokens": "a list of texts or ids"}
+        kinds |= {"unused_ids": "a list of ids", "text_tokens": "{text: [flag, ...]}"}
+        kind = kinds.get(wrong[0], "a text")
+        raise ValueError(f"{where}: {wrong[0]} must be {kind}, not {spec[wrong[0]]!r:.80}")
 
 
 def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
@@ -144,6 +176,8 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     Raises:
         ValueError: they are not, or `spec` names an unknown token or chat format.
     """
+    check_types(spec, f"{where}.json")
+    check_pattern(spec["pat_str"], f"{where}.json")
     special = spec["special_tokens"]
     ids = [*ranks.values(), *special.values(), *spec["unused_ids"]]
     if clash := set(special.values()) & set(ranks.values()):

@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from llama.checkpoints.formats.chat_settings import StoredTemplates, read_gguf_templates
+from llama.checkpoints.formats.gguf_header import GGUFHeader, read_header
 from llama.checkpoints.formats.gguf_parts import check_parts, find_parts
 from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary, stop_ids
 from llama.checkpoints.formats.params import ffn_terms
-from llama.checkpoints.source import Source
+from llama.checkpoints.source import Source, check_layers, sample
+from llama.common.files import damage
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
 
 # Keys that change what the tensors compute: refused unless absent or 0.
 UNSUPPORTED_KEYS = (
@@ -53,8 +52,7 @@ class _File:
         parts = [_open(part) for part in paths]
         self.fields = parts[0].fields  # the others have only the keys of the split
         check_parts(paths, parts)
-        tensors = [tensor for reader in parts for tensor in reader.tensors]
-        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in tensors}
+        self.tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`."""
@@ -72,7 +70,7 @@ class _File:
     def count(self, key: str, default: int | None = None) -> int:
         """The value of `key`; a ValueError if it is not a positive integer."""
         value = self.need(key) if default is None else self.get(key, default)
-        if not isinstance(value, int) or value < 1:
+        if type(value) is not int or value < 1:
             raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r}")
         return value
 
@@ -80,42 +78,24 @@ class _File:
         """The shape of the tensor `name`, as in torch; a ValueError if the file lacks it."""
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF again")
-        return tuple(int(n) for n in reversed(self.tensors[name].shape))
+        return self.tensors[name].shape[::-1]
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy in fp32 of rows `start`:`stop` of the tensor `name`."""
-        from gguf.quants import dequantize
-
-        tensor = self.tensors[name]
         try:
-            values = dequantize(tensor.data[start:stop], tensor.tensor_type)
+            return self.tensors[name].array(start, stop)
         except NotImplementedError as e:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
-        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *self.shape(name)[1:])
+            raise ValueError(f"{self.path}: {name}: cannot read {e}; use another") from e
 
 
-def _open(path: Path) -> GGUFReader:
-    """Open one file.
-
-    Raises:
-        ValueError: it is not a GGUF, is damaged, or has the other byte order.
-        ImportError: the `gguf` package is missing.
-    """
+def _open(path: Path) -> GGUFHeader:
+    """The header of one file; a ValueError if it is damaged or is not a GGUF."""
     try:
-        from gguf import GGUFReader
+        return read_header(path)
     except ImportError as e:
         raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file; give the path of a .gguf file")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, LookupError, OverflowError, TypeError) as e:
-        raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
-    if reader.byte_order != "I":
-        raise ValueError(f"{path} has the other byte order; run gguf-convert-endian on it")
-    return reader
+    except ValueError as e:
+        raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
 
 
 class GGUFSource(Source):
@@ -156,13 +136,19 @@ class GGUFSource(Source):
             return torch.from_numpy(self.file.array(self.names[name], start, stop))
         return torch.from_numpy(self.file.array(self.names[name]))[:, start:stop]
 
+    def sample(self, name: str) -> bytes:
+        rows = self.file.tensors[self.names[name]].rows()
+        some = rows[[0, len(rows) // 2, -1]] if rows.ndim > 1 else rows  # a copy, or small
+        return sample(torch.from_numpy(np.array(some)))
+
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """See `Source.vocabulary`; None also for another kind of vocabulary than BPE.
 
         Raises:
             ValueError: a vocabulary that a rank file cannot express.
         """
-        return read_vocabulary(self.file)
+        with damage(self.path, "convert the model to GGUF again"):
+            return read_vocabulary(self.file)
 
     def stop_ids(self) -> list[int]:
         return stop_ids(self.file)
@@ -251,7 +237,9 @@ def _map_names(file: _File, params: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: a weight is missing or has another shape, or the file has other tensors.
     """
-    shapes = weight_shapes(ModelArgs(**params))
+    args = ModelArgs(**params)
+    check_layers(file.tensors, args, file.path)
+    shapes = weight_shapes(args)
     names: dict[str, str] = {}
     for meta in shapes:
         *layer, name = meta.removesuffix(".weight").split(".", 2)

@@ -8,12 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from llama.checkpoints.formats.gguf_header import GGUFHeader
 from llama.common.listing import listing
-
-if TYPE_CHECKING:
-    from gguf import GGUFReader
 
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.gguf)", re.IGNORECASE)
 MOST_PARTS = 1000
@@ -44,21 +42,21 @@ def find_parts(path: Path) -> list[Path]:
     return paths
 
 
-def check_parts(paths: Sequence[Path], parts: Sequence[GGUFReader]) -> None:
+def check_parts(paths: Sequence[Path], parts: Sequence[GGUFHeader]) -> None:
     """Check that opened files are all parts of one split, in order, or one that is not split.
 
     Raises:
         ValueError: a file belongs elsewhere, or parts are of different models.
     """
-    for i, (path, reader) in enumerate(zip(paths, parts, strict=True)):
-        place = _value(reader, "split.no", 0), _value(reader, "split.count", 1)
+    for i, (path, header) in enumerate(zip(paths, parts, strict=True)):
+        place = _value(header, "split.no", 0), _value(header, "split.count", 1)
         if place != (i, len(parts)):
             raise ValueError(
                 f"{path} is part {place[0]} of {place[1]}, counted from 0, and its name says part "
                 f"{i} of {len(parts)}; give the parts their names NAME-00001-of-00003.gguf, or "
                 "merge them (gguf-split --merge)"
             )
-    names = [tensor.name for reader in parts for tensor in reader.tensors]
+    names = [tensor.name for header in parts for tensor in header.tensors]
     expected = _value(parts[0], "split.tensors.count", len(names))
     if len(names) != expected or len(set(names)) != len(names):
         raise ValueError(
@@ -67,5 +65,5 @@ def check_parts(paths: Sequence[Path], parts: Sequence[GGUFReader]) -> None:
         )
 
 
-def _value(reader: GGUFReader, key: str, default: int) -> Any:
-    return reader.fields[key].contents() if key in reader.fields else default
+def _value(header: GGUFHeader, key: str, default: int) -> Any:
+    return header.fields[key].contents() if key in header.fields else default

@@ -18,12 +18,14 @@ from torch import Tensor
 from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
 from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary, stop_ids
-from llama.checkpoints.source import Source, same_weights
+from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.files import read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+
+MAX_FILES = 10_000  # the numbers in their names have five digits
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -154,6 +156,9 @@ class HFSource(Source):
         assert dim == 1 or start % d == stop % d == 0, f"{name}: {start}:{stop} splits a head"
         return interleave(part, d)
 
+    def sample(self, name: str) -> bytes:
+        return sample(self._weights[name].tensor())  # as stored: heads are not reordered
+
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model.
 
@@ -193,6 +198,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not names:
             other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
             raise FileNotFoundError(f"{folder} has no model.safetensors{other}")
+        if (most := max(totals, default=0)) > MAX_FILES:
+            raise ValueError(
+                f"{folder} has a file of {most} files, more than {MAX_FILES}; remove it"
+            )
         names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for n in totals for i in range(n)]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")

@@ -16,7 +16,7 @@ from llama.checkpoints.formats.bpe_ranks import (
     rank_file,
     sidecar,
 )
-from llama.common.files import read_json
+from llama.common.files import damage, read_json
 from llama.text.rank_file import TEXT_TOKEN_FLAGS
 
 # Settings of tokenizer.json's BPE that a rank file cannot express; refused unless empty.
@@ -38,12 +38,11 @@ def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
     if not path.is_file():
         return None
     spec = read_json(path)
-    try:
-        return _convert(spec, folder)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
+    with damage(path):
+        try:
+            return _convert(spec, folder)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
 
 
 def is_rank_file(path: Path) -> bool:
