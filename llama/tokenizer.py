@@ -76,9 +76,9 @@ class Tokenizer:
         self.chat_bos: str | None = spec["chat_bos"]
         self.chat_templates: dict[str, str] = spec["chat_templates"]
         self.template_tokens: dict[str, str] = spec["template_tokens"]
+        check_spec(spec, ranks, where)
         # Those whose text in a message stays text.
         self.control_tokens = frozenset(self.special_tokens) - set(spec["text_tokens"])
-        check_spec(spec, ranks, where)
         self.pat_str: str = spec["pat_str"]
         name = Path(where).name
         self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)

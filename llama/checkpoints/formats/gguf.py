@@ -71,7 +71,7 @@ class _File:
         """The value of `key`; a ValueError if it is not a positive integer."""
         value = self.need(key) if default is None else self.get(key, default)
         if type(value) is not int or value < 1:
-            raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r}")
+            raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r:.80}")
         return value
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -71,6 +71,8 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
     pattern = split_pattern(spec.get("pre_tokenizer"))
     added = spec.get("added_tokens") or []
     special = {token["content"]: token["id"] for token in added}
+    if not all(type(text) is str and type(i) is int for text, i in special.items()):
+        raise ValueError("an added token is not a text with an id")
     in_text = {token["content"]: _flags(token) for token in added if not token.get("special")}
     tokens = {text: i for text, i in model["vocab"].items() if text not in special}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
