@@ -147,8 +147,8 @@ def test_sidecar(
 
 
 @pytest.mark.parametrize("ids", [(5, 499, None), (None, 5, None), (None, 499, 5)])
-def test_sidecar_names_only_special_tokens(ids: tuple[Any, Any, Any]) -> None:
-    with pytest.raises(ValueError, match="token 5 is not a special token"):
+def test_sidecar_names_only_tokens(ids: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(ValueError, match="token 5 is not in the vocabulary"):
         sidecar("", SPECIAL, *ids, "")
 
 
