@@ -356,11 +356,14 @@ class Llama:
 
     Attributes:
         model, tokenizer, engine: the parts; see their classes.
-        formatter: the chat format; None for a base model's vocabulary.
+        formatter: the chat format; None if there is none, or its template cannot be used.
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
+        rows, device = model.vocab_size, model.norm.weight.device
+        unused = {i for i in tokenizer.unused_ids if i < rows} | {*range(tokenizer.n_words, rows)}
+        model.unused = torch.tensor(sorted(unused), device=device) if unused else None
         self.formatter: ChatFormat | None = None
         with suppress(ValueError):  # a base model: only the chat methods are refused
             self.formatter = ChatFormat(tokenizer)
@@ -410,6 +413,7 @@ class Llama:
             llama = Llama(model, tokenizer)
         if job.is_leader():
             log.info(summary(source, model, time.time() - start, options.quantize))
+            log.info(chat_summary(llama))
         if options.compile:
             llama.engine.compile()
         return llama
@@ -722,8 +726,18 @@ def check_same_build(
     tensor_parallel.check_same_on_ranks(fields | source.fingerprints())
 
 
+def chat_summary(llama: Llama) -> str:
+    """One line about the chat format."""
+    try:
+        return f"Chat format: {(llama.formatter or ChatFormat(llama.tokenizer)).description}"
+    except ValueError as e:
+        return f"Chat format: none ({e})"
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """A short text that is the same for equal vocabularies only."""
     digest = hashlib.sha256(b"\n".join(tokenizer.ranks))
     digest.update(repr(sorted(tokenizer.special_tokens.items())).encode())
+    digest.update(repr((tokenizer.stop_tokens, tokenizer.text_tokens.flags)).encode())
+    digest.update(repr(sorted(tokenizer.chat_templates.items())).encode())
     return digest.hexdigest()[:8]

@@ -22,6 +22,8 @@ from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_counts, vocabulary_share
 from llama.distributed.tensor_parallel import copy_to_ranks, gather_from_ranks, reduce_from_ranks
 
+MAX_SIZE = 2**31  # no model is so large; larger sizes come from damaged files
+
 
 @dataclass
 class ModelArgs:
@@ -49,16 +51,18 @@ class ModelArgs:
     def __post_init__(self) -> None:
         for name in ("dim", "n_layers", "n_heads", "multiple_of", "max_batch_size", "max_seq_len"):
             value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, not {value!r}")
+            if type(value) is not int or not 1 <= value < MAX_SIZE:
+                raise ValueError(f"{name} must be a positive integer below 2^31, not {value!r}")
         for name in ("norm_eps", "rope_theta", "ffn_dim_multiplier", "rope_scale_factor"):
             value = getattr(self, name)
             optional = name in ("ffn_dim_multiplier", "rope_scale_factor")
             if value is None and optional:
                 continue
-            if type(value) not in (int, float) or not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
-        if type(self.vocab_size) is not int or (self.vocab_size < 1 and self.vocab_size != -1):
+            if type(value) not in (int, float) or not 0 < value < 2**63:
+                raise ValueError(f"{name} must be a positive number below 2^63, not {value!r}")
+        if type(self.vocab_size) is not int or not (
+            1 <= self.vocab_size < MAX_SIZE or self.vocab_size == -1
+        ):
             raise ValueError(f"vocab_size must be a positive integer, not {self.vocab_size!r}")
         if type(self.use_scaled_rope) is not bool:
             raise ValueError(f"use_scaled_rope must be a boolean, not {self.use_scaled_rope!r}")
@@ -71,6 +75,11 @@ class ModelArgs:
         if self.hidden_dim < 1:
             raise ValueError(
                 f"ffn_dim_multiplier {self.ffn_dim_multiplier} makes the feed-forward empty"
+            )
+        if self.hidden_dim >= MAX_SIZE:
+            raise ValueError(
+                f"multiple_of {self.multiple_of} and ffn_dim_multiplier {self.ffn_dim_multiplier} "
+                "make the feed-forward wider than 2^31"
             )
 
     @property
@@ -380,6 +389,8 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = nn.Linear(params.dim, share, bias=False)
         self.cache: list[KVCache] | None = None  # of `model(tokens, start_pos)` alone
+        self.unused: Tensor | None  # ids without a token, which the engine never draws
+        self.register_buffer("unused", None, persistent=False)
         # Not a buffer: `.to(torch.bfloat16)` would cast it and lose the imaginary part.
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim,

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, cast
 
-import tiktoken
-
-from llama.text.long_text import check_characters, encode_uncut
-from llama.text.messages import NO_TOOLS, check_dialog, check_message
+from llama.text.chat_formats import ChatML, Writer
+from llama.text.chat_template import Piece, named_template
+from llama.text.long_text import check_characters, encode_uncut, make_encoding
+from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
+from llama.text.text_tokens import TextTokens
 from llama.text.tool_prompt import (
     Tool,
-    ToolCall,
     ToolForm,
     check_form,
     encode_tool_calls,
@@ -22,26 +21,7 @@ from llama.text.tool_prompt import (
     with_tools,
 )  # fmt: skip
 
-Role = Literal["system", "user", "assistant", "ipython", "tool"]
-
-
-class _AssistantFields(TypedDict, total=False):
-    tool_calls: list[ToolCall]
-    stop_reason: Literal["end_of_turn", "end_of_message"]
-
-
-class Message(_AssistantFields):
-    """One turn of a dialog.
-
-    A tool's result has the role "ipython" or its synonym "tool". Messages of the assistant may
-    have `tool_calls`, and a `stop_reason`: "end_of_message" if the model waits for tool results.
-    """
-
-    role: Role
-    content: str
-
-
-Dialog = Sequence[Message]
+__all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
 
 class Tokenizer:
@@ -54,15 +34,19 @@ class Tokenizer:
 
     A sidecar, a JSON file named like the rank file plus ".json", may describe another vocabulary:
     `pat_str` (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`,
-    `pad_token` (text of a special token, or null), `stop_tokens` (a list of texts), `chat_format`
-    ("llama3", "chatml" or null) and `default_system`. It takes precedence over `version`.
+    `pad_token` (text of a special token, id of an ordinary one, or null), `stop_tokens` (a list of
+    those), `text_tokens` ({text: flags}, see `TextTokens`), `unused_ids`, `chat_format` ("llama3",
+    "chatml", "template" or null), `default_system` and `chat_bos` (of ChatML), `chat_templates`
+    ({name: Jinja source}) and `template_tokens` (texts that these write by name, such as
+    `eos_token`). It takes precedence over `version`.
 
     Attributes:
         model: the tiktoken encoding.
-        n_words: size of the vocabulary, special tokens included.
+        n_words: size of the vocabulary, special tokens and unused ids included.
         special_tokens: {text: id}.
         bos_id, eos_id, eot_id, eom_id, pad_id: -1 where the vocabulary has no such token.
         stop_tokens: ids that end a generation.
+        unused_ids: ids of rows without a token. They decode to nothing.
 
     Raises:
         FileNotFoundError: there is no rank file.
@@ -89,27 +73,30 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = spec["special_tokens"]
         self.chat_format: str | None = spec["chat_format"]
         self.default_system: str | None = spec["default_system"]
+        self.chat_bos: str | None = spec["chat_bos"]
+        self.chat_templates: dict[str, str] = spec["chat_templates"]
+        self.template_tokens: dict[str, str] = spec["template_tokens"]
         check_spec(spec, ranks, where)
+        # Those whose text in a message stays text.
+        self.control_tokens = frozenset(self.special_tokens) - set(spec["text_tokens"])
         self.pat_str: str = spec["pat_str"]
-        self.model = tiktoken.Encoding(
-            name=Path(where).name,
-            pat_str=self.pat_str,
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
-        )
+        name = Path(where).name
+        self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)
         self.ranks = ranks
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab
+        self.unused_ids: Set[int] = frozenset(spec["unused_ids"])
+        self.text_tokens = TextTokens(spec["text_tokens"])
 
-        def id_of(text: str | None) -> int:
-            return self.special_tokens.get(text, -1) if text else -1
+        def id_of(token: str | int | None) -> int:
+            return token if isinstance(token, int) else self.special_tokens.get(token or "", -1)
 
         self.bos_id: int = id_of(spec["bos_token"])
         self.eos_id: int = id_of(spec["eos_token"])
         self.pad_id: int = id_of(spec["pad_token"])
         self.eot_id: int = id_of("<|eot_id|>")
         self.eom_id: int = id_of("<|eom_id|>")
-        self.stop_tokens: list[int] = [id_of(text) for text in spec["stop_tokens"]]
+        self.stop_tokens = list(dict.fromkeys(map(id_of, spec["stop_tokens"])))
 
     def encode(
         self,
@@ -117,7 +104,7 @@ class Tokenizer:
         *,
         bos: bool,
         eos: bool,
-        allowed_special: Literal["all"] | AbstractSet[str] | None = None,
+        allowed_special: Literal["all"] | Set[str] | None = None,
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
         """Encode `s`, of any length.
@@ -125,22 +112,23 @@ class Tokenizer:
         Args:
             bos, eos: add the begin / end token, if the vocabulary has one.
             allowed_special: special tokens whose text in `s` becomes their id; "all" for every
-                one. By default none: the text of special tokens is encoded as ordinary characters,
-                so that content cannot forge a turn.
+                one. By default none but `text_tokens`: the text of others is encoded as ordinary
+                characters, so that content cannot forge a turn.
             disallowed_special: special tokens whose text in `s` raises a ValueError.
 
         Unlike the reference, this does not cut long runs of characters, which would change tokens.
 
         Raises:
-            TypeError: `s` is not a str.
-            ValueError: `s` has a disallowed special token or a character without tokens.
+            TypeError, ValueError: no str, a disallowed special token, a character without tokens.
         """
         if not isinstance(s, str):
             raise TypeError(f"text to encode must be a str, not {type(s).__name__}")
-        allowed = allowed_special or set()
-        if self._missing_bytes:
-            check_characters(s, self.pat_str, self.ranks, self._missing_bytes)
-        t = encode_uncut(s, self.model, self.pat_str, self.ranks, allowed, disallowed_special)
+        allowed, t = allowed_special or set(), []
+        for part, is_token in self.text_tokens.split(s):
+            if self._missing_bytes and not is_token:
+                check_characters(part, self.pat_str, self.ranks, self._missing_bytes)
+            what = self.model, self.pat_str, self.ranks, allowed, disallowed_special
+            t += [self.special_tokens[part]] if is_token else encode_uncut(part, *what)
         if bos and self.bos_id >= 0:
             t.insert(0, self.bos_id)
         if eos and self.eos_id >= 0:
@@ -158,17 +146,11 @@ class Tokenizer:
     def decode_bytes(self, t: Sequence[int]) -> bytes:
         """Like `decode`, but to bytes, which may start or end inside a character."""
         try:
-            return self.model.decode_bytes(list(t))
+            return self.model.decode_bytes([i for i in t if i not in self.unused_ids])
         except (KeyError, OverflowError):
-            wrong = next(i for i in t if not self._has(i))
+            known = {*self.ranks.values(), *self.special_tokens.values(), *self.unused_ids}
+            wrong = next(i for i in t if i not in known)
             raise ValueError(f"no token has the id {wrong}; use 0 to {self.n_words - 1}") from None
-
-    def _has(self, token: int) -> bool:
-        try:
-            self.model.decode_single_token_bytes(token)
-        except (KeyError, OverflowError):
-            return False
-        return True
 
 
 class ChatFormat:
@@ -176,12 +158,14 @@ class ChatFormat:
 
     With the vocabulary of Llama 3.1 and later, messages may also be tool calls and tool results.
 
-    `ChatFormat(tokenizer)` returns the subclass for `tokenizer.chat_format`.
+    `ChatFormat(tokenizer)` returns a `TextFormat` where `tokenizer.chat_format` is another one.
 
     Raises:
-        ValueError: the tokenizer has no chat format, or lacks a token of it.
+        ValueError: the tokenizer has no chat format, or lacks a token of it, or its chat template
+            cannot be used.
     """
 
+    description = "Llama 3's"
     roles: tuple[str, ...] = ("system", "user", "assistant")
     tokens: tuple[str, ...] = (
         "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
@@ -191,19 +175,23 @@ class ChatFormat:
         if cls is ChatFormat:
             if tokenizer.chat_format is None:
                 raise ValueError("this tokenizer has no chat format: use text completion")
-            cls = _FORMATS[tokenizer.chat_format]
+            cls = ChatFormat if tokenizer.chat_format == "llama3" else TextFormat
         return super().__new__(cls)
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         if missing := [t for t in self.tokens if t not in tokenizer.special_tokens]:
             raise ValueError(f"this vocabulary has no {missing}, which its chat format needs")
-        # Llama 3.1 and later. ChatML models have conventions of their own.
+        # Llama 3.1 and later.
         self.takes_tools = type(self) is ChatFormat and {"<|python_tag|>", "<|eom_id|>"} <= set(
             tokenizer.special_tokens
         )
         if self.takes_tools:
             self.roles = (*self.roles, "ipython", "tool")
+
+    def check_message(self, message: Message) -> None:
+        """Raise a TypeError or a ValueError if the format has no such message."""
+        check_message(message, self.roles, self.takes_tools)
 
     def encode_header(self, message: Message) -> list[int]:
         """The tokens before a message's content."""
@@ -218,7 +206,7 @@ class ChatFormat:
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
         """A whole turn: header, content, tool calls, end. `<|python_tag|>` comes before code."""
-        check_message(message, self.roles, self.takes_tools)
+        self.check_message(message)
         special, calls = self.tokenizer.special_tokens, message.get("tool_calls") or []
         texts = encode_tool_calls(calls, tool_form)
         tokens = self.encode_header(message)
@@ -244,53 +232,61 @@ class ChatFormat:
         Raises:
             TypeError, ValueError: the dialog or a tool is invalid, or the vocabulary has no tools.
         """
-        self._check_dialog(dialog, tools, tool_form)
+        check_dialog(dialog)
+        check_form(tool_form)
+        if tools and not self.takes_tools:
+            raise ValueError(f"tools: {NO_TOOLS}")
         if tools:
-            check_message(dialog[0], self.roles, self.takes_tools)
+            self.check_message(dialog[0])
             dialog = cast(Dialog, with_tools(dialog, tools, tool_form))
         tokens = [self.tokenizer.special_tokens["<|begin_of_text|>"]]
         for message in dialog:
             tokens.extend(self.encode_message(message, tool_form))
         return tokens + self.encode_header({"role": "assistant", "content": ""})
 
-    def _check_dialog(self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: str) -> None:
-        check_dialog(dialog)
-        check_form(tool_form)
-        if tools and not self.takes_tools:
-            raise ValueError(f"tools: {NO_TOOLS}")
 
+class TextFormat(ChatFormat):
+    """A chat format that `llama.text` writes as texts and special tokens."""
 
-class ChatMLFormat(ChatFormat):
-    """ChatML: `<|im_start|>role`, newline, content, `<|im_end|>`, newline; no BOS."""
-
-    tokens = ("<|im_start|>", "<|im_end|>")
+    def __init__(self, tokenizer: Tokenizer):
+        sources, tokens = tokenizer.chat_templates, tokenizer.template_tokens
+        self.writer: Writer = ChatML(tokenizer.default_system, tokenizer.chat_bos)
+        if tokenizer.chat_format == "template":
+            self.writer = named_template(sources, "default", tokens, tokenizer.control_tokens)
+        self.tool_writer = self.writer  # of prompts with tools
+        if "tool_use" in sources:
+            self.tool_writer = named_template(sources, "tool_use", tokens, tokenizer.control_tokens)
+        self.tokens, self.description = self.writer.tokens, self.writer.description
+        super().__init__(tokenizer)
+        self.roles = tuple(dict.fromkeys([*self.writer.roles, *self.tool_writer.roles]))
+        self.takes_tools = self.writer.takes_calls or self.tool_writer.takes_calls
 
     def encode_header(self, message: Message) -> list[int]:
-        return self._turn(message["role"] + "\n")
+        return self._encode(self.writer.header(message["role"]))
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
-        check_message(message, self.roles, self.takes_tools)
-        # Role and content are encoded as one text, as in training.
-        text = f"{message['role']}\n{message['content']}"
-        end = self.tokenizer.special_tokens["<|im_end|>"]
-        return [*self._turn(text), end, *self.tokenizer.encode("\n", bos=False, eos=False)]
+        self.check_message(message)
+        return self._encode(self.writer.message(message))
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
     ) -> list[int]:
-        self._check_dialog(dialog, tools, tool_form)
-        tokens: list[int] = []
-        check_message(dialog[0], self.roles, self.takes_tools)
-        if self.tokenizer.default_system and dialog[0]["role"] != "system":
-            system: Message = {"role": "system", "content": self.tokenizer.default_system}
-            tokens.extend(self.encode_message(system))
+        check_dialog(dialog)
+        check_form(tool_form)
+        writer = self.tool_writer if tools else self.writer
+        if tools and not writer.takes_tools:
+            raise ValueError(f"tools: {NO_TOOLS}")
+        if tools and tool_form != "json":
+            raise ValueError("the chat template decides how calls are written; omit tool_form")
         for message in dialog:
-            tokens.extend(self.encode_message(message))
-        return tokens + self.encode_header({"role": "assistant", "content": ""})
+            check_message(message, writer.roles, writer.takes_calls)
+        return self._encode(writer.prompt(dialog, tools))
 
-    def _turn(self, text: str) -> list[int]:
-        start = self.tokenizer.special_tokens["<|im_start|>"]
-        return [start, *self.tokenizer.encode(text, bos=False, eos=False)]
-
-
-_FORMATS: dict[str, type[ChatFormat]] = {"llama3": ChatFormat, "chatml": ChatMLFormat}
+    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
+        t: list[int] = []
+        for text, is_token in pieces:
+            if is_token:
+                t.append(self.tokenizer.special_tokens[text])
+            else:
+                t += self.tokenizer.encode(text, bos=False, eos=False)
+        return t

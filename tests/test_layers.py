@@ -103,7 +103,7 @@ def test_model_imports_torch_and_distributed_only() -> None:
 
 def test_tests_mirror_the_rooms() -> None:
     folders = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert folders == set(ROOMS) - set(FILES) - {"llama"} | {"benchmarks", "cuda"}
+    assert folders == set(ROOMS) - set(FILES) - {"llama"} | {"benchmarks", "cuda", "fuzz"}
     for name in FILES:
         assert (ROOT / "tests" / f"test_{name}.py").is_file()
 

@@ -11,7 +11,13 @@ import torch
 
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.quantized import stored_tensors
-from llama.checkpoints.open import find_vocabulary, open_checkpoint, open_tokenizer
+from llama.checkpoints.locate import expand
+from llama.checkpoints.open import (
+    find_vocabulary,
+    open_checkpoint,
+    open_tokenizer,
+    tokenizer_of,
+)
 from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
 from llama.common.files import check_free_space, new_folder
@@ -48,7 +54,7 @@ def convert(
         OSError: the disk is full.
     """
     chosen = check_options(to, mp, dtype, force)
-    src, dst = Path(src), Path(dst)
+    src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
     chosen = chosen or default_dtype(source)
     if force and os.path.lexists(dst) and not is_checkpoint_folder(dst):
@@ -62,7 +68,7 @@ def convert(
                 needed += torch.Size(shape).numel() * (chosen or source.dtype(name)).itemsize
         check_free_space(dst, int(needed * (1 + 1 / shards if shards else 1)))
         if to == "meta":
-            write_meta(source, vocabulary_or_warning(source), folder, dtype=chosen, mp=shards)
+            write_meta(source, checked_vocabulary(source), folder, dtype=chosen, mp=shards)
         else:
             from llama.checkpoints.formats.hf_export import write_hf
 
@@ -89,7 +95,7 @@ def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = 
     check_scheme(scheme, 32 if group is None else group)
     if scheme == "int8" and group is not None:
         raise ValueError("group is for int4: int8 has one scale per output")
-    src, dst = Path(src), Path(dst)
+    src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
     chosen, quantization = default_dtype(source), (scheme, group or 32)
     needed = 0
@@ -98,7 +104,7 @@ def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = 
         needed += w.numel() * dtype.itemsize
     with new_folder(dst) as folder:
         check_free_space(dst, 2 * needed)  # while it is written, it is on the disk twice
-        vocabulary = vocabulary_or_warning(source)
+        vocabulary = checked_vocabulary(source)
         write_meta(source, vocabulary, folder, dtype=chosen, quantization=quantization)
     return dst
 
@@ -135,11 +141,17 @@ def default_dtype(source: Source) -> torch.dtype | None:
     return torch.bfloat16 if source.layout == "gguf" else None
 
 
-def vocabulary_or_warning(source: Source) -> tuple[bytes, dict[str, Any]] | None:
-    """`find_vocabulary`, with a warning if there is none."""
+def checked_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
+    """`find_vocabulary`, with a warning if there is none.
+
+    Raises:
+        ValueError: the vocabulary is not of this model, see `open_tokenizer`.
+    """
     vocabulary = find_vocabulary(source)
     if vocabulary is None:
         warnings.warn(f"{source.path} has no tokenizer: add its tokenizer.model", stacklevel=3)
+    else:
+        tokenizer_of(source, vocabulary)
     return vocabulary
 
 

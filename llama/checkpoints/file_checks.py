@@ -1,7 +1,7 @@
 """Checks of one file of a checkpoint: is it what its name says, is it complete, its hashes.
 
 A check returns what is wrong as words that follow "the file is", or None. Knows no model and no
-layout; a format's header is read without the format's library.
+layout.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from math import prod
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
+from llama.checkpoints.formats.gguf_header import read_header
 from llama.common.progress import progress
 
 # Suffixes of unfinished downloads.
@@ -28,10 +28,6 @@ SERVER_MESSAGES = (
     b"invalid username", b"repository not found", b"entry not found",
 )  # fmt: skip
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the format
-# GGUF: value type: bytes, for the types of fixed size.
-GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-GGUF_STRING, GGUF_ARRAY, GGUF_UINT32 = 8, 9, 4  # value types
-MAX_GGUF_KEY, MAX_GGUF_DIMS = 65535, 4  # bytes, dimensions: limits of the format
 MIB = 1 << 20
 
 
@@ -69,7 +65,8 @@ def find_damage(path: Path) -> str | None:
         ".pth": _check_pth, ".safetensors": _check_safetensors, ".gguf": _check_gguf,
         ".json": _check_json,
     }  # fmt: skip
-    return check[path.suffix](path) if path.suffix in check else None
+    kind = path.suffix.lower()
+    return check[kind](path) if kind in check else None
 
 
 def file_hash(path: Path, algorithm: str) -> str:
@@ -186,73 +183,10 @@ def _compare_sizes(size: int, expected: int) -> str | None:
 
 
 def _check_gguf(path: Path) -> str | None:
-    """The header lists the offsets of the tensors; the file must contain the end of the last one.
-
-    Tensors of unknown types are counted as empty.
-    """
     try:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+        read_header(path)
+    except ValueError as e:
+        return str(e)
     except ImportError:
-        return None  # opening the file raises an error that names the package
-
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        if f.read(4) != b"GGUF":
-            return "not a GGUF file"
-        try:
-            tensors, data_start = _read_gguf_tensors(f)
-        except (struct.error, LookupError, OverflowError, ValueError, OSError, RecursionError):
-            partial = f.tell() >= size
-            return "a partial download (it ends inside its header)" if partial else "damaged"
-    expected = data_start
-    for offset, n, kind in tensors:
-        known = kind in GGMLQuantizationType._value2member_map_
-        block, bytes_ = GGML_QUANT_SIZES[GGMLQuantizationType(kind)] if known else (1, 0)
-        expected = max(expected, data_start + offset + n // block * bytes_)
-    return _compare_sizes(size, expected) if size < expected else None  # padding may follow
-
-
-def _read_gguf_tensors(f: BinaryIO) -> tuple[list[tuple[int, int, int]], int]:
-    """[(offset, number of elements, type)] of the tensors; the position of offset 0 in the file."""
-    _, n_tensors, n_keys = _unpack(f, "<IQQ")
-    alignment = 32
-    for _ in range(n_keys):
-        [length] = _unpack(f, "<Q")
-        if length > MAX_GGUF_KEY:
-            raise ValueError("not a GGUF header")
-        key = f.read(length)
-        [kind] = _unpack(f, "<I")
-        if key == b"general.alignment" and kind == GGUF_UINT32:
-            [alignment] = _unpack(f, "<I")
-        else:
-            _skip_value(f, kind)
-    tensors = []
-    for _ in range(n_tensors):
-        f.seek(_unpack(f, "<Q")[0], 1)
-        [n_dims] = _unpack(f, "<I")
-        if n_dims > MAX_GGUF_DIMS:
-            raise ValueError("not a GGUF header")
-        numbers = prod(_unpack(f, f"<{n_dims}Q"))
-        kind, offset = _unpack(f, "<IQ")
-        tensors.append((offset, numbers, kind))
-    return tensors, -(-f.tell() // max(alignment, 1)) * max(alignment, 1)
-
-
-def _unpack(f: BinaryIO, layout: str) -> tuple[int, ...]:
-    """Read numbers in the layout of `struct`."""
-    return struct.unpack(layout, f.read(struct.calcsize(layout)))
-
-
-def _skip_value(f: BinaryIO, kind: int) -> None:
-    """Move past one metadata value of type `kind`."""
-    if kind == GGUF_STRING:
-        f.seek(_unpack(f, "<Q")[0], 1)
-    elif kind == GGUF_ARRAY:
-        item, n = _unpack(f, "<IQ")
-        if item in GGUF_SIZES:
-            f.seek(n * GGUF_SIZES[item], 1)
-        else:
-            for _ in range(n):
-                _skip_value(f, item)
-    else:
-        f.seek(GGUF_SIZES[kind], 1)
+        pass  # opening the file raises an error that names the package
+    return None

@@ -1,10 +1,11 @@
-"""A description of a checkpoint: sizes, memory, rank counts. Reads names and sizes, no weights."""
+"""A description of a checkpoint: sizes, memory, rank counts. Reads the tokenizer, no weights."""
 
 from __future__ import annotations
 
 from collections import Counter
 from math import prod
 
+from llama.checkpoints.open import find_vocabulary, tokenizer_of
 from llama.checkpoints.source import CONTEXT, Source
 from llama.common.dtypes import dtype_name
 from llama.distributed.sharding import rank_part, weight_shapes
@@ -37,7 +38,8 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         max_seq_len: tokens in each row; None: what the model was trained for, at most 8192.
 
     Raises:
-        ValueError: impossible sizes, or weights of other sizes; see `Source.args`.
+        ValueError: impossible sizes, weights of other sizes, see `Source.args`, or the vocabulary
+            of another model, see `open_tokenizer`.
     """
     if max_seq_len is None:
         max_seq_len = min(CONTEXT, source.context)
@@ -52,7 +54,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         ("layout", f"{LAYOUTS.get(source.layout, source.layout)}, {shards}"),
         ("shape", f"dim {args.dim}, {args.n_layers} layers, feed-forward {args.hidden_dim}"),
         ("heads", f"{args.n_heads}, with {args.kv_heads} KV heads, of {args.head_dim}"),
-        ("vocabulary", f"{args.vocab_size} tokens"),
+        ("vocabulary", _vocabulary(source)),
         ("parameters", f"{parameter_count(args, source.tied):,}"),
         ("output", tied if source.tied else "weights of its own"),
         ("read as" if source.layout == "gguf" else "stored as", _stored_format(source, args)),
@@ -67,6 +69,19 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         each = _with_unit(rank_bytes(source, args, ranks))
         rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
+
+
+def _vocabulary(source: Source) -> str:
+    """The number of tokens, and of rows if it is another one."""
+    rows = source.params["vocab_size"]
+    try:
+        vocabulary = find_vocabulary(source)
+    except ValueError as e:
+        return f"{rows} rows; its tokenizer cannot be read: {e}"
+    if vocabulary is None:
+        return f"{rows} tokens"
+    tokens = tokenizer_of(source, vocabulary).n_words
+    return f"{tokens} tokens" + (f", {rows} rows of embeddings" if rows != tokens else "")
 
 
 def rank_bytes(source: Source, args: ModelArgs, size: int) -> int:

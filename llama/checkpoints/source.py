@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llama.checkpoints.formats.chat_settings import StoredTemplates
 from llama.common.listing import listing
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
 CONTEXT, LONG_CONTEXT = 8192, 131072
+SAMPLED = 1024  # numbers of a row that `sample` reads
 WEIGHT_SUFFIXES = (".pth", ".safetensors", ".gguf")
 
 
@@ -82,16 +85,31 @@ class Source(ABC):
         """
         return None
 
+    def stop_ids(self) -> list[int]:
+        """Ids that end a generation, by the checkpoint's files; some may have no token."""
+        return []
+
+    def chat_templates(self) -> StoredTemplates:
+        """The chat templates in the checkpoint's files."""
+        return StoredTemplates()
+
+    def sample(self, name: str) -> bytes:
+        """Some of the bytes that store the weight `name`, see `sample`."""
+        return sample(self.read(name))
+
     def fingerprints(self) -> dict[str, str]:
         """What ranks compare to detect different checkpoints.
 
-        {name: text}: each entry of params.json, and a hash of the files' sizes and `norm.weight`.
+        {name: text}: each entry of params.json, and a hash of the files' sizes, of the norms, and
+        of a few numbers of every other weight.
         """
         files = [self.path] if self.path.is_file() else self.path.iterdir()
-        sizes = sorted((f.name, f.stat().st_size) for f in files if f.suffix in WEIGHT_SUFFIXES)
-        digest = hashlib.sha256(
-            repr(sizes).encode() + self.read("norm.weight").float().numpy().tobytes()
+        sizes = sorted(
+            (f.name, f.stat().st_size) for f in files if f.suffix.lower() in WEIGHT_SUFFIXES
         )
+        digest = hashlib.sha256(repr(sizes).encode())
+        for name in sorted(self.shapes()):
+            digest.update(name.encode() + self.sample(name))
         params = {f"params.json's {name}": repr(value) for name, value in self.params.items()}
         return params | {"the weights": digest.hexdigest()[:8]}
 
@@ -102,8 +120,22 @@ class Source(ABC):
             ValueError: impossible sizes, or weights of other sizes.
         """
         args = ModelArgs(**(self.params | build))
+        check_layers(self.shapes(), args, self.path)
         check_shapes(self.shapes(), weight_shapes(args), self.path)
         return args
+
+
+def check_layers(found: Collection[str], args: ModelArgs, path: Path) -> None:
+    """Check that there are at least as many weights as layers, before anything loops over layers.
+
+    Raises:
+        ValueError: there are fewer; `path` is for the message.
+    """
+    if args.n_layers > len(found):
+        raise ValueError(
+            f"the weights of {path} do not fit its sizes; missing: {args.n_layers} layers "
+            f"need more than {len(found)} weights"
+        )
 
 
 def check_shapes(
@@ -124,6 +156,12 @@ def check_shapes(
     lines = [f"{kind}: {listing(names, 3)}" for kind, names in problems.items() if names]
     if lines:
         raise ValueError(f"the weights of {path} do not fit its sizes; " + "; ".join(lines))
+
+
+def sample(w: Tensor) -> bytes:
+    """All bytes of a vector; of a matrix SAMPLED numbers of the first, middle and last row."""
+    rows = w[[0, len(w) // 2, -1], :SAMPLED] if w.dim() > 1 and w.numel() else w
+    return rows.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_weights(a: Tensor, b: Tensor) -> bool:

@@ -6,7 +6,6 @@ Knows which files a layout needs and what Meta publishes about them. `file_check
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -20,9 +19,13 @@ from llama.checkpoints.file_checks import (
     find_damage,
     is_gguf,
 )
+from llama.checkpoints.formats.gguf_parts import part_paths
+from llama.checkpoints.formats.hf import MAX_FILES
 from llama.checkpoints.formats.hf_config import INDEX_FILE
+from llama.checkpoints.locate import checkpoint_folder, expand, gguf_files
 from llama.checkpoints.source import WEIGHT_SUFFIXES, Source
 from llama.checkpoints.weight_checks import check_weights
+from llama.common.files import read_json
 
 # Meta's tokenizer.model of Llama 3 to 3.3: every model of 128,256 tokens has this one.
 OFFICIAL_VOCABULARY = 128256
@@ -75,16 +78,21 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
     Raises:
         ImportError: the extra that reads this layout is not installed.
     """
-    path, problems = Path(path), Problems()
+    path, problems = expand(path), Problems()
     if not path.exists():
         problems.add(path, "does not exist", "check the path, or download the checkpoint")
         return problems.lines
-    folder = _checkpoint_folder(path)
+    try:
+        folder = checkpoint_folder(path)
+    except ValueError as e:
+        return [str(e)]
+    except OSError:
+        folder = path
     if folder.is_dir() and not os.access(folder, os.R_OK | os.X_OK):
         problems.add(folder, "cannot be read", "check its permissions")
         return problems.lines
     _check_files(folder, problems)
-    expected = _expected_files(folder, problems) if folder.is_dir() else [folder]
+    expected = _expected_files(folder, problems) if folder.is_dir() else part_paths(folder)
     for file in expected:
         if not file.is_file():
             problems.add(file, "is missing", "download it")
@@ -103,23 +111,17 @@ def verify(path: str | Path, open_source: Callable[[Path], Source]) -> list[str]
     return problems.lines
 
 
-def _checkpoint_folder(path: Path) -> Path:
-    """The folder to check: `path`, or `path/original` if only that holds Meta's files."""
-    original = path / "original"
-    if path.is_dir() and not _find_layout(path) and _find_layout(original) == "meta":
-        return original
-    return path
-
-
 def _find_layout(folder: Path) -> str | None:
     """The layout of the files in a folder: "meta", "hf", "gguf", or None for other files."""
     if (folder / "params.json").is_file():
         return "meta"
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and (
+        any(folder.glob("*.safetensors")) or not gguf_files(folder)
+    ):
         return "hf"
     for layout, pattern in (
         ("meta", "consolidated.*.pth"),
-        ("gguf", "*.gguf"),
+        ("gguf", "*.[gG][gG][uU][fF]"),  # whatever the case
         ("hf", "*.safetensors"),
         ("hf", INDEX_FILE),
     ):
@@ -135,10 +137,11 @@ def _check_files(path: Path, problems: Problems) -> None:
         if file.is_symlink() and not file.exists():
             problems.add(file, "is a link to a file that does not exist", GET_AGAIN)
         elif not file.is_file():
-            continue
+            if file.suffix in parts and not file.is_dir():
+                problems.add(file, "is a pipe or a device", "put the file in its place")
         elif file.suffix in UNFINISHED_SUFFIXES:
             problems.add(file, "is part of an unfinished download", "finish it, or remove the file")
-        elif file.suffix in parts:
+        elif file.suffix.lower() in parts:
             problems.run(find_damage, file)
     if path.is_file() and path.suffix != ".gguf" and not is_gguf(path):
         problems.add(path, "is not a whole checkpoint", "give the folder that contains it")
@@ -149,6 +152,7 @@ def _expected_files(folder: Path, problems: Problems) -> list[Path]:
     layout = _find_layout(folder)
     if layout == "meta":
         numbers = [int(m[1]) for f in folder.iterdir() if (m := SHARD.fullmatch(f.name))]
+        numbers = [number for number in numbers if number < MAX_FILES]
         shards = [f"consolidated.{i:02}.pth" for i in range(max(numbers, default=0) + 1)]
         return [folder / name for name in ("params.json", *shards, "tokenizer.model")]
     if layout == "hf":
@@ -158,12 +162,13 @@ def _expected_files(folder: Path, problems: Problems) -> list[Path]:
             problems.add(folder / "tokenizer.json", "is missing", "download it")
         return files
     if layout == "gguf":
-        files = sorted(folder.glob("*.gguf"))
+        files = gguf_files(folder)
         if len(files) > 1:
             problems.add(
                 folder, f"contains {len(files)} GGUF files", "give the path of one of them"
             )
-        return [*files, *([folder] if len(files) > 1 else [])]
+            return [*files, folder]
+        return [part for file in files for part in part_paths(file)]
     problems.add(
         folder, "contains no checkpoint", "give the folder with params.json or config.json"
     )
@@ -184,17 +189,16 @@ def _safetensors_files(folder: Path, problems: Problems) -> list[Path]:
     if numbered := [m for f in found if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)", f.stem))]:
         base, n = numbered[0][1], numbered[0][2]
         names = [f"{base}-{i:0{len(n)}}-of-{n}.safetensors" for i in range(1, int(n) + 1)]
-        return [index, *(folder / name for name in names)] if int(n) < 10000 else [index]
+        return [index, *(folder / name for name in names)] if int(n) <= MAX_FILES else [index]
     return found or [folder / "model.safetensors"]
 
 
 def _read_json_or_empty(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} if it is not one, which `_check_files` reports."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _check_tokenizer(folder: Path, problems: Problems) -> None:
@@ -215,7 +219,7 @@ def _check_tokenizer(folder: Path, problems: Problems) -> None:
 def _check_checksums(folder: Path, problems: Problems) -> None:
     """Compare with checklist.chk and .md5 files: lines `md5  filename` or `filename md5`."""
     for checklist in [*folder.glob("checklist.chk"), *folder.glob("*.md5")]:
-        if checklist in problems.files:
+        if checklist in problems.files or not checklist.is_file():
             continue
         try:
             lines = checklist.read_text("utf-8", errors="replace").splitlines()

@@ -14,7 +14,7 @@ from llama.common.files import replacing_file
 from llama.distributed import tensor_parallel
 from llama.engine.request import Generation
 from llama.generation import Llama, Stream
-from llama.tokenizer import Message
+from llama.tokenizer import ChatFormat, Message
 
 HELP = """\
 /system TEXT  set the system message, which says how the model should behave
@@ -44,6 +44,8 @@ class ChatSession:
         interactive: bool = True,
     ):
         if llama.formatter is None:
+            if llama.tokenizer.chat_templates:
+                ChatFormat(llama.tokenizer)  # raises, saying what is wrong with its template
             raise ValueError("this is a base model, without a chat format; use `llama3 complete`")
         self.llama, self.options, self.interactive = llama, options, interactive
         self.formatter = llama.formatter
@@ -177,7 +179,7 @@ class ChatSession:
         if not isinstance(dialog, list):
             raise ValueError(f"{path} is not a list of messages")
         for message in dialog:
-            self.formatter.encode_message(message)  # raises for a wrong message
+            self.formatter.check_message(message)  # raises for a wrong message
         return dialog
 
 

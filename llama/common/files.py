@@ -6,13 +6,19 @@ Knows nothing about what the files contain.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+MAX_JSON = 1 << 28  # bytes; a tokenizer.json has less than a tenth
+MAX_REASON = 300  # characters of another library's message
+MAX_MESSAGE = 2000  # characters of our own
 
 
 @contextmanager
@@ -117,18 +123,84 @@ def check_free_space(path: Path, needed: int) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file `path`.
+def check_regular_file(path: Path) -> None:
+    """Check that `path` is a file: a pipe would block its reader, a device might never end.
 
     Raises:
-        ValueError: the file is not JSON, or is not an object.
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is something else than a file.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is a folder, a pipe or a device, not a file; get the file")
+
+
+@contextmanager
+def damage(path: Path, remedy: str = "download it again") -> Iterator[None]:
+    """A block that reads `path`; what it raises becomes a ValueError that names the file.
+
+    A ValueError that names it already passes, without the middle if it is very long; so do errors
+    of the disk, of imports and of memory.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as e:
+        if isinstance(e, ValueError) and str(path) in str(e):
+            if len(str(e)) <= MAX_MESSAGE:
+                raise
+            half = MAX_MESSAGE // 2  # it quotes the file, and ends with the remedy
+            raise ValueError(f"{str(e)[:half]} ... {str(e)[-half:]}") from None
+        text = str(e) if isinstance(e, ValueError) and str(e) else f"{type(e).__name__}: {e}"
+        reason = " ".join(text.split())[:MAX_REASON]
+        raise ValueError(f"{path} is damaged ({reason}); {remedy}") from e
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file `path`, which may start with a byte order mark.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, is not an object, is nested too deeply, or has a number
+            that is not finite.
+    """
+    check_regular_file(path)
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path} has more than {MAX_JSON:,} bytes of JSON; download it again")
+    try:
+        value = parse_json(path.read_bytes())
     except ValueError as e:
         raise ValueError(f"{path} is not JSON ({e}); download it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object; download it again")
+    return value
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of JSON text in UTF-8. Its numbers are finite and no larger than a float can be.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8-sig"),
+            parse_constant=_parse_constant,
+            parse_int=lambda digits: int(digits) if _parse_float(digits) else 0,
+            parse_float=_parse_float,
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _parse_constant(name: str) -> None:
+    raise ValueError(f"it has the number {name}")
+
+
+def _parse_float(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise ValueError(f"the number {digits[:20]}... is too large")
     return value
 
 

@@ -6,6 +6,7 @@ and norms are replicated on every rank.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 # The dimension along which a weight is split: 0 for outputs (or token ids), 1 for inputs.
@@ -38,12 +39,11 @@ class Sizes(Protocol):
 
 def rank_counts(args: Sizes) -> list[int]:
     """The numbers of ranks that can share a model; any number can split the vocabulary."""
+    small = [n for n in range(1, math.isqrt(args.n_heads) + 1) if args.n_heads % n == 0]
     return [
         n
-        for n in range(1, args.n_heads + 1)
-        if args.n_heads % n == 0
-        and (args.kv_heads % n == 0 or n % args.kv_heads == 0)
-        and args.hidden_dim % n == 0
+        for n in sorted({*small, *(args.n_heads // n for n in small)})
+        if (args.kv_heads % n == 0 or n % args.kv_heads == 0) and args.hidden_dim % n == 0
     ]
 
 

@@ -136,10 +136,13 @@ def draw_at(
     generations = [generation for generation, _ in last]
     index = torch.tensor([at for _, at in last], device=h.device)
     logits = model.logits(h.flatten(0, 1).index_select(0, index))
-    finite = logits.amax(-1).isfinite().tolist()
+    allowed = logits  # log-probabilities are of all ids
+    if model.unused is not None:
+        allowed = logits.index_fill(-1, model.unused, -math.inf)
+    finite = allowed.amax(-1).isfinite().tolist()
     if not all(finite):  # drawing would fail, for all rows
-        logits = logits.nan_to_num(0.0, 0.0)
-    drawn = draw(generations, logits)
+        allowed = allowed.nan_to_num(0.0, 0.0)
+    drawn = draw(generations, allowed)
     scores = [0.0] * len(generations)
     if any(generation.request.logprobs for generation in generations):
         scores = chosen_logprobs(logits, drawn).tolist()

@@ -1,11 +1,36 @@
-"""Checks of chat messages. Knows nothing about token ids."""
+"""Chat messages and their checks. Knows nothing about token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, TypedDict
 
-NO_TOOLS = "this vocabulary has no tokens for tools; they need Llama 3.1 or later"
+from llama.text.tool_prompt import ToolCall
+
+NO_TOOLS = (
+    "this vocabulary has no tokens for tools, and no chat template that writes them; they need "
+    "Llama 3.1 or later, or such a template"
+)
+Role = Literal["system", "user", "assistant", "ipython", "tool"]
+
+
+class _AssistantFields(TypedDict, total=False):
+    tool_calls: list[ToolCall]
+    stop_reason: Literal["end_of_turn", "end_of_message"]
+
+
+class Message(_AssistantFields):
+    """One turn of a dialog.
+
+    A tool's result has the role "ipython" or its synonym "tool". Messages of the assistant may
+    have `tool_calls`, and a `stop_reason`: "end_of_message" if the model waits for tool results.
+    """
+
+    role: Role
+    content: str
+
+
+Dialog = Sequence[Message]
 
 
 def check_dialog(dialog: object) -> None:
@@ -33,7 +58,9 @@ def check_message(message: Any, roles: Sequence[str], takes_tools: bool) -> None
     if not isinstance(message, dict) or not {"role", "content"} <= set(message):
         raise TypeError(f"a message is {{'role': ..., 'content': ...}}, not {message!r}")
     if message["role"] not in roles:
-        raise ValueError(f"unknown role {message['role']!r}; use one of {list(roles)}")
+        raise ValueError(
+            f"unknown role {message['role']!r}; this checkpoint's chat format has {list(roles)}"
+        )
     if not isinstance(message["content"], str):
         raise TypeError(f"a message's content is a str, not {type(message['content'])}")
     if unknown := set(message) - {"role", "content", "tool_calls", "stop_reason"}:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
+import os
 from pathlib import Path
 from typing import Any
+
+from llama.common.files import read_json
+from llama.text.split_pattern import check_pattern
 
 # Llama 3's split pattern; a sidecar may have another one (see `Tokenizer`).
 LLAMA3_PATTERN = (
@@ -17,7 +20,9 @@ LLAMA3_PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 N_SPECIAL_TOKENS = 256
-CHAT_FORMATS = ("llama3", "chatml")
+CHAT_FORMATS = ("llama3", "chatml", "template")
+# How a token that is recognised in text treats the text beside it, see `llama.text.text_tokens`.
+TEXT_TOKEN_FLAGS = ("lstrip", "rstrip", "single_word")
 
 # The first special tokens of each release, in the order of ids; None is a reserved token.
 SPECIAL_TOKENS: dict[str, tuple[str | None, ...]] = {
@@ -63,11 +68,12 @@ def read_ranks(model_path: str) -> dict[bytes, int]:
 
         with blobfile.BlobFile(model_path, "rb") as f:
             return parse_ranks(f.read(), model_path)
-    if not Path(model_path).is_file():
+    path = Path(os.path.expanduser(model_path))
+    if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer at {model_path}; give the path of the checkpoint's tokenizer.model file"
         )
-    return parse_ranks(Path(model_path).read_bytes(), model_path)
+    return parse_ranks(path.read_bytes(), model_path)
 
 
 def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
@@ -105,8 +111,13 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
         "eos_token": "<|end_of_text|>",
         "pad_token": pad if pad in special else None,
         "stop_tokens": [text for text in stop if text in special],
+        "text_tokens": {},
+        "unused_ids": [],
         "chat_format": "llama3",
         "default_system": None,
+        "chat_bos": None,
+        "chat_templates": {},
+        "template_tokens": {},
     }
 
 
@@ -116,27 +127,59 @@ def read_sidecar(model_path: str) -> dict[str, Any]:
     Raises:
         ValueError: the sidecar is not a JSON object with known keys.
     """
-    path = Path(model_path + ".json")
+    path = Path(os.path.expanduser(model_path + ".json"))
     if "://" in model_path or not path.is_file():
         return {}
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from None
+    sidecar = read_json(path)
     known = set(default_spec("llama3", 0))
-    if not isinstance(sidecar, dict) or set(sidecar) - known:
+    if set(sidecar) - known:
         raise ValueError(f"{path} must be a JSON object with keys among {sorted(known)}")
     return sidecar
 
 
-def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
-    """Check that ranks and special tokens together use each id from 0 on exactly once.
+def check_types(spec: dict[str, Any], where: str) -> None:
+    """Check the types of a sidecar's values.
 
     Raises:
-        ValueError: they do not, or `spec` names an unknown special token or chat format.
+        ValueError: one is wrong; `where` names the file in the message.
     """
+    special, stops = spec["special_tokens"], spec["stop_tokens"]
+    wrong = [
+        key
+        for key in ("bos_token", "eos_token", "pad_token", "chat_format", "default_system")
+        if type(spec[key]) not in (str, type(None), *([int] if key.endswith("_token") else []))
+    ]
+    if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
+        wrong.append("special_tokens")
+    if not isinstance(stops, list) or not all(type(token) in (str, int) for token in stops):
+        wrong.append("stop_tokens")
+    in_text, unused = spec["text_tokens"], spec["unused_ids"]
+    if not isinstance(unused, list) or not all(type(i) is int for i in unused):
+        wrong.append("unused_ids")
+    if not isinstance(in_text, dict) or not all(
+        isinstance(flags, (list, tuple)) and all(isinstance(flag, str) for flag in flags)
+        for flags in in_text.values()
+    ):
+        wrong.append("text_tokens")
+    if not isinstance(spec["pat_str"], str):
+        wrong.append("pat_str")
+    if wrong:
+        kinds = {"special_tokens": "{text: id}", "stop_tokens": "a list of texts or ids"}
+        kinds |= {"unused_ids": "a list of ids", "text_tokens": "{text: [flag, ...]}"}
+        kind = kinds.get(wrong[0], "a text")
+        raise ValueError(f"{where}: {wrong[0]} must be {kind}, not {spec[wrong[0]]!r:.80}")
+
+
+def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
+    """Check that ranks, special tokens and unused ids together are each id from 0 on exactly once.
+
+    Raises:
+        ValueError: they are not, or `spec` names an unknown token or chat format.
+    """
+    check_types(spec, f"{where}.json")
+    check_pattern(spec["pat_str"], f"{where}.json")
     special = spec["special_tokens"]
-    ids = [*ranks.values(), *special.values()]
+    ids = [*ranks.values(), *special.values(), *spec["unused_ids"]]
     if clash := set(special.values()) & set(ranks.values()):
         raise ValueError(
             f"{where} and its .json both use the ids {sorted(clash)[:3]}: they do not belong "
@@ -145,8 +188,18 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     if sorted(ids) != list(range(len(ids))):
         gap = min(set(range(len(ids))) - set(ids), default=len(ids))
         raise ValueError(f"{where} has no token with id {gap}: it is damaged; download it again")
-    named = {spec["bos_token"], spec["eos_token"], spec["pad_token"], *spec["stop_tokens"]}
-    if unknown := named - set(special) - {None}:
+    roles = [spec[f"{role}_token"] for role in ("bos", "eos", "pad")]
+    named = {*roles, *spec["stop_tokens"], *spec["text_tokens"]}
+    if unknown := named - set(special) - set(ranks.values()) - {None}:
         raise ValueError(f"{where}.json uses special tokens that it does not list: {unknown}")
+    flags = {flag for flags in spec["text_tokens"].values() for flag in flags}
+    if flags - set(TEXT_TOKEN_FLAGS):
+        raise ValueError(f"{where}.json: text_tokens may have the flags {TEXT_TOKEN_FLAGS}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")
+    if spec["chat_bos"] is not None and spec["chat_bos"] not in special:
+        raise ValueError(f"{where}.json: chat_bos must be null or a special token")
+    for key in ("chat_templates", "template_tokens"):
+        table = spec[key]
+        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+            raise ValueError(f"{where}.json: {key} must be an object of texts")

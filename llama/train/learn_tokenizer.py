@@ -118,4 +118,4 @@ def _passages(texts: Iterable[str]) -> Iterator[str]:
 def _sidecar(pat_str: str, n: int) -> dict[str, Any]:
     """A sidecar for `n` ordinary tokens."""
     special = {text: n + i for i, text in enumerate(SPECIAL_TOKENS)}
-    return sidecar(pat_str, special, n, n + 1, n + 2, "")
+    return sidecar(pat_str, special, n, n + 1, n + 2)

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.checkpoints.formats.meta import is_disk_error
 from llama.common.files import new_folder, replacing_file
+from llama.common.torch_file import is_disk_error
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split

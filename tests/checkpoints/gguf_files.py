@@ -102,6 +102,7 @@ def write_gguf(
 
 
 PRE_TOKENIZERS = {  # as in the published tokenizer.json
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
     "smollm": pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),

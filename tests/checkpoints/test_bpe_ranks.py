@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import random
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import tokenizers
 from tokenizers import models
 
-from llama.checkpoints.formats.bpe_ranks import rank_file, sidecar
+from llama.checkpoints.formats.bpe_ranks import _apply_merges, rank_file, sidecar
 from tests.checkpoints.gguf_files import SPECIAL, tiktoken_bpe, trained
+from tests.fuzz.bounds import bounds
 
 
 def random_bpe(rng: random.Random) -> tuple[dict[str, int], list[str]]:
@@ -143,28 +145,39 @@ def test_sidecar(
     expected: dict[str, Any],
 ) -> None:
     common = {"pat_str": "[ab]", "special_tokens": special, "default_system": None}
-    assert sidecar("[ab]", special, bos, eos, pad, "") == common | expected
+    assert sidecar("[ab]", special, bos, eos, pad) == common | expected
 
 
 @pytest.mark.parametrize("ids", [(5, 499, None), (None, 5, None), (None, 499, 5)])
-def test_sidecar_names_only_special_tokens(ids: tuple[Any, Any, Any]) -> None:
-    with pytest.raises(ValueError, match="token 5 is not a special token"):
-        sidecar("", SPECIAL, *ids, "")
+def test_sidecar_names_only_tokens(ids: tuple[Any, Any, Any]) -> None:
+    with pytest.raises(ValueError, match="token 5 is not in the vocabulary"):
+        sidecar("", SPECIAL, *ids)
 
 
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        ("{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}", "Be brief."),
-        ("{{ '<|im_start|>system\\nBe brief.\\nPlease.<|im_end|>' }}", "Be brief.\nPlease."),
-        ("{{ '<|im_start|>system\nYou\\'re kind<|im_end|>' }}", "You're kind"),
-        ("<|im_start|>system\nOutside quotes<|im_end|>{{ 1 }}", "Outside quotes"),
-        ("{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}", None),
-        ("<|im_start|>system\n{{ system }}<|im_end|>", None),
-        ("{{ '<|im_start|>user\nHello<|im_end|>' }}", None),
-        ("", None),
-    ],
-)
-def test_default_system(template: str, expected: str | None) -> None:
-    assert sidecar("", SPECIAL, None, 499, None, template)["default_system"] == expected
-    assert sidecar("", LLAMA3, None, 8, None, template)["default_system"] is None
+def test_merges_of_random_orders() -> None:
+    """Oracle: the definition, which looks at every pair for every merge."""
+    rng = random.Random(0)
+    parts = [b"a", b"b", b"ab", b"ba", b"aa", b"aab", b"abab", b"bb"]
+    for _ in range(500):
+        pairs = rng.sample([(x, y) for x in parts for y in parts], rng.randrange(1, 40))
+        order = {pair: i for i, pair in enumerate(pairs)}
+        token = bytes(rng.choice(b"ab") for _ in range(rng.randrange(30)))
+        expected = [token[i : i + 1] for i in range(len(token))]
+        while found := [
+            (order[pair], i) for i, pair in enumerate(itertools.pairwise(expected)) if pair in order
+        ]:
+            i = min(found)[1]
+            expected[i : i + 2] = [expected[i] + expected[i + 1]]
+        assert _apply_merges(token, order) == expected
+
+
+def test_long_tokens_and_templates_take_little_time() -> None:
+    """Each took a minute."""
+    with bounds():
+        parts = _apply_merges(b"a" * 20_000, {(b"a", b"a"): 0, (b"aa", b"aa"): 1})
+        assert parts == [b"aaaa"] * 5_000
+
+
+def test_merges_that_are_no_pairs() -> None:
+    with pytest.raises(ValueError, match="merge 'ab' is not two tokens"):
+        rank_file({"a": 0, "b": 1, "ab": 2}, ["ab"], whole_pieces=True)

@@ -14,7 +14,8 @@ import pytest
 
 from llama.checkpoints import demo_model
 from llama.checkpoints.convert import convert
-from llama.checkpoints.formats.gguf import PATTERNS
+from llama.checkpoints.formats.gguf_vocabulary import PRE_TOKENIZERS
+from llama.tokenizer import Tokenizer
 from tests.checkpoints.gguf_files import (
     mixed_texts,
     read_tokenizer,
@@ -33,14 +34,62 @@ def read(path: Path) -> tuple[bytes, dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("pre", PATTERNS)
-def test_rank_file_of_a_trained_bpe(pre: str, tmp_path: Path) -> None:
-    encode = tiktoken_bpe(*read(write_gguf(tmp_path / "m.gguf", keys=vocabulary_keys(pre))))
+@pytest.mark.parametrize(
+    ("like", "names"),
+    [
+        ("llama-bpe", ["llama-bpe", "llama3", "llama-v3", "falcon3", "smaug-bpe", "dbrx"]),
+        ("smollm", ["smollm", "starcoder", "command-r"]),
+        ("gpt-2", ["gpt-2", "olmo"]),
+    ],
+)
+def test_names_of_a_pre_tokenizer(like: str, names: list[str], tmp_path: Path) -> None:
     tokens, merges = trained()
     vocab = {text: i for i, text in enumerate(tokens)}
-    reference = reference_bpe(vocab, merges, pre, ignore_merges=pre == "llama-bpe")
-    for text in mixed_texts(300):
-        assert encode(text) == reference.encode(text).ids, repr(text)
+    reference = reference_bpe(vocab, merges, like, ignore_merges=like == "llama-bpe")
+    expected = {text: reference.encode(text).ids for text in mixed_texts(200)}
+    for name in names:
+        path = write_gguf(tmp_path / f"{name}.gguf", keys=vocabulary_keys(name))
+        encode = tiktoken_bpe(*read(path))
+        for text, ids in expected.items():
+            assert encode(text) == ids, (name, text)
+
+
+@pytest.mark.parametrize("pre", ["default", None])
+def test_first_files_of_llama_3(pre: str | None, tmp_path: Path) -> None:
+    """The first conversions of Llama 3 do not name its pre-tokenizer."""
+    special = {"<|begin_of_text|>": 497, "<|im_start|>": 498, "<|im_end|>": 499}
+    expected = read(write_gguf(tmp_path / "a.gguf", keys=vocabulary_keys("llama-bpe", special)))
+    keys = vocabulary_keys("llama-bpe", special) | {"tokenizer.ggml.pre": pre}
+    assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
+
+
+def test_whole_pieces_under_another_name(tmp_path: Path) -> None:
+    """Llama 3's vocabulary has tokens that no merges produce, also in a file of "smaug-bpe"."""
+    tokens, merges = trained()
+    tokens = [*tokens[:-1], "Ġdogsled"]
+    keys = vocabulary_keys("llama-bpe", tokens=tokens, merges=merges[:-1])
+    expected = read(write_gguf(tmp_path / "a.gguf", keys=keys))
+    keys |= {"tokenizer.ggml.pre": "smaug-bpe", "tokenizer.ggml.add_bos_token": True}
+    with pytest.warns(UserWarning, match="dogsled.*whole piece"):
+        assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
+
+
+def test_user_defined_tokens_are_found_in_text(tmp_path: Path) -> None:
+    keys = vocabulary_keys("smollm", {"<think>": 497, "<|im_start|>": 498, "<|im_end|>": 499})
+    keys["tokenizer.ggml.token_type"] = [1] * 497 + [4, 3, 4]
+    tokenizer = Tokenizer.from_vocabulary(*read(write_gguf(tmp_path / "m.gguf", keys=keys)), "x")
+    ids = tokenizer.encode("a<think>b<|im_end|>", bos=False, eos=False)
+    assert ids.count(497) == 1 and 499 not in ids  # which ends a turn
+    assert tokenizer.decode(ids) == "a<think>b<|im_end|>"
+
+
+def test_all_ids_that_end_a_turn_stop(tmp_path: Path) -> None:
+    special = {"<|endoftext|>": 497, "<a>": 498, "<b>": 499}
+    keys = vocabulary_keys("smollm", special)
+    for role, i in {"eos": 20, "eot": 498, "eom": 499}.items():  # 20: an ordinary token
+        keys[f"tokenizer.ggml.{role}_token_id"] = i
+    tokenizer = Tokenizer.from_vocabulary(*read(write_gguf(tmp_path / "m.gguf", keys=keys)), "x")
+    assert (tokenizer.eos_id, tokenizer.stop_tokens) == (20, [20, 497, 498, 499])
 
 
 def test_whole_pieces_without_merges(tmp_path: Path) -> None:
@@ -96,52 +145,46 @@ def test_rank_file_of_the_demo_model(
     ],
 )
 def test_sidecar(pre: str, changes: dict[str, Any], bos: str | None, tmp_path: Path) -> None:
-    keys = vocabulary_keys(pre) | {"tokenizer.chat_template": TEMPLATE}
+    keys = vocabulary_keys(pre)
     keys |= {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
     keys["tokenizer.ggml.padding_token_id"] = 497
     assert read(write_gguf(tmp_path / "m.gguf", keys=keys))[1] == {
-        "pat_str": PATTERNS[pre],
+        "pat_str": PRE_TOKENIZERS[pre].pattern,
         "special_tokens": {"<|endoftext|>": 497, "<|im_start|>": 498, "<|im_end|>": 499},
         "bos_token": bos,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
         "stop_tokens": ["<|im_end|>", "<|endoftext|>"],
         "chat_format": "chatml",
-        "default_system": "Be brief.",
+        "default_system": None,
     }
 
 
-TEMPLATE = "{% if true %}{{ '<|im_start|>system\nBe brief.<|im_end|>\n' }}{% endif %}"
-
-
-def test_unused_tokens_keep_their_ids(tmp_path: Path) -> None:
+def test_unused_tokens_have_an_id_and_no_text(tmp_path: Path) -> None:
     keys = vocabulary_keys("smollm")
     keys["tokenizer.ggml.token_type"] = [1] * 497 + [5, 4, 3]
     ranks, sidecar = read(write_gguf(tmp_path / "m.gguf", keys=keys))
-    assert sidecar["special_tokens"] == {
-        "<|endoftext|>": 497,
-        "<|im_start|>": 498,
-        "<|im_end|>": 499,
-    }
+    assert sidecar["special_tokens"] == {"<|im_start|>": 498, "<|im_end|>": 499}
+    assert sidecar["unused_ids"] == [497]
     assert b" 497\n" not in ranks
+    assert Tokenizer.from_vocabulary(ranks, sidecar, "x").decode([497, 499]) == "<|im_end|>"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2'"),
+        ({"pre": "qwen2"}, "pre-tokenizer 'qwen2'.*give the model's own tokenizer.model"),
         ({"pre": None}, "no 'tokenizer.ggml.pre'"),
         ({"tokens": None}, "no 'tokenizer.ggml.tokens'"),
         ({"token_type": None}, "no 'tokenizer.ggml.token_type'"),
         ({"merges": None}, "no 'tokenizer.ggml.merges'"),
         ({"eos_token_id": None}, "no 'tokenizer.ggml.eos_token_id'"),
         ({"bos_token_id": None, "add_bos_token": True}, "no 'tokenizer.ggml.bos_token_id'"),
-        ({"eos_token_id": 5}, "eos token 5"),
+        ({"eos_token_id": 500}, "eos token 500"),
         ({"padding_token_id": 999}, "pad token 999"),
         ({"token_type": [1] * 497 + [3, 3, 6]}, "type 6"),
         ({"token_type": [1] * 499}, "499 types"),
         ({"tokens": ["a"] * 500}, "same text"),
-        ({"tokens": ["a", "b"], "token_type": [1, 3]}, "500 rows"),
     ],
 )
 def test_unsupported_vocabularies(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -160,14 +203,6 @@ def test_other_kinds_of_vocabulary(model: str | None, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="no tokenizer"):
         folder = convert(path, tmp_path / "out")
     assert {f.name for f in folder.iterdir()} == {"consolidated.00.pth", "params.json"}
-
-
-@pytest.mark.parametrize("pre", ["llama3", "llama-v3"])
-def test_other_names_of_llama_3s_pre_tokenizer(pre: str, tmp_path: Path) -> None:
-    keys = vocabulary_keys("llama-bpe")
-    expected = read(write_gguf(tmp_path / "a.gguf", keys=keys))
-    keys["tokenizer.ggml.pre"] = pre
-    assert read(write_gguf(tmp_path / "b.gguf", keys=keys)) == expected
 
 
 def test_ordinary_pad_token_is_ignored(tmp_path: Path) -> None:

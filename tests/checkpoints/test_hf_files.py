@@ -152,28 +152,26 @@ def test_gpt2_pattern_and_list_merges(tmp_path: Path) -> None:
         assert tokenizer.encode(text, bos=False, eos=False) == reference.encode(text), repr(text)
 
 
-def test_stop_tokens_and_system(tmp_path: Path) -> None:
-    template = "{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}"
-    write_tokenizer(tmp_path, "smollm", False, eos_token=None, chat_template=template)
+def test_stop_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "smollm", False, eos_token=None)
     with pytest.raises(ValueError, match="names EOS"):
         read_vocabulary(tmp_path)
     edit(tmp_path / "config.json", eos_token_id=499)
     assert ours(tmp_path).stop_tokens == [499, 497]
     edit(tmp_path / "generation_config.json", eos_token_id=[498, 497])
-    assert ours(tmp_path).stop_tokens == [498, 499, 497]
-    assert ours(tmp_path).default_system == "Be kind."
+    assert ours(tmp_path).stop_tokens == [498, 499, 497]  # of both files
     edit(tmp_path / "special_tokens_map.json", eos_token={"content": "<|endoftext|>"})
-    edit(tmp_path / "tokenizer_config.json", chat_template=[{"name": "tool", "template": template}])
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     del config["eos_token"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert ours(tmp_path).eos_id == 497
-    assert ours(tmp_path).default_system is None
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert ours(tmp_path).default_system == "Be kind."
-    edit(tmp_path / "generation_config.json", eos_token_id=[5, 497])
-    with pytest.warns(UserWarning, match=r"\[5\]"):
-        assert ours(tmp_path).stop_tokens == [497, 499]
+    edit(tmp_path / "generation_config.json", eos_token_id=[5, 497, 1000])  # 5: an ordinary token
+    assert ours(tmp_path).stop_tokens == [497, 499, 5]
+    edit(tmp_path / "special_tokens_map.json", eos_token=trained()[0][7])
+    assert (ours(tmp_path).eos_id, ours(tmp_path).stop_tokens[0]) == (7, 7)
+    edit(tmp_path / "generation_config.json", eos_token_id=["<|im_end|>"])
+    with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be ids"):
+        ours(tmp_path)
 
 
 def test_no_vocabulary(tmp_path: Path) -> None:
@@ -181,11 +179,6 @@ def test_no_vocabulary(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "smollm", False)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15")  # SentencePiece
     assert read_vocabulary(tmp_path) is not None
-    for name in ("tokenizer.model", "original/tokenizer.model"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\n")
-        assert read_vocabulary(tmp_path) is None
-        (tmp_path / name).unlink()
 
 
 def split(pattern: Any, behavior: str = "isolated", invert: bool = False) -> Any:

@@ -212,3 +212,7 @@ def test_base_model_is_refused(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(demo, "formatter", None)
     with pytest.raises(ValueError, match="llama3 complete"):
         ChatSession(demo, OPTIONS)
+    monkeypatch.setattr(demo.tokenizer, "chat_format", "template")
+    monkeypatch.setattr(demo.tokenizer, "chat_templates", {"default": "{% if %}"})
+    with pytest.raises(ValueError, match="chat template"):
+        ChatSession(demo, OPTIONS)

@@ -12,6 +12,7 @@ import pytest
 from llama.common.files import (
     check_free_space,
     check_writable,
+    damage,
     new_folder,
     read_json,
     replacing_file,
@@ -150,3 +151,57 @@ def test_json(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"{path} is {message}.*; download it again"):
             read_json(path)
+
+
+def test_json_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + b'{"max": 1000000000000000019884624838656}')
+    assert read_json(tmp_path / "a.json") == {"max": int(1e30)}  # as tokenizer_config.json has it
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"a":' * 100_000,
+        '{"a": NaN}',
+        '{"a": -Infinity}',
+        '{"a": 1e999}',
+        '{"a": 1' + "0" * 400 + "}",
+        '{"a": 1' + "0" * 10_000 + "}",
+        b"\xff\xfe{\x00}\x00",
+        "",
+    ],
+    ids=["deep lists", "deep objects", "nan", "inf", "float", "int", "digits", "utf-16", "empty"],
+)
+def test_json_that_python_cannot_use(text: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f"{path} is not JSON .*; download it again"):
+        read_json(path)
+
+
+def test_files_that_are_no_files(tmp_path: Path) -> None:
+    """Opening a pipe would block."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null")):
+        with pytest.raises(ValueError, match=f"{path} is a folder, a pipe or a device"):
+            read_json(path)
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "absent")
+
+
+def test_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    for error in (KeyError("x"), RecursionError(), ZeroDivisionError(), ValueError("y" * 1000)):
+        message = f"^{path} is damaged .*; download it again"
+        with pytest.raises(ValueError, match=message) as found, damage(path):
+            raise error
+        assert len(str(found.value)) < 500
+    for passed in (ValueError(f"{path} is old"), OSError(5, "disk"), MemoryError(), ImportError()):
+        with pytest.raises(type(passed)) as same, damage(path):
+            raise passed
+        assert same.value is passed
+    message = rf"^{path}: x+ \.\.\. x+; remove it$"
+    with pytest.raises(ValueError, match=message) as found, damage(path):
+        raise ValueError(f"{path}: {'x' * 10**6}; remove it")
+    assert len(str(found.value)) < 2100

@@ -249,10 +249,17 @@ def one(folder: str) -> dict[str, Any]:
     return generate(folder)
 
 
+def stored(folder: str) -> dict[str, Any]:
+    """Generate with the model of a folder, and with its vocabulary."""
+    llama = Llama.build(folder, None, 48, 3, device="cpu", dtype=torch.float32)
+    drawn = llama.generate([[1, 2, 3]] * 2, 40, temperature=9.0, top_p=1.0, seed=3)[0]
+    return generate(folder) | {"drawn": drawn}
+
+
 if __name__ == "__main__":
     modes: dict[str, Callable[..., dict[str, Any]]] = {
         "cases": cases, "demo": demo, "one": one, "replicas": replicas,
-        "quantized": quantized_models,
+        "quantized": quantized_models, "stored": stored,
     }  # fmt: skip
     mode = modes[sys.argv[1]]
     result = {"rank": int(os.environ["RANK"])} | mode(*sys.argv[2:])

@@ -6,9 +6,9 @@ Knows no file format: `gguf` and `hf_tokenizer_import` read the tokens and merge
 from __future__ import annotations
 
 import base64
-import itertools
+import heapq
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 # GPT-2's split pattern, and the same with every digit split from the rest of the text first.
@@ -21,8 +21,10 @@ DIGITS_PATTERN = (
 )
 # Tokens that end a turn, in any vocabulary that has them.
 STOP_TOKENS = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>")
-# A system turn that a chat template contains as literal text.
-_DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\n|\\n)((?:[^'\"{}\\]|\\.)+?)<\|im_end\|>")
+# More ids without a token than this, and than tokens, mean a damaged file.
+MAX_UNUSED = 1024
+# Names of tokens that mark turns: <|user|>, and with DeepSeek's bars.
+_MARK = re.compile(r"<[|\uff5c].*[|\uff5c]>", re.DOTALL)
 
 
 def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bool) -> bytes:
@@ -52,6 +54,8 @@ def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bo
     order: dict[tuple[bytes, bytes], int] = {}
     last = 0
     for merge in merges:
+        if " " not in merge:
+            raise ValueError(f"merge {merge!r} is not two tokens")
         left, right = (to_bytes(part) for part in merge.split(" ", 1))
         merged = ranks.get(left + right, -1)
         if merged < last or left not in ranks or right not in ranks:
@@ -76,16 +80,30 @@ def gpt2_bytes() -> dict[str, int]:
 
 
 def _apply_merges(token: bytes, order: dict[tuple[bytes, bytes], int]) -> list[bytes]:
-    """The parts of `token` that remain after merging: first merge first, leftmost pair first."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 1:
-        never = len(order)
-        pairs = enumerate(itertools.pairwise(parts))
-        first, i = min((order.get(pair, never), i) for i, pair in pairs)
-        if first == never:
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    """The parts of `token` that remain after merging: first merge first, leftmost pair first.
+
+    A part is known by the place where it starts. The time is about linear in the token's length.
+    """
+    n = len(token)
+    parts = {i: token[i : i + 1] for i in range(n)}
+    after, before = list(range(1, n + 1)), list(range(-1, n))
+    pairs = ((order.get((parts[i], parts[i + 1])), i) for i in range(n - 1))
+    waiting = [(priority, i) for priority, i in pairs if priority is not None]
+    heapq.heapify(waiting)
+    while waiting:
+        priority, i = heapq.heappop(waiting)
+        j = after[i]
+        if i not in parts or j == n or order.get((parts[i], parts[j])) != priority:
+            continue  # one of the two was merged with another part
+        parts[i] += parts.pop(j)
+        after[i] = after[j]
+        before[after[i]] = i
+        for left in (before[i], i):
+            if left >= 0 and after[left] < n:
+                priority = order.get((parts[left], parts[after[left]]), -1)
+                if priority >= 0:
+                    heapq.heappush(waiting, (priority, left))
+    return list(parts.values())
 
 
 def sidecar(
@@ -94,40 +112,65 @@ def sidecar(
     bos: int | None,
     eos: int,
     pad: int | None,
-    chat_template: str,
+    *,
+    ordinary: Collection[int] = (),
+    stop_ids: Iterable[int] = (),
+    text_tokens: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
+
+    The chat format is the one whose tokens there are; a chat template can say another.
 
     Args:
         pat_str: regular expression that splits text before the BPE.
         special_tokens: {text: id}.
-        bos, eos, pad: ids in `special_tokens`; None: no such token.
-        chat_template: searched for a default system prompt; it is never evaluated.
+        bos, eos, pad: ids; None: no such token.
+        ordinary: ids of the ordinary tokens; if given, ids of no token are unused.
+        stop_ids: more ids that end a generation; those without a token are ignored.
+        text_tokens: {text: flags} of tokens that text stands for.
 
     Raises:
-        ValueError: one of the ids is not that of a special token.
+        ValueError: bos, eos or pad is no token's id, or most ids have no token.
     """
-    text_of: dict[int | None, str | None] = {i: text for text, i in special_tokens.items()}
-    text_of[None] = None
+    name_of: dict[int | None, str | int | None] = {None: None, **{i: i for i in ordinary}}
+    name_of |= {i: text for text, i in special_tokens.items()}
+    unused = _unused_ids({*ordinary, *special_tokens.values()}) if ordinary else []
     for role, i in (("bos", bos), ("eos", eos), ("pad", pad)):
-        if i not in text_of:
-            raise ValueError(f"the {role} token {i} is not a special token")
-    stops = [text_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
+        if i not in name_of:
+            raise ValueError(f"the {role} token {i} is not in the vocabulary")
+    stops = [name_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
+    stops += [name_of[i] for i in stop_ids if i in name_of]
+    found = _found_in_text(text_tokens or {}, {name_of[bos], name_of[pad], *stops})
+    optional = {"text_tokens": found, "unused_ids": unused}
     chatml = "<|im_start|>" in special_tokens
-    found = _DEFAULT_SYSTEM.search(chat_template) if chatml else None
     llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
     return {
         "pat_str": pat_str,
         "special_tokens": special_tokens,
-        "bos_token": text_of[bos],
-        "eos_token": text_of[eos],
-        "pad_token": text_of[pad],
+        "bos_token": name_of[bos],
+        "eos_token": name_of[eos],
+        "pad_token": name_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
         "chat_format": "chatml" if chatml else llama3,
-        "default_system": _unescape(found[1]) if found else None,
+        "default_system": None,
+        **{key: value for key, value in optional.items() if value},
     }
 
 
-def _unescape(text: str) -> str:
-    """Resolve a quoted string's escapes: `\\n` is a newline, `\\x` is x for any other x."""
-    return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], text, flags=re.DOTALL)
+def _unused_ids(used: Set[int]) -> list[int]:
+    """The ids below the highest one in `used` that are not in it."""
+    count = max(used, default=-1) + 1
+    if count > 2 * len(used) + MAX_UNUSED:
+        raise ValueError(f"there is a token {count - 1}, and only {len(used)} tokens")
+    return [i for i in range(count) if i not in used]
+
+
+def _found_in_text(
+    tokens: Mapping[str, Sequence[str]], control: Set[str | int | None]
+) -> dict[str, Sequence[str]]:
+    """`tokens` without those in `control` and those that mark turns: a user could forge a turn."""
+    return {
+        text: flags
+        for text, flags in tokens.items()
+        if text not in control and not _MARK.fullmatch(text)
+    }

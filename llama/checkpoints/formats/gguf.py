@@ -8,30 +8,26 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_gguf_templates
+from llama.checkpoints.formats.gguf_header import GGUFHeader, read_header
+from llama.checkpoints.formats.gguf_parts import check_parts, find_parts
+from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary, stop_ids
 from llama.checkpoints.formats.params import ffn_terms
-from llama.checkpoints.source import Source
+from llama.checkpoints.source import Source, check_layers, sample
+from llama.common.files import damage
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
-from llama.text.rank_file import LLAMA3_PATTERN
-
-if TYPE_CHECKING:
-    from gguf import ReaderTensor
 
 # Keys that change what the tensors compute: refused unless absent or 0.
 UNSUPPORTED_KEYS = (
     "expert_count", "logit_scale", "residual_scale", "embedding_scale", "attention.scale",
 )  # fmt: skip
-# `tokenizer.ggml.pre`: split pattern.
-PATTERNS = {"llama-bpe": LLAMA3_PATTERN, "smollm": DIGITS_PATTERN}
-ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-LLAMA3_ROWS = 128256  # the first Llama 3 files do not name their pre-tokenizer
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # `tokenizer.ggml.token_type`
+LLAMA3_ROWS = 128256
 
 GGUF_NAMES = {  # Meta's name: the file's
     "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output",
@@ -44,27 +40,19 @@ ROPE_FREQS = "rope_freqs.weight"
 
 
 class _File:
-    """An open GGUF file: metadata by key, tensors by name. Tensors are read from disk when used."""
+    """An open GGUF file: metadata by key, tensors by name. Tensors are read from disk when used.
+
+    Args:
+        path: the file. If it is split, any of its parts: all are opened, in order.
+    """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no GGUF file at {path}; give the path of a .gguf file")
-        try:
-            from gguf import GGUFReader
-        except ImportError as e:
-            raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
-        with open(self.path, "rb") as f:
-            if f.read(4) != b"GGUF":
-                raise ValueError(f"{path} is not a GGUF file; give the path of a .gguf file")
-        try:
-            reader = GGUFReader(self.path)
-        except (ValueError, LookupError, OverflowError, TypeError) as e:
-            raise ValueError(f"{path} is truncated or damaged ({e}); download it again") from e
-        if reader.byte_order != "I":
-            raise ValueError(f"{path} has the other byte order; run gguf-convert-endian on it")
-        self.fields = reader.fields
-        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
+        paths = find_parts(self.path)
+        parts = [_open(part) for part in paths]
+        self.fields = parts[0].fields  # the others have only the keys of the split
+        check_parts(paths, parts)
+        self.tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value of `key`, or `default`."""
@@ -82,27 +70,32 @@ class _File:
     def count(self, key: str, default: int | None = None) -> int:
         """The value of `key`; a ValueError if it is not a positive integer."""
         value = self.need(key) if default is None else self.get(key, default)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r}")
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{self.path}: {key} must be one positive integer, not {value!r:.80}")
         return value
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the tensor `name`, as in torch; a ValueError if the file lacks it."""
         if name not in self.tensors:
             raise ValueError(f"{self.path} has no tensor {name!r}; convert the model to GGUF again")
-        return tuple(int(n) for n in reversed(self.tensors[name].shape))
+        return self.tensors[name].shape[::-1]
 
     def array(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """A copy in fp32 of rows `start`:`stop` of the tensor `name`."""
-        from gguf.quants import dequantize
-
-        tensor = self.tensors[name]
         try:
-            values = dequantize(tensor.data[start:stop], tensor.tensor_type)
+            return self.tensors[name].array(start, stop)
         except NotImplementedError as e:
-            kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path}: {name}: cannot read type {kind}; use another") from e
-        return np.require(values, np.float32, ["C", "W"]).reshape(-1, *self.shape(name)[1:])
+            raise ValueError(f"{self.path}: {name}: cannot read {e}; use another") from e
+
+
+def _open(path: Path) -> GGUFHeader:
+    """The header of one file; a ValueError if it is damaged or is not a GGUF."""
+    try:
+        return read_header(path)
+    except ImportError as e:
+        raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
+    except ValueError as e:
+        raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
 
 
 class GGUFSource(Source):
@@ -143,13 +136,26 @@ class GGUFSource(Source):
             return torch.from_numpy(self.file.array(self.names[name], start, stop))
         return torch.from_numpy(self.file.array(self.names[name]))[:, start:stop]
 
+    def sample(self, name: str) -> bytes:
+        rows = self.file.tensors[self.names[name]].rows()
+        some = rows[[0, len(rows) // 2, -1]] if rows.ndim > 1 else rows  # a copy, or small
+        return sample(torch.from_numpy(np.array(some)))
+
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """See `Source.vocabulary`; None also for another kind of vocabulary than BPE.
 
         Raises:
             ValueError: a vocabulary that a rank file cannot express.
         """
-        return _read_tokenizer(self.file)
+        with damage(self.path, "convert the model to GGUF again"):
+            return read_vocabulary(self.file)
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.file)
+
+    def chat_templates(self) -> StoredTemplates:
+        """See `Source.chat_templates`."""
+        return read_gguf_templates(self.file.get)
 
 
 def _read_params(file: _File) -> dict[str, Any]:
@@ -157,12 +163,10 @@ def _read_params(file: _File) -> dict[str, Any]:
     arch = file.need("general.architecture")
     if arch != "llama":
         raise ValueError(f"{file.path} is of architecture {arch!r}; only 'llama' can be converted")
-    if file.get("split.count", 1) > 1:
-        raise ValueError(f"{file.path} is one part of a split GGUF; merge the parts first")
     dim, n_heads = file.count("llama.embedding_length"), file.count("llama.attention.head_count")
     _check_keys(file, dim // n_heads)
     vocab_size = file.shape(EMBEDDING)[0]
-    if file.get("llama.vocab_size", vocab_size) != vocab_size:
+    if file.get("llama.vocab_size", vocab_size) > vocab_size:  # the embeddings may be padded
         raise ValueError(f"{file.path}: llama.vocab_size contradicts {vocab_size} embeddings")
     multiple_of, multiplier = ffn_terms(dim, file.count("llama.feed_forward_length"))
     theta = file.get("llama.rope.freq_base", 10000.0)  # the format's own default
@@ -233,7 +237,9 @@ def _map_names(file: _File, params: dict[str, Any]) -> dict[str, str]:
     Raises:
         ValueError: a weight is missing or has another shape, or the file has other tensors.
     """
-    shapes = weight_shapes(ModelArgs(**params))
+    args = ModelArgs(**params)
+    check_layers(file.tensors, args, file.path)
+    shapes = weight_shapes(args)
     names: dict[str, str] = {}
     for meta in shapes:
         *layer, name = meta.removesuffix(".weight").split(".", 2)
@@ -249,47 +255,3 @@ def _map_names(file: _File, params: dict[str, Any]) -> dict[str, str]:
                 f"{file.path}: {names[meta]} is {found}; by the file's keys it is {shape}"
             )
     return names
-
-
-def _read_tokenizer(file: _File) -> tuple[bytes, dict[str, Any]] | None:
-    """(rank file, sidecar), see `Source.vocabulary`."""
-    if file.get("tokenizer.ggml.model") != "gpt2":
-        return None
-    rows = file.shape(EMBEDDING)[0]
-    unnamed = rows == LLAMA3_ROWS and file.get("tokenizer.ggml.pre") is None
-    pre = "llama-bpe" if unnamed else file.need("tokenizer.ggml.pre")
-    pre = ALIASES.get(pre, pre)
-    if pre not in PATTERNS:
-        raise ValueError(f"{file.path}: unknown pre-tokenizer {pre!r}; known: {list(PATTERNS)}")
-    ordinary, special = _read_tokens(file)
-    llama3 = PATTERNS[pre] == LLAMA3_PATTERN
-    add_bos = file.get("tokenizer.ggml.add_bos_token", llama3)
-    bos = file.need("tokenizer.ggml.bos_token_id") if add_bos else None
-    eos, pad = file.need("tokenizer.ggml.eos_token_id"), file.get("tokenizer.ggml.padding_token_id")
-    if pad in ordinary.values():  # some files name an ordinary token, which cannot pad
-        pad = None
-    merges, template = file.need("tokenizer.ggml.merges"), file.get("tokenizer.chat_template", "")
-    try:
-        ranks = rank_file(ordinary, merges, whole_pieces=llama3)
-        return ranks, sidecar(
-            PATTERNS[pre], special, bos=bos, eos=eos, pad=pad, chat_template=template
-        )
-    except ValueError as e:
-        raise ValueError(f"{file.path}: {e}; use the model's own tokenizer.model") from e
-
-
-def _read_tokens(file: _File) -> tuple[dict[str, int], dict[str, int]]:
-    """{text: id} of the ordinary tokens, in GPT-2's characters, and of the special tokens."""
-    tokens, types = file.need("tokenizer.ggml.tokens"), file.need("tokenizer.ggml.token_type")
-    rows = file.shape(EMBEDDING)[0]
-    if not len(tokens) == len(types) == rows:
-        raise ValueError(f"{file.path}: {len(tokens)} tokens, {len(types)} types, {rows} rows")
-    if len(set(tokens)) != len(tokens):
-        raise ValueError(f"{file.path}: two tokens have the same text; convert the model again")
-    for text, kind in zip(tokens, types, strict=True):
-        if kind not in (NORMAL, CONTROL, USER_DEFINED, UNUSED):
-            raise ValueError(f"{file.path}: token {text!r} is of type {kind}, unknown in a BPE")
-    ids = {text: i for i, text in enumerate(tokens)}
-    ordinary = {text: i for text, i in ids.items() if types[i] == NORMAL}
-    # Unused ids are special tokens: the model has a row for each and may sample it.
-    return ordinary, {text: i for text, i in ids.items() if text not in ordinary}

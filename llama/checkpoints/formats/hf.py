@@ -15,14 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
-from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
-from llama.checkpoints.source import Source, same_weights
+from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary, stop_ids
+from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.files import read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
 }  # fmt: skip
+
+MAX_FILES = 10_000  # the numbers in their names have five digits
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
@@ -74,6 +77,7 @@ class HFSource(Source):
         for file in weight_files(self.path):
             self._index_file(file)
         self._positions = config.get("max_position_embeddings")
+        self._add_alias(config.get("tie_word_embeddings", False))
         self.tied = self._is_tied(config.get("tie_word_embeddings", False))
         if self.tied and "tok_embeddings.weight" in self._weights:
             self._weights["output.weight"] = self._weights["tok_embeddings.weight"]
@@ -104,6 +108,18 @@ class HFSource(Source):
                 )
             dtype = SAFETENSORS_DTYPES[kind]
             self._weights[meta] = _StoredWeight(file, name, tuple(part.get_shape()), dtype)
+
+    def _add_alias(self, tied_in_config: bool) -> None:
+        """Give a tied embedding that is stored as lm_head.weight alone its own name.
+
+        `safetensors.torch.save_model` stores one of two names, and the other in the metadata.
+        """
+        head = self._weights.get("output.weight")
+        if head is None or "tok_embeddings.weight" in self._weights:
+            return
+        alias = (head.file.metadata() or {}).get("model.embed_tokens.weight")
+        if tied_in_config or alias == head.name:
+            self._weights["tok_embeddings.weight"] = head
 
     def _is_tied(self, tied_in_config: bool) -> bool:
         """Whether the output's weights are those of the embedding, by config.json and content."""
@@ -140,6 +156,9 @@ class HFSource(Source):
         assert dim == 1 or start % d == stop % d == 0, f"{name}: {start}:{stop} splits a head"
         return interleave(part, d)
 
+    def sample(self, name: str) -> bytes:
+        return sample(self._weights[name].tensor())  # as stored: heads are not reordered
+
     def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
         """(rank file, sidecar) of tokenizer.json; None: there is none, or a tokenizer.model.
 
@@ -147,6 +166,13 @@ class HFSource(Source):
             ValueError: a damaged file, or a tokenizer that ranks alone cannot express.
         """
         return read_vocabulary(self.path)
+
+    def stop_ids(self) -> list[int]:
+        return stop_ids(self.path)
+
+    def chat_templates(self) -> StoredTemplates:
+        """See `Source.chat_templates`."""
+        return read_hf_templates(self.path)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -172,6 +198,10 @@ def weight_files(folder: Path) -> list[Path]:
         if not names:
             other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
             raise FileNotFoundError(f"{folder} has no model.safetensors{other}")
+        if (most := max(totals, default=0)) > MAX_FILES:
+            raise ValueError(
+                f"{folder} has a file of {most} files, more than {MAX_FILES}; remove it"
+            )
         names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for n in totals for i in range(n)]
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")

@@ -29,6 +29,7 @@ LAYER_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 _LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+_WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")  # of a model saved by data parallel or compiled
 # Keys that change what the weights compute, with the only value that Meta's models have.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 # Constants of Llama 3.1's RoPE scaling.
@@ -41,6 +42,7 @@ SCALING = {
 
 def meta_name(name: str) -> str | None:
     """Meta's name of the HF tensor `name`; None: Meta's models have no such tensor."""
+    name = _WRAPPED.sub("", name)
     stem = name.removesuffix(".weight")
     if stem == name:
         return None

@@ -34,7 +34,7 @@ def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
         dtype: of all weights; None: the stored dtypes.
 
     Raises:
-        ValueError: weights that do not fit the sizes, or a tokenizer larger than the embedding.
+        ValueError: weights that do not fit the sizes.
         ImportError: the `safetensors` or `tokenizers` package is missing.
         OSError: the files cannot be written.
     """
@@ -44,11 +44,6 @@ def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
     except ImportError as e:
         raise ImportError("Hugging Face files need packages: pip install 'llama3[hf]'") from e
     args = source.args()
-    if tokenizer.n_words > args.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens and {source.path} {args.vocab_size} "
-            "embeddings; give the model's own tokenizer"
-        )
     stored = dtype or source.dtype("layers.0.attention.wq.weight")
     config = hf_config(args, tokenizer, stored, tied=source.tied, context=source.context)
     write_json(folder / "config.json", config)

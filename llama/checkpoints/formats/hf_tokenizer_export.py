@@ -45,9 +45,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """
     text = build_tokenizer(tokenizer).to_str(pretty=True)  # its `save` raises no OSError
     (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    text_of = {i: text for text, i in tokenizer.special_tokens.items()}
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}
-    roles = {f"{role}_token": text_of[i] for role, i in ids.items() if i >= 0}
+    roles = {f"{role}_token": token_text(tokenizer, i) for role, i in ids.items() if i >= 0}
+    roles |= tokenizer.template_tokens
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
@@ -55,14 +55,20 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "clean_up_tokenization_spaces": False,
         **roles,
     }
-    if (template := chat_template(tokenizer)) is not None:
+    if tokenizer.chat_templates:
+        named = [{"name": k, "template": v} for k, v in tokenizer.chat_templates.items()]
+        only = list(tokenizer.chat_templates) == ["default"]
+        settings["chat_template"] = tokenizer.chat_templates["default"] if only else named
+    elif (template := chat_template(tokenizer)) is not None:
         settings["chat_template"] = template
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", roles)
 
 
 def chat_template(tokenizer: Tokenizer) -> str | None:
-    """The Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
+    """A Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
+
+    For checkpoints without a template of their own.
 
     Unlike in `ChatFormat`, the text of a special token in a message becomes that token.
     """
@@ -76,7 +82,15 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
         for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
             quoted = quoted.replace(character, escape)
         system = DEFAULT_SYSTEM.replace("TEXT", quoted)
-    return CHATML_TEMPLATE.replace("SYSTEM", system)
+    template = CHATML_TEMPLATE.replace("SYSTEM", system)
+    return f"{{{{ '{tokenizer.chat_bos}' }}}}{template}" if tokenizer.chat_bos else template
+
+
+def token_text(tokenizer: Tokenizer, i: int) -> str:
+    """What tokenizer.json calls the token `i`."""
+    special = {i: text for text, i in tokenizer.special_tokens.items()}
+    character = {b: c for c, b in gpt2_bytes().items()}
+    return special.get(i) or "".join(character[b] for b in tokenizer.decode_bytes([i]))
 
 
 def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
@@ -100,13 +114,17 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     out.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     out.decoder = decoders.ByteLevel()
-    out.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, _ in special])
+    for text, _ in special:
+        flags = dict.fromkeys(tokenizer.text_tokens.flags.get(text, ()), True)
+        in_text = text in tokenizer.text_tokens.flags
+        token = AddedToken(text, special=not in_text, normalized=False, **flags)
+        (out.add_tokens if in_text else out.add_special_tokens)([token])
     wrong = [text for text, i in special if out.token_to_id(text) != i]
     if wrong:
         raise ValueError(f"the special token {wrong[0]!r} cannot have its id in tokenizer.json")
     after: list[Any] = [processors.ByteLevel(trim_offsets=False)]
     if tokenizer.bos_id >= 0:
-        bos = next(text for text, i in special if i == tokenizer.bos_id)
+        bos = token_text(tokenizer, tokenizer.bos_id)
         after.append(
             processors.TemplateProcessing(
                 single=[bos, "$A"],

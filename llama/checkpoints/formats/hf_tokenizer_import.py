@@ -1,17 +1,23 @@
 """Hugging Face's tokenizer.json and its settings -> a tiktoken rank file and its sidecar.
 
-Nothing in the files is evaluated, chat templates included. Knows no weights.
+Nothing in the files is evaluated. Knows no weights and no chat templates: see `chat_settings`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import re
 from pathlib import Path
 from typing import Any
 
-from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, GPT2_PATTERN, rank_file, sidecar
-from llama.common.files import read_json
+from llama.checkpoints.formats.bpe_ranks import (
+    DIGITS_PATTERN,
+    GPT2_PATTERN,
+    gpt2_bytes,
+    rank_file,
+    sidecar,
+)
+from llama.common.files import damage, read_json
+from llama.text.rank_file import TEXT_TOKEN_FLAGS
 
 # Settings of tokenizer.json's BPE that a rank file cannot express; refused unless empty.
 UNSUPPORTED_BPE = (
@@ -23,26 +29,20 @@ UNSUPPORTED_BPE = (
 
 
 def read_vocabulary(folder: Path) -> tuple[bytes, dict[str, Any]] | None:
-    """(rank file, sidecar) of a Hugging Face folder, see `llama.tokenizer`.
-
-    None: the folder has a tiktoken rank file (`tokenizer.model`, `original/tokenizer.model`), which
-    should be used instead, or no tokenizer.json.
+    """(rank file, sidecar) of a folder's tokenizer.json, see `llama.tokenizer`; None: it has none.
 
     Raises:
         ValueError: a damaged file, or a tokenizer that a rank file cannot express.
     """
-    if any(is_rank_file(folder / name) for name in ("tokenizer.model", "original/tokenizer.model")):
-        return None
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
     spec = read_json(path)
-    try:
-        return _convert(spec, folder)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
+    with damage(path):
+        try:
+            return _convert(spec, folder)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}; use the model's own tokenizer.model") from e
 
 
 def is_rank_file(path: Path) -> bool:
@@ -69,37 +69,77 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
     if spec.get("normalizer"):
         raise ValueError(f"the text is normalized ({spec['normalizer'].get('type')})")
     pattern = split_pattern(spec.get("pre_tokenizer"))
-    special = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    added = spec.get("added_tokens") or []
+    special = {token["content"]: token["id"] for token in added}
+    if not all(type(text) is str and type(i) is int for text, i in special.items()):
+        raise ValueError("an added token is not a text with an id")
+    in_text = {token["content"]: _flags(token) for token in added if not token.get("special")}
     tokens = {text: i for text, i in model["vocab"].items() if text not in special}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ranks = rank_file(tokens, merges, whole_pieces=bool(model.get("ignore_merges")))
     settings = _read_optional(folder / "special_tokens_map.json")
     settings |= _read_optional(folder / "tokenizer_config.json")
-    stops = list(_stop_ids(folder))
+    stops = stop_ids(folder)
 
-    def id_of(role: str) -> int | None:
-        """The id of the special token for `role` ("eos", "pad") in the settings."""
+    def id_of(role: str, texts: dict[str, int]) -> int | None:
+        """The id of the token for `role` ("eos", "pad") in the settings."""
         token = settings.get(f"{role}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        return special.get(text) if text is not None else None
+        return texts.get(text) if text is not None else None
 
-    known = [i for i in stops if i in special.values()]
-    eos = id_of("eos")
+    ids = {*special.values(), *tokens.values()}
+    known = [i for i in stops if i in ids]
+    eos = id_of("eos", tokens | special)
     if eos is None:
         if not known:
             raise ValueError("neither tokenizer_config.json nor generation_config.json names EOS")
         eos = known[0]
-    bos = _added_bos(spec.get("post_processor"), special)
-    template = _chat_template(folder, settings)
-    spec = sidecar(pattern, special, bos=bos, eos=eos, pad=id_of("pad"), chat_template=template)
-    if unknown := sorted(set(stops) - set(known)):
-        warnings.warn(
-            f"{folder}: stop tokens {unknown} are ignored: they are not special tokens",
-            stacklevel=4,
-        )
-    text_of = {i: text for text, i in special.items()}
-    stop_tokens = dict.fromkeys([*spec["stop_tokens"], *(text_of[i] for i in known)])
-    return ranks, spec | {"stop_tokens": list(stop_tokens)}
+    bos = _added_bos(spec.get("post_processor"))
+    return ranks, sidecar(
+        pattern,
+        special,
+        bos=bos,
+        eos=eos,
+        pad=id_of("pad", special),
+        ordinary=tokens.values(),
+        stop_ids=known,
+        text_tokens=in_text,
+    )
+
+
+def _flags(token: dict[str, Any]) -> list[str]:
+    """The flags of an added token, see `llama.text.text_tokens`."""
+    return [flag for flag in TEXT_TOKEN_FLAGS if token.get(flag)]
+
+
+def agrees(folder: Path, ranks: dict[bytes, int], special: dict[str, int]) -> bool:
+    """Whether the tokenizer.json of a folder, if it has one, has these tokens and names.
+
+    Reserved tokens may have any number in their names, and need not exist.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return True
+    spec, byte_of = read_json(path), gpt2_bytes()
+    try:
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+        in_text = any(not token.get("special") for token in spec.get("added_tokens") or [])
+        tokens = {text: i for text, i in spec["model"]["vocab"].items() if text not in added}
+        found = {bytes(byte_of[c] for c in text): i for text, i in tokens.items()}
+    except KeyError:  # no byte-level BPE
+        return False
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
+    return found == ranks and not in_text and _named(added) == _named(special)
+
+
+def _named(special: dict[str, int]) -> dict[str, int]:
+    """The special tokens without those that Hugging Face's files call reserved."""
+    unnamed = re.compile(r"<\|(reserved_special_token_\d+|step_id|image)\|>")
+    return {text: i for text, i in special.items() if not unnamed.fullmatch(text)}
 
 
 def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str:
@@ -139,8 +179,8 @@ def _valid_pattern(pattern: str) -> str:
     return pattern
 
 
-def _added_bos(post_processor: dict[str, Any] | None, special: dict[str, int]) -> int | None:
-    """The id of the special token that the post-processor puts before a text; None: none.
+def _added_bos(post_processor: dict[str, Any] | None) -> int | None:
+    """The id of the token that the post-processor puts before a text; None: none.
 
     transformers follows the post-processor and ignores add_bos_token if there is a tokenizer.json.
     """
@@ -148,26 +188,18 @@ def _added_bos(post_processor: dict[str, Any] | None, special: dict[str, int]) -
     steps = top["processors"] if top.get("type") == "Sequence" else [top]
     for step in steps:
         if step.get("type") == "TemplateProcessing":
-            first = step["single"][0]
-            return special[first["SpecialToken"]["id"]] if "SpecialToken" in first else None
+            first = step["single"][0].get("SpecialToken")
+            return step["special_tokens"][first["id"]]["ids"][0] if first else None
     return None
 
 
-def _stop_ids(folder: Path) -> Iterator[int]:
-    """The ids that end generation, from generation_config.json or else config.json."""
+def stop_ids(folder: Path) -> list[int]:
+    """The ids that end generation, from generation_config.json and config.json."""
+    ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         found = _read_optional(folder / name).get("eos_token_id")
-        if found is not None:
-            yield from found if isinstance(found, list) else [found]
-            return
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str:
-    """The text of the default chat template, from its own file or the settings."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several named templates
-        template = next((t["template"] for t in template if t["name"] == "default"), "")
-    return str(template)
+        for i in found if isinstance(found, list) else [found] if found is not None else []:
+            if type(i) is not int:
+                raise ValueError(f"{folder / name}: eos_token_id must be ids, not {found!r}")
+            ids.append(i)
+    return list(dict.fromkeys(ids))

@@ -7,8 +7,6 @@ read from the disk when it is used.
 from __future__ import annotations
 
 import dataclasses
-import errno
-import pickle
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoints.source import Source, same_weights
+from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.dtypes import DTYPES
 from llama.common.files import read_json
+from llama.common.torch_file import load_torch
 from llama.distributed.sharding import shard_dim
 from llama.model import ModelArgs
 
@@ -26,6 +25,9 @@ from llama.model import ModelArgs
 DECIDED_AT_BUILD = {"max_batch_size"}
 # The key that this library adds for quantized weights, see `formats.quantized`.
 QUANTIZATION = "quantization"
+EMBEDDING = "tok_embeddings.weight"
+# Where training loops keep the state dict.
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 # Tensors of old checkpoints that follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
@@ -86,26 +88,16 @@ def read_shard(
     """Map the tensors of one `.pth` into memory; code in the file is not run.
 
     Raises:
-        ValueError: the file is truncated, is not a checkpoint, has tensors of other dtypes than
-            `dtypes`, or would run code.
+        ValueError: see `load_torch`; or the file is not a state dict, or has tensors of other
+            dtypes than `dtypes`.
     """
-    try:
-        weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise ValueError(
-            f"{path} contains more than weights and could run code when loaded; it was refused. "
-            f"Get the official file. ({str(e).splitlines()[0]})"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, OSError) as e:
-        if is_disk_error(e):
-            raise
-        raise ValueError(
-            f"{path} is truncated or is not a torch checkpoint; get or make it again. "
-            f"({str(e).splitlines()[0] if str(e) else type(e).__name__})"
-        ) from None
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+    weights = unwrap(load_torch(path, mmap=True))
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
+    ):
         raise ValueError(f"{path} is not a state dict of tensors: it is not a Llama checkpoint")
-    weights = {name: w for name, w in weights.items() if name not in IGNORED_WEIGHTS}
+    # Plain tensors, without the gradients that a saved nn.Parameter asks for.
+    weights = {name: w.detach() for name, w in weights.items() if name not in IGNORED_WEIGHTS}
     if quantized := [name for name, w in weights.items() if w.dtype not in dtypes]:
         if quantized[0].endswith((".q", ".packed")):
             raise ValueError(
@@ -119,9 +111,30 @@ def read_shard(
     return weights
 
 
-def is_disk_error(e: Exception) -> bool:
-    """Whether an error of `torch.load` is one of the disk. EINVAL means a truncated file."""
-    return isinstance(e, OSError) and e.errno != errno.EINVAL
+def unwrap(content: Any) -> Any:
+    """The state dict in the content of a `.pth`, without what training loops put around it.
+
+    That is a dict with other things, such as the optimizer's state, and a prefix of all names.
+    """
+    state = _find_state_dict(content)
+    if state is None:
+        return content  # the caller's checks say what is wrong
+    name = next(name for name in state if str(name).endswith(EMBEDDING))
+    prefix = name.removesuffix(EMBEDDING)
+    if not all(str(name).startswith(prefix) for name in state):
+        return state
+    return {name.removeprefix(prefix): w for name, w in state.items()}
+
+
+def _find_state_dict(content: Any, depth: int = 3) -> dict[str, Any] | None:
+    """The dict in nested dicts that has the embedding; those under usual names come first."""
+    if not isinstance(content, dict):
+        return None
+    if any(str(name).endswith(EMBEDDING) for name in content):
+        return content
+    inside = sorted(content, key=lambda name: name not in WRAPPERS) if depth else []
+    found = (_find_state_dict(content[name], depth - 1) for name in inside)
+    return next((state for state in found if state is not None), None)
 
 
 class MetaSource(Source):
@@ -221,6 +234,9 @@ class MetaSource(Source):
         firsts = [head * self.kv_copies * d for head in range(start // d, stop // d)]
         heads = [_concatenated_range(parts, 0, row, row + d) for row in firsts]
         return heads[0] if len(heads) == 1 else torch.cat(heads)
+
+    def sample(self, name: str) -> bytes:
+        return b"".join(sample(shard[name]) for shard in self.shards)
 
     def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
         return self.shards[rank if size == self.n_shards else 0][name]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llama.checkpoints.formats.meta import QUANTIZATION, find_shards, read_params, read_shard
-from llama.checkpoints.source import Source, check_shapes
+from llama.checkpoints.source import Source, check_layers, check_shapes
 from llama.common.dtypes import DTYPES
 from llama.distributed.sharding import weight_shapes
 from llama.layers.quantization import rows_int4
@@ -115,6 +115,7 @@ class QuantizedSource(Source):
         """See `Source.args`."""
         assert self.quantization is not None
         args = ModelArgs(**(self.params | build))
+        check_layers(self.tensors, args, self.path)
         try:
             expected = stored_tensors(args, *self.quantization)
         except ValueError as e:

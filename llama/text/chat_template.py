@@ -1,0 +1,239 @@
+"""A checkpoint's own chat template -> a prompt of texts and special tokens.
+
+Knows nothing about token ids.
+
+What users write must not become a special token. In a template's messages the first character of
+each special token's text is a private character that stands for it. The template still can trim,
+split or search the messages; only what the template itself writes is a special token afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from llama.text.tool_prompt import check_tools
+
+Piece = tuple[str, bool]  # a text, and whether it is a special token
+Messages = Sequence[Mapping[str, Any]]
+
+_PRIVATE = range(0xE000, 0xF900)  # Unicode's private characters
+# What templates are tried with.
+USER, SYSTEM, ANSWER, RESULT = "Hello there?", "Be brief.", "Good day.", "42 degrees"
+TOOL: dict[str, Any] = {
+    "name": "get_weather",
+    "description": "Look outside",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+_CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+
+
+class ChatTemplate:
+    """A checkpoint's own chat template, rendered as transformers does.
+
+    What it can do is found by trying it with short dialogs.
+
+    Args:
+        source: in Jinja.
+        variables: `bos_token`, `eos_token`, ...: the texts that templates write by these names.
+        special: texts of the special tokens that only the template may write.
+        for_tools: it is for prompts with tools only.
+
+    Attributes:
+        roles: the roles that the template writes.
+        takes_tools, takes_calls: whether it writes definitions of tools, and calls.
+
+    Raises:
+        ValueError: the template does not write a user's message.
+    """
+
+    description = "the checkpoint's own chat template"
+    tokens = ()
+
+    def __init__(
+        self,
+        source: str,
+        variables: Mapping[str, str],
+        special: Collection[str],
+        for_tools: bool = False,
+    ):
+        from llama.text.template_sandbox import Sandbox
+
+        self.variables, self._sandbox = dict(variables), Sandbox()
+        self._special = sorted(filter(None, special), key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, self._special)) or '(?!)'})")
+        try:
+            self._template = self._sandbox.compile_source(source)
+        except Exception as e:
+            raise _refusal(e) from None
+        tools = [TOOL] if for_tools else None
+        self._tool_role, self._text_arguments = "tool", False
+        if USER not in self.text([said("user", USER)], tools):
+            raise ValueError("the checkpoint's chat template does not write the user's message")
+        self._try_roles(tools)
+
+    def _try_roles(self, tools: list[Any] | None) -> None:
+        """Find what the template writes."""
+        user, calls = said("user", USER), {**said("assistant", ""), "tool_calls": [_CALL]}
+        roles = []
+        if self._writes([said("system", SYSTEM), user], SYSTEM, tools=tools):
+            roles.append("system")
+        roles.append("user")
+        if self._writes([user, said("assistant", ANSWER), user], ANSWER, tools=tools):
+            roles.append("assistant")
+        self.takes_calls = False
+        for self._text_arguments in (False, True):
+            if self._writes([user, calls], "get_weather", "city", "Oslo", tools=tools):
+                self.takes_calls = True
+                break
+        asked = calls if self.takes_calls else said("assistant", ANSWER)
+        for self._tool_role in ("tool", "ipython"):
+            if self._writes([user, asked, said("tool", RESULT)], RESULT, tools=tools):
+                roles += ["ipython", "tool"]
+                break
+        self.takes_tools = self._writes([user], "get_weather", "Look outside", tools=[TOOL])
+        self.roles: tuple[str, ...] = tuple(roles)
+
+    def _writes(self, dialog: Messages, *texts: str, tools: list[Any] | None = None) -> bool:
+        try:
+            written = self.text(dialog, tools)
+        except ValueError:
+            return False
+        return all(text in written for text in texts) and "'city'" not in written
+
+    def text(
+        self, dialog: Messages, tools: Sequence[Any] | None = None, answer: bool = True
+    ) -> str:
+        """The prompt as the template writes it.
+
+        Args:
+            tools: JSON-schema definitions.
+            answer: end with the beginning of the assistant's turn.
+
+        Raises:
+            ValueError: the template refuses the dialog, fails, or does too much.
+        """
+        return self._render([self._message(m) for m in dialog], _definitions(tools), answer)
+
+    def _render(self, messages: list[Any], tools: list[Any] | None, answer: bool = True) -> str:
+        given = {"messages": messages, "tools": tools, "documents": None}
+        variables = {**self.variables, **given, "add_generation_prompt": answer}
+        try:
+            return self._sandbox.render(self._template, variables)
+        except Exception as e:
+            raise _refusal(e) from None
+
+    def _message(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as templates expect it."""
+        role = self._tool_role if message["role"] in ("tool", "ipython") else message["role"]
+        found: dict[str, Any] = {"role": role, "content": message["content"]}
+        if message.get("tool_calls"):
+            found["tool_calls"] = []
+        for call in message.get("tool_calls") or ():
+            arguments: Any = call["arguments"]
+            if self._text_arguments:
+                arguments = json.dumps(arguments, ensure_ascii=False)
+            function = {"name": call["name"], "arguments": arguments}
+            found["tool_calls"].append({"type": "function", "function": function})
+        return found
+
+    def prompt(self, dialog: Messages, tools: Sequence[Any] | None = None) -> list[Piece]:
+        """The prompt of a dialog. Special tokens are those that the template itself writes.
+
+        Raises:
+            ValueError: see `text`.
+        """
+        messages, definitions = [self._message(m) for m in dialog], _definitions(tools)
+        given = json.dumps([messages, definitions], ensure_ascii=False)
+        free = (chr(i) for i in _PRIVATE if chr(i) not in given)
+        stand_in = dict(zip(sorted({token[0] for token in self._special}), free, strict=False))
+        meant = str.maketrans({private: c for c, private in stand_in.items()})
+
+        def protected(text: str) -> str:
+            return self._protected(text, stand_in)
+
+        written = self._render(
+            _map_strings(messages, protected), _map_strings(definitions, protected)
+        )
+        parts = enumerate(self._pattern.split(written))
+        return [(part.translate(meant), i % 2 == 1) for i, part in parts if part]
+
+    def _protected(self, text: str, stand_in: Mapping[str, str]) -> str:
+        """`text` without special tokens, also when other text follows it."""
+        text = self._pattern.sub(lambda match: stand_in[match[0][0]] + match[0][1:], text)
+        end = text.rstrip()
+        longest = len(self._special[0]) if self._special else 0
+        for i in range(max(0, len(end) - longest), len(end)):
+            if any(token.startswith(end[i:]) for token in self._special):
+                return text[:i] + stand_in[text[i]] + text[i + 1 :]
+        return text
+
+    def header(self, role: str) -> list[Piece]:
+        raise ValueError("a chat template writes whole dialogs only; use encode_dialog_prompt")
+
+    def message(self, message: Mapping[str, Any]) -> list[Piece]:
+        return self.header("")
+
+    def turn_end(self) -> str | None:
+        """The special token that ends the assistant's turn; None if there is none."""
+        asked = [said("user", USER), said("assistant", ANSWER)]
+        for dialog in (asked, [*asked, said("user", USER)]):
+            try:
+                rest = self.text(dialog, answer=False).partition(ANSWER)[2]
+            except ValueError:
+                continue
+            if match := self._pattern.match(rest.lstrip()):
+                return match[0]
+        return None
+
+
+def named_template(
+    sources: Mapping[str, str], name: str, variables: Mapping[str, str], special: Collection[str]
+) -> ChatTemplate:
+    """A chat template by its name: "default", or "tool_use" for prompts with tools.
+
+    Raises:
+        ValueError: it cannot be used, or there is none of this name.
+    """
+    if name not in sources:
+        raise ValueError(f"of the chat templates, {sorted(sources)}, none is the {name} one")
+    return ChatTemplate(sources[name], variables, special, for_tools=name == "tool_use")
+
+
+def said(role: str, content: str) -> dict[str, Any]:
+    """A message."""
+    return {"role": role, "content": content}
+
+
+def _definitions(tools: Sequence[Any] | None) -> list[Any] | None:
+    """Definitions as templates expect them.
+
+    Raises:
+        TypeError, ValueError: see `check_tools`, or a built-in tool.
+    """
+    if not tools:
+        return None
+    builtin, functions = check_tools(tools, "json")
+    if builtin:
+        raise ValueError(f"the chat template has no built-in tools; define {builtin[0]} itself")
+    return [{"type": "function", "function": dict(function)} for function in functions]
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """`value` with each string in it changed, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(k): _map_strings(v, change) for k, v in value.items()}
+    if isinstance(value, Sequence):
+        return [_map_strings(v, change) for v in value]
+    return value
+
+
+def _refusal(error: Exception) -> ValueError:
+    return ValueError(
+        f"the checkpoint's chat template cannot write this: {str(error)[:500] or repr(error)}; "
+        "change the dialog, or use text completion"
+    )
