@@ -102,7 +102,10 @@ def choose_files(
     # Skips copies under other names (consolidated.safetensors, model.fp16.safetensors).
     tensors = [name for name in tensors if STANDARD_NAME.fullmatch(name)] or tensors
     if tensors:
-        return sorted([*tensors, *(n for n in top if n.endswith(".json") or n in TOKENIZER_FILES)])
+        named = [name for name in sizes if fnmatch(name, "additional_chat_templates/*.jinja")]
+        others = (".json", "chat_template.jinja")
+        named += [name for name in top if name.endswith(others) or name in TOKENIZER_FILES]
+        return sorted([*tensors, *named])
     ggufs = [name for name in sizes if name.endswith(".gguf")]
     if len(ggufs) == 1:
         return ggufs

@@ -27,7 +27,7 @@ TOOL: dict[str, Any] = {
     "description": "Look outside",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
 }
-_CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+_CALL = {"name": "get_weather", "arguments": {"town": "Oslo"}}
 
 
 class ChatTemplate:
@@ -63,7 +63,9 @@ class ChatTemplate:
 
         self.variables, self._sandbox = dict(variables), Sandbox()
         self._special = sorted(filter(None, special), key=len, reverse=True)
-        self._pattern = re.compile(f"({'|'.join(map(re.escape, self._special)) or '(?!)'})")
+        self._first = {token[0] for token in self._special}
+        first = f"(?=[{re.escape(''.join(sorted(self._first)))}])" if self._first else "(?!)"
+        self._pattern = re.compile(f"({first}(?:{'|'.join(map(re.escape, self._special))}))")
         try:
             self._template = self._sandbox.compile_source(source)
         except Exception as e:
@@ -85,7 +87,7 @@ class ChatTemplate:
             roles.append("assistant")
         self.takes_calls = False
         for self._text_arguments in (False, True):
-            if self._writes([user, calls], "get_weather", "city", "Oslo", tools=tools):
+            if self._writes([user, calls], "get_weather", "town", "Oslo", tools=tools):
                 self.takes_calls = True
                 break
         asked = calls if self.takes_calls else said("assistant", ANSWER)
@@ -101,7 +103,8 @@ class ChatTemplate:
             written = self.text(dialog, tools)
         except ValueError:
             return False
-        return all(text in written for text in texts) and "'city'" not in written
+        # 'town' is an argument in Python's quotes, not in JSON's.
+        return all(text in written for text in texts) and "'town'" not in written
 
     def text(
         self, dialog: Messages, tools: Sequence[Any] | None = None, answer: bool = True
@@ -148,7 +151,7 @@ class ChatTemplate:
         messages, definitions = [self._message(m) for m in dialog], _definitions(tools)
         given = json.dumps([messages, definitions], ensure_ascii=False)
         free = (chr(i) for i in _PRIVATE if chr(i) not in given)
-        stand_in = dict(zip(sorted({token[0] for token in self._special}), free, strict=False))
+        stand_in = dict(zip(sorted(self._first), free, strict=False))
         meant = str.maketrans({private: c for c, private in stand_in.items()})
 
         def protected(text: str) -> str:
@@ -166,7 +169,7 @@ class ChatTemplate:
         end = text.rstrip()
         longest = len(self._special[0]) if self._special else 0
         for i in range(max(0, len(end) - longest), len(end)):
-            if any(token.startswith(end[i:]) for token in self._special):
+            if end[i] in self._first and any(t.startswith(end[i:]) for t in self._special):
                 return text[:i] + stand_in[text[i]] + text[i + 1 :]
         return text
 

@@ -339,6 +339,8 @@ def test_no_connection(tmp_path: Path, more: dict[str, str], message: str) -> No
         ("adapter.safetensors onnx/config.json", "adapter.safetensors"),
         ("model.safetensors pytorch_model.bin a.gguf", "model.safetensors"),
         ("README.md a.Q4.gguf", "a.Q4.gguf"),
+        ("additional_chat_templates/a.jinja chat_template.jinja b.jinja c/d.jinja a.safetensors",
+         "a.safetensors additional_chat_templates/a.jinja chat_template.jinja"),
     ],
 )  # fmt: skip
 def test_choose_files(has: str, chosen: str) -> None:

@@ -233,6 +233,14 @@ def test_calls_as_text_where_a_template_wants_it() -> None:
     assert "'city'" not in text and '"city"' in text
 
 
+def test_definitions_as_python_prints_them() -> None:
+    source = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(source, {}, SPECIAL)
+    assert template.takes_tools and not template.takes_calls
+    [(text, _)] = template.prompt(said("user: Hi"), [TOOL])
+    assert text == f"{[WRAPPED]}Hi"
+
+
 def test_chatml_with_a_system_message_of_its_own(tmp_path: Path) -> None:
     source = (
         "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.\n"
