@@ -44,7 +44,7 @@ def test_soak() -> None:
             if generation.finish_reason is None and rng.random() < 0.9:
                 engine.cancel(generation.id)
             else:
-                engine.wait(lambda generation=generation: generation.finish_reason)
+                engine.wait(partial(getattr, generation, "finish_reason"))
 
     in_threads([partial(use, random.Random(i)) for i in range(THREADS)])
     assert len(done) == THREADS * REQUESTS and not engine.busy
