@@ -7,9 +7,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-import tiktoken
-
-from llama.text.long_text import check_characters, encode_uncut
+from llama.text.long_text import check_characters, encode_uncut, make_encoding
 from llama.text.messages import NO_TOOLS, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.tool_prompt import (
@@ -91,12 +89,8 @@ class Tokenizer:
         self.default_system: str | None = spec["default_system"]
         check_spec(spec, ranks, where)
         self.pat_str: str = spec["pat_str"]
-        self.model = tiktoken.Encoding(
-            name=Path(where).name,
-            pat_str=self.pat_str,
-            mergeable_ranks=ranks,
-            special_tokens=self.special_tokens,
-        )
+        name = Path(where).name
+        self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)
         self.ranks = ranks
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab

@@ -13,8 +13,37 @@ from typing import Literal
 import tiktoken
 
 # The stack of tiktoken's regex engine overflows on a whitespace run of almost 10^6 characters.
-_LONG_WHITESPACE = re.compile(r"\s{100000}")
+_SAFE_WHITESPACE = 50_000
+_WHITESPACE = re.compile(rf"\s{{{_SAFE_WHITESPACE}}}")
 _CUT_POINT = re.compile(r"(?<=\S) (?=\S)")
+_PROBE = "It's  12,345 \u00fcber\t\u6f22\u5b57...\r\n\n  (x)\n \U0001f600 "  # of every class in use
+_PROBE_SECONDS = 5.0
+
+
+def make_encoding(
+    name: str, pat_str: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+) -> tiktoken.Encoding:
+    """A tiktoken encoding whose split pattern has been tried.
+
+    Raises:
+        ValueError: the pattern is not valid, or matches the empty text, where tiktoken panics.
+    """
+    import regex
+
+    try:
+        encoding = tiktoken.Encoding(
+            name=name, pat_str=pat_str, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+        pattern = regex.compile(pat_str)
+        for text in ("", _PROBE):
+            for piece in pattern.finditer(text, timeout=_PROBE_SECONDS):
+                if not piece.group():
+                    raise ValueError("it matches the empty text")
+    except (ValueError, TypeError, TimeoutError, regex.error) as e:
+        raise ValueError(
+            f"{name}: the split pattern {pat_str!r} cannot be used: {e}; get the tokenizer again"
+        ) from None
+    return encoding
 
 
 def check_characters(
@@ -33,7 +62,8 @@ def check_characters(
     s = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as tiktoken does
     if missing_bytes.isdisjoint(s.encode()):
         return
-    for piece in regex.findall(pat_str, s):
+    for found in regex.finditer(pat_str, s):
+        piece = found.group()  # `findall` would return the pattern's groups, if it has any
         if piece.encode() in ranks:
             continue
         for character in piece:
@@ -55,12 +85,38 @@ def encode_uncut(
         pat_str, ranks: the split pattern and the ranks of `encoding`.
 
     Raises:
-        ValueError: `s` contains a disallowed special token.
+        ValueError: `s` contains a disallowed special token, or the pattern cannot split it.
     """
-    if not _LONG_WHITESPACE.search(s):
-        return encoding.encode(
-            s, allowed_special=allowed_special, disallowed_special=disallowed_special
-        )
+    try:
+        if not has_long_whitespace(s):
+            return encoding.encode(
+                s, allowed_special=allowed_special, disallowed_special=disallowed_special
+            )
+        return _encode_pieces(s, encoding, pat_str, ranks, allowed_special, disallowed_special)
+    except BaseException as e:
+        if type(e).__name__ != "PanicException":  # of tiktoken; it is not an Exception
+            raise
+        raise ValueError(f"the split pattern {pat_str!r} cannot split this text: {e}") from None
+
+
+def has_long_whitespace(s: str) -> bool:
+    """Whether `s` has a run of 100,000 whitespace characters; perhaps also for half as many.
+
+    Looks at blocks of 50,000, one of which such a run fills. A search at every position would take
+    quadratic time in shorter runs.
+    """
+    return any(_WHITESPACE.match(s, i) for i in range(0, len(s), _SAFE_WHITESPACE))
+
+
+def _encode_pieces(
+    s: str,
+    encoding: tiktoken.Encoding,
+    pat_str: str,
+    ranks: dict[bytes, int],
+    allowed_special: Literal["all"] | AbstractSet[str],
+    disallowed_special: Literal["all"] | Collection[str],
+) -> list[int]:
+    """`encoding.encode` with the split pattern run by the `regex` package."""
     import regex
 
     specials = encoding.special_tokens_set
