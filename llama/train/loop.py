@@ -66,6 +66,18 @@ class Result:
     signal: int | None = None
 
 
+def read_result(path: Path, found: dict[str, Any]) -> Result:
+    """The `Result` in a training state that was read from `path`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    kinds = {"step": int, "best_step": int, "best_loss": float, "signal": type(None)}
+    if {name: type(value) for name, value in found.items()} != kinds:
+        raise ValueError(f"{path} is damaged; start a new run (the result is {found})")
+    return Result(**found)
+
+
 def train(
     data: str | Path,
     out: str | Path,
@@ -141,9 +153,9 @@ class Trainer:
     def resume(self) -> None:
         """Load the last saved state, if there is one."""
         if self.state_path.exists():
-            state = load_state(self.state_path)
+            state = load_state(self.state_path, self.objective)
             set_state(self.objective, self.optimizer, state)
-            self.result = Result(**state["result"])
+            self.result = read_result(self.state_path, state["result"])
             model = self.out / "consolidated.00.pth"
             if self.result.best_step and not model.exists():
                 raise FileNotFoundError(
