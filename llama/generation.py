@@ -30,6 +30,7 @@ from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.compiled_step import check_cache
 from llama.engine.engine import Engine
+from llama.engine.forks import check_not_forked
 from llama.engine.request import FinishReason, Generation, Request, check_seed
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
@@ -393,6 +394,7 @@ class Llama:
         check_cache()
         start, device = time.time(), pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
+        check_not_forked(device)
         if device.type == "cpu" and not options.exact and job.environment().world > 1:
             kernels.load()  # compiling, once for all, may take longer than ranks wait in a step
         tensor_parallel.initialize(options.model_parallel_size, device)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llama.distributed import tensor_parallel
 from llama.engine.compiled_step import CompiledStep
+from llama.engine.forks import check_not_forked
 from llama.engine.request import Generation
 from llama.engine.sampling import Sampling, sample
 from llama.model import KVCache, Transformer
@@ -56,7 +57,11 @@ def compute(
 
     Returns:
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
+
+    Raises:
+        RuntimeError: in a forked process; see `check_not_forked`.
     """
+    check_not_forked(model.norm.weight.device)
     ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
     h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]

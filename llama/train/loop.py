@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from llama.common.progress import progress, say
 from llama.distributed.device import pick_device, pick_dtype
+from llama.engine.forks import check_not_forked
 from llama.generation import Llama
 from llama.layers.optimize import optimize
 from llama.model import Transformer
@@ -107,6 +108,7 @@ def train(
     if tensorboard:
         check_tensorboard()
     ranks = DataParallel.initialize(settings.parallel, pick_device(device))
+    check_not_forked(ranks.device)
     if ranks.rank == 0 and not resume:
         create_run(data, out, settings, ranks.size)
     ranks.barrier()
