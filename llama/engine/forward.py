@@ -59,9 +59,15 @@ def compute(
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
 
     Raises:
-        RuntimeError: in a forked process; see `check_not_forked`.
+        RuntimeError: the model was moved since its cache was made; or see `check_not_forked`.
     """
-    check_not_forked(model.norm.weight.device)
+    w, k = model.norm.weight, cache[0].k
+    check_not_forked(w.device)
+    if (w.dtype, w.device) != (k.dtype, k.device):
+        raise RuntimeError(
+            f"the model has been moved to {w.dtype} on {w.device}, and its cache is {k.dtype} on "
+            f"{k.device}; build it as you need it, or make another Llama(model, tokenizer) of it"
+        )
     ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
     h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]
