@@ -247,4 +247,4 @@ def test_a_model_moved_to_another_dtype(scheme: str, dtype: torch.dtype) -> None
         model.cache = None
         bound = 8 * max(torch.finfo(dtype).eps, 1e-6) * float(want.abs().max())
         torch.testing.assert_close(found, want, atol=bound, rtol=0)
-    assert model.to_empty(device="meta").output.q.is_meta  # type: ignore[union-attr]
+    assert model.to_empty(device="meta").output.q.is_meta
