@@ -184,7 +184,7 @@ def check_state(state: Any, module: nn.Module) -> None:
         raise ValueError(f"the step {step!r} is no number of updates")
     for kind, found in (("weights", state["weights"]), ("moments", moments)):
         for name in parameters.keys() ^ found.keys():
-            raise ValueError(f"{name} has no {kind}" if name in parameters else f"unknown {name}")
+            raise ValueError(f"{name} has no {kind}" if name in parameters else f"unknown {name!r}")
     for name, parameter in parameters.items():
         _check_tensor(name, state["weights"][name], parameter.shape, parameter.dtype)
         if moments[name].keys() != {"step", "exp_avg", "exp_avg_sq"}:
@@ -201,6 +201,8 @@ def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) 
     """Raise a ValueError unless `found` is a plain tensor of these, with finite numbers."""
     if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_nested:
         raise ValueError(f"{name} is not a plain tensor")
+    if not found.is_contiguous():  # the optimizer's fused kernel reads it as if it was
+        raise ValueError(f"{name} is not contiguous")
     if found.shape != shape or found.dtype != dtype or found.device.type != "cpu":
         raise ValueError(
             f"{name} is {list(found.shape)}, {found.dtype} on {found.device}, and must be "

@@ -35,6 +35,10 @@ DAMAGE: dict[str, tuple[tuple[str, ...], Any]] = {  # where in the state, and wh
     "no moments": (("optimizer", "state"), {}),
     "a moment less": (("optimizer", "state", NAME, "exp_avg"), None),
     "a short moment": (("optimizer", "state", NAME, "exp_avg"), torch.zeros(1)),
+    "one number for a whole moment": (
+        ("optimizer", "state", NAME, "exp_avg"),
+        torch.zeros(1).expand(16, 32),
+    ),
     "a moment of another dtype": (
         ("optimizer", "state", NAME, "exp_avg_sq"),
         torch.zeros(16, 32, dtype=torch.bfloat16),
