@@ -30,9 +30,11 @@ from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.compiled_step import check_cache
 from llama.engine.engine import Engine
+from llama.engine.forks import check_not_forked
 from llama.engine.request import FinishReason, Generation, Request, check_seed
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
+from llama.layers import kernels
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import check_scheme
 from llama.model import ModelArgs, Transformer
@@ -395,6 +397,9 @@ class Llama:
         check_cache()
         start, device = time.time(), pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
+        check_not_forked(device)
+        if device.type == "cpu" and not options.exact and job.environment().world > 1:
+            kernels.load()  # compiling, once for all, may take longer than ranks wait in a step
         tensor_parallel.initialize(options.model_parallel_size, device)
         with tensor_parallel.fails_on_all_ranks():
             source = open_checkpoint(ckpt_dir)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from llama.common.errors import RankError as RankError
 from llama.common.errors import Terminated as Terminated
+from llama.distributed.tcp_store import open_store
 
 TIMEOUT = "LLAMA3_RANK_TIMEOUT"  # environment variable: see `timeout`
 ANSWER_WITHIN = 3.0  # seconds in which a live rank answers `find_lost_rank`
@@ -127,7 +128,7 @@ def store() -> dist.Store:
     """The job's key-value store. Rank 0 serves it where torchrun does not.
 
     Raises:
-        ValueError: MASTER_PORT is in use, or no server answers there.
+        ValueError: MASTER_PORT is in use, or no rank 0 answers there within `timeout`.
     """
     global _store
     if _store is None:
@@ -135,9 +136,12 @@ def store() -> dist.Store:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         serves = launch.rank == 0 and not served
         try:
-            table = dist.TCPStore(
-                host, port, launch.world, serves, timeout(), wait_for_workers=False
-            )
+            table = open_store(host, port, launch.world, serves, timeout())
+        except TimeoutError as e:
+            raise ValueError(
+                f"rank {launch.rank} of {launch.world} found no rank 0: {e}; if it is another "
+                "program, choose another MASTER_PORT on all ranks"
+            ) from None
         except RuntimeError as e:
             if serves:
                 reason = str(e).splitlines()[0]

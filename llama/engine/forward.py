@@ -14,6 +14,7 @@ from torch import Tensor
 from llama.distributed import tensor_parallel
 from llama.engine.compiled_step import CompiledStep
 from llama.engine.drawing_step import Row, draw_rows
+from llama.engine.forks import check_not_forked
 from llama.engine.request import Generation
 from llama.engine.sampling import Sampling, sample
 from llama.model import KVCache, Transformer
@@ -57,7 +58,17 @@ def compute(
 
     Returns:
         (positions written in each row, scores of each row's prompt ids, `draw_at`).
+
+    Raises:
+        RuntimeError: the model was moved since its cache was made; or see `check_not_forked`.
     """
+    w, k = model.norm.weight, cache[0].k
+    check_not_forked(w.device)
+    if (w.dtype, w.device) != (k.dtype, k.device):
+        raise RuntimeError(
+            f"the model has been moved to {w.dtype} on {w.device}, and its cache is {k.dtype} on "
+            f"{k.device}; build it as you need it, or make another Llama(model, tokenizer) of it"
+        )
     graphed = compiled is not None and compiled.graphed and tensor_parallel.size() == 1
     if compiled is not None and graphed and first_row == 0 and all(map(decodes, chunks)):
         return 1, [[] for _ in chunks], drawn_by_graph(compiled, chunks)

@@ -33,8 +33,11 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp(nats per token). Comparable only between models with the same tokenizer."""
-        return math.exp(self.nats / self.tokens)
+        """exp(nats per token); may be infinite. Comparable between models with one tokenizer."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -42,15 +45,17 @@ class Perplexity:
         return self.nats / math.log(2) / self.size
 
     def __str__(self) -> str:
+        perplexity = "infinity" if math.isinf(self.perplexity) else f"{self.perplexity:.4f}"
         return (
-            f"perplexity {self.perplexity:.4f}, {self.bits_per_byte:.4f} bits per byte "
+            f"perplexity {perplexity}, {self.bits_per_byte:.4f} bits per byte "
             f"({self.tokens} tokens, {self.size} bytes, {self.tokens / self.seconds:.1f} tokens/s)"
         )
 
     def as_json(self) -> str:
-        """A JSON object of the attributes, `perplexity` and `bits_per_byte`."""
-        ratios = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
-        return json.dumps(ratios | asdict(self))
+        """A JSON object of the attributes, `perplexity` and `bits_per_byte`; null if infinite."""
+        values = {"perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte} | asdict(self)
+        finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+        return json.dumps(finite, allow_nan=False)
 
 
 def read_text(path: str | Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llama.distributed import tensor_parallel
+from llama.engine.forks import watch_forks
 
 
 class Turns:
@@ -18,6 +19,7 @@ class Turns:
     """
 
     def __init__(self) -> None:
+        watch_forks()
         self.changed = threading.Condition(threading.RLock())
         self._stepper = 0  # the thread whose turn it is
         self._only = 0  # the only thread allowed, with several ranks

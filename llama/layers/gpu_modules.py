@@ -7,6 +7,7 @@ of a linear.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers.kernel_modules import rotate, swiglu
 from llama.layers.quantization import codes_int4, scales_and_zeros_int4
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
+from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
 from llama.layers.replace import as_class
 from llama.model import Attention, FeedForward, RMSNorm
 
@@ -167,6 +168,10 @@ class TinygemmLinear(nn.Module):
             return F.linear(x, self.dequantized())
         y = torch._weight_int4pack_mm(rows, self.weight, self.group, self.scales_and_zeros)
         return y.narrow(1, 0, self.n).view(*x.shape[:-1], self.n)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinygemmLinear:
+        apply_to_codes(self, fn, recurse)
+        return self
 
     def dequantized(self) -> Tensor:
         """(N, K) bf16."""

@@ -5,6 +5,9 @@ Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
@@ -42,6 +45,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return linear_int8(x, self.q, self.scale)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
+        apply_to_codes(self, fn, recurse)
+        return self
+
 
 class Int4Linear(nn.Module):
     """A linear with half a byte per weight, and one scale and one zero per group of inputs.
@@ -65,6 +72,24 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear_int4(x, self.packed, self.scale, self.zero, self.n)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
+        apply_to_codes(self, fn, recurse)
+        return self
+
+
+def apply_to_codes(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:
+    """`nn.Module._apply`, which `.to()` calls, with buffers that keep their dtypes.
+
+    `.to(torch.bfloat16)` moves the rest of a model to another dtype. Scales must not be rounded,
+    and have the one dtype that the kernels know.
+    """
+    before = dict(module.named_buffers(recurse=False))
+    nn.Module._apply(module, fn, recurse)
+    for name, old in before.items():
+        new = module.get_buffer(name)
+        if new.dtype != old.dtype:
+            module.register_buffer(name, old.to(new.device))
 
 
 def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:

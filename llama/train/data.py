@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llama.common.files import new_folder
+from llama.common.files import new_folder, read_json
 from llama.common.progress import progress
 from llama.text.long_text import passages
 from llama.tokenizer import Tokenizer
@@ -262,12 +262,18 @@ class Corpus:
 
 
 def _open_split(folder: Path, name: str) -> Split:
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    path, dtype, size = folder / f"{name}.bin", np.dtype(index["dtype"]), index["sizes"][name]
-    if path.stat().st_size != size * dtype.itemsize:
+    path = folder / f"{name}.bin"
+    try:
+        index = read_json(folder / "index.json")
+        kind, size, starts = index["dtype"], index["sizes"][name], [*index["starts"][name]]
+        intact = kind in ("<u2", "<u4") and [0, *starts, size] == sorted([0, *starts, size])
+        intact = intact and path.stat().st_size == size * np.dtype(kind).itemsize
+    except (OSError, ValueError, LookupError, TypeError, OverflowError):
+        intact = False
+    if not intact:
         raise ValueError(f"{path} is damaged; delete the folder {folder} and start again")
-    ids = np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
-    return Split(name, ids, np.array(index["starts"][name], np.int64))
+    ids = np.memmap(path, kind, "r") if size else np.empty(0, kind)
+    return Split(name, ids, np.array(starts, np.int64))
 
 
 def _text_files(path: Path) -> list[Path]:

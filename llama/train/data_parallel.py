@@ -34,17 +34,24 @@ class DataParallel:
         """Set up the process group of the ranks that torchrun started.
 
         Raises:
-            ValueError: several processes without a `kind`, or a `kind` without torchrun.
+            ValueError: several processes without a `kind`, a `kind` without torchrun, or no rank 0
+                answers.
         """
-        world = job.environment().world
+        launch = job.environment()
         if kind is None:
-            if world > 1:
-                raise ValueError(f"{world} processes need --parallel ddp or --parallel fsdp")
+            if launch.world > 1:
+                raise ValueError(f"{launch.world} processes need --parallel ddp or --parallel fsdp")
             return DataParallel(None, device)
         if not job.is_launched():
             raise ValueError(f"--parallel {kind} needs: torchrun --nproc_per_node N -m llama")
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            if launch.world == 1:
+                dist.init_process_group(backend)
+            else:
+                dist.init_process_group(
+                    backend, store=job.store(), rank=launch.rank, world_size=launch.world
+                )
             tensor_parallel.close_at_exit()
         return DataParallel(kind, device, dist.get_rank(), dist.get_world_size())
 

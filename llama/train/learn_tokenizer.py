@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_
 # need not be tokens.
 CHARACTER_PATTERN = r"[\s\S]"
 PASSAGE = 1 << 16  # characters that the `tokenizers` library gets at a time
+LONGEST_WORD = 1000  # characters; training takes quadratic time in the length of a word
 
 
 def learn(kind: str, texts: Iterable[str], training: Iterable[str], folder: Path) -> Path:
@@ -94,20 +96,49 @@ def _learn_byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str,
         )
     library = Tokenizer(models.BPE(ignore_merges=True))  # like tiktoken
     split = pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated")
+    cut = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, cut, bytewise])
     trainer = trainers.BpeTrainer(
         vocab_size=int(size) - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    library.train_from_iterator(progress(_passages(texts), "learning a tokenizer"), trainer)
+    _train(library, trainer, progress(_passages(texts), "learning a tokenizer"))
     model = json.loads(library.to_str())["model"]
     tokens, merges = model["vocab"], model["merges"]
     if (n := len(tokens) + len(SPECIAL_TOKENS)) < int(size):
         raise ValueError(f"the text yields no more than {n} tokens; use bpe:{n} or less, or char")
     lines = (m if isinstance(m, str) else " ".join(m) for m in merges)
     return rank_file(tokens, lines, whole_pieces=True), _sidecar(LLAMA3_PATTERN, len(tokens))
+
+
+def _train(library: Any, trainer: Any, passages: Iterable[str]) -> None:
+    """Train in a thread, while this one waits for it: signals reach Python here, not in Rust."""
+    errors: list[BaseException] = []
+    stopped = False
+
+    def until_stopped() -> Iterator[str]:
+        for passage in passages:
+            if stopped:
+                return
+            yield passage
+
+    def run() -> None:
+        try:
+            library.train_from_iterator(until_stopped(), trainer)
+        except BaseException as e:
+            errors.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)  # does not keep the process from ending
+    try:
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+    finally:
+        stopped = True
+    if errors:
+        raise errors[0]
 
 
 def _passages(texts: Iterable[str]) -> Iterator[str]:

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from llama.common.progress import progress, say
 from llama.distributed.device import pick_device, pick_dtype
+from llama.engine.forks import check_not_forked
 from llama.generation import Llama
 from llama.layers.optimize import optimize
 from llama.model import Transformer
@@ -66,6 +67,18 @@ class Result:
     signal: int | None = None
 
 
+def read_result(path: Path, found: dict[str, Any]) -> Result:
+    """The `Result` in a training state that was read from `path`.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    kinds = {"step": int, "best_step": int, "best_loss": float, "signal": type(None)}
+    if {name: type(value) for name, value in found.items()} != kinds:
+        raise ValueError(f"{path} is damaged; start a new run (the result is {found})")
+    return Result(**found)
+
+
 def train(
     data: str | Path,
     out: str | Path,
@@ -95,6 +108,7 @@ def train(
     if tensorboard:
         check_tensorboard()
     ranks = DataParallel.initialize(settings.parallel, pick_device(device))
+    check_not_forked(ranks.device)
     if ranks.rank == 0 and not resume:
         create_run(data, out, settings, ranks.size)
     ranks.barrier()
@@ -141,9 +155,9 @@ class Trainer:
     def resume(self) -> None:
         """Load the last saved state, if there is one."""
         if self.state_path.exists():
-            state = load_state(self.state_path)
+            state = load_state(self.state_path, self.objective)
             set_state(self.objective, self.optimizer, state)
-            self.result = Result(**state["result"])
+            self.result = read_result(self.state_path, state["result"])
             model = self.out / "consolidated.00.pth"
             if self.result.best_step and not model.exists():
                 raise FileNotFoundError(

@@ -18,11 +18,12 @@ logger = logging.getLogger("llama")
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl, without a last line that an interrupted write cut off."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
+            line = json.loads(text)
+            lines.append(line | {name: line[name] + 0 for name in ("step", "train_loss")})
+        except (ValueError, TypeError, LookupError, RecursionError):
             break
     return lines
 

@@ -112,14 +112,14 @@ class Settings:
     def lr_at(self, step: int) -> float:
         """The learning rate of update `step`, counted from 0.
 
-        A linear warm-up, then half a cosine down to `final_lr` times the peak: arXiv:1608.03983
-        without restarts.
+        A linear warm-up, then half a cosine from the peak down to `final_lr` times the peak, which
+        the last update has: arXiv:1608.03983 without restarts. A single update has the peak.
         """
-        warmup = min(self.warmup, self.steps // 2)
+        warmup, last = min(self.warmup, self.steps // 2), self.steps - 1
         if step < warmup:
             return self.peak_lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        cosine = (1 + math.cos(math.pi * min(done, 1.0))) / 2
+        done = 1.0 if step >= last > 0 else (step - warmup) / max(1, last - warmup)
+        cosine = (1 + math.cos(math.pi * done)) / 2
         return self.peak_lr * (self.final_lr + (1 - self.final_lr) * cosine)
 
     def model_args(self, vocab_size: int) -> ModelArgs:

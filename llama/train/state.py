@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llama.common.files import new_folder, replacing_file
-from llama.common.torch_file import is_disk_error
+from llama.common.files import new_folder, read_json, replacing_file
+from llama.common.torch_file import is_disk_error, load_torch
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 from llama.train.data import Corpus, Split
@@ -97,7 +96,9 @@ def open_run(data: str | Path, out: Path, settings: Settings, ranks: int) -> dic
         raise FileNotFoundError(
             f"{out} contains no run to resume; start one without --resume, in a new folder"
         )
-    recorded = json.loads(path.read_text(encoding="utf-8"))
+    recorded = read_json(path)
+    if not isinstance(recorded.get("settings"), dict) or "data" not in recorded:
+        raise ValueError(f"{path} is damaged: it lacks the settings; start a new run")
     differences = settings.differences(recorded["settings"], ranks)
     corpus = Corpus(data, settings.val_fraction, settings.test_fraction)
     tokenizer = out / "tokenizer.model"
@@ -150,21 +151,65 @@ def save_checkpoint(folder: Path, args: ModelArgs, weights: dict[str, Tensor]) -
     save_state(folder / "consolidated.00.pth", {name: w.cpu() for name, w in weights.items()})
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a file of `save_state`; pickled code is not executed.
+def load_state(path: Path, module: nn.Module) -> dict[str, Any]:
+    """Read a file of `save_state` that is to be loaded into `module`; pickled code is not executed.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or is not the state of this module.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
+        state = load_torch(path)
+        check_state(state, module)
+    except Exception as e:  # a damaged pickle may raise anything
         if is_disk_error(e):
             raise
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ValueError(f"{path} is damaged; start a new run ({reason})") from None
     assert isinstance(state, dict)
     return state
+
+
+def check_state(state: Any, module: nn.Module) -> None:
+    """Check each tensor of a training state against its parameter.
+
+    The optimizer's fused kernel does not: it would write beyond a moment that is too small.
+
+    Raises:
+        ValueError: the first difference.
+        KeyError, TypeError, AttributeError: the state lacks a part.
+    """
+    parameters = dict(module.named_parameters())
+    step, moments = state["result"]["step"], state["optimizer"]["state"]
+    if type(step) is not int or step < 1:
+        raise ValueError(f"the step {step!r} is no number of updates")
+    for kind, found in (("weights", state["weights"]), ("moments", moments)):
+        for name in parameters.keys() ^ found.keys():
+            raise ValueError(f"{name} has no {kind}" if name in parameters else f"unknown {name!r}")
+    for name, parameter in parameters.items():
+        _check_tensor(name, state["weights"][name], parameter.shape, parameter.dtype)
+        if moments[name].keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            raise ValueError(f"the moments of {name} are {list(moments[name])}")
+        _check_tensor(f"the step of {name}", moments[name]["step"], torch.Size(), torch.float32)
+        if moments[name]["step"] != step:
+            raise ValueError(f"{name} has other updates than the run's {step}")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = moments[name][moment]
+            _check_tensor(f"{moment} of {name}", found, parameter.shape, parameter.dtype)
+
+
+def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+    """Raise a ValueError unless `found` is a plain tensor of these, with finite numbers."""
+    if not isinstance(found, Tensor) or found.layout != torch.strided or found.is_nested:
+        raise ValueError(f"{name} is not a plain tensor")
+    if not found.is_contiguous():  # the optimizer's fused kernel reads it as if it was
+        raise ValueError(f"{name} is not contiguous")
+    if found.shape != shape or found.dtype != dtype or found.device.type != "cpu":
+        raise ValueError(
+            f"{name} is {list(found.shape)}, {found.dtype} on {found.device}, and must be "
+            f"{list(shape)}, {dtype}"
+        )
+    if not found.isfinite().all():
+        raise ValueError(f"{name} has a number that is not finite")
 
 
 def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -180,13 +225,21 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `gather_state` returned on rank 0; every rank passes the same `state`."""
+    """Load what `gather_state` returned on rank 0; every rank passes the same `state`.
+
+    The options of the optimizer stay as they are: only its moments are loaded.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = [
+        group | {"params": [names[id(p)] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
     set_state_dict(
         module,
         optimizer,
         model_state_dict=state["weights"],
-        optim_state_dict=state["optimizer"],
+        optim_state_dict={"state": state["optimizer"]["state"], "param_groups": groups},
         options=StateDictOptions(full_state_dict=True),
     )

@@ -197,6 +197,16 @@ def test_no_server(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
         job.store()
 
 
+def test_a_server_of_another_program(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that accepts and never answers; torch alone waits for it without limit."""
+    monkeypatch.setenv("RANK", "1")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", rank_0))
+        s.listen()
+        with pytest.raises(ValueError, match=r"no rank 0: what listens at .* choose another MAST"):
+            job.store()
+
+
 def test_rank_that_does_not_start(rank_0: int) -> None:
     with pytest.raises(ValueError, match=r"rank 1 of 2 did not start within 0.5 s"):
         job.rendezvous({})

@@ -234,3 +234,16 @@ def test_compile_only_before_the_first_request(model: Transformer) -> None:
     run(engine, greedy([1, 2], 2))
     with pytest.raises(RuntimeError, match="before the first request"):
         engine.compile()
+
+
+def test_a_model_that_was_moved_is_refused_by_name() -> None:
+    """Its cache has the old dtype; a new engine has the new one."""
+    model = make_model()
+    engine = Engine(model)
+    run(engine, greedy([1, 2, 3], 2))
+    model.to(torch.bfloat16)
+    [failed] = run(engine, greedy([1, 2, 3], 2))
+    assert isinstance(failed.error, RuntimeError)
+    assert "moved to torch.bfloat16 on cpu, and its cache is torch.float32" in str(failed.error)
+    [generation] = run(Engine(model), greedy([1, 2, 3], 2))
+    assert len(generation.ids) == 2

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llama import Llama
-from llama.engine.scoring import check_windows, read_text, windows
+from llama.engine.scoring import Perplexity, check_windows, read_text, windows
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,24 @@ def test_perplexity(tiny: Llama) -> None:
     for stride in (0, 64, 1.5):
         with pytest.raises(ValueError, match="stride must be 1 to 63"):
             tiny.perplexity(text, stride=stride)  # type: ignore[arg-type]
+
+
+def test_perplexity_of_a_hopeless_model_is_infinite(tiny: Llama) -> None:
+    """Logits of a model whose output layer is 10,000 times too large."""
+    weight = tiny.model.output.weight
+    assert isinstance(weight, torch.Tensor)
+    before = weight.detach().clone()
+    try:
+        weight.data *= 10_000
+        result = tiny.perplexity("Grüße aus Köln")
+    finally:
+        weight.data = before
+    assert result.nats / result.tokens > 1000 and result.perplexity == math.inf
+    assert str(result).startswith("perplexity infinity, ") and "bits per byte" in str(result)
+    found = json.loads(result.as_json(), parse_constant=pytest.fail)
+    assert found["perplexity"] is None and found["nats"] == result.nats
+    assert Perplexity(1, math.inf, 1, 1.0).bits_per_byte == math.inf
+    assert json.loads(Perplexity(1, math.inf, 1, 1.0).as_json())["bits_per_byte"] is None
 
 
 def test_command(demo_dir: Path, tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def test_norm_rotation_and_gate(variant: str, dtype: torch.dtype) -> None:
             got = ops.rotary(x, turns)  # fused multiply-add rounds once
             torch.testing.assert_close(got, want, rtol=torch.finfo(dtype).eps, atol=2e-6)
             assert dtype == torch.float32 or (got != want).float().mean() < 1e-3
-    a = torch.tensor([-200.0, -88, 0, 88, 200, float("nan")], dtype=dtype)
+    inf, nan = float("inf"), float("nan")
+    a = torch.tensor([-inf, -1e38, -200.0, -88, 0, 88, 200, inf, nan], dtype=dtype)
     got = ops.swiglu(a, torch.ones_like(a))
     torch.testing.assert_close(got, F.silu(a), rtol=2e-6, atol=1e-30, equal_nan=True)
 

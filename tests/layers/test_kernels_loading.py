@@ -61,7 +61,7 @@ def test_without_kernels_it_says_why_and_uses_torch(
         assert not kernels.load() and not kernels.load()
     assert caplog.text.count(reason) == 1
     assert kernels.linear(torch.ones(1, 8), torch.ones(2, 8)).tolist() == [[8.0, 8.0]]
-    assert not list(not_loaded.iterdir())
+    assert [path.name for path in not_loaded.iterdir()] in ([], ["llama3_kernels_lock"])
 
 
 def test_a_folder_that_is_not_writable(
@@ -95,14 +95,17 @@ print(kernels.load())
 
 @pytest.mark.slow
 def test_two_processes_at_once(ops: object, tmp_path: Path) -> None:
-    """Both compile and load; one library remains, and a third process compiles nothing."""
+    """One compiles, both load; one library remains, and a third process compiles nothing."""
     start = [sys.executable, "-c", LOAD]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     both = [subprocess.Popen(start, env=env, stdout=-1, stderr=-1, text=True) for _ in range(2)]
+    messages = ""
     for process in both:
         out, err = process.communicate()
         assert out.startswith("True True"), err
-    assert [path.name for path in tmp_path.iterdir()] == [kernels.library_path().name]
+        messages += err
+    assert messages.count("compiling CPU kernels") == 1
+    assert len(list(tmp_path.glob("*.so"))) == 1 and len(list(tmp_path.iterdir())) == 3
     again = run(LOAD, TORCH_EXTENSIONS_DIR=str(tmp_path))
     assert again.stdout.startswith("True True") and again.stderr == ""
 

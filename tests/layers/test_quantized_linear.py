@@ -224,3 +224,26 @@ def test_an_int4_kernel_with_wrong_results_is_not_used(monkeypatch: pytest.Monke
         else:
             with pytest.warns(UserWarning, match="w1: torch's int4 kernel"):
                 assert tinygemm_or_same("w1", linear) is linear
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_moved_to_another_dtype(scheme: str, dtype: torch.dtype) -> None:
+    """Codes and scales stay; the result is that of the dequantized weights in the new dtype."""
+    model = make_model()
+    optimize(model, quantize=scheme)
+    weights = with_dequantized_weights(model).state_dict()
+    before = {name: t.clone() for name, t in model.state_dict().items() if "weight" not in name}
+    for moved in (model.to(dtype), model.to("cpu", torch.float32).to(dtype)):
+        state = moved.state_dict()
+        assert all(torch.equal(state[name], t) for name, t in before.items())
+        assert all(state[name].dtype == t.dtype for name, t in before.items())
+        assert state["norm.weight"].dtype == state["tok_embeddings.weight"].dtype == dtype
+        plain = make_model()
+        plain.load_state_dict(weights)
+        with torch.inference_mode():
+            found, want = moved(TOKENS, 0), plain.to(dtype)(TOKENS, 0)
+        model.cache = None
+        bound = 8 * max(torch.finfo(dtype).eps, 1e-6) * float(want.abs().max())
+        torch.testing.assert_close(found, want, atol=bound, rtol=0)
+    assert model.to_empty(device="meta").output.q.is_meta

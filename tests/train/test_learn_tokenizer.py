@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
+import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,6 +102,51 @@ def test_ids_equal_those_of_the_library(size: int, tmp_path: Path) -> None:
         ids = t.encode(text, bos=False, eos=False)
         assert ids == library.encode(text).ids
         assert t.decode(ids) == text
+
+
+def test_huge_words_are_cut_for_the_trainer(tmp_path: Path) -> None:
+    """A word of 3,000 characters is three words; the split pattern of the file stays Llama 3's."""
+    t = Tokenizer(learn("bpe:270", [], ["a" * 3000 + "\n"], tmp_path))
+    assert t.pat_str == LLAMA3_PATTERN
+    assert 500 <= max(map(len, t.ranks)) <= 1000
+    text = "a" * 5000
+    assert t.decode(t.encode(text, bos=False, eos=False)) == text
+
+
+def test_a_signal_ends_the_training_of_a_tokenizer(tmp_path: Path) -> None:
+    """While the library runs, which does not return to Python."""
+    rng = random.Random(0)
+    words = (" ".join("".join(rng.choices("abcdef", k=900)) for _ in range(30)) for _ in range(60))
+    code = (
+        "import os, signal, sys, threading; from pathlib import Path\n"
+        "from llama.train import learn_tokenizer\n"
+        "passages = learn_tokenizer._passages\n"
+        "def last(texts):\n"
+        "    yield from passages(texts)\n"
+        "    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()\n"
+        "learn_tokenizer._passages = last\n"
+        "text = Path(sys.argv[1]).read_text()\n"
+        "learn_tokenizer.learn('bpe:30000', [], [text], Path(sys.argv[2]))\n"
+    )
+    (tmp_path / "text").write_text(" ".join(words))
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "text"), str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt", done.stderr
+    assert done.returncode == -signal.SIGINT and not (tmp_path / "out").exists()
+
+
+def test_an_error_while_reading_is_raised(tmp_path: Path) -> None:
+    def texts() -> Iterator[str]:
+        yield PROSE
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        learn("bpe:300", [], texts(), tmp_path)
 
 
 def test_bytes_encode_all_unicode(tmp_path: Path) -> None:

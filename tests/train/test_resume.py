@@ -115,7 +115,7 @@ def test_loss_that_is_not_finite_later(tmp_path: Path, text: Path) -> None:
     out, settings = tmp_path / "run", replace(SMALL, steps=10)
     train(text, out, settings, device="cpu")
     state = torch.load(out / "train/last.pt", weights_only=True)
-    state["weights"]["model.norm.weight"][0] = torch.nan
+    state["weights"]["model.output.weight"].fill_(3e38)  # finite, but no sum of two is
     torch.save(state, out / "train/last.pt")
     before = contents(out)
     with pytest.raises(ValueError, match=r"loss is nan .* at step 11; .* keeps the model of step"):
@@ -190,16 +190,6 @@ def test_one_run_at_a_time(
     assert code == 2 and f"another process trains in {out}" in message
     assert losses(out) == losses(full_run)
     assert train(text, out, SMALL, resume=True, device="cpu").step == 12
-
-
-def test_damaged_state(tmp_path: Path, text: Path) -> None:
-    train(text, tmp_path / "run", replace(SMALL, steps=1), device="cpu")
-    path = tmp_path / "run/train/last.pt"
-    content = path.read_bytes()
-    for length in (0, 5000, len(content) - 1):  # torch raises a different error for each
-        path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match=r"last\.pt is damaged; start a new run"):
-            train(text, tmp_path / "run", SMALL, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -140,15 +140,23 @@ def test_only_matrices_decay() -> None:
 
 
 def test_learning_rate() -> None:
-    settings = Settings(steps=110, warmup=10, lr=1.0, final_lr=0.2)
+    settings = Settings(steps=111, warmup=10, lr=1.0, final_lr=0.2)
     rates = [settings.lr_at(step) for step in range(111)]
     assert rates[:11] == pytest.approx([*(i / 10 for i in range(1, 11)), 1.0])
     assert rates[60] == pytest.approx(0.6) and rates[35] == pytest.approx(0.6 + 0.4 * 0.5**0.5)
-    assert rates[110] == pytest.approx(0.2)
     assert Settings(dim=256).peak_lr == Settings(dim=128).peak_lr / 2
     assert Settings(warmup=0, lr=1.0).lr_at(0) == 1.0
-    short = Settings(steps=4, warmup=100, lr=1.0)  # warm-up takes half of the steps
+    short = Settings(steps=5, warmup=100, lr=1.0)  # warm-up takes half of the steps
     assert [short.lr_at(step) for step in range(5)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 3, 100])
+def test_the_last_update_has_the_final_learning_rate(warmup: int) -> None:
+    for steps in (2, 3, 4, 10, 11, 1000):
+        settings = Settings(steps=steps, warmup=warmup, lr=0.5, final_lr=0.1)
+        assert settings.lr_at(steps - 1) == pytest.approx(0.05)
+        assert max(settings.lr_at(step) for step in range(steps)) == pytest.approx(0.5)
+    assert Settings(steps=1, warmup=warmup, lr=0.5, final_lr=0.1).lr_at(0) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -19,32 +19,21 @@ gradient.
 
 from __future__ import annotations
 
-import hashlib
+import ctypes
 import logging
 import os
-import platform
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.common.files import check_writable
+from llama.layers.kernels.library import library_path as library_path
+from llama.layers.kernels.library import open_library
 
 log = logging.getLogger("llama")
-
-HERE = Path(__file__).parent
-NAMES = ("attention", "blocked", "job", "pointwise", "rows", "variants", "vectors")
-SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "pointwise")]
-HEADERS = [HERE / f"{name}.h" for name in NAMES]
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 
 # Up to this many rows of x the kernels are faster than F.linear (int8 and int4: than dequantizing
 # and F.linear) for every size of matrix. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
@@ -117,10 +106,9 @@ def _load() -> bool:
     if sys.platform != "linux":
         log.info("no CPU kernels on %s, only on Linux", sys.platform)
         return False
-    library = library_path()
-    if not library.exists():
-        _compile(library)
-    torch.ops.load_library(library)
+    with open_library() as file:
+        # By the open file: a path could lead elsewhere by now.
+        ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
     if "avx512bf16" in torch.ops.llama3.variants():
         _max_rows[torch.bfloat16] = MAX_ROWS_BF16
     torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
@@ -140,58 +128,3 @@ def _load() -> bool:
 
 def _fake(x: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
-
-
-def library_path() -> Path:
-    """The file of the compiled kernels, in TORCH_EXTENSIONS_DIR or else in the user's cache."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if not folder:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        folder = str(Path(cache) / "torch_extensions")
-    inputs = [path.read_bytes() for path in SOURCES + HEADERS]
-    inputs += [text.encode() for text in (*FLAGS, torch.__version__, platform.machine())]
-    digest = hashlib.sha256(b"\0".join(inputs)).hexdigest()[:16]
-    return Path(folder) / f"llama3_kernels_{digest}.so"
-
-
-def compiler() -> list[str]:
-    """The C++ compiler's command line: the environment variable CXX, else g++, else c++."""
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
-    if shutil.which(command[0]):
-        return command
-    if "CXX" not in os.environ and shutil.which("c++"):
-        return ["c++"]
-    raise FileNotFoundError(f"no C++ compiler {command[0]!r}; install g++ or set CXX")
-
-
-def _compile(library: Path) -> None:
-    """Compile into a temporary folder, then rename: other processes never see a partial file."""
-    command, cache = compiler(), library.parent
-    try:
-        check_writable(cache)
-    except OSError as e:
-        remedy = "set TORCH_EXTENSIONS_DIR to a folder of your own"
-        raise OSError(f"cannot write to {cache} ({e}); {remedy}") from e
-    log.info("compiling CPU kernels, once (about 20 seconds)")
-    torch_dir = Path(torch.__file__).parent
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    with tempfile.TemporaryDirectory(dir=cache, prefix="llama3_kernels_") as folder:
-        linked = f"{folder}/kernels.so"
-        objects = {f"{folder}/{source.stem}.o": str(source) for source in SOURCES}
-        compile_only = [*command, *FLAGS, abi, f"-I{torch_dir / 'include'}", "-c"]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda out: _run([*compile_only, objects[out], "-o", out]), objects))
-        # Linked without -fopenmp: the threads must be those of the OpenMP that torch has loaded.
-        libraries = [f"-L{torch_dir / 'lib'}", "-ltorch_cpu", "-lc10"]
-        _run([*command, "-shared", *objects, *libraries, "-o", linked])
-        os.replace(linked, library)
-
-
-def _run(command: list[str]) -> None:
-    """Run a compiler; a RuntimeError has the first line of its output that names an error."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["no error message"]
-        reason = next((line for line in lines if "error" in line), lines[-1])
-        remedy = "install g++, or set CXX to another compiler"
-        raise RuntimeError(f"{command[0]} failed: {reason}; {remedy}")

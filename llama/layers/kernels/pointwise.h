@@ -61,7 +61,9 @@ TARGET void gate(const Job& job, int64_t begin, int64_t end) {
   const T *a = static_cast<const T*>(job.a), *b = static_cast<const T*>(job.b);
   T* y = static_cast<T*>(job.y);
   for (int64_t i = begin; i < end; i += LANES) {
-    const Vec v = read(a + i, end - i), silu = v / (1.0f + exp(-v));
+    const Vec v = read(a + i, end - i), infinity = Vec{} + INFINITY;
+    const Vec e = v < -88.0f ? infinity : exp(-v);  // exp is limited to e^88; -inf must give NaN
+    const Vec silu = v / (1.0f + e);
     write(y + i, rounded(silu, (const T*)nullptr) * read(b + i, end - i), end - i);
   }
 }
