@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 import torch
 from typing_extensions import Unpack
@@ -25,6 +25,7 @@ from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
+from llama.common.errors import without_frames
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
@@ -220,13 +221,15 @@ class Answer:
     """A generation as text, read between the engine's steps. Ends it at a stop string.
 
     Attributes:
+        engine: None once the answer has ended.
         text: all of it so far.
         finish_reason: as the generation's, or "stop" at a stop string.
         error: the generation's, or that of a token without text.
     """
 
     def __init__(self, engine: Engine, generation: Generation, detokenizer: Detokenizer):
-        self.engine, self.generation, self.detokenizer = engine, generation, detokenizer
+        self.engine: Engine | None = engine
+        self.generation, self.detokenizer = generation, detokenizer
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -270,21 +273,29 @@ class Answer:
         reason, used = generation.finish_reason, detokenizer.used
         if generation.error is not None:
             self.finish_reason, self.error = "error", generation.error
+            self.end()
             return None
         new = generation.tokens[len(generation.request.prompt) + used :]
         try:
             text = detokenizer.feed(new, last=reason is not None)
         except Exception as e:  # such as an id that the tokenizer lacks: the others go on
-            self.finish_reason, self.error = "error", e
-            self.engine.cancel(generation.id)
+            self.finish_reason, self.error = "error", without_frames(e)
+            self.end()
             return None
         if detokenizer.stopped:
             reason = "stop"
-            self.engine.cancel(generation.id, "stop")
         self.finish_reason = reason
+        if reason is not None:
+            self.end(reason)
         self.text += text
         n = detokenizer.used - used
         return Piece(text, new[:n], generation.generated_logprobs[used : used + n], reason)
+
+    def end(self, reason: FinishReason = "cancelled") -> None:
+        """Cancel the generation, unless it has ended, and let go of the engine."""
+        if self.engine is not None and self.generation.id:
+            self.engine.cancel(self.generation.id, reason)
+        self.engine = None
 
 
 class Stream:
@@ -296,31 +307,33 @@ class Stream:
 
     Attributes:
         request: what was asked.
-        generation: what has been generated; its id is 0 until the first piece is read.
+        generation: what has been generated; its id is 0 until the first piece is read. Its error
+            is None after it was raised.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, stop: Sequence[str]):
         self._closed = True  # in case the request is refused
         engine.check(request)
         self.request, self.generation = request, Generation(request)
-        self._engine, self._lock = engine, threading.Lock()
         detokenizer = Detokenizer(tokenizer.decode_bytes, stop)
-        self._answer = Answer(engine, self.generation, detokenizer)
+        self._answer, self._lock = Answer(engine, self.generation, detokenizer), threading.Lock()
         self._closed = False
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        answer = self._answer
+        answer, engine = self._answer, self._answer.engine
+        if engine is None:
+            raise StopIteration
         try:
             with self._lock:
                 if not self.generation.id and not self._closed:
-                    self._engine.queue(self.generation)
+                    engine.queue(self.generation)
                     if self._closed:  # by another thread, meanwhile
-                        self._engine.cancel(self.generation.id)
+                        engine.cancel(self.generation.id)
             while not self._closed:
-                self._engine.wait(lambda: answer.unread or self._closed)
+                engine.wait(lambda: answer.unread or self._closed)
                 with self._lock:
                     piece = answer.read()
                     if answer.finish_reason is not None:
@@ -328,7 +341,7 @@ class Stream:
                 if piece is not None and (piece.tokens or piece.finish_reason):
                     return piece
                 if answer.error is not None:
-                    raise answer.error from None
+                    self._raise_error()
         except BaseException:
             self.close()
             raise
@@ -344,11 +357,22 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """End the generation and free its slot at once."""
+        """End the generation, free its slot at once, and let go of the model."""
         if not self._closed:
             self._closed = True
-            if self.generation.id:
-                self._engine.cancel(self.generation.id)
+            self._answer.end()
+
+    def _raise_error(self) -> NoReturn:
+        """Raise the answer's error, and keep no reference to it.
+
+        Its traceback has the frames of the callers: with the stream they would be a cycle.
+        """
+        error, self._answer.error, self.generation.error = self._answer.error, None, None
+        assert error is not None
+        try:
+            raise error from None
+        finally:
+            del error
 
 
 class Llama:

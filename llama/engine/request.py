@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from llama.common.errors import without_frames
 from llama.engine.sampling import Sampling
 
 log = logging.getLogger("llama")
@@ -193,8 +194,7 @@ class Generation:
     def fail(self, error: Exception) -> None:
         """End with an error, without harm to other requests."""
         log.debug("%s failed", self.request.name, exc_info=error)
-        # The frames of a traceback would keep the model and its cache in memory.
-        self.error, self.finish_reason = error.with_traceback(None), "error"
+        self.error, self.finish_reason = without_frames(error), "error"
 
 
 @dataclass(frozen=True)

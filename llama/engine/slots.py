@@ -43,7 +43,7 @@ class Slot:
 
     def release(self) -> None:
         """Free the slot. Nobody builds upon what a failed request computed."""
-        if self.stale or (self.generation is not None and self.generation.error is not None):
+        if self.stale or (self.generation is not None and self.generation.finish_reason == "error"):
             self.cached = []
         self.generation = None
 
