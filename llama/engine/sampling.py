@@ -83,7 +83,7 @@ def sample(
     # In vocabulary order: rounding that depends on the batch then cannot permute the ids.
     ids, order = ids.sort()
     mass = weights.gather(-1, order).cumsum(-1)
-    uniform = [torch.rand(1, generator=g, device=g.device) for g in generators]
+    uniform = [torch.rand(1, generator=g, device=g.device, dtype=mass.dtype) for g in generators]
     target = torch.stack(uniform) * mass.narrow(-1, mass.shape[-1] - 1, 1)
     chosen = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
     return ids.gather(-1, chosen).reshape(-1)

@@ -100,7 +100,8 @@ class TinygemmLinear(nn.Module):
 def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
     """The `TinygemmLinear` of an `Int4Linear`; `linear` itself if it gives other results here."""
     replacement = TinygemmLinear(linear)
-    x = torch.linspace(-1, 1, linear.packed.shape[1] * 8, device=linear.packed.device).bfloat16()
+    columns, device = linear.packed.shape[1] * 8, linear.packed.device
+    x = torch.linspace(-1, 1, columns, dtype=torch.float32, device=device).bfloat16()
     found, expected = replacement(x.unsqueeze(0)).float(), linear(x.unsqueeze(0)).float()
     if (found - expected).abs().max() <= 0.02 * expected.abs().max():
         return replacement
