@@ -22,6 +22,7 @@ import torch
 from typing_extensions import Unpack
 
 from llama.checkpoints.load import check_quantize, load_model, summary
+from llama.checkpoints.memory import check_memory
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
@@ -423,6 +424,7 @@ class Llama:
                 max_seq_len = min(source.context, DEFAULT_CONTEXT)
             args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_quantize(source, args, options.quantize)
+            check_memory(source, args, device, dtype, options.quantize)
             tokenizer = open_tokenizer(source, tokenizer_path)
         check_same_build(source, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
