@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 
 class RankError(Exception):
     """A failure of one rank, raised on every rank: the job is over."""
@@ -22,3 +24,12 @@ def without_frames(error: Exception) -> Exception:
         causes = (link.__cause__, link.__context__)
         chain += [e for e in causes if e is not None and not any(e is other for other in chain)]
     return error
+
+
+def refuse_copies(self: object, _protocol: object) -> NoReturn:
+    """The `__reduce_ex__` of what threads share: copy, deepcopy and pickle call it."""
+    name = type(self).__name__
+    raise TypeError(
+        f"a {name} cannot be copied, pickled or sent to another process: threads can share this "
+        "one, and a new process calls Llama.build itself"
+    )

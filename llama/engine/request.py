@@ -186,7 +186,7 @@ class Generation:
         if scores:
             self.prompt_logprobs[max(start + 1, self.request.score_from or 0) :] = scores
 
-    def event(self, token: int | None, logprob: float) -> Event:
+    def event(self, token: int | None = None, logprob: float = 0.0) -> Event:
         """What a step did: it generated `token`, if not None."""
         score = logprob if self.request.logprobs and token is not None else None
         return Event(self.id, token, score, self.finish_reason)
