@@ -7,12 +7,14 @@ and the completions (whole answers).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import inspect
 import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +27,9 @@ from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.memory import check_memory
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.checkpoints.source import Source
+from llama.common.async_reader import read_in_thread
 from llama.common.dtypes import parse_dtype
-from llama.common.errors import without_frames
+from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
@@ -320,6 +323,8 @@ class Stream:
         self._answer, self._lock = Answer(engine, self.generation, detokenizer), threading.Lock()
         self._closed = False
 
+    __reduce_ex__ = refuse_copies
+
     def __iter__(self) -> Iterator[Piece]:
         return self
 
@@ -390,13 +395,15 @@ class Llama:
         with suppress(ValueError):  # a base model: only the chat methods are refused
             self.formatter = ChatFormat(tokenizer)
 
+    __reduce_ex__ = refuse_copies
+
     @staticmethod
     def build(
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path | None,
-        max_seq_len: int | None,
-        max_batch_size: int,
-        model_parallel_size: int | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int | None = BuildOptions.max_seq_len,
+        max_batch_size: int = BuildOptions.max_batch_size,
+        model_parallel_size: int | None = BuildOptions.model_parallel_size,
         seed: int = BuildOptions.seed,
         **more: Unpack[MoreBuildOptions],
     ) -> Llama:
@@ -413,6 +420,7 @@ class Llama:
             FileNotFoundError, ValueError, TypeError: saying what to do.
             llama.RankError: another rank failed, and how.
         """
+        check_keywords(Llama.build, more, BuildOptions)
         options = BuildOptions(max_seq_len, max_batch_size, model_parallel_size, seed, **more)
         check_cache()
         start, device = time.time(), pick_device(options.device)
@@ -501,6 +509,7 @@ class Llama:
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
+        check_keywords(self.generate, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             prompt_tokens,
@@ -532,6 +541,7 @@ class Llama:
             max_gen_len: None is all that fits.
             temperature, top_p, logprobs, echo, more: as in `generate`.
         """
+        check_keywords(self.text_completion, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             self._encode(prompts),
@@ -566,8 +576,12 @@ class Llama:
             tools, tool_form: see `ChatFormat.encode_dialog_prompt`.
             temperature, top_p, max_gen_len, logprobs, more: as in `text_completion`.
         """
-        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
-            raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
+        if not is_list(dialogs) or any(isinstance(dialog, Mapping) for dialog in dialogs):
+            raise TypeError(
+                "dialogs must be a list of dialogs, which are lists of messages; for one dialog "
+                "give [dialog]"
+            )
+        check_keywords(self.chat_completion, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
@@ -603,6 +617,27 @@ class Llama:
         """Answer one dialog, piece by piece. As `text_stream`."""
         return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
 
+    def text_stream_async(
+        self, prompt: str, **options: Unpack[StreamOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        """`text_stream` for asyncio: `async for piece in llama.text_stream_async(prompt)`.
+
+        The event loop goes on: a thread encodes the prompt and makes the steps, which all streams
+        share. The end of the loop, `aclose`, or a cancelled task ends the generation and frees its
+        slot. Mistakes are raised when the first piece is awaited. One rank only.
+        """
+        return read_in_thread(lambda: self.text_stream(prompt, **options))
+
+    def chat_stream_async(
+        self,
+        dialog: Dialog,
+        tools: Sequence[Tool] | None = None,
+        tool_form: ToolForm = "json",
+        **options: Unpack[StreamOptions],
+    ) -> AsyncGenerator[Piece, None]:
+        """Answer one dialog, piece by piece, for asyncio. As `text_stream_async`."""
+        return read_in_thread(lambda: self.chat_stream(dialog, tools, tool_form, **options))
+
     def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
         """Log-probability of each token of each text given those before it.
 
@@ -630,13 +665,15 @@ class Llama:
         return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        if not is_list(prompts):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
 
     def _chat_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
     ) -> list[int]:
+        if isinstance(dialog, Mapping):
+            raise TypeError("a dialog is a list of messages; for one message give [message]")
         formatter = self.formatter or ChatFormat(self.tokenizer)  # raises, saying why there is none
         return formatter.encode_dialog_prompt(dialog, tools, tool_form)
 
@@ -648,8 +685,10 @@ class Llama:
         Raises:
             TypeError, ValueError: no such batch is possible.
         """
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
+        if not is_list(prompts) or any(isinstance(prompt, int) for prompt in prompts):
+            raise TypeError(
+                "prompts must be a list of lists of token ids; for one prompt give [prompt]"
+            )
         if not prompts:
             raise ValueError("the batch is empty; give at least one prompt")
         seeds: list[Any] = [options.seed] * len(prompts)
@@ -716,6 +755,7 @@ class Llama:
         **more: Unpack[MoreOptions],
     ) -> Stream:
         """Check the arguments now, generate when iterated."""
+        check_keywords(self._stream, more, GenerationOptions)
         options = dataclasses.replace(GenerationOptions(reuse_prefix=True), **more)
         [request] = self._requests(
             [prompt],
@@ -726,6 +766,22 @@ class Llama:
         )
         request = dataclasses.replace(request, name="the prompt")
         return Stream(self.engine, self.tokenizer, request, options.stop)
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a list or another sequence, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def check_keywords(method: Callable[..., Any], given: Iterable[str], options: type) -> None:
+    """Raise a TypeError for a keyword that neither `method` nor a dataclass of options has."""
+    own = [name for name in inspect.signature(method).parameters if name not in ("self", "more")]
+    known = {*own, *(f.name for f in dataclasses.fields(options))}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use some of {sorted(known)}"
+            raise TypeError(f"unknown argument {name!r}; {hint}")
 
 
 def check_same_build(

@@ -72,7 +72,8 @@ def test_new_models_and_whole_sequences() -> None:
     def logits() -> torch.Tensor:
         model = Transformer(args)
         assert {w.dtype for w in model.parameters()} == {torch.float32}
-        return model(torch.arange(8).view(1, 8)).detach()
+        out: torch.Tensor = model(torch.arange(8).view(1, 8))
+        return out.detach()
 
     want, *others = in_each_default(logits)
     for found in others:

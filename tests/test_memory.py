@@ -94,7 +94,7 @@ def fail_in_steps(llama: Llama) -> None:
 
 def fail_in_text(llama: Llama) -> None:
     """Every id is drawn, and the tokenizer lacks all of them."""
-    llama.tokenizer.decode_bytes = no_bytes  # type: ignore[method-assign]
+    llama.tokenizer.decode_bytes = no_bytes  # type: ignore[method-assign,assignment]
 
 
 def no_bytes(ids: object) -> bytes:

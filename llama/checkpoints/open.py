@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoints.download import hub_name
 from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
 from llama.checkpoints.source import Source
@@ -20,7 +21,12 @@ def open_checkpoint(path: str | Path) -> Source:
         ValueError: the checkpoint is damaged or of another architecture.
         ImportError: the extra that reads this layout is not installed.
     """
-    path = Path(path)
+    name, path = hub_name(str(path)), Path(path)
+    if name is not None and not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; if it is a repository of the Hugging Face hub, "
+            f"`llama3 download {name}` fetches it and prints the folder to give instead"
+        )
     if path.is_file():
         with open(path, "rb") as f:
             magic = f.read(4)

@@ -52,13 +52,8 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("max_gen_len", "score_from"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, not {value!r}")
-            if int(value) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
-            object.__setattr__(self, name, int(value))
+            if value is not None:
+                object.__setattr__(self, name, check_count(name, value))
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, not {self.sampling!r}")
         if not isinstance(self.stop_tokens, Collection):
@@ -218,3 +213,12 @@ def check_seed(seed: object) -> None:
     """Raise a TypeError unless `seed` is an integer that torch's generators accept."""
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
         raise TypeError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed!r}")
+
+
+def check_count(name: str, value: object) -> int:
+    """`value` as an int; raise a TypeError or ValueError unless it is an integer of at least 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value}")
+    return int(value)
