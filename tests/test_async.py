@@ -155,6 +155,9 @@ def test_errors_arrive_and_keep_no_memory(build: Callable[[], Llama]) -> None:
         with torch.no_grad():
             llama.model.norm.weight[:] = float("nan")
         run(fails(llama, "not a number", "Hello"))
+        for thread in threading.enumerate():  # which end on their own
+            if thread.name.startswith("llama-stream"):
+                thread.join(30)
         del llama
         assert reference() is None
     finally:

@@ -50,9 +50,7 @@ def download(
         import huggingface_hub as hub
     except ImportError as e:
         raise ImportError("downloading needs a package: pip install 'llama3[hf]'") from e
-    repo = hub_name(repo) or repo
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
+    repo = hub_name(repo) or check_name(repo)
     folder = Path(dst) if dst is not None else Path(repo.split("/")[-1])
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give another folder")
@@ -73,6 +71,13 @@ def download(
         if not path.is_file() or (sizes[name] and path.stat().st_size != sizes[name]):
             raise RuntimeError(f"{path} has another size than in {repo}; remove it and call again")
     return folder / _common_folder(files)
+
+
+def check_name(repo: str) -> str:
+    """A name without an owner; raise a ValueError if it is none."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
+    return repo
 
 
 def hub_name(text: str) -> str | None:
