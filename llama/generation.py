@@ -7,24 +7,29 @@ and the completions (whole answers).
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
+import inspect
 import logging
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
 import torch
 from typing_extensions import Unpack
 
 from llama.checkpoints.load import check_quantize, load_model, summary
+from llama.checkpoints.memory import check_memory
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.checkpoints.source import Source
+from llama.common.async_reader import read_in_thread
 from llama.common.dtypes import parse_dtype
+from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
@@ -222,13 +227,15 @@ class Answer:
     """A generation as text, read between the engine's steps. Ends it at a stop string.
 
     Attributes:
+        engine: None once the answer has ended.
         text: all of it so far.
         finish_reason: as the generation's, or "stop" at a stop string.
         error: the generation's, or that of a token without text.
     """
 
     def __init__(self, engine: Engine, generation: Generation, detokenizer: Detokenizer):
-        self.engine, self.generation, self.detokenizer = engine, generation, detokenizer
+        self.engine: Engine | None = engine
+        self.generation, self.detokenizer = generation, detokenizer
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
@@ -272,21 +279,29 @@ class Answer:
         reason, used = generation.finish_reason, detokenizer.used
         if generation.error is not None:
             self.finish_reason, self.error = "error", generation.error
+            self.end()
             return None
         new = generation.tokens[len(generation.request.prompt) + used :]
         try:
             text = detokenizer.feed(new, last=reason is not None)
         except Exception as e:  # such as an id that the tokenizer lacks: the others go on
-            self.finish_reason, self.error = "error", e
-            self.engine.cancel(generation.id)
+            self.finish_reason, self.error = "error", without_frames(e)
+            self.end()
             return None
         if detokenizer.stopped:
             reason = "stop"
-            self.engine.cancel(generation.id, "stop")
         self.finish_reason = reason
+        if reason is not None:
+            self.end(reason)
         self.text += text
         n = detokenizer.used - used
         return Piece(text, new[:n], generation.generated_logprobs[used : used + n], reason)
+
+    def end(self, reason: FinishReason = "cancelled") -> None:
+        """Cancel the generation, unless it has ended, and let go of the engine."""
+        if self.engine is not None and self.generation.id:
+            self.engine.cancel(self.generation.id, reason)
+        self.engine = None
 
 
 class Stream:
@@ -298,31 +313,35 @@ class Stream:
 
     Attributes:
         request: what was asked.
-        generation: what has been generated; its id is 0 until the first piece is read.
+        generation: what has been generated; its id is 0 until the first piece is read. Its error
+            is None after it was raised.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, request: Request, stop: Sequence[str]):
         self._closed = True  # in case the request is refused
         engine.check(request)
         self.request, self.generation = request, Generation(request)
-        self._engine, self._lock = engine, threading.Lock()
         detokenizer = Detokenizer(tokenizer.decode_bytes, stop)
-        self._answer = Answer(engine, self.generation, detokenizer)
+        self._answer, self._lock = Answer(engine, self.generation, detokenizer), threading.Lock()
         self._closed = False
+
+    __reduce_ex__ = refuse_copies
 
     def __iter__(self) -> Iterator[Piece]:
         return self
 
     def __next__(self) -> Piece:
-        answer = self._answer
+        answer, engine = self._answer, self._answer.engine
+        if engine is None:
+            raise StopIteration
         try:
             with self._lock:
                 if not self.generation.id and not self._closed:
-                    self._engine.queue(self.generation)
+                    engine.queue(self.generation)
                     if self._closed:  # by another thread, meanwhile
-                        self._engine.cancel(self.generation.id)
+                        engine.cancel(self.generation.id)
             while not self._closed:
-                self._engine.wait(lambda: answer.unread or self._closed)
+                engine.wait(lambda: answer.unread or self._closed)
                 with self._lock:
                     piece = answer.read()
                     if answer.finish_reason is not None:
@@ -330,7 +349,7 @@ class Stream:
                 if piece is not None and (piece.tokens or piece.finish_reason):
                     return piece
                 if answer.error is not None:
-                    raise answer.error from None
+                    self._raise_error()
         except BaseException:
             self.close()
             raise
@@ -346,11 +365,22 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """End the generation and free its slot at once."""
+        """End the generation, free its slot at once, and let go of the model."""
         if not self._closed:
             self._closed = True
-            if self.generation.id:
-                self._engine.cancel(self.generation.id)
+            self._answer.end()
+
+    def _raise_error(self) -> NoReturn:
+        """Raise the answer's error, and keep no reference to it.
+
+        Its traceback has the frames of the callers: with the stream they would be a cycle.
+        """
+        error, self._answer.error, self.generation.error = self._answer.error, None, None
+        assert error is not None
+        try:
+            raise error from None
+        finally:
+            del error
 
 
 class Llama:
@@ -370,13 +400,15 @@ class Llama:
         with suppress(ValueError):  # a base model: only the chat methods are refused
             self.formatter = ChatFormat(tokenizer)
 
+    __reduce_ex__ = refuse_copies
+
     @staticmethod
     def build(
         ckpt_dir: str | Path,
-        tokenizer_path: str | Path | None,
-        max_seq_len: int | None,
-        max_batch_size: int,
-        model_parallel_size: int | None = None,
+        tokenizer_path: str | Path | None = None,
+        max_seq_len: int | None = BuildOptions.max_seq_len,
+        max_batch_size: int = BuildOptions.max_batch_size,
+        model_parallel_size: int | None = BuildOptions.model_parallel_size,
         seed: int = BuildOptions.seed,
         **more: Unpack[MoreBuildOptions],
     ) -> Llama:
@@ -393,6 +425,7 @@ class Llama:
             FileNotFoundError, ValueError, TypeError: saying what to do.
             llama.RankError: another rank failed, and how.
         """
+        check_keywords(Llama.build, more, BuildOptions)
         options = BuildOptions(max_seq_len, max_batch_size, model_parallel_size, seed, **more)
         check_cache()
         start, device = time.time(), pick_device(options.device)
@@ -407,6 +440,7 @@ class Llama:
                 max_seq_len = min(source.context, DEFAULT_CONTEXT)
             args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_quantize(source, args, options.quantize)
+            check_memory(source, args, device, dtype, options.quantize)
             tokenizer = open_tokenizer(source, tokenizer_path)
         check_same_build(source, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
@@ -484,6 +518,7 @@ class Llama:
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
+        check_keywords(self.generate, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             prompt_tokens,
@@ -515,6 +550,7 @@ class Llama:
             max_gen_len: None is all that fits.
             temperature, top_p, logprobs, echo, more: as in `generate`.
         """
+        check_keywords(self.text_completion, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             self._encode(prompts),
@@ -549,8 +585,12 @@ class Llama:
             tools, tool_form: see `ChatFormat.encode_dialog_prompt`.
             temperature, top_p, max_gen_len, logprobs, more: as in `text_completion`.
         """
-        if isinstance(dialogs, str) or not isinstance(dialogs, Sequence):
-            raise TypeError(f"dialogs must be a list of dialogs, not {type(dialogs)}")
+        if not is_list(dialogs) or any(isinstance(dialog, Mapping) for dialog in dialogs):
+            raise TypeError(
+                "dialogs must be a list of dialogs, which are lists of messages; for one dialog "
+                "give [dialog]"
+            )
+        check_keywords(self.chat_completion, more, GenerationOptions)
         options = GenerationOptions(**more)
         requests = self._requests(
             [self._chat_prompt(dialog, tools, tool_form) for dialog in dialogs],
@@ -586,6 +626,27 @@ class Llama:
         """Answer one dialog, piece by piece. As `text_stream`."""
         return self._stream(self._chat_prompt(dialog, tools, tool_form), **options)
 
+    def text_stream_async(
+        self, prompt: str, **options: Unpack[StreamOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        """`text_stream` for asyncio: `async for piece in llama.text_stream_async(prompt)`.
+
+        The event loop goes on: a thread encodes the prompt and makes the steps, which all streams
+        share. The end of the loop, `aclose`, or a cancelled task ends the generation and frees its
+        slot. Mistakes are raised when the first piece is awaited. One rank only.
+        """
+        return read_in_thread(lambda: self.text_stream(prompt, **options))
+
+    def chat_stream_async(
+        self,
+        dialog: Dialog,
+        tools: Sequence[Tool] | None = None,
+        tool_form: ToolForm = "json",
+        **options: Unpack[StreamOptions],
+    ) -> AsyncGenerator[Piece, None]:
+        """Answer one dialog, piece by piece, for asyncio. As `text_stream_async`."""
+        return read_in_thread(lambda: self.chat_stream(dialog, tools, tool_form, **options))
+
     def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
         """Log-probability of each token of each text given those before it.
 
@@ -613,13 +674,15 @@ class Llama:
         return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        if not is_list(prompts):
             raise TypeError("prompts must be a list of texts; for one text give [text]")
         return [self.tokenizer.encode(text, bos=True, eos=False) for text in prompts]
 
     def _chat_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None, tool_form: ToolForm
     ) -> list[int]:
+        if isinstance(dialog, Mapping):
+            raise TypeError("a dialog is a list of messages; for one message give [message]")
         formatter = self.formatter or ChatFormat(self.tokenizer)  # raises, saying why there is none
         return formatter.encode_dialog_prompt(dialog, tools, tool_form)
 
@@ -631,8 +694,10 @@ class Llama:
         Raises:
             TypeError, ValueError: no such batch is possible.
         """
-        if not isinstance(prompts, Sequence):
-            raise TypeError(f"prompts must be a list of lists of token ids, not {type(prompts)}")
+        if not is_list(prompts) or any(isinstance(prompt, int) for prompt in prompts):
+            raise TypeError(
+                "prompts must be a list of lists of token ids; for one prompt give [prompt]"
+            )
         if not prompts:
             raise ValueError("the batch is empty; give at least one prompt")
         seeds: list[Any] = [options.seed] * len(prompts)
@@ -699,6 +764,7 @@ class Llama:
         **more: Unpack[MoreOptions],
     ) -> Stream:
         """Check the arguments now, generate when iterated."""
+        check_keywords(self._stream, more, GenerationOptions)
         options = dataclasses.replace(GenerationOptions(reuse_prefix=True), **more)
         [request] = self._requests(
             [prompt],
@@ -709,6 +775,22 @@ class Llama:
         )
         request = dataclasses.replace(request, name="the prompt")
         return Stream(self.engine, self.tokenizer, request, options.stop)
+
+
+def is_list(value: object) -> bool:
+    """Whether it is a list or another sequence, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def check_keywords(method: Callable[..., Any], given: Iterable[str], options: type) -> None:
+    """Raise a TypeError for a keyword that neither `method` nor a dataclass of options has."""
+    own = [name for name in inspect.signature(method).parameters if name not in ("self", "more")]
+    known = {*own, *(f.name for f in dataclasses.fields(options))}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"use some of {sorted(known)}"
+            raise TypeError(f"unknown argument {name!r}; {hint}")
 
 
 def check_same_build(

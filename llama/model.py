@@ -109,13 +109,18 @@ class ModelArgs:
         return 32.0 if (self.dim, self.n_layers) in ((2048, 16), (3072, 28)) else 8.0
 
 
+def plain_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear without bias, in fp32 whatever torch's default dtype is."""
+    return nn.Linear(inputs, outputs, bias=False, dtype=torch.float32)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm, arXiv:1910.07467: computed in fp32, cast, then times the weight."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim, dtype=torch.float32))
 
     def _norm(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
@@ -157,6 +162,21 @@ def precompute_freqs_cis(
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def reshape_for_broadcast(freqs_cis: Tensor, x: Tensor) -> Tensor:
+    """View `freqs_cis` as (1 or B, T, 1, D / 2), to multiply all heads of x (B, T, heads, D / 2).
+
+    Args:
+        freqs_cis: (T, D / 2), or (B, T, D / 2) where rows have different positions.
+
+    Raises:
+        ValueError: x has other positions or another width.
+    """
+    T, half = x.shape[1], x.shape[-1]
+    if freqs_cis.shape not in ((T, half), (len(x), T, half)):
+        raise ValueError(f"freqs_cis {tuple(freqs_cis.shape)} do not fit x {tuple(x.shape)}")
+    return freqs_cis.reshape(-1, T, 1, half)
+
+
 def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
     """Turn each pair (2i, 2i + 1) of every head, in fp32 whatever the dtype of x.
 
@@ -164,11 +184,11 @@ def apply_rotary_emb(xq: Tensor, xk: Tensor, freqs_cis: Tensor) -> tuple[Tensor,
         xq, xk: (B, T, heads, D).
         freqs_cis: (T, D / 2), or (B, T, D / 2) where rows have different positions.
     """
-    freqs_cis = freqs_cis.unsqueeze(-2)  # the same for all heads
 
     def rotate(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
-        return torch.view_as_real(pairs * freqs_cis).flatten(-2).type_as(x)
+        turned = pairs * reshape_for_broadcast(freqs_cis, pairs)
+        return torch.view_as_real(turned).flatten(-2).type_as(x)
 
     return rotate(xq), rotate(xk)
 
@@ -292,10 +312,10 @@ class Attention(nn.Module):
         self.core = DotProductAttention()
 
         q_dim, kv_dim = self.n_local_heads * self.head_dim, self.n_local_kv_heads * self.head_dim
-        self.wq = nn.Linear(args.dim, q_dim, bias=False)
-        self.wk = nn.Linear(args.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(args.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(q_dim, args.dim, bias=False)
+        self.wq = plain_linear(args.dim, q_dim)
+        self.wk = plain_linear(args.dim, kv_dim)
+        self.wv = plain_linear(args.dim, kv_dim)
+        self.wo = plain_linear(q_dim, args.dim)
 
     def heads(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries (B, T, H, D), rotated keys and plain values (B, T, K, D)."""
@@ -329,9 +349,9 @@ class FeedForward(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         hidden = args.hidden_dim // tensor_parallel.size()
-        self.w1 = nn.Linear(args.dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, hidden, bias=False)
+        self.w1 = plain_linear(args.dim, hidden)
+        self.w2 = plain_linear(hidden, args.dim)
+        self.w3 = plain_linear(args.dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         x = copy_to_ranks(x)
@@ -384,10 +404,10 @@ class Transformer(nn.Module):
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
         share = vocabulary_share(params, ranks)
-        self.tok_embeddings = nn.Embedding(share, params.dim)
+        self.tok_embeddings = nn.Embedding(share, params.dim, dtype=torch.float32)
         self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
-        self.output = nn.Linear(params.dim, share, bias=False)
+        self.output = plain_linear(params.dim, share)
         self.cache: list[KVCache] | None = None  # of `model(tokens, start_pos)` alone
         self.unused: Tensor | None  # ids without a token, which the engine never draws
         self.register_buffer("unused", None, persistent=False)

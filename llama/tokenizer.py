@@ -102,15 +102,16 @@ class Tokenizer:
         self,
         s: str,
         *,
-        bos: bool,
-        eos: bool,
+        bos: bool = True,
+        eos: bool = False,
         allowed_special: Literal["all"] | Set[str] | None = None,
         disallowed_special: Literal["all"] | Collection[str] = (),
     ) -> list[int]:
         """Encode `s`, of any length.
 
         Args:
-            bos, eos: add the begin / end token, if the vocabulary has one.
+            bos, eos: add the begin / end token, if the vocabulary has one. By default as for
+                a text to complete.
             allowed_special: special tokens whose text in `s` becomes their id; "all" for every
                 one. By default none but `text_tokens`: the text of others is encoded as ordinary
                 characters, so that content cannot forge a turn.

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.checkpoints.download import hub_name
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,43 @@ def test_build_changes_nothing_in_the_process_and_can_be_repeated(
         llama.generate([[1, 2, 3]], 2)
     assert before == (torch.get_default_dtype(), torch.get_default_device(), sys.stdout)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_path_is_enough(demo_dir: Path) -> None:
+    llama = Llama.build(demo_dir)
+    args = llama.model.params
+    assert (args.max_seq_len, args.max_batch_size) == (4096, 1)
+    assert llama.tokenizer.n_words == args.vocab_size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "meta-llama/Llama-3.2-1B",
+        "https://huggingface.co/meta-llama/Llama-3.2-1B",
+        "https://huggingface.co/meta-llama/Llama-3.2-1B/tree/main",
+        "http://www.huggingface.co/meta-llama/Llama-3.2-1B?library=x",
+        "huggingface.co/meta-llama/Llama-3.2-1B.git",
+        "https://hf.co/meta-llama/Llama-3.2-1B#files",
+        "hf://meta-llama/Llama-3.2-1B@main",
+    ],
+)
+def test_names_and_addresses_of_the_hub_say_how_to_download(text: str) -> None:
+    assert hub_name(text) == "meta-llama/Llama-3.2-1B"
+    for path in (text, Path(text)):
+        with pytest.raises(FileNotFoundError, match=r"`llama3 download meta-llama/Llama-3\.2-1B`"):
+            Llama.build(path)
+
+
+@pytest.mark.parametrize("text", ["model", "./a/b", "/a/b", "a/b/c", "https://x.org/a/b", "../b"])
+def test_paths_are_not_names_of_the_hub(text: str) -> None:
+    assert hub_name(text) is None
+
+
+def test_a_folder_that_looks_like_a_name_is_opened(
+    folder: Path, byte_tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent.parent)
+    name = f"{folder.parent.name}/{folder.name}"
+    assert hub_name(name) == name
+    Llama.build(name, byte_tokenizer_path, 16, 1, device="cpu")

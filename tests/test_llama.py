@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
 import inspect
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -226,8 +229,35 @@ def test_an_unknown_keyword_is_named(build: Build) -> None:
         lambda **more: llama.chat_stream(dialog, **more),
     ]
     for call in calls:
-        with pytest.raises(TypeError, match="'temprature'"):
+        with pytest.raises(TypeError, match=r"^unknown argument 'temprature'; did you mean 'temp"):
             call(temprature=0.5)
+        with pytest.raises(TypeError, match=r"'zzz'; use some of \["):
+            call(zzz=1)
+
+
+def test_copies_say_what_to_do(build: Build) -> None:
+    llama = build()
+    for what in (llama, llama.engine, llama.text_stream("a")):
+        for duplicate in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=f"a {type(what).__name__} cannot be copied"):
+                duplicate(what)
+    process = multiprocessing.get_context("spawn").Process(target=print, args=(llama,))
+    with pytest.raises(TypeError, match=r"a new process calls Llama\.build itself"):
+        process.start()
+
+
+def test_one_where_a_list_is_needed(build: Build) -> None:
+    llama, message = build(), {"role": "user", "content": "Hi"}
+    calls: dict[str, Callable[[], object]] = {
+        r"give \[dialog\]": lambda: llama.chat_completion([message]),  # type: ignore[list-item]
+        r"one dialog give": lambda: llama.chat_completion(message),  # type: ignore[arg-type]
+        r"give \[message\]": lambda: llama.chat_stream(message),  # type: ignore[arg-type]
+        r"give \[text\]": lambda: llama.text_completion("Hi"),
+        r"give \[prompt\]": lambda: llama.generate([1, 2], 1),  # type: ignore[list-item]
+    }
+    for remedy, call in calls.items():
+        with pytest.raises(TypeError, match=remedy):
+            call()
 
 
 def test_typed_keywords_are_the_fields_of_the_options() -> None:
@@ -249,9 +279,14 @@ def defaults(function: Callable[..., object]) -> dict[str, Any]:
 
 def test_defaults_of_signatures_are_those_of_the_options() -> None:
     assert defaults(Llama.build) == {
+        "tokenizer_path": None,
+        "max_seq_len": BuildOptions.max_seq_len,
+        "max_batch_size": BuildOptions.max_batch_size,
         "model_parallel_size": BuildOptions.model_parallel_size,
         "seed": BuildOptions.seed,
     }
+    order = "ckpt_dir tokenizer_path max_seq_len max_batch_size model_parallel_size seed"  # Meta's
+    assert list(inspect.signature(Llama.build).parameters)[:6] == order.split()
     sampling = {"temperature": Sampling.temperature, "top_p": Sampling.top_p}
     assert (GenerationOptions.top_k, GenerationOptions.min_p) == (Sampling.top_k, Sampling.min_p)
     for function in (Llama.generate, Llama.text_completion, Llama.chat_completion, Llama._stream):

@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from llama import ModelArgs
-from llama.model import apply_rotary_emb, apply_scaling, precompute_freqs_cis
+from llama.model import (
+    apply_rotary_emb,
+    apply_scaling,
+    precompute_freqs_cis,
+    reshape_for_broadcast,
+)
 
 
 @pytest.mark.parametrize(("head_dim", "counts"), [(128, (29, 6, 29)), (64, (15, 3, 14))])
@@ -58,3 +63,20 @@ def test_rotation_of_interleaved_pairs() -> None:
             )
             got = torch.stack([turned[0, m, :, 2 * i], turned[0, m, :, 2 * i + 1]])
             torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_reshape_for_broadcast_is_metas() -> None:
+    from llama_models.llama3.model import reshape_for_broadcast as metas
+
+    freqs_cis, x = precompute_freqs_cis(8, 5), torch.zeros(2, 5, 3, 4)
+    ours = reshape_for_broadcast(freqs_cis, x)
+    assert ours.shape == (1, 5, 1, 4) and torch.equal(ours, metas(freqs_cis, x))
+
+
+def test_each_row_may_have_rotations_of_its_own() -> None:
+    freqs_cis, x = precompute_freqs_cis(8, 5), torch.zeros(2, 3, 6, 4)
+    rows = torch.stack([freqs_cis[:3], freqs_cis[2:]])
+    assert torch.equal(reshape_for_broadcast(rows, x)[1, :, 0], freqs_cis[2:])
+    for wrong in (freqs_cis, rows[:, :, :2], rows[:1].expand(3, 3, 4)):
+        with pytest.raises(ValueError, match="do not fit x"):
+            reshape_for_broadcast(wrong, x)

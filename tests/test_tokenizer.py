@@ -246,3 +246,9 @@ def test_unknown_character(tmp_path: Path) -> None:
 
 def test_pattern_is_metas(meta: Any) -> None:
     assert meta.pat_str == LLAMA3_PATTERN
+
+
+def test_bos_and_eos_have_the_defaults_of_a_completion(llama3_tokenizer_path: Path) -> None:
+    tokenizer = Tokenizer(llama3_tokenizer_path)
+    assert tokenizer.encode("hi") == tokenizer.encode("hi", bos=True, eos=False)
+    assert tokenizer.encode("hi")[0] == tokenizer.bos_id

@@ -35,7 +35,7 @@ def download(
     again: it goes on where it stopped. Progress goes to stderr.
 
     Args:
-        repo: "owner/name".
+        repo: "owner/name", or the address of its page.
         dst: the destination; None: a folder with the repository's name in the current folder.
         include: patterns of the files to download instead, such as "*Q4_K_M.gguf".
         token: None: HF_TOKEN, or the token of `hf auth login`.
@@ -50,8 +50,7 @@ def download(
         import huggingface_hub as hub
     except ImportError as e:
         raise ImportError("downloading needs a package: pip install 'llama3[hf]'") from e
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
+    repo = hub_name(repo) or check_name(repo)
     folder = Path(dst) if dst is not None else Path(repo.split("/")[-1])
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give another folder")
@@ -72,6 +71,23 @@ def download(
         if not path.is_file() or (sizes[name] and path.stat().st_size != sizes[name]):
             raise RuntimeError(f"{path} has another size than in {repo}; remove it and call again")
     return folder / _common_folder(files)
+
+
+def check_name(repo: str) -> str:
+    """A name without an owner; raise a ValueError if it is none."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
+        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
+    return repo
+
+
+def hub_name(text: str) -> str | None:
+    """The repository "owner/name" that a text names, or is an address of; None: neither."""
+    at = re.fullmatch(r"(hf:/+|(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/)?(.*)", text)
+    assert at is not None
+    if not at[1]:
+        return text if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) else None
+    found = re.match(r"(\w[\w.-]*/\w[\w.-]*?)(\.git)?([/?#@]|$)", at[5])
+    return found[1] if found else None
 
 
 def _bytes_missing(path: Path, size: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from llama.checkpoints.inspect import parameter_count
 from llama.checkpoints.source import Source
 from llama.common.dtypes import dtype_name
+from llama.common.meta_device import without_memory
 from llama.common.progress import progress
 from llama.distributed import job, tensor_parallel
 from llama.distributed.sharding import VOCABULARY, rank_part, vocabulary_share
@@ -73,7 +74,7 @@ def load_model(
     rank, size = tensor_parallel.rank(), tensor_parallel.size()
     if source.quantization is not None:
         check_ranks(args, *source.quantization)
-    with torch.device("meta"):
+    with without_memory():
         model = Transformer(args)
     if source.quantization is not None:
         replace_modules(model, {nn.Linear: quantized(*source.quantization)})

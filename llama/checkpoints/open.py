@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from llama.checkpoints.download import hub_name
 from llama.checkpoints.formats.chat_settings import chat_settings
 from llama.checkpoints.formats.meta import QUANTIZATION, MetaSource, read_params
 from llama.checkpoints.formats.quantized import QuantizedSource
@@ -33,7 +34,12 @@ def open_checkpoint(path: str | Path) -> Source:
         ValueError: the checkpoint is damaged or of another architecture.
         ImportError: the extra that reads this layout is not installed.
     """
-    path = expand(path)
+    name, path = hub_name(str(path)), expand(path)
+    if name is not None and not path.exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; if it is a repository of the Hugging Face hub, "
+            f"`llama3 download {name}` fetches it and prints the folder to give instead"
+        )
     with damage(path):
         return _open(checkpoint_folder(path))
 

@@ -10,6 +10,7 @@ from llama.commands.chat_session import ChatSession, follow
 from llama.commands.model import BuildFlags, CheckpointFlags, open_model
 from llama.commands.terminal import read_lines
 from llama.distributed import job, tensor_parallel
+from llama.engine.request import check_count
 from llama.engine.sampling import Sampling
 
 
@@ -31,6 +32,8 @@ def chat(
         echo "What is the capital of France?" | llama3 chat --temperature 0
     """
     lines = read_lines() if job.is_leader() else iter(())  # fails before a long load
+    if max_gen_len is not None:
+        check_count("--max_gen_len", max_gen_len)
     llama = open_model(checkpoint, build)
     options = asdict(sampling) | {"max_gen_len": max_gen_len}
     if not job.is_leader():

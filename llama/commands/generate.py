@@ -10,6 +10,7 @@ from llama.commands.model import BuildFlags, CheckpointFlags, open_model
 from llama.commands.options import Only
 from llama.commands.terminal import print_text
 from llama.distributed import job, tensor_parallel
+from llama.engine.request import check_count
 from llama.engine.sampling import Sampling
 from llama.engine.scoring import check_windows, read_text
 from llama.generation import BuildOptions, Stream
@@ -37,6 +38,7 @@ def complete(
     """
     if logprobs and not json:
         raise ValueError("--logprobs needs --json")
+    check_count("--max_gen_len", max_gen_len)
     stream = open_model(checkpoint, build).text_stream(
         prompt,
         max_gen_len=max_gen_len,

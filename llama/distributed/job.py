@@ -105,6 +105,12 @@ def local_rank() -> int:
     return _read_integer("LOCAL_RANK", 0, 1 << 20) if "LOCAL_RANK" in os.environ else 0
 
 
+def local_ranks() -> int:
+    """How many ranks run on this machine; 1 without torchrun."""
+    name = "LOCAL_WORLD_SIZE"
+    return _read_integer(name, 1, 1 << 20) if name in os.environ else 1
+
+
 def is_leader() -> bool:
     """Whether this is rank 0 of the job, which reads stdin and prints."""
     if dist.is_available() and dist.is_initialized():

@@ -8,12 +8,12 @@ last. Requests come and go between steps (continuous batching, as in Orca, OSDI 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 
+from llama.common.errors import refuse_copies
 from llama.distributed import tensor_parallel
 from llama.engine.compiled_step import CompiledStep, compile_step
 from llama.engine.forward import Chunk, compute
@@ -53,12 +53,15 @@ class Engine:
         self.steps = 0  # made so far
         self._slots = Slots(self.cache)
         self._arranged = True  # whether the cache's rows are in the slots' order
-        self._requests: dict[int, Generation] = {}  # those not finished, by id
-        self._waiting: deque[Generation] = deque()  # for a slot
+        # Those not finished, by id, in their order. Only this says who has ended (those with a
+        # finish_reason, until `_sweep`) and who waits (those without a slot): an interrupt
+        # between two such lists would make them disagree.
+        self._requests: dict[int, Generation] = {}
         self._added = 0
-        self._ended: list[Generation] = []  # whose slots are to be freed
         self._turns = Turns()
         self._closed = False
+
+    __reduce_ex__ = refuse_copies
 
     def compile(self) -> bool:
         """Decode by a compiled step from now on; False, with a warning, where that fails."""
@@ -88,7 +91,6 @@ class Engine:
             self._added += 1
             generation.begin(self._added, self.room)
             self._requests[generation.id] = generation
-            self._waiting.append(generation)
 
     def check(self, request: Request) -> None:
         """Raise the TypeError or ValueError that `add` would."""
@@ -115,7 +117,6 @@ class Engine:
             if generation is None or generation.finish_reason is not None:
                 return False
             generation.finish_reason = reason
-            self._ended.append(generation)
             if not self._turns.stepping:  # otherwise the end of the step frees it
                 self._sweep()
             self._turns.changed.notify_all()
@@ -124,7 +125,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self._requests)
+        return any(g.finish_reason is None for g in list(self._requests.values()))
 
     def step(self) -> list[Event]:
         """Advance every request that has a slot; the events, in no particular order.
@@ -202,12 +203,10 @@ class Engine:
 
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
-        while self._ended:
-            generation = self._ended[-1]  # removed last, in case an interrupt comes
-            if not self._slots.release(generation) and generation in self._waiting:
-                self._waiting.remove(generation)
-            self._requests.pop(generation.id, None)
-            self._ended.remove(generation)
+        for generation in list(self._requests.values()):
+            if generation.finish_reason is not None:
+                self._slots.release(generation)
+                self._requests.pop(generation.id, None)  # last, in case an interrupt comes
 
     @torch.inference_mode()
     @tensor_parallel.ends_job_on_error()
@@ -233,9 +232,9 @@ class Engine:
         """New slots, after an interrupt has left the cache's rows in an unknown order."""
         events = []
         for slot in self._slots.rows:
-            if slot.generation is not None:
+            if slot.generation is not None and slot.generation.finish_reason is None:
                 slot.generation.fail(RuntimeError("an interrupt lost this request's cache"))
-                events.append(self._event(slot.generation))
+                events.append(slot.generation.event())
         self._slots = Slots(self.cache)
         return events
 
@@ -243,20 +242,18 @@ class Engine:
         """Give free slots to those who wait, first come, first served."""
         events, slots = [], self._slots
         with self._turns.changed:
-            for generation in self._requests.values():  # an interrupt may have kept it from this
-                if generation.finish_reason is not None and generation not in self._ended:
-                    self._ended.append(generation)
             self._sweep()
-            while self._waiting:
-                generation = self._waiting[0]
+            placed = {slot.running.id for slot in slots.rows if slot.generation is not None}
+            for generation in list(self._requests.values()):
+                if generation.id in placed:
+                    continue
                 if generation.budget == 0 and generation.request.score_from is None:
                     generation.finish_reason = "length"
-                    events.append(self._event(generation))
-                elif all(slot.generation is not generation for slot in slots.rows):
-                    if not slots.free():
-                        break
+                    events.append(generation.event())
+                elif slots.free():
                     slots.place(generation)
-                self._waiting.popleft()
+                else:
+                    break
         return events
 
     def _advance(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
@@ -268,7 +265,7 @@ class Engine:
                 raise
             for slot in slots:
                 slot.running.fail(e)
-            return [self._event(slot.running) for slot in slots]
+            return [slot.running.event() for slot in slots]
 
     def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
         """Compute first, then update. What an interrupt keeps from being updated is repeated."""
@@ -291,13 +288,5 @@ class Engine:
             slot.cached += chunk.ids
             if chunk.whole or generation.finish_reason is not None:
                 new = len(generation.tokens) > before
-                events.append(self._event(generation, token if new else None, logprob))
+                events.append(generation.event(token if new else None, logprob))
         return events
-
-    def _event(
-        self, generation: Generation, token: int | None = None, logprob: float = 0.0
-    ) -> Event:
-        """The event of a generation that has changed. One that has ended will free its slot."""
-        if generation.finish_reason is not None:
-            self._ended.append(generation)
-        return generation.event(token, logprob)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from llama.common.errors import without_frames
 from llama.engine.sampling import Sampling
 
 log = logging.getLogger("llama")
@@ -51,13 +52,8 @@ class Request:
     def __post_init__(self) -> None:
         for name in ("max_gen_len", "score_from"):
             value = getattr(self, name)
-            if value is None:
-                continue
-            if not isinstance(value, Integral) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, not {value!r}")
-            if int(value) < 0:
-                raise ValueError(f"{name} must be 0 or more, not {value}")
-            object.__setattr__(self, name, int(value))
+            if value is not None:
+                object.__setattr__(self, name, check_count(name, value))
         if not isinstance(self.sampling, Sampling):
             raise TypeError(f"sampling must be a Sampling, not {self.sampling!r}")
         if not isinstance(self.stop_tokens, Collection):
@@ -185,7 +181,7 @@ class Generation:
         if scores:
             self.prompt_logprobs[max(start + 1, self.request.score_from or 0) :] = scores
 
-    def event(self, token: int | None, logprob: float) -> Event:
+    def event(self, token: int | None = None, logprob: float = 0.0) -> Event:
         """What a step did: it generated `token`, if not None."""
         score = logprob if self.request.logprobs and token is not None else None
         return Event(self.id, token, score, self.finish_reason)
@@ -193,8 +189,7 @@ class Generation:
     def fail(self, error: Exception) -> None:
         """End with an error, without harm to other requests."""
         log.debug("%s failed", self.request.name, exc_info=error)
-        # The frames of a traceback would keep the model and its cache in memory.
-        self.error, self.finish_reason = error.with_traceback(None), "error"
+        self.error, self.finish_reason = without_frames(error), "error"
 
 
 @dataclass(frozen=True)
@@ -218,3 +213,12 @@ def check_seed(seed: object) -> None:
     """Raise a TypeError unless `seed` is an integer that torch's generators accept."""
     if type(seed) is not int or not -(2**63) <= seed < 2**64:
         raise TypeError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed!r}")
+
+
+def check_count(name: str, value: object) -> int:
+    """`value` as an int; raise a TypeError or ValueError unless it is an integer of at least 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value}")
+    return int(value)

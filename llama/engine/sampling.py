@@ -83,7 +83,9 @@ def sample(
     # In vocabulary order: rounding that depends on the batch then cannot permute the ids.
     ids, order = ids.sort()
     mass = weights.gather(-1, order).cumsum(-1)
-    uniform = torch.tensor([uniform_of(g) for g in generators], device=mass.device)
+    uniform = torch.tensor(
+        [uniform_of(g) for g in generators], dtype=torch.float32, device=mass.device
+    )
     target = uniform.unsqueeze(-1) * mass.narrow(-1, mass.shape[-1] - 1, 1)
     chosen = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
     return ids.gather(-1, chosen).reshape(-1)

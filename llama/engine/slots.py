@@ -43,7 +43,7 @@ class Slot:
 
     def release(self) -> None:
         """Free the slot. Nobody builds upon what a failed request computed."""
-        if self.stale or (self.generation is not None and self.generation.error is not None):
+        if self.stale or (self.generation is not None and self.generation.finish_reason == "error"):
             self.cached = []
         self.generation = None
 
@@ -68,12 +68,11 @@ class Slots:
         free = [slot for slot in self.rows if slot.generation is None]
         return sorted(free, key=lambda slot: (bool(slot.cached), slot.used))
 
-    def release(self, generation: Generation) -> bool:
-        """Free the slot of a generation. False if it has none."""
-        held = [slot for slot in self.rows if slot.generation is generation]
-        for slot in held:
-            slot.release()
-        return bool(held)
+    def release(self, generation: Generation) -> None:
+        """Free the slot of a generation, if it has one."""
+        for slot in self.rows:
+            if slot.generation is generation:
+                slot.release()
 
     def place(self, generation: Generation) -> None:
         """Give a free slot to a generation, with as much of its prompt as any slot has cached."""

@@ -42,17 +42,17 @@ class Turns:
         me = threading.get_ident()
         if tensor_parallel.size() > 1 and self._only not in (0, me):
             raise RuntimeError("with several ranks, one thread makes all calls, on every rank")
-        with self.changed:
-            self._only = me
-            # If an interrupt ended a step of this thread, `_stepper` may still name it.
-            self.changed.wait_for(lambda: ready() or self._stepper in (0, me))
-            mine = not ready()
-            if mine:
-                self._stepper = me
+        mine = False
         try:
+            with self.changed:
+                self._only = me
+                # If an interrupt ended a step of this thread, `_stepper` may still name it.
+                self.changed.wait_for(lambda: ready() or self._stepper in (0, me))
+                if not ready():
+                    mine, self._stepper = True, me
             yield mine
         finally:
-            if mine:
+            if self._stepper == me:
                 with self.changed:
                     self._stepper = 0
                     self.changed.notify_all()

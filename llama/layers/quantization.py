@@ -21,11 +21,15 @@ BLOCK = 512
 
 def _by_rows(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
     """`function(*inputs)` in blocks of rows, so that its temporary tensors stay small."""
-    device = inputs[0].device
+    device, n = inputs[0].device, len(inputs[0])
+    # Not computed on the meta device: that would import torch._dynamo, see `without_memory`.
+    samples = [torch.zeros(TILE, *t.shape[1:], dtype=t.dtype, device="cpu") for t in inputs]
+    results = tuple(
+        torch.empty(-(-n * len(part) // TILE), *part.shape[1:], dtype=part.dtype, device=device)
+        for part in function(*samples)
+    )
     if device.type == "meta":
-        return function(*inputs)
-    shapes = function(*(t.to("meta") for t in inputs))
-    results = tuple(torch.empty_like(t, device=device) for t in shapes)
+        return results
     start = 0
     for rows in zip(*(t.split(BLOCK) for t in inputs), strict=True):
         parts = function(*rows)

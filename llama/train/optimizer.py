@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from llama.model import Transformer
@@ -30,7 +30,8 @@ def initialize(model: Transformer, seed: int) -> None:
         std = 1.0 if kind == "tok_embeddings" else model.params.dim**-0.5
         if kind in ("wo", "w2"):
             std /= math.sqrt(2 * model.n_layers)
-        values: Tensor = torch.empty(weight.shape).normal_(0.0, std, generator=generator)
+        values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+        values.normal_(0.0, std, generator=generator)
         values = values.to(weight.device)
         if isinstance(weight, DTensor):
             values = distribute_tensor(values, weight.device_mesh, weight.placements)

@@ -143,6 +143,9 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
         (["complete", "Hi", "--json=True"], "'--json' does not take a value"),
         (["complete", "Hi", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["complete", "Hi", "--device", "abacus"], "unknown device 'abacus'"),
+        # Before a checkpoint is opened, which is not there.
+        (["complete", "Hi", "--max_gen_len", "-1", "--ckpt_dir", "x"], "--max_gen_len must be 0"),
+        (["chat", "--max_gen_len", "-1", "--ckpt_dir", "x"], "--max_gen_len must be 0 or more"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps must be a positive"),
     ],
 )

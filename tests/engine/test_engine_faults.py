@@ -205,6 +205,30 @@ def test_an_interrupt_at_any_line_leaves_an_engine_that_works(
     assert interrupts > 20
 
 
+def test_an_interrupt_while_requests_come_and_go(model: Transformer) -> None:
+    """At every line of adding and cancelling: what is left in the engine runs to its end."""
+    engine, interrupts, line = Engine(model), 0, 0
+    want, _ = decoded_plainly(model, greedy([1, 2], 2))
+    while interrupts == line:
+        line += 1
+        before = sys.gettrace()
+        sys.settrace(interrupted_at(line))
+        try:
+            first, _ = engine.add(greedy([3], 2)), engine.add(greedy([4, 5], 2))
+            engine.cancel(first.id)
+        except KeyboardInterrupt:
+            interrupts += 1
+        finally:
+            sys.settrace(before)
+        for _ in range(10):
+            if engine.busy:
+                engine.step()
+        assert not engine.busy, line
+        [after] = engine.run([greedy([1, 2], 2)])
+        assert after.ids == want, line
+    assert interrupts > 50
+
+
 def test_an_id_is_never_seen_without_its_logprob(model: Transformer) -> None:
     seen = []
 

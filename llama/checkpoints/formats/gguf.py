@@ -224,7 +224,7 @@ def _rope_factor(file: _File, head_dim: int, theta: float) -> float:
         return 1.0
     divisors = torch.from_numpy(file.array(ROPE_FREQS))
     factor = float(divisors.max())
-    freqs = theta ** -(torch.arange(0, head_dim, 2) / head_dim)  # (d/2,)
+    freqs = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)  # (d/2,)
     expected = freqs / apply_scaling(freqs, factor)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
         raise ValueError(f"{file.path}: {ROPE_FREQS} is not Llama 3.1's scaling of {head_dim} dims")
