@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-from llama.common.files import check_free_space
+from llama.common.extras import install_line
+from llama.common.files import check_free_space, replacing_file
 from llama.common.listing import listing
 
 STANDARD_NAME = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -35,7 +36,7 @@ def download(
     again: it goes on where it stopped. Progress goes to stderr.
 
     Args:
-        repo: "owner/name".
+        repo: "owner/name", or the address of its page.
         dst: the destination; None: a folder with the repository's name in the current folder.
         include: patterns of the files to download instead, such as "*Q4_K_M.gguf".
         token: None: HF_TOKEN, or the token of `hf auth login`.
@@ -49,9 +50,8 @@ def download(
     try:
         import huggingface_hub as hub
     except ImportError as e:
-        raise ImportError("downloading needs a package: pip install 'llama3[hf]'") from e
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
+        raise ImportError(f"downloading needs a package: {install_line('hf')}") from e
+    repo = repository(repo)
     folder = Path(dst) if dst is not None else Path(repo.split("/")[-1])
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give another folder")
@@ -72,6 +72,33 @@ def download(
         if not path.is_file() or (sizes[name] and path.stat().st_size != sizes[name]):
             raise RuntimeError(f"{path} has another size than in {repo}; remove it and call again")
     return folder / _common_folder(files)
+
+
+def download_once(repo: str, cache: Path) -> Path:
+    """The folder of a checkpoint that was downloaded into `cache` before, or is downloaded now.
+
+    Raises:
+        see `download`.
+    """
+    folder = cache / repository(repo)
+    done = folder / ".downloaded"  # the checkpoint's folder within `folder`
+    if not done.is_file():
+        found = download(repo, folder)
+        with replacing_file(done) as partial:
+            partial.write_text(str(found.relative_to(folder)), "utf-8")
+    return folder / done.read_text("utf-8")
+
+
+def repository(name: str) -> str:
+    """ "owner/name" of a repository that is given by its name or by the address of a page of it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    found = re.fullmatch(r"(?:https?://[^/]+/)?([\w.-]+(?:/[\w.-]+)?)(?P<rest>/.*)?", name)
+    if found is None or (found["rest"] and "://" not in name):
+        raise ValueError(f"{name!r} is not the name of a repository, which looks like owner/name")
+    return found[1]
 
 
 def _bytes_missing(path: Path, size: int) -> int:

@@ -55,9 +55,11 @@ class PlanOptions:
     )
     ckpt_dir: str | None = option(None, "a checkpoint of any layout")
     ranks: int = option(1, "processes that share the model, each with a device of its own")
-    batch: int = option(1, "rows of the KV cache")
-    context: int = option(8192, "tokens of each row")
-    dtype: str = option("bf16", "bf16, fp16 or fp32, of weights and cache")
+    max_batch_size: int = option(1, "rows of the KV cache")
+    max_seq_len: int = option(8192, "tokens of each row of the KV cache")
+    dtype: str | None = option(
+        None, "bf16, fp16 or fp32, of weights and cache; by default (auto) bf16"
+    )
     quantize: str | None = option(None, "int8 or int4, of the layers' weights")
     device_memory: str | None = option(None, "memory of each device, such as 80GB")
     memory_bandwidth: str | None = option(None, "of each device, such as 3.35TB/s")
@@ -86,8 +88,9 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
         args, tied = source.args(max_seq_len=source.context), source.tied
         check_quantize(source, args, quantize)
         quantize, group = source.quantization or (quantize, group)
-    footprint = Footprint(args, tied, options.ranks, options.dtype, quantize, group)
-    return report(footprint, options.batch, options.context, **sizes)
+    dtype = "bf16" if options.dtype in (None, "auto") else str(options.dtype)
+    footprint = Footprint(args, tied, options.ranks, dtype, quantize, group)
+    return report(footprint, options.max_batch_size, options.max_seq_len, **sizes)
 
 
 def release(name: str) -> tuple[ModelArgs, bool]:
@@ -158,7 +161,7 @@ def report(
     Raises:
         ValueError: a number is not positive.
     """
-    for name, value in (("batch", batch), ("context", context)):
+    for name, value in (("max_batch_size", batch), ("max_seq_len", context)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     args = footprint.args

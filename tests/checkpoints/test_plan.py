@@ -52,7 +52,7 @@ def test_releases_are_those_published() -> None:
 
 def test_405b_on_16_ranks() -> None:
     f = planned(
-        shape="405b", ranks=16, batch=8, device_memory="80GB",
+        shape="405b", ranks=16, max_batch_size=8, device_memory="80GB",
         memory_bandwidth="3.35TB/s", interconnect="450GB/s",
     )  # fmt: skip
     dim, layers, hidden, vocab, head = 16384, 126, 53248, 128256, 128
@@ -166,9 +166,9 @@ def test_sizes_out_of_range() -> None:
         ({"shape": "8b", "ranks": 3}, r"3 ranks cannot share .* use one of \[1, 2, 4, 8, 16, 32\]"),
         ({"shape": "8b", "ranks": 0}, "0 ranks cannot share"),
         ({"shape": "8b", "ranks": "two"}, "'two' ranks cannot share"),
-        ({"shape": "8b", "batch": 0}, "batch must be a positive integer, not 0"),
-        ({"shape": "8b", "context": -1}, "context must be a positive integer, not -1"),
-        ({"shape": "8b", "context": 1.5}, "context must be a positive integer, not 1.5"),
+        ({"shape": "8b", "max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
+        ({"shape": "8b", "max_seq_len": -1}, "max_seq_len must be a positive integer, not -1"),
+        ({"shape": "8b", "max_seq_len": 1.5}, "max_seq_len must be a positive integer, not 1.5"),
         ({"shape": "8b", "dtype": "int8"}, "unknown dtype 'int8'; use one of"),
         ({"shape": "8b", "quantize": "int5"}, "unknown scheme 'int5'"),
         ({"shape": "8b", "device_memory": "much"}, "device_memory 'much' is no size"),

@@ -16,6 +16,7 @@ import torch
 from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, rank_file, sidecar
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source
+from llama.common.extras import install_line
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
 from llama.text.rank_file import LLAMA3_PATTERN
@@ -53,7 +54,7 @@ class _File:
         try:
             from gguf import GGUFReader
         except ImportError as e:
-            raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
+            raise ImportError(f"reading GGUF needs a package: {install_line('demo')}") from e
         with open(self.path, "rb") as f:
             if f.read(4) != b"GGUF":
                 raise ValueError(f"{path} is not a GGUF file; give the path of a .gguf file")

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
 from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary
 from llama.checkpoints.source import Source, same_weights
+from llama.common.extras import install_line
 from llama.common.files import read_json
 
 SAFETENSORS_DTYPES = {
@@ -188,7 +189,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
-        raise ImportError("Hugging Face files need a package: pip install 'llama3[hf]'") from e
+        raise ImportError(f"Hugging Face files need a package: {install_line('hf')}") from e
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):
