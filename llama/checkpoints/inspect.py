@@ -8,8 +8,7 @@ from math import prod
 from llama.checkpoints.source import CONTEXT, Source
 from llama.common.dtypes import dtype_name
 from llama.distributed.sharding import rank_part, weight_shapes
-from llama.layers.quantization import TILE
-from llama.layers.quantized_linear import possible_ranks
+from llama.layers.schemes import TILE, possible_ranks
 from llama.model import ModelArgs
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}

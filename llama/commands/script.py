@@ -168,9 +168,9 @@ def _help(main: Functions, name: str) -> str:
     hints, rows = _hints(main), []
     for parameter in inspect.signature(main).parameters.values():
         kinds = [kind.__name__ for kind in hints.get(parameter.name, ()) if kind in KINDS]
-        default = "" if parameter.default in (None, False, parameter.empty) else f"{parameter.default}"
-        ends = " [required]" if parameter.default is parameter.empty else ""
-        ends = f" [default: {default}]" if default else ends
+        ends = f" [default: {parameter.default}]"
+        if parameter.default in (None, False, parameter.empty):
+            ends = " [required]" if parameter.default is parameter.empty else ""
         left = f"  --{parameter.name}" + (f" <{kinds[0]}>" if kinds and kinds[0] != "bool" else "")
         rows.append((left, helps.get(parameter.name, "") + ends))
     width = max((len(left) for left, _ in rows), default=0) + 2

@@ -128,8 +128,10 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
         for field in offered:
             assert found[field.name].default == field.default
             assert found[field.name].help == field.metadata["help"]
-    needed = {"train": ["--data=x", "--out=x"], "complete": ["x"], "perplexity": ["x"]}.get(verb, [])
-    call: Any = parse([verb, *needed])
+    needed = {"train": ["--data=x", "--out=x"], "complete": ["x"], "perplexity": ["x"]}.get(
+        verb, []
+    )
+    call: Any = parse([verb, *needed.get(verb, [])])
     built: list[Any] = [v for v in call.keywords.values() if dataclasses.is_dataclass(v)]
     assert all(value == type(value)() for value in built) and built
 
@@ -205,7 +207,12 @@ def test_a_mistake_on_two_ranks_is_one_line() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout == run("-V").stdout == run("version").stdout == f"{llama.__version__}\n"
+    assert (
+        run("--version").stdout
+        == run("-V").stdout
+        == run("version").stdout
+        == f"{llama.__version__}\n"
+    )
 
 
 def test_without_a_verb() -> None:
