@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from llama.common.extras import install_line
 from llama.common.files import check_free_space, replacing_file
@@ -90,15 +91,19 @@ def download_once(repo: str, cache: Path) -> Path:
 
 
 def repository(name: str) -> str:
-    """ "owner/name" of a repository that is given by its name or by the address of a page of it.
+    """The "owner/name" of a repository, which is given so or by the address of a page of it.
 
     Raises:
         ValueError: it is neither.
     """
-    found = re.fullmatch(r"(?:https?://[^/]+/)?([\w.-]+(?:/[\w.-]+)?)(?P<rest>/.*)?", name)
-    if found is None or (found["rest"] and "://" not in name):
+    hosts = ["huggingface.co", "hf.co", urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc]
+    address = urlsplit(name)
+    path = name
+    if address.scheme in ("http", "https") and address.netloc in hosts:
+        path = "/".join(address.path.strip("/").split("/")[:2])
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise ValueError(f"{name!r} is not the name of a repository, which looks like owner/name")
-    return found[1]
+    return path
 
 
 def _bytes_missing(path: Path, size: int) -> int:

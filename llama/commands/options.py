@@ -79,7 +79,7 @@ class Call(partial[Any]):
 
     flags: frozenset[str] = frozenset()
 
-    def __call__(self) -> Any:  # type: ignore[override]
+    def __call__(self) -> Any:
         try:
             return super().__call__()
         except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:

@@ -128,9 +128,7 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
         for field in offered:
             assert found[field.name].default == field.default
             assert found[field.name].help == field.metadata["help"]
-    needed = {"train": ["--data=x", "--out=x"], "complete": ["x"], "perplexity": ["x"]}.get(
-        verb, []
-    )
+    needed = {"train": ["--data=x", "--out=x"], "complete": ["x"], "perplexity": ["x"]}
     call: Any = parse([verb, *needed.get(verb, [])])
     built: list[Any] = [v for v in call.keywords.values() if dataclasses.is_dataclass(v)]
     assert all(value == type(value)() for value in built) and built

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import pytest
 import tqdm
 
-from llama.common import progress as module
 from llama.common.progress import progress, say
 
 
@@ -47,7 +46,7 @@ def test_a_file_gets_a_line_every_ten_seconds(
             clock += 1.0
             yield i
 
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock)
+    monkeypatch.setattr("llama.common.progress.time.monotonic", lambda: clock)
     done = list(progress(work(), "read\x1b[2J", 100, " tensors", lambda: "loss 2.5"))
     assert done == list(range(100))
     err = capsys.readouterr().err
