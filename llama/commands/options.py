@@ -92,6 +92,7 @@ def with_flags(message: str, flags: frozenset[str]) -> str:
     """A message of the library with `--max_gen_len` in place of `max_gen_len`."""
     if "ckpt_dir" not in flags:
         message = re.sub(r"\bcheck ckpt_dir\b", "check the path", message)
+    message = message.replace("or build with a larger", "or use a larger")
     for flag in flags:
         name = rf"(?<![\w./-]){flag}(?![\w./=-])"
         if "_" not in flag:  # may be a common word: only where it is the subject

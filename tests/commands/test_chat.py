@@ -81,7 +81,10 @@ def test_terminal(demo_dir: Path, tmp_path: Path) -> None:
         child.sendintr()  # at the prompt it ends nothing either
         child.expect("Ctrl-D ends")
         child.expect(READY)
-        child.send("/sys\t Answer in one word.\r")  # Tab completes the command
+        child.send("/sys\t")  # Tab completes the command
+        child.expect("tem")
+        child.send(" Answer in one word.\r")
+        child.expect("system message set")
         child.expect(READY)
         child.send("/system\r")
         child.expect(r"\x1b\[2mAnswer in one word")
