@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from llama import Dialog, Llama, checkpoint_or_demo, is_leader, run_script
+from llama import run_script
 
 
 def main(
@@ -31,6 +31,9 @@ def main(
         max_batch_size: most rows at once.
         max_gen_len: most tokens to generate; by default all that fit.
     """
+    # Imported here, so that --help is quick and run_script sets up the process before torch.
+    from llama import Dialog, Llama, checkpoint_or_demo, is_leader
+
     folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=folder,

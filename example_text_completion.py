@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from llama import Llama, checkpoint_or_demo, is_leader, run_script
+from llama import run_script
 
 
 def main(
@@ -30,6 +30,9 @@ def main(
         max_gen_len: most tokens to generate.
         max_batch_size: most rows at once.
     """
+    # Imported here, so that --help is quick and run_script sets up the process before torch.
+    from llama import Llama, checkpoint_or_demo, is_leader
+
     folder, tokenizer = checkpoint_or_demo(ckpt_dir, tokenizer_path)
     generator = Llama.build(
         ckpt_dir=folder,

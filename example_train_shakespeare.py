@@ -9,8 +9,9 @@ is enough for `--dim 64 --n_layers 2 --max_seq_len 64 --steps 300`.
 
 from __future__ import annotations
 
-from llama import Llama, run_script
-from llama.train import Settings, train
+from pathlib import Path
+
+from llama import run_script
 
 
 def main(
@@ -26,20 +27,33 @@ def main(
     weight_decay: float = 1.0,
     seed: int = 1,
     resume: bool = False,
-    prompt: str = "ROMEO:",
+    prompt: str | None = None,
 ) -> None:
     """Train on the text in DATA, then continue a prompt with the checkpoint OUT.
 
     Args:
         data: a text file; its last tenth is used for validation only.
         out: the folder that becomes the checkpoint.
+        dim: width of the model.
+        n_layers: transformer blocks.
+        n_heads: attention heads of each block.
+        n_kv_heads: heads of keys and values.
         max_seq_len: characters that the model sees at once.
         batch_size: rows of `max_seq_len` characters in an update.
         steps: updates.
         weight_decay: ten times the usual value, because each row is seen six times.
+        seed: of the first weights, the order of the rows, and the samples.
         resume: continue an interrupted run in OUT.
-        prompt: what the samples, and the text at the end, begin with.
+        prompt: what the samples, and the text at the end, begin with; by default "ROMEO:" if
+            the text has it, else the text's beginning.
     """
+    # Imported here, so that --help is quick and run_script sets up the process before torch.
+    from llama import Llama
+    from llama.train import Settings, train
+
+    if prompt is None:
+        text = Path(data).read_text("utf-8", "replace") if Path(data).is_file() else ""
+        prompt = "ROMEO:" if "ROMEO:" in text else text[:5] or "\n"
     settings = Settings(
         dim=dim,
         n_layers=n_layers,

@@ -185,7 +185,7 @@ def warn_of_memory(folder: Path) -> None:
 def check_files(plot: str | None, out: str | None) -> None:
     """Raise an ImportError or ValueError if the plot or the result could not be written."""
     if plot is not None and find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'llama3[bench]'")
+        raise ImportError("--plot needs matplotlib: pip install -e '.[bench]'")
     check_file("plot", plot, ".png")
     check_file("out", out, ".json")
 

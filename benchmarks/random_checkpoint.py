@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.script import run_benchmark
-from llama.checkpoints import plan
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.source import Source
 from llama.common.files import new_folder
@@ -26,7 +25,19 @@ from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 
 SPECIAL_TOKENS = 256  # that a tokenizer adds to the ranks of its file
-SHAPES: dict[str, dict[str, Any]] = plan.SHAPES | {
+LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
+# params.json of the releases from 3.1 on.
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": LLAMA3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5,
+                    "multiple_of": 256, "use_scaled_rope": True},
+    "3b": LLAMA3 | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0,
+                    "multiple_of": 256, "use_scaled_rope": True},
+    "8b": LLAMA3 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3,
+                    "multiple_of": 1024, "use_scaled_rope": True},
+    "70b": LLAMA3 | {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3,
+                     "multiple_of": 4096, "use_scaled_rope": True},
+    "405b": LLAMA3 | {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2,
+                      "multiple_of": 4096, "use_scaled_rope": True},
     "135m": {"dim": 576, "n_layers": 30, "n_heads": 9, "n_kv_heads": 3, "vocab_size": 49152,
              "multiple_of": 256, "rope_theta": 100000.0},
 }  # fmt: skip

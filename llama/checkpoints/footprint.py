@@ -1,6 +1,7 @@
 """Bytes that one rank of a model stores, reads and sends, computed from the sizes of the model.
 
-Needs no weights and no device. Weights and KV cache are exact; activations are an estimate.
+Needs no weights, no device and no torch. Weights and KV cache are exact; activations are an
+estimate.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
-from llama.common.dtypes import parse_dtype
-from llama.distributed.sharding import rank_shapes
-from llama.layers.attention import EXACT_SCORES
-from llama.layers.quantization import BLOCK, GROUPS, TILE
-from llama.layers.quantized_linear import check_scheme, possible_ranks
-from llama.model import ModelArgs
+from llama.common.dtype_names import SIZES, full_name
+from llama.distributed.sharding import Sizes, rank_shapes
+from llama.layers.schemes import (
+    BLOCK,
+    EXACT_SCORES,
+    GROUPS,
+    TILE,
+    check_scheme,
+    possible_ranks,
+)
 
 PREFILL_CHUNK = 512  # tokens of a prefill step of `Engine`
 # Per id of the vocabulary, to sample: logits, probabilities, both sorted, sums, ids of int64.
@@ -36,7 +39,7 @@ class Footprint:
         ValueError: unknown dtype or scheme, or the model cannot be shared by so many ranks.
     """
 
-    args: ModelArgs
+    args: Sizes
     tied: bool
     ranks: int = 1
     dtype: str = "bf16"
@@ -44,7 +47,7 @@ class Footprint:
     group: int = GROUPS[0]
 
     def __post_init__(self) -> None:
-        _ = self.torch_dtype  # raises for an unknown name
+        _ = self.itemsize  # raises for an unknown name
         if self.quantize is not None:
             check_scheme(self.quantize, self.group)
         possible = self.possible_ranks()
@@ -59,17 +62,11 @@ class Footprint:
         return possible_ranks(self.args, self.quantize, self.group)
 
     @property
-    def torch_dtype(self) -> torch.dtype:
-        """`dtype` as a torch dtype."""
-        dtype = parse_dtype(self.dtype)
-        if dtype is None:
-            raise ValueError(f"dtype {self.dtype!r} has no size; name a dtype, such as bf16")
-        return dtype
-
-    @property
     def itemsize(self) -> int:
         """Bytes of one number in `dtype`."""
-        return self.torch_dtype.itemsize
+        if self.dtype == "auto":
+            raise ValueError("dtype 'auto' has no size; name a dtype, such as bf16")
+        return SIZES[full_name(self.dtype)]
 
     def weights(self) -> dict[str, int]:
         """Bytes of the weights by kind; tied weights are counted as the embedding."""
@@ -133,7 +130,7 @@ class Footprint:
             attention += batch * context * kv * s + 8 * scores
         unpacked = {None: 0, "int8": s, "int4": 16}[self.quantize] * BLOCK * max(dim, hidden)
         vocabulary = rank_shapes(args, self.ranks)["output.weight"][0]
-        if self.quantize and self.torch_dtype == torch.float16:  # int8 is unpacked as a whole
+        if self.quantize and full_name(self.dtype) == "float16":  # int8 is unpacked as a whole
             unpacked = max(unpacked, 8 * dim * max(vocabulary, hidden))
         layer = max(rows * max(norm, rotation, feed_forward), attention)
         sampling = rows * dim * s + batch * args.vocab_size * SAMPLING_BYTES

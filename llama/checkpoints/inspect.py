@@ -9,8 +9,7 @@ from llama.checkpoints.open import find_vocabulary, tokenizer_of
 from llama.checkpoints.source import CONTEXT, Source
 from llama.common.dtypes import dtype_name
 from llama.distributed.sharding import rank_part, weight_shapes
-from llama.layers.quantization import TILE
-from llama.layers.quantized_linear import possible_ranks
+from llama.layers.schemes import TILE, possible_ranks
 from llama.model import ModelArgs
 
 LAYOUTS = {"meta": "Meta", "hf": "Hugging Face", "gguf": "GGUF"}

@@ -1,6 +1,6 @@
 """Plans a deployment: memory of each rank, what fits a device, upper bounds of the speed.
 
-Calculates from a model's sizes. Loads no weights.
+Calculates from a model's sizes. Loads no weights, and imports torch only to open a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,27 +12,36 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
-from llama.checkpoints.load import check_quantize
-from llama.checkpoints.open import open_checkpoint
-from llama.checkpoints.source import CONTEXT, LONG_CONTEXT
 from llama.common.options import option
-from llama.layers.quantization import GROUPS
-from llama.model import ModelArgs
+from llama.distributed.sharding import Sizes
+from llama.layers.schemes import GROUPS
 
-LLAMA3: dict[str, Any] = {"n_kv_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0}
-# params.json of the releases from 3.1 on; 1B and 3B are tied.
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": LLAMA3 | {"dim": 2048, "n_layers": 16, "n_heads": 32, "ffn_dim_multiplier": 1.5,
-                    "multiple_of": 256, "use_scaled_rope": True},
-    "3b": LLAMA3 | {"dim": 3072, "n_layers": 28, "n_heads": 24, "ffn_dim_multiplier": 1.0,
-                    "multiple_of": 256, "use_scaled_rope": True},
-    "8b": LLAMA3 | {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3,
-                    "multiple_of": 1024, "use_scaled_rope": True},
-    "70b": LLAMA3 | {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3,
-                     "multiple_of": 4096, "use_scaled_rope": True},
-    "405b": LLAMA3 | {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2,
-                      "multiple_of": 4096, "use_scaled_rope": True},
-}  # fmt: skip
+
+@dataclass
+class Release:
+    """The published sizes of a model, as `llama.model.ModelArgs` calculates them."""
+
+    dim: int
+    n_layers: int
+    n_heads: int
+    hidden_dim: int
+    kv_heads: int = 8
+    vocab_size: int = 128256
+    max_seq_len: int = 131072
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.n_heads
+
+
+SHAPES = {
+    "1b": Release(2048, 16, 32, 8192),
+    "3b": Release(3072, 28, 24, 8192),
+    "8b": Release(4096, 32, 32, 14336),
+    "70b": Release(8192, 80, 64, 28672),
+    "405b": Release(16384, 126, 128, 53248),
+}
+FIRST_CONTEXT = 8192  # of Llama 3, before 3.1
 LINEARS = {None: "", "int8": ", linears in int8", "int4": ", linears in int4, output in int8"}
 TIED = ("1b", "3b")
 RELEASES = {
@@ -55,9 +64,11 @@ class PlanOptions:
     )
     ckpt_dir: str | None = option(None, "a checkpoint of any layout")
     ranks: int = option(1, "processes that share the model, each with a device of its own")
-    batch: int = option(1, "rows of the KV cache")
-    context: int = option(8192, "tokens of each row")
-    dtype: str = option("bf16", "bf16, fp16 or fp32, of weights and cache")
+    max_batch_size: int = option(1, "rows of the KV cache")
+    max_seq_len: int = option(8192, "tokens of each row of the KV cache")
+    dtype: str | None = option(
+        None, "bf16, fp16 or fp32, of weights and cache; by default (auto) bf16"
+    )
     quantize: str | None = option(None, "int8 or int4, of the layers' weights")
     device_memory: str | None = option(None, "memory of each device, such as 80GB")
     memory_bandwidth: str | None = option(None, "of each device, such as 3.35TB/s")
@@ -78,19 +89,24 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
     if (options.shape is None) == (options.ckpt_dir is None):
         raise ValueError("give either --shape or --ckpt_dir")
     quantize, group = options.quantize, GROUPS[0]
+    args: Sizes
     if options.shape is not None:
         args, tied = release(options.shape)
     else:
+        from llama.checkpoints.load import check_quantize
+        from llama.checkpoints.open import open_checkpoint
+
         assert options.ckpt_dir is not None
         source = open_checkpoint(options.ckpt_dir)
         args, tied = source.args(max_seq_len=source.context), source.tied
         check_quantize(source, args, quantize)
         quantize, group = source.quantization or (quantize, group)
-    footprint = Footprint(args, tied, options.ranks, options.dtype, quantize, group)
-    return report(footprint, options.batch, options.context, **sizes)
+    dtype = "bf16" if options.dtype in (None, "auto") else str(options.dtype)
+    footprint = Footprint(args, tied, options.ranks, dtype, quantize, group)
+    return report(footprint, options.max_batch_size, options.max_seq_len, **sizes)
 
 
-def release(name: str) -> tuple[ModelArgs, bool]:
+def release(name: str) -> tuple[Release, bool]:
     """(sizes, whether the output is tied) of an official model, such as "8b" or "3.1-8b".
 
     Raises:
@@ -99,10 +115,10 @@ def release(name: str) -> tuple[ModelArgs, bool]:
     shape = RELEASES.get(name.lower(), name.lower())
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {name!r}; use one of {[*SHAPES, *RELEASES]}")
-    args = ModelArgs(**SHAPES[shape])
-    scaled = not name.startswith("3-")
-    context = LONG_CONTEXT if scaled else CONTEXT
-    return replace(args, use_scaled_rope=scaled, max_seq_len=context), shape in TIED
+    sizes = SHAPES[shape]
+    if name.startswith("3-"):
+        sizes = replace(sizes, max_seq_len=FIRST_CONTEXT)
+    return sizes, shape in TIED
 
 
 def parse_size(text: str, name: str, rate: bool = False) -> int:
@@ -158,7 +174,7 @@ def report(
     Raises:
         ValueError: a number is not positive.
     """
-    for name, value in (("batch", batch), ("context", context)):
+    for name, value in (("max_batch_size", batch), ("max_seq_len", context)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
     args = footprint.args

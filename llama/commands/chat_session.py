@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from llama.commands.terminal import print_note, print_text
+from llama.commands.run import error_text
+from llama.commands.terminal import print_note, print_remark, print_text
+from llama.commands.word_wrap import WordWrap
 from llama.common.files import replacing_file
 from llama.distributed import tensor_parallel
 from llama.engine.request import Generation
+from llama.engine.sampling import Sampling
 from llama.generation import Llama, Stream
 from llama.tokenizer import ChatFormat, Message
 
 HELP = """\
-/system TEXT  set the system message, which says how the model should behave
-              (without TEXT: show it)
-/undo         drop the last message and its answer
-/reset        begin a new dialog with the same system message
-/save FILE    write the dialog as JSON, to a new file or the one it was in
-/load FILE    continue a saved dialog
-/quit         end, as Ctrl-D does; Ctrl-C stops an answer (under torchrun, the job)
+/system TEXT     set the system message, which says how the model should behave
+                 (without TEXT: show it)
+/set NAME VALUE  change how answers are drawn, such as /set temperature 0.2
+/show            show the settings and the dialog
+/regenerate      answer the last message again
+/undo            drop the last message and its answer
+/reset           begin a new dialog with the same system message
+/save FILE       write the dialog as JSON, to a new file or the one it was in
+/load FILE       continue a saved dialog
+/quit            end, as Ctrl-D does; Ctrl-C stops an answer (under torchrun, the job)
+Tab completes commands and files, Alt-Enter begins another line, Ctrl-Z suspends.
 To send a message that begins with "/", put a space before it."""
+SETTINGS = [field.name for field in fields(Sampling)] + ["max_gen_len"]
 
 
 class ChatSession:
@@ -51,9 +63,13 @@ class ChatSession:
         self.formatter = llama.formatter
         self.dialog: list[Message] = []
         self.file: Path | None = None  # where this dialog was saved or loaded from
+        self.lines: Iterator[str | ValueError] = iter(())
         self.commands: dict[str, Callable[[str], None]] = {
             "/help": lambda _: print_note(HELP),
             "/system": self.system,
+            "/set": self.set,
+            "/show": self.show,
+            "/regenerate": self.regenerate,
             "/undo": self.undo,
             "/reset": self.reset,
             "/save": self.save,
@@ -62,14 +78,17 @@ class ChatSession:
         if system:
             self.system(system)
 
-    def run(self, lines: Iterator[str]) -> bool:
-        """Answer each line; whether there was no error."""
+    def run(self, lines: Iterator[str | ValueError]) -> bool:
+        """Answer each line; whether there was no error. A line that is an error is reported."""
         succeeded = True
+        self.lines = lines
         for line in lines:
-            if not line.strip():
-                continue
-            command, _, argument = line.strip().partition(" ")
             try:
+                if isinstance(line, ValueError):
+                    raise line
+                if not line.strip():
+                    continue
+                command, _, argument = line.strip().partition(" ")
                 if not line.startswith("/"):
                     self.answer(line.strip())
                 elif command in ("/quit", "/exit"):
@@ -82,19 +101,36 @@ class ChatSession:
                 raise
             except (ValueError, TypeError, OSError, RuntimeError) as e:
                 succeeded = False
-                print_note(str(e))
+                print_note(error_text(e))
         return succeeded
 
     def answer(self, text: str) -> None:
         """Stream the answer, and append the question and the answer, also a stopped one.
 
         Raises:
-            ValueError: the dialog would be too long; it is unchanged.
+            ValueError: the dialog would be too long, and the user kept it; it is unchanged.
         """
+        asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
+        try:
+            self._stream(asked)
+        except ValueError as e:
+            if "more than max_seq_len" not in str(e):
+                raise
+            room = self.llama.model.params.max_seq_len
+            shorter = self._without_oldest(asked, room)
+            if not self.interactive or not shorter or not self._agrees(len(asked) - len(shorter)):
+                raise ValueError(
+                    f"the dialog would be longer than {room} tokens: /undo drops its last message, "
+                    "/reset all; or start with a larger --max_seq_len"
+                ) from None
+            self._stream(shorter)
+
+    def _stream(self, asked: list[Message]) -> None:
+        """Print the answer to a dialog, which becomes `self.dialog` with it."""
         answer, start, first, n = "", time.perf_counter(), 0.0, 0
         stream: Stream | None = None
-        asked: list[Message] = [*self.dialog, {"role": "user", "content": text}]
-        tensor_parallel.broadcast_json(asked)
+        wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+        tensor_parallel.broadcast_json({"dialog": asked, "options": self.options})
         try:
             stream = self.llama.chat_stream(asked, **self.options)
             for piece in stream:
@@ -102,29 +138,77 @@ class ChatSession:
                 n += len(piece.tokens)
                 answer += piece.text
                 with tensor_parallel.ends_job_on_error():  # else the other ranks would wait
-                    print_text(piece.text)
+                    print_text(wrap.feed(piece.text) if wrap else piece.text)
             reason = stream.generation.finish_reason
         except KeyboardInterrupt:
             if not self.interactive:
                 raise
             reason = "cancelled"
-        except ValueError as e:
-            if "more than max_seq_len" not in str(e):
-                raise
-            room = self.llama.model.params.max_seq_len
-            raise ValueError(
-                f"the dialog would be longer than {room} tokens: /undo drops its last message, "
-                "/reset all; or start with a larger --max_seq_len"
-            ) from None
         finally:
             if stream is not None:
                 stream.close()
         if answer or reason != "cancelled":
             self.dialog = [*asked, {"role": "assistant", "content": answer}]
-        print_text("\n")
+        print_text((wrap.end() if wrap else "") + "\n")
         if stream is not None and stream.generation.id:
             rate = (n - 1) / (time.perf_counter() - first) if n > 1 else 0.0
-            print_note(_status(stream.generation, reason, first - start if first else 0.0, rate))
+            print_remark(_status(stream.generation, reason, first - start if first else 0.0, rate))
+
+    def _without_oldest(self, asked: list[Message], room: int) -> list[Message]:
+        """The dialog without its oldest turns, so that a quarter of the room is free.
+
+        [] if even the last message alone is too long.
+        """
+        n = int(asked[0]["role"] == "system")
+        starts = [i for i, message in enumerate(asked) if message["role"] == "user" and i > n]
+        for start in starts:
+            shorter = [*asked[:n], *asked[start:]]
+            if len(self.formatter.encode_dialog_prompt(shorter)) <= room * 3 // 4:
+                return shorter
+        return []
+
+    def _agrees(self, n: int) -> bool:
+        """Ask whether to drop the oldest `n` messages."""
+        print_note(f"the dialog is full; drop its oldest {n} messages and answer? y or n")
+        answer = next(self.lines, "n")
+        return isinstance(answer, str) and answer.strip().lower() in ("y", "yes")
+
+    def regenerate(self, _: str = "") -> None:
+        """Answer the last message again. After an error the dialog is unchanged."""
+        asked = [i for i, message in enumerate(self.dialog) if message["role"] == "user"]
+        if not asked:
+            raise ValueError("there is no message to answer again")
+        before, last = self.dialog, asked[-1]
+        self.dialog = before[:last]
+        try:
+            self.answer(before[last]["content"])
+        finally:
+            if len(self.dialog) == last:  # there was no answer
+                self.dialog = before
+
+    def set(self, words: str) -> None:
+        """Change an option: "temperature 0.2"."""
+        name, _, text = words.partition(" ")
+        if name not in SETTINGS or not text.strip():
+            raise ValueError(f"type /set NAME VALUE; the names are {', '.join(SETTINGS)}")
+        try:
+            value = None if text.strip() in ("none", "None") else ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{name} must be a number, not {text!r}") from None
+        changed = self.options | {name: value}
+        if name == "max_gen_len":
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"max_gen_len must be a positive integer or none, not {text!r}")
+        else:
+            Sampling(**{k: v for k, v in changed.items() if k != "max_gen_len"})
+        self.options = changed
+        print_note(f"{name} is {value}")
+
+    def show(self, _: str = "") -> None:
+        """Show the settings and the dialog."""
+        print_note(", ".join(f"{name} {self.options.get(name)}" for name in SETTINGS))
+        for message in self.dialog:
+            print_note(f"{message['role']}: {message['content']}")
 
     def system(self, text: str) -> None:
         """Set the system message, or show it."""
@@ -183,11 +267,11 @@ class ChatSession:
         return dialog
 
 
-def follow(llama: Llama, options: dict[str, Any]) -> None:
+def follow(llama: Llama) -> None:
     """On every rank but the first: compute the answers together with rank 0, until it ends."""
     while (asked := tensor_parallel.broadcast_json(None)) is not None:
         with suppress(ValueError, TypeError, RuntimeError):  # rank 0 reports them
-            for _ in llama.chat_stream(asked, **options):
+            for _ in llama.chat_stream(asked["dialog"], **asked["options"]):
                 pass
 
 

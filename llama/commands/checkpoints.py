@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
+from llama.commands.model import check_local
+from llama.commands.terminal import print_report
+from llama.common.printable import printable_line
 
 CHECKPOINT = "a checkpoint: Meta's or Hugging Face's folder, or a GGUF file"
 
@@ -25,7 +28,8 @@ def inspect(
     """
     from llama.checkpoints.inspect import describe
 
-    print(describe(open_checkpoint(path), max_batch_size, max_seq_len))
+    check_local(path)
+    print_report(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
 
 def verify(path: Annotated[str, CHECKPOINT]) -> None:
@@ -38,13 +42,15 @@ def verify(path: Annotated[str, CHECKPOINT]) -> None:
     """
     from llama.checkpoints.verify import verify as find_problems
 
+    check_local(path)
     problems = find_problems(path, open_checkpoint)
     if not problems:
         try:
             open_tokenizer(open_checkpoint(path))
         except (ValueError, FileNotFoundError) as e:
             problems = [str(e)]
-    print("\n".join(problems) if problems else f"{path}: every check passed")
+    lines = problems or [f"{path}: every check passed"]
+    print_report("\n".join(map(printable_line, lines)))
     if problems:
         raise SystemExit(1)
 
@@ -56,7 +62,7 @@ def convert(
     to: Annotated[str, "meta (the official layout) or hf (Hugging Face)"] = "meta",
     mp: Annotated[int | None, "shards of the official layout; by default as many as SRC"] = None,
     dtype: Annotated[
-        str | None, "bf16, fp16 or fp32; by default what is stored (bf16 from a GGUF)"
+        str | None, "auto, bf16, fp16 or fp32; by default (auto) what is stored (bf16 from a GGUF)"
     ] = None,
     force: Annotated[bool, "replace DST if it exists"] = False,
 ) -> None:
@@ -69,7 +75,8 @@ def convert(
     """
     from llama.checkpoints.convert import convert as convert_checkpoint
 
-    print(convert_checkpoint(src, dst, to=to, mp=mp, dtype=dtype, force=force))
+    check_local(src)
+    print_report(convert_checkpoint(src, dst, to=to, mp=mp, dtype=dtype, force=force))
 
 
 def quantize(
@@ -88,11 +95,12 @@ def quantize(
     """
     from llama.checkpoints.convert import quantize as quantize_checkpoint
 
-    print(quantize_checkpoint(src, dst, scheme, group))
+    check_local(src)
+    print_report(quantize_checkpoint(src, dst, scheme, group))
 
 
 def download(
-    repo: Annotated[str, "a repository of the Hugging Face hub, OWNER/NAME"],
+    repo: Annotated[str, "a repository of the Hugging Face hub: OWNER/NAME, or its address"],
     dst: Annotated[str | None, "the folder to write; by default NAME"] = None,
     *,
     include: Annotated[
@@ -106,7 +114,8 @@ def download(
     """
     from llama.checkpoints.download import download as download_checkpoint
 
-    verify(str(download_checkpoint(repo, Path(dst) if dst else None, include)))
+    folder = download_checkpoint(repo, Path(dst) if dst else None, include)
+    verify(str(folder.absolute()))
 
 
 def demo() -> None:

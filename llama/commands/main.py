@@ -1,161 +1,34 @@
-"""`llama3 VERB`: lists the verbs, parses the command line, calls the verb.
-
-A verb is a function in a module of this folder. The module, and torch with it, is imported when the
-verb's flags are needed, so that `llama3 --help` and completing a verb in a shell are quick.
-"""
+"""The console script `llama3`. Imports little, so that Ctrl-C at any moment finds it running."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import os
 import sys
-from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from typer.core import TyperCommand, TyperGroup
-
-from llama.commands.options import expand
-from llama.commands.run import run_command
-
-# Heading of the help -> verb -> its module in llama/commands.
-VERBS = {
-    "Generate text": {"chat": "chat", "complete": "generate", "perplexity": "generate"},
-    "Checkpoints": {
-        "inspect": "checkpoints",
-        "verify": "checkpoints",
-        "convert": "checkpoints",
-        "quantize": "checkpoints",
-        "download": "checkpoints",
-        "demo": "checkpoints",
-        "plan": "plan",
-    },
-    "Train": {"train": "train"},
-    "About": {"version": "version"},
-}
-ABOUT = """\
-Llama 3 on this machine. `llama3 VERB --help` lists the flags of a verb, with examples. In a flag, a
-dash may stand for an underscore: --ckpt_dir and --ckpt-dir are the same."""
-UsageError: Any = typer.BadParameter.__mro__[1]  # typer does not export this class of its errors
-
-
-class VerbGroup(TyperGroup):
-    """All verbs; the help lists them under the headings of VERBS."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        for heading, verbs in VERBS.items():
-            with formatter.section(heading):
-                formatter.write_dl([(verb, self.commands[verb].help) for verb in verbs])
-
-
-class Verb(TyperCommand):
-    """A verb whose module is imported when its flags are needed."""
-
-    def get_params(self, ctx: Any) -> list[Any]:
-        if self.callback is None:
-            command = make_command(str(self.name))
-            self.callback, self.params = command.callback, command.params
-            self.help, self.epilog = command.help, command.epilog
-        return list(super().get_params(ctx))
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        rest = list(super().parse_args(ctx, args))
-        if rest and not ctx.resilient_parsing:
-            raise ValueError(f"too many words: {rest[0]!r}; quote a text with spaces")
-        return rest
 
 
 def main() -> None:
-    """The console script."""
-    if "_LLAMA3_COMPLETE" in os.environ:  # the shell asks for completions
-        make_app()(prog_name="llama3")
-    run_command(lambda: parse(sys.argv[1:])(), "llama3")
-
-
-def parse(arguments: list[str]) -> Callable[[], None]:
-    """The call that the command line asks for. Prints help or the version if asked for those.
-
-    Raises:
-        ValueError: the command line is wrong; one line that says how.
-        SystemExit: help or the version has been printed.
-    """
-    app = make_app()
+    """Parse the command line, call the verb, and end as `run_command` says."""
     try:
-        with app.make_context("llama3", arguments) as ctx:
-            call: Callable[[], None] = app.invoke(ctx)
-            return call
-    except typer.Exit as e:
-        raise SystemExit(e.exit_code) from None
-    except UsageError as e:
-        raise ValueError(_usage_message(e)) from None
+        from llama.commands.run import interrupt_at_once, run_command
+
+        interrupt_at_once("llama3")
+    except KeyboardInterrupt:
+        print("\nllama3: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    if "_LLAMA3_COMPLETE" in os.environ:  # the shell asks for completions
+        from llama.commands.parser import make_app
+
+        make_app()(prog_name="llama3")
+    run_command(_call, "llama3")
 
 
-def _usage_message(error: Any) -> str:
-    """One line, with the flag that was probably meant."""
-    possible = getattr(error, "possibilities", None)
-    message = error.message if possible else error.format_message()
-    line = " ".join(message.split())
-    return (
-        f"{line.rstrip('.')}. Did you mean {' or '.join(sorted(possible))}?" if possible else line
-    )
+def _call() -> None:
+    from llama.commands.parser import parse
+    from llama.commands.run import raise_interrupts
 
-
-def make_app() -> Any:
-    """The typer command of `llama3`."""
-    app = typer.Typer(
-        cls=VerbGroup,
-        help=ABOUT,
-        rich_markup_mode=None,
-        invoke_without_command=True,
-        subcommand_metavar="VERB ...",
-        context_settings={"token_normalize_func": lambda flag: flag.replace("-", "_")},
-    )
-    app.callback()(_options)
-    group: Any = typer.main.get_command(app)
-    for verbs in VERBS.values():
-        for verb, module in verbs.items():
-            settings = {"allow_extra_args": True}
-            command = Verb(verb, help=summary(verb, module), context_settings=settings)
-            command.rich_markup_mode = None
-            group.add_command(command)
-    return group
-
-
-def _options(
-    ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version or ctx.invoked_subcommand is None:
-        typer.echo(_version() if version else ctx.get_help())
-        raise typer.Exit
-
-
-def _version() -> str:
-    from llama.common.version import __version__
-
-    return __version__
-
-
-def summary(verb: str, module: str) -> str:
-    """The first line of a verb's docstring, read without importing the verb's module."""
-    source = Path(__file__).with_name(f"{module}.py").read_text("utf-8")
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    [function] = [node for node in functions if node.name == verb]
-    return (ast.get_docstring(function) or "").partition("\n")[0]
-
-
-def make_command(verb: str) -> Any:
-    """The typer command of a verb, with its flags."""
-    modules = {name: module for verbs in VERBS.values() for name, module in verbs.items()}
-    function = getattr(import_module(f"llama.commands.{modules[verb]}"), verb)
-    text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    epilog = f"\b\nExamples:\n{examples}"  # \b: keep the line ends
-    app.command(verb, help=text, epilog=epilog)(expand(function))
-    return typer.main.get_command(app)
+    call = parse(sys.argv[1:])
+    raise_interrupts()
+    call()
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ A verb is a plain function. What its parameters become:
 - a frozen dataclass, `sampling: Sampling`: one flag for each of its fields, which are declared with
   `llama.common.options.option`. `Annotated[BuildOptions, Only("seed")]` offers some of them, and
   the others keep their defaults.
+
+Every verb also has `--quiet`.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from functools import partial
@@ -19,6 +23,9 @@ from types import NoneType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
+
+SHORT = {"ckpt_dir": "-m", "max_gen_len": "-n", "quiet": "-q"}
+QUIET = "no progress bars and no remarks on stderr, only errors"
 
 
 class Only:
@@ -47,14 +54,56 @@ def expand(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
             positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
             parameters.append(_flag(parameter.name, kind, parameter.default, extras[0], positional))
 
-    def parsed(**values: Any) -> Callable[[], None]:
+    parameters.append(_flag("quiet", bool, False, QUIET))
+
+    def parsed(quiet: bool, **values: Any) -> Callable[[], None]:
         for name, (kind, names) in groups.items():
-            values[name] = kind(**{field: values.pop(field) for field in names})
-        return partial(verb, **values)
+            group = Call(kind, **{field: values.pop(field) for field in names})
+            group.flags = frozenset(names)
+            values[name] = group()
+        call = Call(verb, **values)
+        call.flags = frozenset(p.name for p in parameters)
+        return Call(_call_quietly, call) if quiet else call
 
     parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     parsed.__annotations__ = {p.name: p.annotation for p in parameters}
     return parsed
+
+
+class Call(partial[Any]):
+    """The call of a verb or of a dataclass of its flags. Its errors name flags as they are typed.
+
+    Attributes:
+        flags: the names of the flags.
+    """
+
+    flags: frozenset[str] = frozenset()
+
+    def __call__(self) -> Any:
+        try:
+            return super().__call__()
+        except (ValueError, TypeError, RuntimeError, FileNotFoundError) as e:
+            if len(e.args) == 1 and isinstance(e.args[0], str):
+                e.args = (with_flags(e.args[0], self.flags),)
+            raise
+
+
+def with_flags(message: str, flags: frozenset[str]) -> str:
+    """A message of the library with `--max_gen_len` in place of `max_gen_len`."""
+    if "ckpt_dir" not in flags:
+        message = re.sub(r"\bcheck ckpt_dir\b", "check the path", message)
+    message = message.replace("or build with a larger", "or use a larger")
+    for flag in flags:
+        name = rf"(?<![\w./-]){flag}(?![\w./=-])"
+        if "_" not in flag:  # may be a common word: only where it is the subject
+            name = rf"(?:^{flag}(?= must | is for )|(?<=with ){flag}$)"
+        message = re.sub(name, f"--{flag}", message)
+    return message
+
+
+def _call_quietly(call: Callable[[], None]) -> None:
+    logging.getLogger("llama").setLevel(logging.ERROR)
+    call()
 
 
 def _fields_as_flags(kind: Any, extras: list[Any]) -> Iterator[inspect.Parameter]:
@@ -74,7 +123,7 @@ def _flag(
     if positional:
         info = typer.Argument(metavar=name.upper(), help=help)
     else:
-        info = typer.Option(f"--{name}", help=help)
+        info = typer.Option(f"--{name}", *filter(None, [SHORT.get(name)]), help=help)
     annotation = Annotated[_text_or_itself(kind), info]  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Annotated
 
 from llama.checkpoints.plan import PlanOptions, as_text, make_plan
+from llama.commands.terminal import print_json, print_report
 
 
 def plan(
@@ -19,8 +19,11 @@ def plan(
 
     Examples:
         llama3 plan --shape 8b --device-memory 24GB --memory-bandwidth 1TB/s
-        llama3 plan --shape 405b --ranks 16 --batch 8 --device-memory 80GB
+        llama3 plan --shape 405b --ranks 16 --max_batch_size 8 --device-memory 80GB
         llama3 plan --ckpt_dir Meta-Llama-3-70B --ranks 4 --quantize int8
     """
     figures = make_plan(options)
-    print(json_module.dumps(figures) if json else as_text(figures))
+    if json:
+        print_json(figures)
+    else:
+        print_report(as_text(figures))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from llama.common.dtype_names import SHORT_NAMES as SHORT_NAMES
+from llama.common.dtype_names import full_name
+
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
     "float64": torch.float64,
 }
-SHORT_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -23,12 +25,7 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     if isinstance(dtype, str):
-        name = SHORT_NAMES.get(dtype, dtype).removeprefix("torch.")
-        if name not in DTYPES:
-            raise ValueError(
-                f"unknown dtype {dtype!r}; use one of {['auto', *SHORT_NAMES, *DTYPES]}"
-            )
-        return DTYPES[name]
+        return DTYPES[full_name(dtype)]
     if dtype not in DTYPES.values():
         names = ", ".join(map(str, DTYPES.values()))
         raise TypeError(f"dtype must be one of {names}, or its name, not {dtype!r}")

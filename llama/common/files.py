@@ -5,6 +5,7 @@ Knows nothing about what the files contain.
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -15,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from llama.common.leftovers import locked_folder, remove_leftovers
 
 MAX_JSON = 1 << 28  # bytes; a tokenizer.json has less than a tenth
 MAX_REASON = 300  # characters of another library's message
@@ -47,7 +50,7 @@ def new_folder(dst: Path, replace: bool = False) -> Iterator[Path]:
     """A temporary folder beside `dst` that is renamed to `dst` when the block ends.
 
     If the block raises anything, an interrupt included, the temporary folder is removed and `dst`
-    is as it was.
+    is as it was. What a killed process left beside `dst` is removed first.
 
     Args:
         replace: delete a `dst` that exists, once the new one is complete. The caller checks that
@@ -60,10 +63,16 @@ def new_folder(dst: Path, replace: bool = False) -> Iterator[Path]:
     in_the_way = f"{dst} exists already; remove it or choose another folder"
     if os.path.lexists(dst) and not replace:
         raise FileExistsError(in_the_way)
-    temporary, old = (dst.with_name(f".{dst.name}.{uuid.uuid4().hex}.tmp") for _ in range(2))
+    leftover = f".{glob.escape(dst.name)}.{'[0-9a-f]' * 32}"
+    remove_leftovers(dst.parent, f"{leftover}.tmp")
+    if dst.exists():  # otherwise it is the only copy of a folder that was being replaced
+        remove_leftovers(dst.parent, f"{leftover}.old")
+    key = uuid.uuid4().hex
+    temporary, old = (dst.with_name(f".{dst.name}.{key}.{kind}") for kind in ("tmp", "old"))
     try:
         temporary.mkdir(parents=True)
-        yield temporary
+        with locked_folder(temporary):
+            yield temporary
         if replace and dst.exists():
             os.rename(dst, old)
         try:

@@ -26,6 +26,7 @@ class Sizes(Protocol):
     n_layers: int
     n_heads: int
     vocab_size: int
+    max_seq_len: int
 
     @property
     def kv_heads(self) -> int: ...

@@ -12,12 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.layers import kernels
+from llama.layers.schemes import EXACT_SCORES
 from llama.model import CacheSlice, DotProductAttention
-
-# Up to this many scores, the arithmetic is the reference's (scores in the model's dtype, softmax in
-# fp32), so that a seed draws the same ids as in Meta's code. More scores would take over 64 MB in
-# fp32; torch's fused kernel, which does not store them, is used instead.
-EXACT_SCORES = 1 << 24
 
 
 class GroupedAttention(DotProductAttention):

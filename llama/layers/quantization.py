@@ -12,11 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.layers import kernels
-
-TILE = 16  # rows of an int4 weight that lie together
-GROUPS = (32, 64, 128)
-# Rows that are quantized or dequantized at a time: at common widths they fit the processor's cache.
-BLOCK = 512
+from llama.layers.schemes import BLOCK, GROUPS, TILE
 
 
 def _by_rows(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
-from llama.distributed.sharding import Sizes, rank_counts, rank_shapes, shard_dim
+from llama.distributed.sharding import Sizes, rank_counts, shard_dim
 from llama.layers.quantization import (
-    GROUPS,
     linear_int4,
     linear_int8,
     quantize_int4,
@@ -20,8 +19,9 @@ from llama.layers.quantization import (
     row_largest,
 )
 from llama.layers.replace import Factory
-
-SCHEMES = ("int8", "int4")
+from llama.layers.schemes import GROUPS, undivided
+from llama.layers.schemes import check_scheme as check_scheme
+from llama.layers.schemes import possible_ranks as possible_ranks
 
 
 class Int8Linear(nn.Module):
@@ -124,27 +124,6 @@ def largest_over_ranks(name: str, weight: Tensor) -> Tensor | None:
     """`row_largest` of all ranks' columns together; None where this rank has whole rows."""
     columns = shard_dim(f"{name}.weight") == 1
     return tensor_parallel.max_over_ranks(row_largest(weight)) if columns else None
-
-
-def check_scheme(scheme: object, group: object = 32) -> None:
-    """Raise a ValueError unless `quantized` has this scheme and this group size."""
-    if scheme not in SCHEMES:
-        raise ValueError(f"unknown scheme {scheme!r}; use one of {list(SCHEMES)}")
-    if type(group) is not int or group not in GROUPS:
-        raise ValueError(f"groups of {group!r} weights are not possible; use one of {GROUPS}")
-
-
-def undivided(args: Sizes, ranks: int, group: int) -> dict[str, int]:
-    """{name: columns} of the first layer's matrices whose columns `group` does not divide."""
-    shapes = rank_shapes(args, ranks).items()
-    matrices = {name: s[1] for name, s in shapes if len(s) == 2 and name.startswith("layers.")}
-    return {name: columns for name, columns in matrices.items() if columns % group}
-
-
-def possible_ranks(args: Sizes, quantize: str | None = None, group: int = 32) -> list[int]:
-    """`rank_counts`, without those that would split a group of int4 between ranks."""
-    counts = rank_counts(args)
-    return [n for n in counts if quantize != "int4" or not undivided(args, n, group)]
 
 
 def check_ranks(args: Sizes, scheme: str, group: int = 32) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama.checkpoints.formats.bpe_ranks import rank_file, sidecar
+from llama.common.extras import install_line
 from llama.common.files import replacing_file
 from llama.common.progress import progress
 from llama.text.long_text import passages
@@ -86,7 +87,7 @@ def _learn_byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str,
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
     except ImportError as e:
-        raise ImportError("bpe:N needs a package: pip install 'llama3[train]'") from e
+        raise ImportError(f"bpe:N needs a package: {install_line('train')}") from e
     size = kind.removeprefix("bpe:")
     least = 256 + len(SPECIAL_TOKENS)
     if not (size.isascii() and size.isdigit()) or int(size) < least:

@@ -11,6 +11,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from llama.common.extras import install_line
 from llama.common.files import replacing_file
 
 logger = logging.getLogger("llama")
@@ -64,7 +65,7 @@ class Report:
             from matplotlib.figure import Figure
         except ImportError:
             if not self._warned:
-                logger.info("%s is not drawn; to draw it: pip install 'llama3[train]'", self.plot)
+                logger.info("%s is not drawn; to draw it: %s", self.plot, install_line("train"))
             self._warned = True
             return
         lines = read_metrics(self.path)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkouts, compare, tables
+from benchmarks import checkouts, compare, tables, waiting
 from benchmarks.random_checkpoint import SHAPES, RandomSource, write_rank_file
 from benchmarks.report import Figure, finish, load_result, make_result, number, save, table
 from llama import Llama
@@ -192,3 +192,21 @@ def test_a_failing_checkout_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "llama" / "__init__.py").write_text("raise ImportError('broken')")
     with pytest.raises(RuntimeError, match="ended with exit code 1"):
         checkouts.main(str(tmp_path), str(tmp_path), rounds=1)
+
+
+def test_waiting(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A figure for each policy, work and state, from a process of its own."""
+    waiting.measure("train", 0.01)
+    assert float(capsys.readouterr().out) > 0
+    monkeypatch.setattr(waiting, "in_a_process", lambda work, seconds, policy: 1.0 + len(policy))
+    out = tmp_path / "waiting.json"
+    waiting.main(runs=1, seconds=0.01, out=str(out))
+    figures = json.loads(out.read_text())["figures"]
+    columns = {f"{work}, {state}" for work in ("decode", "train") for state in ("idle", "loaded")}
+    assert {(f["row"], f["column"]): f["median"] for f in figures} == {
+        (row, column): 1.0 + len(policy)
+        for row, policy in waiting.POLICIES.items()
+        for column in columns
+    }

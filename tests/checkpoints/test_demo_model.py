@@ -171,7 +171,7 @@ def test_cache_without_permission(cache: Path) -> None:
 
 def test_missing_packages(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "filelock", None)
-    with pytest.raises(ImportError, match=r"pip install 'llama3\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.*\[demo\]'"):
         demo_model.ensure_demo_model()
 
 

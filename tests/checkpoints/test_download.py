@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from llama.checkpoints.download import choose_files
+from llama.checkpoints.download import choose_files, repository
 
 pytest.importorskip("huggingface_hub")
 
@@ -128,9 +128,12 @@ class Hub(BaseHTTPRequestHandler):
 DRIVER = """
 import json, sys
 from pathlib import Path
-from llama.checkpoints.download import download
+from llama.checkpoints.download import download, download_once
 for line in sys.stdin:
     call = json.loads(line)
+    if call.get("cache"):
+        print(json.dumps(["", str(download_once(call["repo"], Path(call["cache"])))]), flush=True)
+        continue
     if call.get("dst"):
         call["dst"] = Path(call["dst"])
     try:
@@ -262,6 +265,29 @@ def test_unknown(client: Client, tmp_path: Path) -> None:
 def test_bad_name(client: Client) -> None:
     error, text = client("https://example.org/a/b")
     assert error == "ValueError" and "owner/name" in text
+
+
+@pytest.mark.parametrize("page", ["", "/", "/tree/main", "/blob/main/config.json"])
+def test_the_address_of_a_page_is_understood(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror:80")
+    for host in ("https://huggingface.co", "https://hf.co", "http://mirror:80"):
+        assert repository(f"{host}/owner/a.name{page}") == "owner/a.name"
+    assert repository("owner/a.name") == "owner/a.name" and repository("gpt2") == "gpt2"
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/", "a/b/c", "", "../a", "a b/c"])
+def test_what_is_no_repository(name: str) -> None:
+    with pytest.raises(ValueError, match="looks like owner/name"):
+        repository(name)
+
+
+def test_once(client: Client, tmp_path: Path) -> None:
+    """The second call needs no connection."""
+    folder = str(tmp_path / "meta" / "both" / "original")
+    assert client("meta/both", cache=str(tmp_path)) == ("", folder)
+    assert Hub.seen
+    Hub.seen.clear()
+    assert client("meta/both", cache=str(tmp_path)) == ("", folder) and not Hub.seen
 
 
 def test_server_error(client: Client, tmp_path: Path) -> None:

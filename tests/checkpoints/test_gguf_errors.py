@@ -126,7 +126,7 @@ def test_other_byte_order(tmp_path: Path) -> None:
 
 def test_without_the_gguf_package(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r"pip install 'llama3\[demo\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '.*\[demo\]'"):
         read_params(plain)
 
 

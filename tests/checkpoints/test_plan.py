@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from llama.checkpoints.footprint import Footprint
 from llama.checkpoints.plan import (
     PlanOptions,
+    Release,
     as_text,
     make_plan,
     parse_size,
@@ -39,12 +41,12 @@ def test_releases_are_those_published() -> None:
         params, tied, _, _ = published(name)
         context = 131072 if params.get("use_scaled_rope") else 8192
         want = ModelArgs(**params, max_seq_len=context)
+        sizes = {field.name: getattr(want, field.name) for field in dataclasses.fields(Release)}
         version, size = name.lower().split()
         for spelled in (f"{version}-{size}", f"{version}-{size}".upper()):
-            assert release(spelled) == (want, tied)
+            assert release(spelled) == (Release(**sizes), tied)
         if version != "3":
-            assert release(size) == (want, tied)
-    assert release("3.1-8b")[0].use_scaled_rope and not release("3-8b")[0].use_scaled_rope
+            assert release(size) == (Release(**sizes), tied)
     assert release("3.3-70b") == release("3.1-70b") == release("70b")
     with pytest.raises(ValueError, match=r"unknown shape '9b'; use one of .*'8b'.*'3.1-405b'"):
         release("9b")
@@ -52,7 +54,7 @@ def test_releases_are_those_published() -> None:
 
 def test_405b_on_16_ranks() -> None:
     f = planned(
-        shape="405b", ranks=16, batch=8, device_memory="80GB",
+        shape="405b", ranks=16, max_batch_size=8, device_memory="80GB",
         memory_bandwidth="3.35TB/s", interconnect="450GB/s",
     )  # fmt: skip
     dim, layers, hidden, vocab, head = 16384, 126, 53248, 128256, 128
@@ -166,9 +168,9 @@ def test_sizes_out_of_range() -> None:
         ({"shape": "8b", "ranks": 3}, r"3 ranks cannot share .* use one of \[1, 2, 4, 8, 16, 32\]"),
         ({"shape": "8b", "ranks": 0}, "0 ranks cannot share"),
         ({"shape": "8b", "ranks": "two"}, "'two' ranks cannot share"),
-        ({"shape": "8b", "batch": 0}, "batch must be a positive integer, not 0"),
-        ({"shape": "8b", "context": -1}, "context must be a positive integer, not -1"),
-        ({"shape": "8b", "context": 1.5}, "context must be a positive integer, not 1.5"),
+        ({"shape": "8b", "max_batch_size": 0}, "max_batch_size must be a positive integer, not 0"),
+        ({"shape": "8b", "max_seq_len": -1}, "max_seq_len must be a positive integer, not -1"),
+        ({"shape": "8b", "max_seq_len": 1.5}, "max_seq_len must be a positive integer, not 1.5"),
         ({"shape": "8b", "dtype": "int8"}, "unknown dtype 'int8'; use one of"),
         ({"shape": "8b", "quantize": "int5"}, "unknown scheme 'int5'"),
         ({"shape": "8b", "device_memory": "much"}, "device_memory 'much' is no size"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from llama import Llama
 from llama.commands.chat_session import ChatSession
+from llama.commands.terminal import piped_lines
 from tests.distributed.test_tensor_parallel import start_torchrun
 
 COMMAND = ["-m", "llama", "chat", "--temperature", "0", "--max_seq_len", "512"]
@@ -63,8 +65,10 @@ def test_several_ranks(demo_dir: Path, tmp_path: Path) -> None:
     assert "0 reused" not in err.split("prompt tokens")[2]
 
 
-def test_terminal(demo_dir: Path) -> None:
+def test_terminal(demo_dir: Path, tmp_path: Path) -> None:
+    history = tmp_path / "history"
     env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    env |= {"LLAMA3_HISTORY": str(history)}
     child = pexpect.spawn(sys.executable, COMMAND, encoding="utf-8", timeout=60, env=env)
     try:
         child.expect("Ctrl-D ends")
@@ -77,7 +81,10 @@ def test_terminal(demo_dir: Path) -> None:
         child.sendintr()  # at the prompt it ends nothing either
         child.expect("Ctrl-D ends")
         child.expect(READY)
-        child.send("/system Answer in one word.\r")
+        child.send("/sys\t")  # Tab completes the command
+        child.expect("tem")
+        child.send(" Answer in one word.\r")
+        child.expect("system message set")
         child.expect(READY)
         child.send("/system\r")
         child.expect(r"\x1b\[2mAnswer in one word")
@@ -90,6 +97,8 @@ def test_terminal(demo_dir: Path) -> None:
         child.expect(pexpect.EOF)
         child.close()
         assert child.exitstatus == 0
+        assert "+/system Answer in one word." in history.read_text("utf-8").splitlines()
+        assert history.stat().st_mode & 0o077 == 0
     finally:
         child.close(force=True)
 
@@ -114,7 +123,7 @@ def test_commands(demo: Llama, tmp_path: Path, capfd: pytest.CaptureFixture[str]
     ("line", "message"),
     [
         ("/load", "write the file's name"),
-        ("/load {folder}/absent.json", "No such file"),
+        ("/load {folder}/absent.json", "there is no .*absent.json; check the name"),
         ("/load {folder}/bad.json", "not a saved dialog"),
         ("/load {folder}/object.json", "not a list of messages"),
         ("/load {folder}/robot.json", "unknown role 'robot'"),
@@ -169,10 +178,60 @@ def test_interrupt_over_a_pipe_ends_the_program(
     assert not demo.engine.busy
 
 
-def test_a_line_that_is_not_text(demo_dir: Path) -> None:
-    command = [sys.executable, *COMMAND, "--max_gen_len", "2"]
-    done = subprocess.run(command, input=b"caf\xe9\nHi\n", capture_output=True, timeout=240)
-    assert done.returncode == 0 and done.stderr.count(b"prompt tokens") == 2
+def test_a_line_that_is_not_text(
+    demo: Llama, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It is reported and not answered; the others are."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHi\n"))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    chat = ChatSession(demo, OPTIONS)
+    assert not chat.run(piped_lines())
+    assert "line 1 of the input is not text in UTF-8 (byte 4)" in capfd.readouterr().err
+    assert [content for role, content in contents(chat) if role == "user"] == ["Hi"]
+
+
+def test_settings(demo: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    chat = ChatSession(demo, OPTIONS)
+    assert chat.run(iter(["/set temperature 0.5\n", "/set max_gen_len 3\n", "/set top_k 1\n"]))
+    assert chat.options == {"temperature": 0.5, "max_gen_len": 3, "top_k": 1}
+    assert chat.run(iter(["Hi\n", "/show\n", "/set max_gen_len none\n"]))
+    err = capfd.readouterr().err
+    assert "3 tokens" in err and "temperature 0.5" in err and "user: Hi" in err
+    before = chat.options
+    mistakes = ["/set", "/set temperature", "/set heat 1", "/set temperature hot"]
+    mistakes += ["/set temperature -1", "/set max_gen_len 0", "/set top_k 1.5"]
+    for line in mistakes:
+        assert not chat.run(iter([line]))
+        assert chat.options == before
+    assert "the names are temperature, top_p" in capfd.readouterr().err
+
+
+def test_regenerate(demo: Llama, capfd: pytest.CaptureFixture[str]) -> None:
+    """It asks the last question again: greedily the answer is the same."""
+    chat = ChatSession(demo, OPTIONS)
+    assert not chat.run(iter(["/regenerate\n"]))
+    assert "no message to answer again" in capfd.readouterr().err
+    assert chat.run(iter(["Hi\n", "Who are you?\n"]))
+    before = contents(chat)
+    assert chat.run(iter(["/regenerate\n"])) and contents(chat) == before
+    assert chat.run(iter(["/set max_gen_len 1\n", "/regenerate\n"]))
+    assert contents(chat)[:3] == before[:3] and contents(chat)[3] != before[3]
+
+
+@pytest.mark.parametrize(("reply", "kept"), [("y\n", False), ("n\n", True)])
+def test_a_full_context_offers_to_drop_the_oldest_turns(
+    demo: Llama, capfd: pytest.CaptureFixture[str], reply: str, kept: bool
+) -> None:
+    chat = ChatSession(demo, OPTIONS, system="Be brief.")
+    first, last = "one " * 90, "two " * 130
+    assert chat.run(iter([f"{first}\n"]))
+    assert chat.run(iter([f"{last}\n", reply])) != kept
+    assert "the dialog is full; drop its oldest 2 messages and answer? y or n" in (
+        capfd.readouterr().err
+    )
+    asked = [content for role, content in contents(chat) if role == "user"]
+    assert asked == [first.strip() if kept else last.strip()]
+    assert contents(chat)[0] == ("system", "Be brief.")
 
 
 def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
@@ -205,7 +264,7 @@ def test_control_characters_do_not_reach_a_terminal(
     print_text("a\x1b[2Jb\n")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     print_text("a\x1b[2Jb\t\x9b\n")
-    assert capsys.readouterr().out == "a\x1b[2Jb\na\ufffd[2Jb\t\ufffd\n"
+    assert capsys.readouterr().out == "a\x1b[2Jb\na\\x1b[2Jb\t\\x9b\n"
 
 
 def test_base_model_is_refused(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ def test_inspect_and_plan_list_the_ranks(folder: Path, name: str, scheme: str, g
     )
     text = describe(source)
     assert [int(line[12:16]) for line in text.splitlines() if "of weights each" in line] == possible
-    options = PlanOptions(ckpt_dir=str(source.path), context=8, dtype="fp32")
+    options = PlanOptions(ckpt_dir=str(source.path), max_seq_len=8, dtype="fp32")
     for n in possible:
         figures = make_plan(replace(options, ranks=n))
         parts = [load.read_part(source, stored, args, 0, n) for stored in source.shapes()]

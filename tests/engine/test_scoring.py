@@ -113,10 +113,10 @@ def test_command(demo_dir: Path, tmp_path: Path) -> None:
         assert done.returncode == code, done.stderr
         return done
 
-    result = json.loads(perplexity(str(text), "--context", "64", "--json").stdout)
+    result = json.loads(perplexity(str(text), "--max_seq_len", "64", "--json").stdout)
     assert 1 < result["perplexity"] < 4 and result["size"] == text.stat().st_size
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
-    refused = perplexity(str(tmp_path / "image"), "--context", "64", code=2)
+    refused = perplexity(str(tmp_path / "image"), "--max_seq_len", "64", code=2)
     assert "not text in UTF-8" in refused.stderr and "Traceback" not in refused.stderr
 
 

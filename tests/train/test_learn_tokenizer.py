@@ -217,7 +217,7 @@ def test_no_text(tmp_path: Path) -> None:
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"llama3\[train\]"):
+    with pytest.raises(ImportError, match=r"pip install -e .*\[train\]"):
         learn("bpe:300", [PROSE], [PROSE], tmp_path)
 
 

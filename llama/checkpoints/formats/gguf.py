@@ -19,6 +19,7 @@ from llama.checkpoints.formats.gguf_parts import check_parts, find_parts
 from llama.checkpoints.formats.gguf_vocabulary import read_vocabulary, stop_ids
 from llama.checkpoints.formats.params import ffn_terms
 from llama.checkpoints.source import Source, check_layers, sample
+from llama.common.extras import install_line
 from llama.common.files import damage
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
@@ -93,7 +94,7 @@ def _open(path: Path) -> GGUFHeader:
     try:
         return read_header(path)
     except ImportError as e:
-        raise ImportError("reading GGUF needs a package: pip install 'llama3[demo]'") from e
+        raise ImportError(f"reading GGUF needs a package: {install_line('demo')}") from e
     except ValueError as e:
         raise ValueError(f"{path} is {e}; give the path of a whole .gguf file") from None
 

@@ -19,6 +19,7 @@ from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_tem
 from llama.checkpoints.formats.hf_config import INDEX_FILE, meta_name, read_config
 from llama.checkpoints.formats.hf_tokenizer_import import read_vocabulary, stop_ids
 from llama.checkpoints.source import Source, same_weights, sample
+from llama.common.extras import install_line
 from llama.common.files import read_json
 
 SAFETENSORS_DTYPES = {
@@ -218,7 +219,7 @@ def open_safetensors(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as e:
-        raise ImportError("Hugging Face files need a package: pip install 'llama3[hf]'") from e
+        raise ImportError(f"Hugging Face files need a package: {install_line('hf')}") from e
     with open(path, "rb") as f:
         head = f.read(64)
     if head.startswith(b"version https://git-lfs"):

@@ -16,6 +16,7 @@ from llama.checkpoints.formats.hf_config import INDEX_FILE, SCALING, hf_name
 from llama.checkpoints.formats.hf_tokenizer_export import write_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.dtypes import dtype_name
+from llama.common.extras import install_line
 from llama.common.files import write_json
 from llama.common.progress import progress
 from llama.distributed.sharding import weight_shapes
@@ -42,7 +43,7 @@ def write_hf(source: Source, tokenizer: Tokenizer, folder: Path, dtype: torch.dt
         import safetensors.torch  # noqa: F401 - before anything is written
         import tokenizers  # noqa: F401
     except ImportError as e:
-        raise ImportError("Hugging Face files need packages: pip install 'llama3[hf]'") from e
+        raise ImportError(f"Hugging Face files need packages: {install_line('hf')}") from e
     args = source.args()
     stored = dtype or source.dtype("layers.0.attention.wq.weight")
     config = hf_config(args, tokenizer, stored, tied=source.tied, context=source.context)
