@@ -41,6 +41,7 @@ WEATHER = {
     },
 }
 HI = {"role": "user", "content": "Hi"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
 
 
 class Export:
@@ -134,10 +135,8 @@ def test_a_round_trip_with_a_tool(llama31: Export) -> None:
         (HI | {"content": [{"type": "text", "text": "Hi"}]}, {}, "must be text"),
         (HI | {"content": None}, {}, "must be text"),
         (HI | {"tool_calls": [{"name": "f", "arguments": {}}]}, {}, "only an assistant"),
-        ({"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{}"}]},
-         {}, "are an object"),
-        ({"role": "assistant", "content": "In ({[]", "tool_calls": [{"name": "f", "arguments": {}}]},
-         {}, "ends with"),
+        (CALL | {"tool_calls": [{"name": "f", "arguments": "{}"}]}, {}, "are an object"),
+        (CALL | {"content": "In ({[]"}, {}, "ends with"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_rendered_raises(
@@ -150,12 +149,11 @@ def test_what_cannot_be_rendered_raises(
 def test_formats_without_tools_raise(
     chatml: Export, llama3_tokenizer_path: Path, tmp_path: Path
 ) -> None:
-    calls = [{"name": "f", "arguments": {}}]
     for export in (chatml, Export(Tokenizer(llama3_tokenizer_path, "llama3"), tmp_path)):
         assert export.ids([HI]) == export.ours.encode_dialog_prompt([HI])  # type: ignore[list-item]
         for message, tools in (
             (HI, [WEATHER]),
-            ({"role": "assistant", "content": "", "tool_calls": calls}, None),
+            (CALL, None),
             ({"role": "tool", "content": "2"}, None),
         ):
             with pytest.raises(jinja2.TemplateError, match=r"no tool|unknown role tool"):
