@@ -236,7 +236,8 @@ def _parse_functions(text: str) -> tuple[str, list[ToolCall]]:
         head = _FUNCTION_HEAD.match(text, start)
         if not head:
             raise ValueError("a function call is <function=name>{...}</function>")
-        arguments, position = {}, head.end()
+        arguments: Any = {}
+        position = head.end()
         if not text.startswith("</function>", position):
             try:
                 arguments, position = _decode(text, position)

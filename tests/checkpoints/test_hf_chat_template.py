@@ -196,7 +196,7 @@ def test_loading_an_export_warns_of_nothing(
     llama3_tokenizer_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = Tokenizer(llama3_tokenizer_path, "llama3.1")
-    small = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
+    small: Any = {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1}
     weights = Weights(vocab_size=128256, use_scaled_rope=True, **small)
     write_hf(weights, tokenizer, tmp_path, None)
     logger = logging.getLogger("transformers")
