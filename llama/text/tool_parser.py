@@ -79,6 +79,9 @@ def parse_tool_calls(message: Mapping[str, Any] | str) -> ToolReply:
 
 def _parse(text: str) -> tuple[str, list[ToolCall]]:
     """The content and the calls of an answer."""
+    inside = _unfenced(text.strip())
+    if inside != text.strip() and inside.startswith((PYTHON_TAG, _FUNCTION)):
+        text = inside
     calls = _parse_whole(text.strip(), tagged=False)
     if calls is not None:
         return "", calls

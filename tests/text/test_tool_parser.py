@@ -89,6 +89,7 @@ NESTED = '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
         '```\n[{"name": "f", "parameters": {"a": 1}}]```', "```tool_code\n[f(a=1)]",
         '``` {"name": "f", "parameters": {"a": 1}}\n',
         '```json{"name":"f","parameters":{"a":1}}```', '<|python_tag|>```\n[f(a=1)]\n```',
+        '```\n<function=f>{"a": 1}</function>\n```', "```\n<|python_tag|>[f(a=1)]\n```",
         "{'name': 'f', 'parameters': {'a': 1}}", "[{'name': 'f', 'arguments': {'a': 1,},}]",
     ],
 )  # fmt: skip
