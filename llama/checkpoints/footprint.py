@@ -157,19 +157,38 @@ class Footprint:
         """Collectives per step: embedding, two per layer, logits, sampled ids."""
         return 2 * self.args.n_layers + 3 if self.ranks > 1 else 0
 
-    def sent(self) -> int:
-        """Bytes that a rank sends per decoded token with ring algorithms.
+    def sent(self, positions: int = 1, outputs: int = 1) -> int:
+        """Bytes that a rank sends with ring algorithms; by default per decoded token.
 
         An all-reduce of dim numbers, for the embedding and twice per layer, sends
-        2 (n - 1) / n * dim numbers per rank; the all-gather of the logits sends n - 1 parts.
-        The sampled id is not counted.
+        2 (n - 1) / n * dim numbers per rank and position; the all-gather of the logits sends n - 1
+        parts per output. The sampled id is not counted.
         """
         n = self.ranks
         if n == 1:
             return 0
         summed = (2 * self.args.n_layers + 1) * self.args.dim * self.itemsize
         part = rank_shapes(self.args, n)["output.weight"][0] * self.itemsize
-        return 2 * (n - 1) * summed // n + (n - 1) * part
+        return positions * (2 * (n - 1) * summed // n) + outputs * (n - 1) * part
+
+    def flops(self, positions: int, pairs: int, outputs: int) -> int:
+        """Operations of a rank in a forward pass; a multiplication and an addition are two.
+
+        Counts the linears, and attention's scores and weighted sums. Norms, rotations, softmax and
+        the dequantization of weights are left out.
+
+        Args:
+            positions: new tokens.
+            pairs: pairs of a new token and a cached one that it reads, itself included.
+            outputs: positions whose logits are computed.
+        """
+        shapes = rank_shapes(self.args, self.ranks)
+        linears = [
+            math.prod(s) for n, s in shapes.items() if n.startswith("layers.") and len(s) == 2
+        ]
+        heads = self.args.n_heads // self.ranks
+        layer = 2 * positions * sum(linears) + 4 * pairs * heads * self.args.head_dim
+        return self.args.n_layers * layer + 2 * outputs * math.prod(shapes["output.weight"])
 
     def read(self, batch: int, context: int) -> int:
         """Bytes that a decode step with full rows reads: cache, and weights but the embedding."""

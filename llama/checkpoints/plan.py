@@ -5,13 +5,19 @@ Calculates from a model's sizes. Loads no weights, and imports torch only to ope
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
+from llama.checkpoints.hardware import (
+    Hardware,
+    collective_latency,
+    gpu,
+    parse_compute,
+    parse_latency,
+    parse_size,
+)
+from llama.checkpoints.serving import as_lines, collective_time, largest, serving
 from llama.common.options import option
 from llama.distributed.sharding import Sizes
 from llama.layers.schemes import GROUPS
@@ -49,11 +55,6 @@ RELEASES = {
     "3.1-405b": "405b", "3.2-1b": "1b", "3.2-3b": "3b",
 }  # fmt: skip
 
-UNITS = {
-    "": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
-    "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40,
-}  # fmt: skip
-
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -73,6 +74,13 @@ class PlanOptions:
     device_memory: str | None = option(None, "memory of each device, such as 80GB")
     memory_bandwidth: str | None = option(None, "of each device, such as 3.35TB/s")
     interconnect: str | None = option(None, "bandwidth from each rank to others, such as 450GB/s")
+    compute: str | None = option(None, "bf16 operations a second of a device, such as 989TFLOPS")
+    latency: str | None = option(
+        None, "of a collective, such as 15us; by default nccl's estimate for NVLink and 8-GPU nodes"
+    )
+    gpu: str | None = option(None, "a100, h100, h200 or l40s: the figures above that you leave out")
+    prompt_tokens: int | None = option(None, "tokens of a request, to estimate requests a second")
+    answer_tokens: int | None = option(None, "tokens of its answer")
 
 
 def make_plan(options: PlanOptions) -> dict[str, Any]:
@@ -81,11 +89,6 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: an option is wrong; the message says how to correct it.
     """
-    sizes: dict[str, int] = {}
-    for name in ("device_memory", "memory_bandwidth", "interconnect"):
-        text = getattr(options, name)
-        if text is not None:
-            sizes[name] = parse_size(text, name, rate=name != "device_memory")
     if (options.shape is None) == (options.ckpt_dir is None):
         raise ValueError("give either --shape or --ckpt_dir")
     quantize, group = options.quantize, GROUPS[0]
@@ -103,7 +106,36 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
         quantize, group = source.quantization or (quantize, group)
     dtype = "bf16" if options.dtype in (None, "auto") else str(options.dtype)
     footprint = Footprint(args, tied, options.ranks, dtype, quantize, group)
-    return report(footprint, options.max_batch_size, options.max_seq_len, **sizes)
+    hardware, context = hardware_of(options), options.max_seq_len
+    figures = report(footprint, options.max_batch_size, context, hardware)
+    prompt, answer = options.prompt_tokens, options.answer_tokens
+    if prompt is not None and answer is not None:
+        figures["serving"] = serving(footprint, hardware, prompt, answer, context)
+    elif prompt is not None or answer is not None:
+        raise ValueError("give both --prompt_tokens and --answer_tokens")
+    return figures
+
+
+def hardware_of(options: PlanOptions) -> Hardware:
+    """The hardware that the options describe; what they leave out is that of `gpu`.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
+    known = gpu(options.gpu) if options.gpu is not None else Hardware()
+    if options.gpu is not None and options.dtype in ("fp32", "float32"):
+        known = replace(known, compute=None)  # the table has bfloat16's
+    changes: dict[str, Any] = {"latency": collective_latency(options.ranks)}
+    if options.device_memory is not None:
+        changes["memory"] = parse_size(options.device_memory, "device_memory")
+    for name in ("memory_bandwidth", "interconnect"):
+        if (text := getattr(options, name)) is not None:
+            changes[name] = parse_size(text, name, rate=True)
+    if options.compute is not None:
+        changes["compute"] = parse_compute(options.compute)
+    if options.latency is not None:
+        changes["latency"] = parse_latency(options.latency)
+    return replace(known, **changes)
 
 
 def release(name: str) -> tuple[Release, bool]:
@@ -121,55 +153,17 @@ def release(name: str) -> tuple[Release, bool]:
     return sizes, shape in TIED
 
 
-def parse_size(text: str, name: str, rate: bool = False) -> int:
-    """Bytes of "80GB" (10^9), "80GiB" (2^30) or "80e9"; with `rate` bytes a second, "450GB/s".
-
-    Raises:
-        ValueError: the text has another form, or is out of range.
-    """
-    example = "450GB/s" if rate else "80GB"
-    found = re.fullmatch(
-        r"([0-9.]+(?:[eE]\+?[0-9]+)?) ?(?:(|k|[MGT]|[KMGT]i)B)?(/s)?", text.strip()
-    )
-    try:
-        if found is None or (found[3] and not rate):
-            raise ValueError
-        size = float(found[1]) * UNITS[found[2] or ""]
-    except ValueError:
-        bits = "; 8 bits (b) are a byte (B)" if re.search("[kKMGT]i?b", text) else ""
-        raise ValueError(f"{name} {text!r} is no size; write it as {example}{bits}") from None
-    if not 10**6 <= size < math.inf:  # "80" is a forgotten unit
-        raise ValueError(f"{name} {text!r} is {size:g} bytes; write it as {example}")
-    return round(size)
-
-
-def largest(fits: Callable[[int], bool]) -> int:
-    """The largest n that fits, or 0. If n fits, all smaller numbers must fit."""
-    high = 1
-    while fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
 def report(
     footprint: Footprint,
     batch: int,
     context: int,
-    device_memory: int | None = None,
-    memory_bandwidth: int | None = None,
-    interconnect: int | None = None,
+    hardware: Hardware | None = None,
 ) -> dict[str, Any]:
     """All figures by name: bytes, tokens a second, counts.
 
     Args:
         batch, context: rows of the cache, and positions of each.
-        device_memory: bytes; None leaves out the figures of what fits.
-        memory_bandwidth, interconnect: bytes a second that a rank reads, and that it sends; None
-            leaves out the speed that they limit.
+        hardware: without a figure of it, what fits or the speed that it limits is left out.
 
     Raises:
         ValueError: a number is not positive.
@@ -177,7 +171,7 @@ def report(
     for name, value in (("max_batch_size", batch), ("max_seq_len", context)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    args = footprint.args
+    args, hardware = footprint.args, hardware or Hardware()
     out: dict[str, Any] = {
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
         "n_kv_heads": args.kv_heads, "hidden_dim": args.hidden_dim, "vocab_size": args.vocab_size,
@@ -189,33 +183,33 @@ def report(
         "needed": footprint.needed(batch, context),
         "possible_ranks": footprint.possible_ranks(),
         "sent_a_token": footprint.sent(), "collectives_a_step": footprint.collectives(),
+        "latency": hardware.latency,
         "read_a_step": footprint.read(batch, context),
     }  # fmt: skip
-    if device_memory is not None:
+    if (memory := hardware.memory) is not None:
         others = [replace(footprint, ranks=n) for n in out["possible_ranks"]]
         out |= {
-            "device_memory": device_memory,
-            "fits": out["needed"] <= device_memory,
-            "left": device_memory - out["needed"],
-            "largest_context": largest(lambda n: footprint.needed(batch, n) <= device_memory),
-            "largest_batch": largest(lambda n: footprint.needed(n, context) <= device_memory),
-            "fitting_ranks": [p.ranks for p in others if p.needed(batch, context) <= device_memory],
+            "device_memory": memory,
+            "fits": out["needed"] <= memory,
+            "left": memory - out["needed"],
+            "largest_context": largest(lambda n: footprint.needed(batch, n) <= memory),
+            "largest_batch": largest(lambda n: footprint.needed(n, context) <= memory),
+            "fitting_ranks": [p.ranks for p in others if p.needed(batch, context) <= memory],
         }
-    return out | {"tokens_a_second": _rates(out, memory_bandwidth, interconnect)}
+    return out | {"tokens_a_second": _rates(footprint, hardware, batch, out["read_a_step"])}
 
 
-def _rates(
-    f: dict[str, Any], memory_bandwidth: int | None, interconnect: int | None
-) -> dict[str, float]:
-    """Tokens a second of all rows, by what limits them: one bandwidth, or one after the other."""
+def _rates(footprint: Footprint, hardware: Hardware, batch: int, read: int) -> dict[str, float]:
+    """Tokens a second of all rows, by what limits them: one of the two, or both in turn."""
     seconds = {}
-    if memory_bandwidth is not None:
-        seconds["memory"] = f["read_a_step"] / memory_bandwidth
-    if interconnect is not None and f["ranks"] > 1:
-        seconds["interconnect"] = f["batch"] * f["sent_a_token"] / interconnect
+    if hardware.memory_bandwidth is not None:
+        seconds["memory"] = read / hardware.memory_bandwidth
+    collectives = collective_time(footprint, hardware, batch * footprint.sent(), 1)
+    if collectives and (seconds or hardware.interconnect is not None):
+        seconds["interconnect"] = collectives
     if len(seconds) == 2:
         seconds["both"] = sum(seconds.values())
-    return {name: f["batch"] / t for name, t in seconds.items()}
+    return {name: batch / t for name, t in seconds.items()}
 
 
 def as_text(figures: dict[str, Any]) -> str:
@@ -236,13 +230,16 @@ def as_text(figures: dict[str, Any]) -> str:
     if "device_memory" in f:
         lines += _what_fits(f)
     if f["ranks"] > 1:
-        collectives = f"{f['collectives_a_step']} collectives a step"
+        each = f"{f['latency'] * 1e6:.1f} us each and the transfer"
+        collectives = f"{f['collectives_a_step']} collectives a step, {each}"
         lines.append(("a token sends", f"{f['sent_a_token'] / 1e6:.2f} MB a rank; {collectives}"))
     lines.append(("a step reads", f"{_gb(f['read_a_step']).strip()} a rank, its rows full"))
-    limits = {"interconnect": "interconnect, without latency", "both": "both in turn"}
+    limits = {"interconnect": "collectives", "both": "both in turn"}
     for name, rate in f["tokens_a_second"].items():
         by = limits.get(name, name)
         lines.append(("at most", f"{rate:.1f} tok/s, {rate / f['batch']:.1f} a row, by {by}"))
+    if "serving" in f:
+        lines += as_lines(f["serving"], f["context"])
     return "\n".join(f"{label:<17}{text}".rstrip() for label, text in lines)
 
 

@@ -13,7 +13,7 @@ def plan(
     options: PlanOptions,
     json: Annotated[bool, "print one JSON object"] = False,
 ) -> None:
-    """Calculate the memory that each rank needs, what fits, and the highest speed.
+    """Calculate the memory that each rank needs, what fits, the highest speed, requests a second.
 
     A rank is a process with a device of its own. Give --shape or --ckpt_dir.
 
@@ -21,6 +21,7 @@ def plan(
         llama3 plan --shape 8b --device-memory 24GB --memory-bandwidth 1TB/s
         llama3 plan --shape 405b --ranks 16 --max_batch_size 8 --device-memory 80GB
         llama3 plan --ckpt_dir Meta-Llama-3-70B --ranks 4 --quantize int8
+        llama3 plan --shape 8b --gpu h100 --prompt_tokens 1000 --answer_tokens 250
     """
     figures = make_plan(options)
     if json:

@@ -11,19 +11,27 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from llama.text.tool_prompt import MAX_DEPTH, ToolCall
+from llama.text.tool_prompt import BUILTIN_TOOLS, MAX_DEPTH, ToolCall
 
 T = TypeVar("T")
 
 _TOKEN = re.compile(
     r"""\s*(?:(?P<string>("{3}|'{3}|["'])(?:\\.|(?!\2)[^\\])*\2)
           | (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)
-          | (?P<name>[A-Za-z_]\w*)
+          | (?P<name>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)
           | (?P<mark>[][(){},:=]))""",
     re.VERBOSE | re.DOTALL | re.ASCII,
 )
 _SEPARATOR = re.compile(r"[\s;,]*")
-_CONSTANTS = {"True": True, "False": False, "None": None}
+# Python's, and JSON's, which models write in Python lists too.
+_CONSTANTS = {
+    "True": True,
+    "False": False,
+    "None": None,
+    "true": True,
+    "false": False,
+    "null": None,
+}
 
 
 def read_python_list(text: str) -> list[ToolCall]:
@@ -41,6 +49,16 @@ def read_python_list(text: str) -> list[ToolCall]:
     return calls
 
 
+def read_python_value(text: str, start: int) -> tuple[Any, int]:
+    """The literal at `start`, such as `{'a': None}`, and its end.
+
+    Raises:
+        ValueError: there is anything else.
+    """
+    tokens = _Parser(text, start)
+    return tokens.value(MAX_DEPTH + 2), tokens.at  # 2 levels more: the call and a list of calls
+
+
 def dict_of_unique(pairs: list[tuple[str, T]]) -> dict[str, T]:
     """A dict of `pairs`; ValueError if a key occurs twice."""
     values = dict(pairs)
@@ -52,8 +70,8 @@ def dict_of_unique(pairs: list[tuple[str, T]]) -> dict[str, T]:
 class _Parser:
     """Recursive-descent parser; `at` is the position of the next token."""
 
-    def __init__(self, text: str):
-        self.text, self.at = text, 0
+    def __init__(self, text: str, at: int = 0):
+        self.text, self.at = text, at
 
     def next(self) -> tuple[str, str]:
         """Consume the next token; return its kind and text."""
@@ -91,11 +109,15 @@ class _Parser:
 
     def call(self) -> ToolCall:
         name = self.take("name")
+        if name.removesuffix(".call") in BUILTIN_TOOLS:
+            name = name.removesuffix(".call")
         self.take("mark", "(")
         return {"name": name, "arguments": dict_of_unique(self.items(")", self.argument))}
 
     def argument(self) -> tuple[str, Any]:
         name = self.take("name")
+        if "." in name:
+            raise ValueError(f"broken list of calls: {name:.20} is not the name of an argument")
         self.take("mark", "=")
         return name, self.value(MAX_DEPTH)
 
@@ -125,6 +147,9 @@ def _literal(token: str) -> Any:
         known = "\n\\'\"abfnrtvxuUN0"
         token = re.sub(r"\\([\s\S])", lambda m: m[0] if m[1] in known else "\\" + m[0], token)
     try:
-        return ast.literal_eval(token)
+        value = ast.literal_eval(token)
     except (SyntaxError, ValueError):
         raise ValueError(f"{token:.40} is not a literal value") from None
+    if isinstance(value, str):  # JSON writes one character over U+FFFF as two escapes
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+    return value

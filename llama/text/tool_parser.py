@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from llama.text.python_list import dict_of_unique, read_python_list
+from llama.text.python_list import dict_of_unique, read_python_list, read_python_value
 from llama.text.tool_prompt import BUILTIN_TOOLS, MAX_DEPTH, ToolCall, check_call
 
 PYTHON_TAG = "<|python_tag|>"
@@ -22,6 +22,8 @@ _FUNCTION_HEAD = re.compile(r"<function=([^<>\s]*)>\s*")
 _FUNCTION_END = re.compile(r"\s*</function>|")
 _BUILTIN_START = re.compile(rf"({'|'.join(BUILTIN_TOOLS)})\.call\s*\(")
 _BUILTIN = re.compile(r'(\w+)\.call\s*\(\s*query\s*=\s*"((?:[^"\\]|\\.)*)"\s*\)', re.DOTALL)
+_FENCE = re.compile(r"```[\w+-]*")
+_NEXT_FENCE = re.compile(r"\n```\s*```[\w+-]*")
 _SEPARATORS = re.compile(r"(?:[\s;,]|<\|python_tag\|>)*")
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[{]|[\]}]', re.DOTALL)
 _OBJECT_START = re.compile(r'\[?\s*\{\s*"')
@@ -50,9 +52,10 @@ def parse_tool_calls(message: Mapping[str, Any] | str) -> ToolReply:
     """Parse the tool calls of a model's answer, in any form that Llama 3.1 and later use.
 
     JSON `{"name": ..., "parameters": {...}}`, `brave_search.call(query="...")` and Python
-    `[f(a=1), g(b="x")]` must be the whole text or all that follows `<|python_tag|>`. Any other
-    text after the tag is code: a call of code_interpreter. `<function=name>{...}</function>` may
-    be anywhere. One invalid call makes the whole text `content`, with a `problem`.
+    `[f(a=1), g(b="x")]` must be the whole text or all that follows `<|python_tag|>`, also in
+    fenced blocks (```). JSON may have OpenAI's nested form, and arguments as a string of JSON. Any
+    other text after the tag is code: a call of code_interpreter. `<function=name>{...}</function>`
+    may be anywhere. One invalid call makes the whole text `content`, with a `problem`.
 
     Args:
         message: a message, or the text of one.
@@ -76,6 +79,9 @@ def parse_tool_calls(message: Mapping[str, Any] | str) -> ToolReply:
 
 def _parse(text: str) -> tuple[str, list[ToolCall]]:
     """The content and the calls of an answer."""
+    inside = _unfenced(text.strip())
+    if inside != text.strip() and inside.startswith((PYTHON_TAG, _FUNCTION)):
+        text = inside
     calls = _parse_whole(text.strip(), tagged=False)
     if calls is not None:
         return "", calls
@@ -101,16 +107,27 @@ def _parse_whole(text: str, tagged: bool) -> list[ToolCall] | None:
     Args:
         tagged: whether `text` follows `<|python_tag|>`, and so may be code.
     """
+    whole, text = text, _unfenced(text)
+    may_be_code = tagged or text != whole
     if _BUILTIN_START.match(text):
         return _parse_builtin(text)
     calls = _parse_json(text, tagged) if text.startswith(("{", "[")) else None
     if calls is None and (head := _LIST_START.match(text)):
         is_call = _ARGUMENT_START.match(text, head.end())
-        if not tagged:
+        if not may_be_code:
             is_call = is_call or _OTHER_START.match(text, head.end())
-        if is_call or (not tagged and text.endswith(")]")):
+        if is_call or (not may_be_code and text.endswith(")]")):
             calls = read_python_list(text)
     return calls
+
+
+def _unfenced(text: str) -> str:
+    """The inside of fenced blocks that are the whole text; a last fence may be missing."""
+    start = _FENCE.match(text)
+    if not start:
+        return text
+    inside = _NEXT_FENCE.sub("", text[start.end() :]).removesuffix("```")
+    return text if "\n```" in inside else inside.strip()  # otherwise text follows a block
 
 
 def _parse_sequence(text: str, parse_one: Callable[[int], int]) -> None:
@@ -144,6 +161,8 @@ def _parse_json(text: str, tagged: bool) -> list[ToolCall] | None:
 
     def parse_one(start: int) -> int:
         value, end = _decode(text, start)
+        if isinstance(value, dict) and list(value) == ["tool_calls"]:
+            value = value["tool_calls"]
         values.extend(value if isinstance(value, list) else [value])
         return end
 
@@ -162,22 +181,53 @@ def _parse_json(text: str, tagged: bool) -> list[ToolCall] | None:
     return [_call_of_json(value) for value in values]
 
 
+def _function_of(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with name and arguments; OpenAI's form nests it in "function"."""
+    function = value.get("function")
+    if isinstance(function, dict):
+        return function
+    if isinstance(function, str) and value.get("type") == "function":
+        return {"name": function} | value
+    return value
+
+
 def _looks_like_call(value: object) -> bool:
     """Whether a JSON value is meant as a call, though perhaps an invalid one."""
-    if isinstance(value, dict) and value.get("type") == "function":
-        return True
-    if not isinstance(value, dict) or "name" not in value:
+    if not isinstance(value, dict):
         return False
-    return "parameters" in value or "arguments" in value
+    function = _function_of(value)
+    has_arguments = "parameters" in function or "arguments" in function
+    return value.get("type") == "function" or ("name" in function and has_arguments)
 
 
 def _call_of_json(value: object) -> ToolCall:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    function = _function_of(value) if isinstance(value, dict) else {}
+    name = function.get("name")
+    if not isinstance(name, str):
         raise ValueError('a call in JSON is {"name": ..., "parameters": {...}}, with a name')
-    arguments = value.get("parameters", value.get("arguments"))
+    arguments = function.get("parameters", function.get("arguments"))
+    if isinstance(arguments, dict) and _is_definition(function, nested=function is not value):
+        raise ValueError(f"a definition of {name:.80}, not a call with a name and arguments")
+    problem = ""
+    if isinstance(arguments, str):
+        try:
+            arguments = _decode_all(arguments.strip() or "{}")
+        except ValueError as error:
+            problem = f" ({error})"
     if not isinstance(arguments, dict):
-        raise ValueError(f'the "parameters" of {value["name"]:.80} must be a JSON object')
-    return {"name": value["name"], "arguments": arguments}
+        raise ValueError(f'the "parameters" of {name:.80} must be a JSON object{problem}')
+    return {"name": name, "arguments": arguments}
+
+
+def _is_definition(function: dict[str, Any], nested: bool) -> bool:
+    """Whether `function` repeats a tool's definition: its "parameters" are a JSON schema."""
+    schema = function.get("parameters")
+    if not isinstance(schema, dict):
+        return False
+    if not schema:
+        return "description" in function
+    is_schema = schema.get("type") in ("object", "dict") and "properties" in schema
+    return is_schema and (nested or "description" in function)
 
 
 def _parse_functions(text: str) -> tuple[str, list[ToolCall]]:
@@ -189,10 +239,13 @@ def _parse_functions(text: str) -> tuple[str, list[ToolCall]]:
         head = _FUNCTION_HEAD.match(text, start)
         if not head:
             raise ValueError("a function call is <function=name>{...}</function>")
-        try:
-            arguments, position = _decode(text, head.end())
-        except ValueError as error:
-            raise ValueError(f"broken JSON after {head[0]:.80}: {error}") from None
+        arguments: Any = {}
+        position = head.end()
+        if not text.startswith("</function>", position):
+            try:
+                arguments, position = _decode(text, position)
+            except ValueError as error:
+                raise ValueError(f"broken JSON after {head[0]:.80}: {error}") from None
         calls.append(_call_of_json({"name": head[1], "parameters": arguments}))
         end = _FUNCTION_END.match(text, position)
         position = end.end()  # type: ignore[union-attr]  # matches ""
@@ -209,7 +262,10 @@ _DECODER = json.JSONDecoder(
 
 
 def _decode(text: str, start: int) -> tuple[Any, int]:
-    """The JSON value at `start`, and its end. Checks the depth first: the decoder recurses."""
+    """The JSON value at `start`, or the same as Python writes it, and its end.
+
+    Checks the depth first: the decoder recurses.
+    """
     depth = 0
     if text[start : start + 1] in ("[", "{"):
         for found in _BRACKETS.finditer(text, start):
@@ -218,5 +274,19 @@ def _decode(text: str, start: int) -> tuple[Any, int]:
                 raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
             if depth == 0:
                 break
-    value, end = _DECODER.raw_decode(text, start)
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except ValueError as error:
+        try:
+            return read_python_value(text, start)
+        except ValueError:
+            raise error from None
     return value, end
+
+
+def _decode_all(text: str) -> Any:
+    """The JSON value that `text` is."""
+    value, end = _decode(text, 0)
+    if end < len(text):
+        raise ValueError(f"text follows it: {text[end:]:.20}")
+    return value

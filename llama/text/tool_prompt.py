@@ -135,7 +135,7 @@ def _check_definition(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
         raise ValueError(f"parameters of {name}: properties are an object, required is a list")
     if unknown := [key for key in required if key not in list(properties)]:
         raise ValueError(f"{name} requires {unknown}, which its properties lack")
-    odd = [word for word in (name, *properties) if not _is_identifier(word)]
+    odd = [word for word in (*name.split("."), *properties) if not _is_identifier(word)]
     if odd and form == "python_list":
         raise ValueError(f"{odd} cannot be written in Python; rename, or use another tool_form")
     return function
@@ -277,7 +277,7 @@ def _is_identifier(word: str) -> bool:
 
 
 def _is_valid_python(call: ToolCall) -> bool:
-    return all(map(_is_identifier, (call["name"], *call["arguments"])))
+    return all(map(_is_identifier, (*call["name"].split("."), *call["arguments"])))
 
 
 def _python_call(call: ToolCall) -> str:

@@ -17,12 +17,9 @@ from safetensors import safe_open
 from llama import ModelArgs, Transformer
 from llama.checkpoints.formats import hf_export
 from llama.checkpoints.formats.hf import HFSource
+from llama.checkpoints.formats.hf_chat_template import chat_template
 from llama.checkpoints.formats.hf_export import write_hf
-from llama.checkpoints.formats.hf_tokenizer_export import (
-    chat_template,
-    recover_merges,
-    write_tokenizer,
-)
+from llama.checkpoints.formats.hf_tokenizer_export import recover_merges, write_tokenizer
 from llama.checkpoints.open import find_vocabulary
 from llama.checkpoints.source import Source
 from llama.tokenizer import ChatFormat, Dialog, Tokenizer
@@ -123,6 +120,7 @@ def test_config(demo_tokenizer: Tokenizer, tmp_path: Path) -> None:
     write_hf(source, demo_tokenizer, tmp_path, torch.bfloat16)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["torch_dtype"] == "bfloat16"
+    assert int(config["transformers_version"].split(".")[0]) >= 5  # else 5.19 warns of the pattern
     assert config["max_position_embeddings"] == 131072
     assert config["rope_theta"] == 500000.0
     assert config["rope_scaling"] == {

@@ -13,15 +13,8 @@ from typing import Any
 import pytest
 
 from llama.checkpoints.footprint import Footprint
-from llama.checkpoints.plan import (
-    PlanOptions,
-    Release,
-    as_text,
-    make_plan,
-    parse_size,
-    release,
-    report,
-)
+from llama.checkpoints.hardware import Hardware, parse_size
+from llama.checkpoints.plan import PlanOptions, Release, as_text, make_plan, release, report
 from llama.model import ModelArgs
 from tests.checkpoints.test_inspect import RELEASES
 from tests.checkpoints.test_inspect import release as published
@@ -80,15 +73,18 @@ def test_405b_on_16_ranks() -> None:
     assert f["read_a_step"] == read
     rates = f["tokens_a_second"]
     assert rates["memory"] == pytest.approx(8 * 3.35e12 / read)
-    assert rates["interconnect"] == pytest.approx(450e9 / sent)
-    assert rates["both"] == pytest.approx(8 / (read / 3.35e12 + 8 * sent / 450e9))
+    # nccl's tree over 2 nodes of 8: 6.8 us, and twice 7 steps of 0.6 and one of 5 between them.
+    latency = 255 * (6.8 + 2 * (7 * 0.6 + 5.0)) * 1e-6
+    assert f["latency"] == pytest.approx(latency / 255)
+    assert rates["interconnect"] == pytest.approx(8 / (8 * sent / 450e9 + latency))
+    assert rates["both"] == pytest.approx(8 / (read / 3.35e12 + 8 * sent / 450e9 + latency))
 
 
 @pytest.mark.parametrize("quantize", [None, "int4"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_largest_is_the_last_that_fits(dtype: str, quantize: str | None) -> None:
     footprint = Footprint(*release("8b"), 2, dtype, quantize)
-    f = report(footprint, 3, 5000, device_memory=24 * GB)
+    f = report(footprint, 3, 5000, Hardware(memory=24 * GB))
     context, batch = f["largest_context"], f["largest_batch"]
     assert footprint.needed(3, context) <= 24 * GB < footprint.needed(3, context + 1)
     assert footprint.needed(batch, 5000) <= 24 * GB < footprint.needed(batch + 1, 5000)
@@ -108,7 +104,8 @@ def test_what_does_not_fit() -> None:
 
 
 def test_text() -> None:
-    text = as_text(report(Footprint(*release("1b"), 16), 2, 4096, 80 * GB, 10**12, 10**11))
+    hardware = Hardware(80 * GB, 1e12, interconnect=1e11, latency=2e-5)
+    text = as_text(report(Footprint(*release("1b"), 16), 2, 4096, hardware))
     lines = {line[:17].strip(): line[17:] for line in text.splitlines()}
     assert lines["held as"] == "bf16, output tied to the embedding"
     assert lines["ranks"] == "16, each KV head on 2 of them"
@@ -116,7 +113,7 @@ def test_text() -> None:
     assert lines["output"].split()[2] == "0"
     assert lines["possible ranks"] == "1, 2, 4, 8, 16, 32"
     assert text.count("at most") == 3
-    assert "35 collectives a step" in lines["a token sends"]
+    assert "35 collectives a step, 20.0 us each" in lines["a token sends"]
     alone = as_text(planned(shape="1b", interconnect="1GB/s"))
     for absent in ("device memory", "a token sends", "at most"):
         assert absent not in alone
@@ -174,6 +171,11 @@ def test_sizes_out_of_range() -> None:
         ({"shape": "8b", "dtype": "int8"}, "unknown dtype 'int8'; use one of"),
         ({"shape": "8b", "quantize": "int5"}, "unknown scheme 'int5'"),
         ({"shape": "8b", "device_memory": "much"}, "device_memory 'much' is no size"),
+        ({"shape": "8b", "compute": "989"}, "compute '989' is no speed; write it as 989TFLOPS"),
+        ({"shape": "8b", "latency": "15"}, "latency '15' is no time .* write it as 15us"),
+        ({"shape": "8b", "latency": "2s"}, "latency '2s' is no time"),
+        ({"shape": "8b", "gpu": "v100"}, r"unknown gpu 'v100'; use one of \['a100', 'h100'"),
+        ({"shape": "8b", "prompt_tokens": 9}, "give both --prompt_tokens and --answer_tokens"),
     ],
 )  # fmt: skip
 def test_mistakes(changes: dict[str, Any], message: str) -> None:

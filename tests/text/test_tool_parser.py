@@ -70,6 +70,74 @@ def test_forms(text: str, calls: list[tuple[str, dict[str, Any]]]) -> None:
     assert parse_tool_calls(text) == ToolReply("", expected)
 
 
+STRING = r'"{\"a\": 1}"'
+NESTED = '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        NESTED, NESTED.replace('{"a": 1}', STRING), f"[{NESTED}]", f"<|python_tag|>{NESTED}",
+        '{"tool_calls": [' + NESTED + "]}", f"```json\n{NESTED}\n```",
+        '{"id": "call_1", "type": "function", "function": {"name": "f", "parameters": {"a": 1}}}',
+        '{"function": {"name": "f", "arguments": {"a": 1}}}',
+        '{"type": "function", "function": "f", "parameters": {"a": 1}}',
+        f'{{"name": "f", "arguments": {STRING}}}', f"<function=f>{STRING}</function>",
+        r'{"name": "f", "parameters": "{\n\"a\": 1}\n"}',
+        '{"name": "f", "description": "F.", "parameters": {"a": 1}}',
+        '```json\n{"name": "f", "parameters": {"a": 1}}\n```', "```python\n[f(a=1)]\n```",
+        '```\n[{"name": "f", "parameters": {"a": 1}}]```', "```tool_code\n[f(a=1)]",
+        '``` {"name": "f", "parameters": {"a": 1}}\n',
+        '```json{"name":"f","parameters":{"a":1}}```', '<|python_tag|>```\n[f(a=1)]\n```',
+        '```\n<function=f>{"a": 1}</function>\n```', "```\n<|python_tag|>[f(a=1)]\n```",
+        "{'name': 'f', 'parameters': {'a': 1}}", "[{'name': 'f', 'arguments': {'a': 1,},}]",
+    ],
+)  # fmt: skip
+def test_calls_as_models_write_them(text: str) -> None:
+    assert parse_tool_calls(text) == ToolReply("", [{"name": "f", "arguments": {"a": 1}}])
+
+
+def test_several_calls_in_fences() -> None:
+    calls: list[ToolCall] = [{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]
+    for one, two in (
+        ('{"name": "f", "parameters": {}}', '{"name": "g", "parameters": {}}'),
+        ("[f()]", "[g()]"),
+    ):
+        for between in ("\n", "\n```\n```json\n", "\n```\n\n```\n"):
+            assert parse_tool_calls(f"```\n{one}{between}{two}\n```").tool_calls == calls
+    [call] = parse_tool_calls('```\nbrave_search.call(query="a ``` b")\n```').tool_calls
+    assert call == {"name": "brave_search", "arguments": {"query": "a ``` b"}}
+
+
+def test_constants_of_json_and_of_python() -> None:
+    expected = {"a": True, "b": [False, None], "c": {"true": "null"}}
+    for text in (
+        '[f(a=true, b=[false, null], c={"true": "null"})]',
+        "[f(a=True, b=[false, None], c={'true': 'null'})]",
+        '{"name": "f", "parameters": {"a": True, "b": [False, None], "c": {"true": "null"}}}',
+    ):
+        assert parse_tool_calls(text).tool_calls == [{"name": "f", "arguments": expected}]
+    [call] = parse_tool_calls(r'[f(a="\ud83d\ude00", true=1)]').tool_calls
+    assert call["arguments"] == {"a": "😀", "true": 1}
+
+
+def test_dotted_names() -> None:
+    text = '[weather.get(city="x"), a.b.c(), brave_search.call(query="y")]'
+    expected: list[ToolCall] = [
+        {"name": "weather.get", "arguments": {"city": "x"}},
+        {"name": "a.b.c", "arguments": {}},
+        {"name": "brave_search", "arguments": {"query": "y"}},
+    ]
+    assert parse_tool_calls(text).tool_calls == expected
+    for form in TOOL_FORMS:
+        written = "".join(encode_tool_calls(expected, form))
+        assert parse_tool_calls(written).tool_calls == expected
+    assert encode_tool_call(expected[0], "python_list") == '[weather.get(city="x")]'
+    assert (
+        parse_tool_calls("<function=weather.get></function>").tool_calls[0]["name"] == "weather.get"
+    )
+
+
 @pytest.mark.filterwarnings("error")
 def test_unknown_escapes_are_kept_without_a_warning() -> None:
     reply = parse_tool_calls(r'[f(a="\d\\d\q")]')
@@ -93,6 +161,11 @@ def test_text_beside_calls() -> None:
         '{"name": "Bob"} is the JSON.', 'Write {"name": "f", "parameters": {}} to call f.',
         "Use brave_search.call(query=...) for that.", "def f(x):\n    return [g(x)]",
         "[Foo(bar) baz]",
+        '```json\n{"city": "Paris"}\n```', "```python\n[f(x) for x in y]\n```", "```", "``````",
+        '```json\n{"name": "f", "parameters": {}}\n```\nThis calls f.', "```\n[g(x)]\n```",
+        '```json\n{"name": "f", "parameters": {}}\n```\nor\n```\n[g()]\n```',
+        'Write:\n```json\n{"name": "f", "parameters": {}}\n```', "['a', None]", "{'a': 1}",
+        '{"tool_calls": []}', '{"function": {"x": 1}}', '{"function": "sin", "parameters": {}}',
         "f(a=1)", "[[f(a=1)]]", "[f] (a=1)", "[" * 5000, "null", '"text"', "</function>",
     ],
 )  # fmt: skip
@@ -149,7 +222,19 @@ def test_prose_has_no_calls(text: str) -> None:
         ("[f(a=1, a=2)]", "given twice"),
         ("[f(a={'k': 1, 'k': 2})]", "given twice"),
         ("[f(a=1), 42]", "broken list"),
-        ("[os.system(command='x')]", "broken list"),
+        ("[os.__dict__(a=1)]", "not a tool's name"),
+        ("[f(a.b=1)]", "not the name of an argument"),
+        ("[f.(a=1)]", "broken list"),
+        ('{"name": "f", "arguments": "{\\"a\\": 1"}', 'the "parameters" of f'),
+        ('{"name": "f", "arguments": "{} and"}', "text follows"),
+        ('{"name": "f", "arguments": "[1]"}', 'the "parameters" of f'),
+        ('{"name": "f", "arguments": "{\\"a\\": 1, \\"a\\": 2}"}', "given twice"),
+        ('{"name": "f", "arguments": "{\\"a\\":' + "[" * 1000 + '"}', "nested"),
+        ('{"type": "function", "function": {"name": 3, "arguments": {}}}', "with a name"),
+        ('{"type": "function", "function": {"name": "f"}}', 'the "parameters" of f'),
+        ('{"name": "f", "parameters": {"a": True', "broken JSON"),
+        ('```json\n{"name": "f", "parameters": {"a": 1', "broken JSON"),
+        ("```\n[f(a=1), g(\n```", "broken list"),
         ("[__import__(name='os')]", "not a tool's name"),
         ("[f(__class__=1)]", "not the name of an argument"),
         ("[f(a=1)] and more", "broken list"),
@@ -178,6 +263,9 @@ DEEP = [
     '{"name": "f", "parameters": {}}' * 9_000 + "[" * 90_000,
     "[1" + ",1" * 200_000 + "]" * 2 + "[" * 9_000,
     "[f(a=1)" + ",f(a=1)" * 50_000 + ",]x", 'brave_search.call(query="' + "\\" * 400_000,
+    "```" * 130_000, "```\n{" + "'a': {" * 60_000,
+    '{"name": "f", "parameters": {}}' + "```" * 90_000 + "x",
+    "[f" + ".f" * 200_000, "{'name': '" + "\\'" * 200_000,
     "[f" + " " * 400_000, "{" + " " * 400_000, "[f(" + " " * 400_000 + "x",
 ]  # fmt: skip
 
@@ -194,7 +282,7 @@ def test_deep_and_long_input_on_a_small_stack() -> None:
         threading.stack_size(before)
     assert [reply.content for reply in replies] == DEEP
     assert not any(reply.tool_calls for reply in replies)
-    assert sum(reply.problem is not None for reply in replies) >= len(DEEP) - 5
+    assert sum(reply.problem is not None for reply in replies) >= len(DEEP) - 8
 
 
 def test_nothing_is_evaluated(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -239,9 +327,19 @@ def test_argument_that_is_no_message() -> None:
 
 def test_a_definition_is_not_a_call() -> None:
     """Some models answer with the JSON of a tool definition."""
-    text = '{"type": "function", "function": {"name": "f", "parameters": {}}}'
-    reply = parse_tool_calls(text)
-    assert reply.content == text and not reply.tool_calls and "with a name" in (reply.problem or "")
+    schema = '{"type": "object", "properties": {"a": {"type": "string"}}}'
+    described = f'{{"name": "f", "description": "F", "parameters": {schema}}}'
+    for text in (
+        described,
+        f'{{"type": "function", "function": {described}}}',
+        f'{{"type": "function", "function": {{"name": "f", "parameters": {schema}}}}}',
+        '[{"type": "function", "function": {"name": "f", "description": "F", "parameters": {}}}]',
+    ):
+        reply = parse_tool_calls(text)
+        assert reply.content == text and not reply.tool_calls
+        assert "a definition of f, not a call" in (reply.problem or "")
+    call: ToolCall = {"name": "f", "arguments": {"type": "object", "properties": {}}}
+    assert parse_tool_calls(encode_tool_call(call)).tool_calls == [call]
 
 
 def test_backslashes_take_linear_time() -> None:

@@ -23,6 +23,8 @@ from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs
 from llama.tokenizer import Tokenizer
 
+# For an older version or none, transformers 5 may warn that Llama 3's split pattern is wrong.
+TRANSFORMERS_VERSION = "5.0.0"
 MAX_SHARD_BYTES = 10**9  # a larger tensor gets a file of its own
 
 
@@ -89,6 +91,7 @@ def hf_config(
         "mlp_bias": False,
         "tie_word_embeddings": tied,
         "torch_dtype": dtype_name(dtype),
+        "transformers_version": TRANSFORMERS_VERSION,
         **token_ids(tokenizer),
     }
 

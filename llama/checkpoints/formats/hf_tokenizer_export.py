@@ -9,29 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama.checkpoints.formats.bpe_ranks import gpt2_bytes
+from llama.checkpoints.formats.hf_chat_template import chat_template
 from llama.common.files import write_json
 from llama.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
-
-# Jinja, as transformers runs it; its `trim` is Python's `str.strip`.
-LLAMA3_TEMPLATE = (
-    "{{ '<|begin_of_text|>' }}{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'"
-    " + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
-)
-CHATML_TEMPLATE = (
-    "{% for message in messages %}SYSTEM"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-DEFAULT_SYSTEM = (
-    "{% if loop.first and message['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nTEXT<|im_end|>\\n' }}{% endif %}"
-)
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
@@ -63,27 +46,6 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         settings["chat_template"] = template
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "special_tokens_map.json", roles)
-
-
-def chat_template(tokenizer: Tokenizer) -> str | None:
-    """A Jinja template for `ChatFormat.encode_dialog_prompt`; None: no chat format.
-
-    For checkpoints without a template of their own.
-
-    Unlike in `ChatFormat`, the text of a special token in a message becomes that token.
-    """
-    if tokenizer.chat_format is None:
-        return None
-    if tokenizer.chat_format == "llama3":
-        return LLAMA3_TEMPLATE
-    system = ""
-    if tokenizer.default_system:
-        quoted = tokenizer.default_system
-        for character, escape in (("\\", "\\\\"), ("'", "\\'"), ("\n", "\\n"), ("\r", "\\r")):
-            quoted = quoted.replace(character, escape)
-        system = DEFAULT_SYSTEM.replace("TEXT", quoted)
-    template = CHATML_TEMPLATE.replace("SYSTEM", system)
-    return f"{{{{ '{tokenizer.chat_bos}' }}}}{template}" if tokenizer.chat_bos else template
 
 
 def token_text(tokenizer: Tokenizer, i: int) -> str:
