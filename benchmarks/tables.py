@@ -63,11 +63,14 @@ def tables_by_part(results: Sequence[Result]) -> list[str]:
         return table(results) if figures else []
     text: list[str] = []
     for part in parts:
-        some = [
-            {**result, "figures": [f for f in result["figures"] if f.get("part") == part]}
-            for result in results
-        ]
-        text += [""] * bool(text) + [f"**{part}**", "", *table([r for r in some if r["figures"]])]
+        text += [""] * bool(text) + [f"**{part}**"]
+        own = [f for f in figures if f.get("part") == part]
+        columns: dict[str, list[str]] = {}  # of each row
+        for figure in own:
+            columns.setdefault(figure["row"], []).append(figure["column"])
+        for some in dict.fromkeys(map(tuple, columns.values())):  # a table for rows that are alike
+            alike = [f for f in own if tuple(columns[f["row"]]) == some]
+            text += ["", *table([{**results[0], "figures": alike}])]
     return text
 
 

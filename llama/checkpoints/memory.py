@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 from llama.checkpoints.footprint import Footprint
-from llama.checkpoints.plan import largest
+from llama.checkpoints.serving import largest
 from llama.checkpoints.source import Source
-from llama.common.dtypes import dtype_name
+from llama.common.dtypes import dtype_name, parse_dtype
 from llama.distributed import job, tensor_parallel
-from llama.layers.quantization import GROUPS
-from llama.layers.quantized_linear import possible_ranks
+from llama.layers.schemes import GROUPS, possible_ranks
 from llama.model import ModelArgs
 
 LINEARS = ("attention", "feed_forward", "output")
@@ -131,7 +130,7 @@ def _allocated(footprint: Footprint, source: Source, device: torch.device) -> in
     kinds = footprint.weights()
     if device.type != "cpu" or source.layout == "gguf":
         return sum(kinds.values())
-    mapped = source.dtype("tok_embeddings.weight") == footprint.torch_dtype
+    mapped = source.dtype("tok_embeddings.weight") == parse_dtype(footprint.dtype)
     total = 0
     for kind, size in kinds.items():
         quantized = footprint.quantize is not None and kind in LINEARS

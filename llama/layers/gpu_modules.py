@@ -25,7 +25,7 @@ HALF = (torch.bfloat16, torch.float16)
 # Up to this many rows of x, the kernels that widen codes in registers are faster than dequantizing
 # the weight and torch's matmul (H100, docs/performance.md).
 INT8_ROWS = 64
-INT4_ROWS = 24
+INT4_ROWS = 48
 
 
 def supports_triton(device: torch.device) -> bool:

@@ -161,7 +161,7 @@ def test_a_graph_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
         found = step(tokens, start_pos, length)
         with torch.inference_mode():
             torch.testing.assert_close(found, model.hidden(tokens, start_pos, cache, length))
-    assert sorted(step.graphs) == [(1, 256), (2, 256), (2, 512), (2, 600)] and len(captured) == 4
+    assert set(step.graphs) == {(1, 256), (2, 256), (2, 512), (2, 600)} and len(captured) == 4
 
 
 def test_a_graph_that_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:

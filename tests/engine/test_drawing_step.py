@@ -72,7 +72,7 @@ def model_and_step() -> tuple[Transformer, CompiledStep, list[KVCache]]:
     cache = model.new_cache(3, 600)
     step = CompiledStep(model, cache)
     # Neither compiled nor a graph: what they repeat is the same.
-    step.block, step.graphed = TransformerBlock.forward, False  # type: ignore[assignment]
+    step.block, step.graphed = TransformerBlock.forward, False
     model.hidden(torch.randint(0, 50, (3, 300)), 0, cache)
     return model, step, cache
 

@@ -161,7 +161,7 @@ def chat_template(tokenizer: Tokenizer) -> str | None:
     before, after = describe_tools([{}], "json").split(wrapper)
     literals = {
         "SPECIAL_TOKENS": _list(shared_starts(sorted(tokenizer.control_tokens))),
-        "CHAT_BOS": _quote(tokenizer.chat_bos),
+        "CHAT_BOS": _quote(tokenizer.chat_bos or ""),
         "ROLES": _list(chat.roles),
         "BUILTIN_TOOLS": _list(BUILTIN_TOOLS),
         "BEFORE_TOOLS": _quote(before),
