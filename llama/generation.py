@@ -427,13 +427,9 @@ class Llama:
         """
         check_keywords(Llama.build, more, BuildOptions)
         options = BuildOptions(max_seq_len, max_batch_size, model_parallel_size, seed, **more)
-        check_cache()
         start, device = time.time(), pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
-        check_not_forked(device)
-        if device.type == "cpu" and not options.exact and job.environment().world > 1:
-            kernels.load()  # compiling, once for all, may take longer than ranks wait in a step
-        tensor_parallel.initialize(options.model_parallel_size, device)
+        prepare_process(device, options)
         with tensor_parallel.fails_on_all_ranks():
             source = open_checkpoint(ckpt_dir)
             if max_seq_len is None:
@@ -791,6 +787,15 @@ def check_keywords(method: Callable[..., Any], given: Iterable[str], options: ty
             close = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"use some of {sorted(known)}"
             raise TypeError(f"unknown argument {name!r}; {hint}")
+
+
+def prepare_process(device: torch.device, options: BuildOptions) -> None:
+    """What a process does before it opens a checkpoint; several ranks meet here."""
+    check_cache()
+    check_not_forked(device)
+    if device.type == "cpu" and not options.exact and job.environment().world > 1:
+        kernels.load()  # compiling, once for all, may take longer than ranks wait in a step
+    tensor_parallel.initialize(options.model_parallel_size, device)
 
 
 def check_same_build(

@@ -485,11 +485,13 @@ class Transformer(nn.Module):
             positions = steps + start  # (T,)
             if start > 0 and T > 1:  # otherwise attention needs no mask
                 mask = causal_mask(positions, cache_len)
+        freqs_cis = F.embedding(positions, self.freqs_cis)
         rows = torch.arange(first_row, first_row + B, device=steps.device).unsqueeze(1)
-        positions_, begins = positions.view(-1, T), torch.arange(B + 1, device=steps.device).int()
-        ends = (positions_.select(1, T - 1) + 1).int().expand(B).contiguous()
-        at = CacheSlice(rows, positions_, begins * T, begins * max_seq, ends, first_row, cache_len)
-        return F.embedding(positions, self.freqs_cis), mask, at
+        positions = positions.view(-1, T)
+        counts = torch.arange(B + 1, dtype=torch.int32, device=steps.device)
+        ends = (positions.select(1, T - 1) + torch.ones_like(rows).flatten()).int()
+        at = CacheSlice(rows, positions, counts * T, counts * max_seq, ends, first_row, cache_len)
+        return freqs_cis, mask, at
 
     def hidden(
         self,

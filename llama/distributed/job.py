@@ -280,11 +280,9 @@ def find_lost_rank(ranks: Sequence[int]) -> Fault | None:
         silent = [0]  # rank 0 served the store
     if not silent:
         return None
-    others = "".join(f", nor {rank}" for rank in silent[1:])
-    text = (
-        f"rank {silent[0]} no longer answers{others}: it ended, was killed (perhaps out of "
-        f"memory), or kept the others waiting for {timeout().total_seconds():g} s ({TIMEOUT})"
-    )
+    text = f"rank {silent[0]} no longer answers" + "".join(f", nor {r}" for r in silent[1:])
+    text += ": it ended, was killed (perhaps out of memory), or kept the others waiting for "
+    text += f"{timeout().total_seconds():g} s ({TIMEOUT})"
     return _publish(Fault(silent[0], RankError.__name__, text))
 
 

@@ -32,12 +32,21 @@ class Row(NamedTuple):
     generator: torch.Generator | None
 
 
-def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[tuple[int, float]]:
-    """Feed rows 0 to B - 1 of the cache, and draw the next id of each.
+class Drawn(NamedTuple):
+    """The next id of a row.
 
-    Returns:
-        (id, its log-probability before temperature and top_p); NaN where the logits are not finite.
+    Attributes:
+        logprob: of the id, before temperature and top_p.
+        finite: whether the logits of the ids that may be drawn are finite.
     """
+
+    token: int
+    logprob: float
+    finite: bool
+
+
+def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
+    """Feed rows 0 to B - 1 of the cache, and draw the next id of each."""
     random = [row for row in rows if row.sampling.temperature >= GREEDY_BELOW]
     seeded = any(row.generator is not None for row in random)
     from_global = any(row.generator is None for row in random)
@@ -48,18 +57,21 @@ def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[tuple[int, float]
         *settings, uniform = packed.narrow(1, 2, 5).float().unbind(1)
         h = step.hidden(tokens.unsqueeze(1), start_pos, length).squeeze(1)
         logits = step.model.logits(h)
-        finite = logits.amax(-1).isfinite()
-        logits = logits.where(finite.unsqueeze(-1), 0.0)  # drawing would fail, for all rows
-        ids = sample_rows(logits, settings, uniform if seeded else None, from_global)
+        allowed = logits  # log-probabilities are of all ids
+        if step.model.unused is not None:
+            allowed = logits.index_fill(-1, step.model.unused, -math.inf)
+        finite = allowed.amax(-1).isfinite()
+        allowed = allowed.where(finite.unsqueeze(-1), 0.0)  # drawing would fail, for all rows
+        ids = sample_rows(allowed, settings, uniform if seeded else None, from_global)
         chosen = logits.gather(-1, ids.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
-        return torch.stack((ids.double(), chosen.double().where(finite, math.nan)), dim=1)
+        return torch.stack((ids.double(), chosen.double(), finite.double()), dim=1)
 
     device = step.model.norm.weight.device
     numbers = [pack(row) for row in rows]
     packed = torch.tensor(numbers, dtype=torch.float64, pin_memory=device.type == "cuda")
     key = ("draw", len(rows), length, seeded, from_global)
     out = step.repeat(key, run, packed.to(device, non_blocking=True))
-    return [(int(token), logprob) for token, logprob in out.tolist()]
+    return [Drawn(int(token), logprob, finite > 0) for token, logprob, finite in out.tolist()]
 
 
 def pack(row: Row) -> list[float]:

@@ -101,8 +101,11 @@ def drawn_by_graph(compiled: CompiledStep, chunks: Sequence[Chunk]) -> dict[int,
     rows = []
     for generation, start, ids, _ in chunks:
         rows.append(Row(ids[0], start, generation.request.sampling, generation.generator))
-    drawn = draw_rows(compiled, rows)
-    return {chunk.generation.id: pair for chunk, pair in zip(chunks, drawn, strict=True)}
+    drawn = {}
+    for (generation, *_), found in zip(chunks, draw_rows(compiled, rows), strict=True):
+        logprob = found.logprob if generation.request.logprobs else 0.0
+        drawn[generation.id] = (found.token, logprob if found.finite else math.nan)
+    return drawn
 
 
 def hidden_of_chunks(

@@ -68,7 +68,7 @@ def test_quantizing_a_gpu_begins_with_the_plain_weights(demo_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("context", [10**6, 10**8, 10**30])
+@pytest.mark.parametrize("context", [10**6, 10**8, 2**31 - 1])
 def test_what_the_message_proposes_fits(demo_dir: Path, batch: int, context: int) -> None:
     free = 3 * 10**9
     with pytest.raises(ValueError, match=r"3\.00 GB are free on cpu; use max_seq_len") as caught:
@@ -134,7 +134,7 @@ def test_what_a_build_allocates_is_never_refused(
 @pytest.mark.skipif(host_memory() is None, reason="this system does not say what is free")
 def test_build_refuses_at_once(demo_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"needs .* GB of it for the KV cache.* use max_seq_len"):
-        Llama.build(demo_dir, None, 10**12, 1, device="cpu")
+        Llama.build(demo_dir, None, 2**31 - 1, 1, device="cpu")
 
 
 def write(root: Path, files: dict[str, str]) -> None:

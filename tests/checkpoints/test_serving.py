@@ -166,7 +166,7 @@ def test_mistakes(options: dict[str, Any], message: str) -> None:
 
 def test_steps_add_up_to_the_plan() -> None:
     """The rates of `plan` are those of a decode step without arithmetic."""
-    f = planned(shape="70b", ranks=4, gpu="h100", batch=8, context=2000)
+    f = planned(shape="70b", ranks=4, gpu="h100", max_batch_size=8, max_seq_len=2000)
     time = decode_time(Footprint(*release("70b"), 4), replace(H100, compute=None), 8, 2000)
     latency = 163 * collective_latency(4)
     assert math.isclose(f["tokens_a_second"]["both"], 8 / (time.total + latency))

@@ -90,9 +90,9 @@ def test_ids_and_log_probabilities() -> None:
     second = sample(logits[1:2], rows[1].sampling, [torch.Generator().manual_seed(3)])
     expected = [int(logits[0].argmax()), int(second), int(logits[2].argmax())]
     found = draw_rows(step, rows)
-    assert [token for token, _ in found] == expected
+    assert [drawn.token for drawn in found] == expected
     chosen = torch.log_softmax(logits, -1)[torch.arange(3), torch.tensor(expected)]
-    torch.testing.assert_close(torch.tensor([score for _, score in found]), chosen)
+    torch.testing.assert_close(torch.tensor([drawn.logprob for drawn in found]), chosen)
     # A greedy row draws nothing from its generator.
     assert uniform_of(rows[2].generator) == uniform_of(torch.Generator().manual_seed(4))  # type: ignore[arg-type]
 
@@ -104,4 +104,17 @@ def test_a_row_that_is_not_a_number_harms_no_other() -> None:
     [alone] = draw_rows(step, [good])
     model.tok_embeddings.weight[8] = math.nan
     found = draw_rows(step, [good, Row(8, 20, Sampling(0.0), None)])
-    assert found[0] == pytest.approx(alone) and math.isnan(found[1][1])
+    assert found[0] == pytest.approx(alone) and found[0].finite and not found[1].finite
+
+
+@torch.inference_mode()
+def test_ids_without_a_token_are_not_drawn() -> None:
+    """Log-probabilities are of all ids, as in the plain path."""
+    model, step, cache = model_and_step()
+    row = Row(7, 299, Sampling(0.0), None)
+    logits = model.logits(model.hidden(torch.tensor([[7]]), torch.tensor([299]), cache)).flatten()
+    best, second = logits.topk(2).indices.tolist()
+    model.unused = torch.tensor([best])
+    [drawn] = draw_rows(step, [row])
+    assert drawn.token == second
+    assert drawn.logprob == pytest.approx(float(logits.log_softmax(-1)[second]), abs=1e-5)

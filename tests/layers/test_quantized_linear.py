@@ -219,8 +219,11 @@ def test_an_int4_kernel_with_wrong_results_is_not_used(monkeypatch: pytest.Monke
     for factor in (1, 1.1):
         w = (plain * factor).bfloat16()
         monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, *rest, w=w: x @ w.T)
+        monkeypatch.setattr(TinygemmLinear, "dequantized", lambda self, w=w: w[:40] * 1.1)
         if factor == 1:
-            assert isinstance(tinygemm_or_same("w1", linear), TinygemmLinear)
+            replacement = tinygemm_or_same("w1", linear)
+            assert isinstance(replacement, TinygemmLinear)
+            assert not replacement.unpack  # which is checked by itself
         else:
             with pytest.warns(UserWarning, match="w1: torch's int4 kernel"):
                 assert tinygemm_or_same("w1", linear) is linear
