@@ -108,11 +108,13 @@ class Slots:
                 return 2
             return 0 if len(slot.generation.tokens) > len(slot.generation.request.prompt) else 1
 
-        for i in range(len(self.rows)):
-            j = min(range(i, len(self.rows)), key=lambda j: order(self.rows[j]))
-            if order(self.rows[j]) < order(self.rows[i]):
-                self._swap(i, j)
         orders = [order(slot) for slot in self.rows]
+        if orders != sorted(orders):  # in most steps nothing changes places
+            for i in range(len(self.rows)):
+                j = min(range(i, len(self.rows)), key=lambda j: order(self.rows[j]))
+                if order(self.rows[j]) < order(self.rows[i]):
+                    self._swap(i, j)
+            orders.sort()
         decoding, working = orders.count(0), len(orders) - orders.count(2)
         return self.rows[:decoding], self.rows[decoding:working]
 
