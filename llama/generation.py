@@ -39,7 +39,7 @@ from llama.engine.forks import check_not_forked
 from llama.engine.request import FinishReason, Generation, Request, check_seed
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
-from llama.layers import kernels
+from llama.layers import cuda_ops, kernels
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import check_scheme
 from llama.model import ModelArgs, Transformer
@@ -795,6 +795,8 @@ def prepare_process(device: torch.device, options: BuildOptions) -> None:
     check_not_forked(device)
     if device.type == "cpu" and not options.exact and job.environment().world > 1:
         kernels.load()  # compiling, once for all, may take longer than ranks wait in a step
+    if device.type == "cuda":
+        cuda_ops.load()
     tensor_parallel.initialize(options.model_parallel_size, device)
 
 

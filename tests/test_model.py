@@ -157,7 +157,7 @@ def test_cuda_path_keeps_every_tensor_on_the_device(
     monkeypatch: pytest.MonkeyPatch, scaled: bool, exact: bool
 ) -> None:
     """Prefill, decode and sampling on fake CUDA tensors: a CPU tensor among them would raise."""
-    monkeypatch.setattr("llama.layers.optimize.supports_triton", lambda device: False)
+    monkeypatch.setattr("llama.layers.optimize.is_ampere", lambda device: False)
     args = ModelArgs(**(BASE | {"use_scaled_rope": scaled}))  # type: ignore[arg-type]
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
         with torch.device("meta"):

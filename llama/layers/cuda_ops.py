@@ -21,20 +21,32 @@ from torch import Tensor
 
 @functools.cache
 def load() -> None:
-    """Register the operators. Imports Triton, which torch installs with its CUDA builds."""
-    from llama.layers import triton_kernels
+    """Register the operators."""
+    # The first call of such an operator would import it, and the import keeps the frames of its
+    # callers, with their models, until the next garbage collection.
+    import torch._dynamo
 
     def register(name: str, function: Callable[..., Tensor], fake: Callable[..., Any]) -> None:
         operator = torch.library.custom_op(f"llama3::{name}", function, mutates_args=())
         operator.register_fake(fake)
 
     register("flash_attend", flash_attend, lambda xq, *others: xq.new_empty(xq.shape))
-    register("gpu_linear", triton_kernels.linear_one_row, lambda x, w: x.new_empty(1, len(w)))
-    register(
-        "gpu_linear_int8",
-        triton_kernels.linear_int8,
-        lambda x, q, scale: x.new_empty(len(x), len(q)),
-    )
+    register("gpu_linear", gpu_linear, lambda x, w: x.new_empty(1, len(w)))
+    register("gpu_linear_int8", gpu_linear_int8, lambda x, q, scale: x.new_empty(len(x), len(q)))
+
+
+def gpu_linear(x: Tensor, w: Tensor) -> Tensor:
+    """One row x (1, K) times the transpose of a contiguous weight (N, K): (1, N)."""
+    from llama.layers import triton_kernels
+
+    return triton_kernels.linear_one_row(x, w)
+
+
+def gpu_linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
+    """A few rows x (M, K) times the transpose of a `quantize_int8` weight: (M, N)."""
+    from llama.layers import triton_kernels
+
+    return triton_kernels.linear_int8(x, q, scale)
 
 
 def flash_attend(

@@ -6,6 +6,7 @@ of a linear.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
+from llama.layers.attention import folded_attention
 from llama.layers.kernel_modules import rotate, swiglu
 from llama.layers.quantization import codes_int4, scales_and_zeros_int4
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
@@ -28,11 +30,42 @@ INT8_ROWS = 64
 INT4_ROWS = 48
 
 
-def supports_triton(device: torch.device) -> bool:
-    """Whether this is an NVIDIA GPU with bfloat16 (Ampere or later), and Triton is installed."""
-    if torch.version.hip is not None or find_spec("triton") is None:
+def is_ampere(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU of the generation Ampere or later, which has bfloat16."""
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def triton_works(device: torch.device) -> bool:
+    """Whether Triton's kernels run here: they need a C compiler. If not, a warning says why."""
+    if find_spec("triton") is None:
+        return False
+    x = probe(64, device)
+    try:
+        return close(torch.ops.llama3.gpu_linear(x[:1], x), F.linear(x[:1], x))
+    except Exception as e:  # of the compiler, the driver or Triton
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        warnings.warn(f"no Triton kernels ({reason}); they need a C compiler", stacklevel=2)
+        return False
+
+
+@functools.cache
+def flash_works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether torch's flash kernel supports this size of heads here."""
+    cache = probe(2 * head_dim, device).to(dtype).view(1, 5, 2, head_dim)
+    xq = cache.flatten(2).repeat(2, 1, 2).view(2, 5, 4, head_dim).narrow(1, 0, 1).contiguous()
+    cache = cache.repeat(2, 2, 1, 1)  # 2 rows of 10 positions
+    ends = torch.tensor([3, 7], dtype=torch.int32, device=device)
+    mask = (torch.arange(8, device=device) < ends.unsqueeze(1)).view(2, 1, 1, 8)
+    keys, counts = cache.narrow(1, 0, 8), torch.arange(3, dtype=torch.int32, device=device)
+    try:
+        flash = torch.ops.llama3.flash_attend
+        found = flash(xq, keys, keys, counts, counts * cache.shape[1], ends)
+    except RuntimeError:
+        return False
+    return close(found, folded_attention(xq, keys, keys, mask))
 
 
 class FusedRMSNorm(RMSNorm):
@@ -120,9 +153,12 @@ class TritonLinear(nn.Linear):
     """A linear that for one row of x is limited only by reading its weight."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1] or (torch.is_grad_enabled() and x.requires_grad):
+        w = self.weight
+        if x.numel() != x.shape[-1] or x.dtype != w.dtype or not w.is_contiguous():
             return super().forward(x)
-        y: Tensor = torch.ops.llama3.gpu_linear(x.reshape(1, -1), self.weight)
+        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+            return super().forward(x)
+        y: Tensor = torch.ops.llama3.gpu_linear(x.reshape(1, -1), w)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -197,7 +233,8 @@ def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
     if not close(replacement(x), expected := linear(x)):
         warn_of_wrong_results(name, "torch's int4 kernel")
         return linear
-    replacement.unpack = close(F.linear(x, replacement.dequantized()), expected)
+    works = triton_works(linear.packed.device)
+    replacement.unpack = works and close(F.linear(x, replacement.dequantized()), expected)
     return replacement
 
 

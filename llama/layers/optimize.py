@@ -12,11 +12,13 @@ from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
     TritonLinear,
+    flash_works,
+    is_ampere,
     joined_feed_forward,
     joined_heads,
-    supports_triton,
     tinygemm_or_same,
     triton_int8_or_same,
+    triton_works,
 )
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
@@ -34,14 +36,10 @@ FAST: Table = {
     FeedForward: factory_of(KernelFeedForward),
     RMSNorm: factory_of(KernelRMSNorm),
 }
-# On NVIDIA's GPUs in half precision, before FAST: first what makes fewer linears.
+# On NVIDIA's GPUs in half precision: first what makes fewer linears, then these in FAST.
 JOINED: Table = {Attention: joined_heads, FeedForward: joined_feed_forward}
-GPU: Table = {
-    DotProductAttention: factory_of(FlashAttention),
-    RMSNorm: factory_of(FusedRMSNorm),
-    nn.Linear: factory_of(TritonLinear),
-    Int8Linear: triton_int8_or_same,
-}
+GPU: Table = {RMSNorm: factory_of(FusedRMSNorm)}
+TRITON: Table = {nn.Linear: factory_of(TritonLinear), Int8Linear: triton_int8_or_same}
 
 
 def optimize(model: Transformer, quantize: str | None = None, exact: bool = False) -> None:
@@ -64,13 +62,17 @@ def optimize(model: Transformer, quantize: str | None = None, exact: bool = Fals
         replace_modules(model, REFERENCE)
         return
     device, dtype = model.norm.weight.device, model.norm.weight.dtype
-    if device.type == "cuda" and dtype in HALF and supports_triton(device):
+    table = dict(FAST)
+    if dtype in HALF and is_ampere(device):
         cuda_ops.load()
         replace_modules(model, JOINED)
-        replace_modules(model, GPU)
+        table |= GPU
+        if flash_works(device, dtype, model.params.head_dim):
+            table[DotProductAttention] = factory_of(FlashAttention)
+        if triton_works(device):
+            table |= TRITON
         if dtype == torch.bfloat16:
-            replace_modules(model, {Int4Linear: tinygemm_or_same})
-    table = dict(FAST)
+            table[Int4Linear] = tinygemm_or_same
     if device.type == "cpu" and kernels.load():
         table[nn.Linear] = factory_of(KernelLinear)
     replace_modules(model, table)

@@ -5,8 +5,7 @@ tests/cuda runs them on a GPU.
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType
+import math
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama.engine.sampling import sample_rows
 from llama.layers import cuda_ops, gpu_modules
-from llama.layers.attention import FlashAttention
+from llama.layers.attention import FlashAttention, folded_attention
 from llama.layers.gpu_modules import (
     FusedRMSNorm,
     JoinedFeedForward,
@@ -27,7 +26,7 @@ from llama.layers.gpu_modules import (
 from llama.layers.optimize import JOINED, optimize
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import factory_of, replace_modules
-from llama.model import ModelArgs, RMSNorm, Transformer
+from llama.model import ModelArgs, RMSNorm, Transformer, causal_mask
 from tests.models import random_weights
 
 SHAPE: dict[str, Any] = {"dim": 128, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -75,24 +74,10 @@ def test_norm() -> None:
     torch.testing.assert_close(half, norm.float()(x), rtol=2e-2, atol=2e-2)
 
 
-def linear_one_row(x: Tensor, w: Tensor) -> Tensor:
-    raise AssertionError("only the shapes of fake tensors are asked for")
-
-
-def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
-    raise AssertionError("only the shapes of fake tensors are asked for")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the operators stay registered")
 def test_every_tensor_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefill, decoding and drawing on fake CUDA tensors: a CPU tensor among them would raise."""
-    triton = ModuleType("triton_kernels")
-    monkeypatch.setattr(triton, "linear_one_row", linear_one_row, raising=False)
-    monkeypatch.setattr(triton, "linear_int8", linear_int8, raising=False)
-    monkeypatch.setitem(sys.modules, "llama.layers.triton_kernels", triton)
-    monkeypatch.setattr("llama.layers.triton_kernels", triton, raising=False)
-    monkeypatch.setattr("llama.layers.optimize.supports_triton", lambda device: True)
-    cuda_ops.load()
+    for name in ("is_ampere", "triton_works", "flash_works"):
+        monkeypatch.setattr(f"llama.layers.optimize.{name}", lambda *of: True)
     plain = make_model()
     shapes = {name: w.shape for name, w in plain.state_dict().items()}
     with FakeTensorMode(allow_non_fake_inputs=False), torch.inference_mode():
@@ -127,3 +112,66 @@ def test_tinygemm_dequantizes_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> 
     for rows in (gpu_modules.INT4_ROWS + 1, 200):
         x = torch.randn(rows, 128)
         torch.testing.assert_close(kernel(x), x @ weight.T)
+
+
+def test_what_does_not_work_here_is_not_used() -> None:
+    """Torch's flash kernel and Triton's need a GPU: no error, and the plain path stays."""
+    cuda_ops.load()
+    cpu = torch.device("cpu")
+    assert not gpu_modules.is_ampere(cpu)
+    assert not gpu_modules.flash_works(cpu, torch.bfloat16, 32)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, begin_q: Tensor, begin_k: Tensor, *more: Any, seqused_k: Tensor
+) -> tuple[Tensor]:
+    """What torch's flash kernel computes for rows of different lengths, row by row in fp32.
+
+    Row b has the queries from begin_q[b] to begin_q[b + 1], and the seqused_k[b] keys from
+    begin_k[b] on. If causal, its last query sees all of these keys.
+    """
+    out, group, causal = torch.empty_like(q), q.shape[1] // k.shape[1], more[3]
+    for b, n in enumerate(seqused_k.tolist()):
+        rows = slice(int(begin_q[b]), int(begin_q[b + 1]))
+        keys, values = (
+            t[int(begin_k[b]) : int(begin_k[b]) + n].float().repeat_interleave(group, 1)
+            for t in (k, v)
+        )
+        queries = q[rows].float()
+        scores = torch.einsum("thd,shd->hts", queries, keys) / math.sqrt(q.shape[2])
+        if causal:
+            T = len(queries)
+            hidden = torch.ones(T, n, dtype=torch.bool).tril(n - T).logical_not()
+            scores = scores.masked_fill(hidden, -math.inf)
+        out[rows] = torch.einsum("hts,shd->thd", scores.softmax(-1), values).to(q.dtype)
+    return (out,)
+
+
+def test_arguments_of_the_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ragged rows, a first row that is not 0, prompts after a cache."""
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen_attention, raising=False)
+    args = ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, vocab_size=9, max_seq_len=40)
+    model = Transformer(args)
+    cases: list[tuple[int, int, int | Tensor, int]] = [
+        (3, 5, torch.tensor([0, 7, 20]), 1),
+        (2, 1, torch.tensor([3, 30]), 0),
+        (2, 6, 4, 3),
+        (1, 1, 0, 2),
+    ]
+    for B, T, start, first in cases:
+        cache = model.new_cache(5, 40)
+        cache[0].k.normal_()
+        cache[0].v.normal_()
+        _, _, at = model.locate((B, T), start, cache, first_row=first)
+        assert at is not None
+        keys, values = (
+            t.narrow(0, first, B).narrow(1, 0, at.length) for t in (cache[0].k, cache[0].v)
+        )
+        mask = causal_mask(at.positions.expand(B, T), at.length)
+        xq = torch.randn(B, T, 4, 16)
+        found = cuda_ops.flash_attend(xq, keys, values, at.queries, at.keys, at.ends)
+        torch.testing.assert_close(found, folded_attention(xq, keys, values, mask))
+    for head_dim in (16, 128):  # the probe, which decides on a GPU, accepts a right kernel
+        works = gpu_modules.flash_works.__wrapped__
+        cuda_ops.load()
+        assert works(torch.device("cpu"), torch.bfloat16, head_dim)
