@@ -41,7 +41,7 @@ def run(run: Run, scheme: str) -> None:
                 engine.step()
             times.append(time.perf_counter() - start)
             check([generation])
-        # The layers, and causal attention: two products of half of length x length in each head.
+        # The layers, and causal attention: two matmuls of half of length x length in each head.
         flops = 2.0 * parameters * length + 2.0 * args.n_layers * args.dim * length**2
         rates = [flops / t / 1e12 for t in times[1:]]
         run.figure(row, "prefill", "tok/s", [length / t for t in times[1:]], "higher")

@@ -48,6 +48,8 @@ def run_parts(parts: Sequence[Part], seconds: float, folder: Path, rehearse: boo
     entries = read_entries(folder / "machine.jsonl")
     if not entries:
         raise ValueError(state["status"])
+    if "note" not in entries[0]:
+        raise ValueError(entries[0].get("failed", state["status"]))
     result: Result = entries[0]["note"]
     if result["machine"]["gpu"] is None and not rehearse:
         raise ValueError(NO_GPU)

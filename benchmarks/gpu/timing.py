@@ -96,7 +96,7 @@ def read_speed(device: torch.device, size: int, runs: int = 5) -> list[float]:
 
 
 def matmul_speed(device: torch.device, n: int, runs: int = 5) -> list[float]:
-    """TFLOP/s of a product of two n x n matrices of random numbers in bf16."""
+    """TFLOP/s of a matmul of two n x n matrices of random numbers in bf16."""
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     out: Tensor = torch.empty_like(a)
     times = seconds_of(lambda: torch.mm(a, b, out=out), device, runs, warm=5)

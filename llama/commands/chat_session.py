@@ -179,11 +179,11 @@ class ChatSession:
         if not asked:
             raise ValueError("there is no message to answer again")
         before, last = self.dialog, asked[-1]
-        self.dialog = before[:last]
+        shorter = self.dialog = before[:last]
         try:
             self.answer(before[last]["content"])
         finally:
-            if len(self.dialog) == last:  # there was no answer
+            if self.dialog is shorter:  # there was no answer
                 self.dialog = before
 
     def set(self, words: str) -> None:
@@ -193,7 +193,7 @@ class ChatSession:
             raise ValueError(f"type /set NAME VALUE; the names are {', '.join(SETTINGS)}")
         try:
             value = None if text.strip() in ("none", "None") else ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise ValueError(f"{name} must be a number, not {text!r}") from None
         changed = self.options | {name: value}
         if name == "max_gen_len":

@@ -40,6 +40,7 @@ class CompiledStep:
 
     def __init__(self, model: Transformer, cache: Sequence[KVCache]):
         self.model, self.cache = model, cache
+        self.unused = model.unused  # kept, because graphs contain its address
         self.graphs: dict[Hashable, Graph] = {}
         self.pool: Any = None  # memory that the graphs share: one runs at a time
         self.graphed = model.norm.weight.is_cuda

@@ -16,6 +16,8 @@ from torch import Tensor
 from llama.engine.compiled_step import CompiledStep
 from llama.engine.sampling import GREEDY_BELOW, Sampling, sample_rows, uniform_of
 
+ALL = 1 << 31  # a top_k that no vocabulary exceeds
+
 
 class Row(NamedTuple):
     """What decides a row's next id.
@@ -58,8 +60,8 @@ def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
         h = step.hidden(tokens.unsqueeze(1), start_pos, length).squeeze(1)
         logits = step.model.logits(h)
         allowed = logits  # log-probabilities are of all ids
-        if step.model.unused is not None:
-            allowed = logits.index_fill(-1, step.model.unused, -math.inf)
+        if step.unused is not None:
+            allowed = logits.index_fill(-1, step.unused, -math.inf)
         finite = allowed.amax(-1).isfinite()
         allowed = allowed.where(finite.unsqueeze(-1), 0.0)  # drawing would fail, for all rows
         ids = sample_rows(allowed, settings, uniform if seeded else None, from_global)
@@ -76,7 +78,7 @@ def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
 
 def pack(row: Row) -> list[float]:
     """A row as numbers; -1 is no random number of its own."""
-    how = row.sampling
+    how, top_k = row.sampling, min(row.sampling.top_k, ALL)
     drawn = row.generator is not None and how.temperature >= GREEDY_BELOW
     uniform = uniform_of(row.generator) if drawn and row.generator is not None else -1.0
-    return [row.token, row.position, how.temperature, how.top_p, how.top_k, how.min_p, uniform]
+    return [row.token, row.position, how.temperature, how.top_p, top_k, how.min_p, uniform]

@@ -15,6 +15,8 @@ from llama.common.options import option
 
 # A lower temperature is treated as 0: dividing by it may overflow, and only one id has a chance.
 GREEDY_BELOW = 1e-6
+# A higher one is treated as this, at which all ids are equally probable. (-inf / inf is NaN.)
+UNIFORM_ABOVE = 1e30
 # `nucleus` first sorts only this many of the most probable ids, and all ids if these are too few.
 NUCLEUS_GUESSES = (256, 4096)
 
@@ -69,7 +71,7 @@ def sample(
     """
     if how.temperature < GREEDY_BELOW:
         return torch.argmax(logits, dim=-1)
-    probs = torch.softmax(logits / how.temperature, dim=-1)
+    probs = torch.softmax(logits / min(how.temperature, UNIFORM_ABOVE), dim=-1)
     if 0 < how.top_k < probs.shape[-1]:
         kth = torch.topk(probs, how.top_k, dim=-1).values.narrow(-1, how.top_k - 1, 1)
         probs = probs.where(probs >= kth, 0.0)
@@ -117,7 +119,7 @@ def sample_rows(
     if uniform is None and not from_global:
         return best
     temperature, top_p, top_k, min_p = (each.unsqueeze(-1) for each in settings)
-    probs = torch.softmax(logits / temperature.clamp_min(GREEDY_BELOW), dim=-1)
+    probs = torch.softmax(logits / temperature.clamp(GREEDY_BELOW, UNIFORM_ABOVE), dim=-1)
     weights, ids = torch.sort(probs, dim=-1, descending=True, stable=True)
     limited = (top_k > 0) | (min_p > 0)
     last = (top_k.long() - 1).clamp(0, logits.shape[-1] - 1)

@@ -68,7 +68,8 @@ class FlashAttention(DotProductAttention):
         mask: Tensor | None,
         at: CacheSlice | None = None,
     ) -> Tensor:
-        if at is None:
+        half = xq.dtype in (torch.bfloat16, torch.float16)
+        if at is None or not half or not xq.is_cuda:  # no cache, or the model has been moved
             return fused_attention(xq, keys, values, mask)
         flash = torch.ops.llama3.flash_attend
         out: Tensor = flash(xq, keys, values, at.queries, at.keys, at.ends)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers.attention import folded_attention
 from llama.layers.kernel_modules import rotate, swiglu
-from llama.layers.quantization import codes_int4, scales_and_zeros_int4
+from llama.layers.quantization import codes_int4, dequantize_int8, scales_and_zeros_int4
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
 from llama.layers.replace import as_class
 from llama.model import Attention, FeedForward, RMSNorm
@@ -154,7 +154,9 @@ class TritonLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight
-        if x.numel() != x.shape[-1] or x.dtype != w.dtype or not w.is_contiguous():
+        if x.numel() != x.shape[-1] or x.dtype != w.dtype or not x.is_cuda:
+            return super().forward(x)
+        if not w.is_contiguous():
             return super().forward(x)
         if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
             return super().forward(x)
@@ -166,13 +168,15 @@ class TritonInt8Linear(Int8Linear):
     """An `Int8Linear` whose codes are widened in registers where x has few rows."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or x.dtype not in HALF:  # the model has been moved
+            return super().forward(x)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= INT8_ROWS:
             y: Tensor = torch.ops.llama3.gpu_linear_int8(rows, self.q, self.scale)
             return y.view(*x.shape[:-1], -1)
         if x.dtype == torch.float16:  # sums of unscaled codes may overflow its range
-            return F.linear(x, self.q.to(x.dtype) * self.scale.to(x.dtype).unsqueeze(1))
-        return F.linear(x, self.q.to(x.dtype)) * self.scale.to(x.dtype)
+            return F.linear(x, dequantize_int8(self.q, self.scale).to(x.dtype))
+        return F.linear(x, self.q.to(x.dtype)).mul_(self.scale)
 
 
 class TinygemmLinear(nn.Module):
@@ -199,6 +203,11 @@ class TinygemmLinear(nn.Module):
         self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise RuntimeError(
+                f"int4 weights that were built for bfloat16 on a GPU cannot multiply {x.dtype}; "
+                "build the model with the dtype that you need"
+            )
         rows = x.reshape(-1, x.shape[-1])
         if self.unpack and len(rows) > INT4_ROWS:
             return F.linear(x, self.dequantized())
@@ -244,8 +253,9 @@ def warn_of_wrong_results(name: str, kernel: str) -> None:
 
 
 def probe(K: int, device: torch.device) -> Tensor:
-    """(5, K) bf16 numbers, all different."""
-    return torch.linspace(-1, 1, 5 * K, device=device, dtype=torch.float32).bfloat16().view(5, K)
+    """(5, K) bf16 numbers in no order, so that a kernel that permutes columns is noticed."""
+    numbers = torch.arange(5 * K, device=device, dtype=torch.float32)
+    return numbers.mul(0.7).sin().bfloat16().view(5, K)
 
 
 def close(found: Tensor, expected: Tensor) -> bool:

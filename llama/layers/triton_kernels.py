@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,7 +114,10 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     rows = max(16, 1 << (M - 1).bit_length())
     BN, BK = (64, 128) if N >= 8192 else (16, 256)
     grid = (triton.cdiv(N, BN),)
-    _rows_int8[grid](x, q, scale, y, M, N, K, rows, BN, BK, STAGES=4, num_warps=4)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _rows_int8[grid](
+            *(x.contiguous(), q, scale, y, M, N, K, rows, BN, BK), STAGES=4, num_warps=4
+        )
     return y
 
 
@@ -121,7 +125,8 @@ def _run_one_row(x: Tensor, w: Tensor, scale: Tensor, scaled: bool) -> Tensor:
     N, K = w.shape
     y = x.new_empty(1, N)
     options: dict[str, Any] = {"num_warps": 2 if scaled else 4}
-    _one_row[(triton.cdiv(N, 4),)](x, w, scale, y, N, K, scaled, 4, 512, STAGES=4, **options)
+    with torch.cuda.device_of(x):
+        _one_row[(triton.cdiv(N, 4),)](x, w, scale, y, N, K, scaled, 4, 512, STAGES=4, **options)
     return y
 
 
@@ -139,7 +144,8 @@ def unpack_tinygemm(words: Tensor, scales_and_zeros: Tensor, n: int, group: int)
     y = scales_and_zeros.new_empty(n, K)
     grid = (n, triton.cdiv(K, 1024))
     columns = scales_and_zeros.shape[1]
-    _unpack_tinygemm[grid](
-        *(words, scales_and_zeros, y, columns, K, group, tiles), BK=1024, num_warps=4
-    )
+    with torch.cuda.device_of(words):
+        _unpack_tinygemm[grid](
+            *(words, scales_and_zeros, y, columns, K, group, tiles), BK=1024, num_warps=4
+        )
     return y

@@ -234,6 +234,17 @@ def test_a_full_context_offers_to_drop_the_oldest_turns(
     assert contents(chat)[0] == ("system", "Be brief.")
 
 
+def test_regenerating_in_a_full_context_keeps_the_new_answer(demo: Llama) -> None:
+    """Dropping one turn makes the dialog as long as it was before the last question."""
+    chat = ChatSession(demo, OPTIONS, system="Be brief.")
+    assert chat.run(iter(["one " * 90 + "\n"]))
+    chat.dialog += [{"role": "user", "content": "two " * 130}]
+    chat.dialog += [{"role": "assistant", "content": "OLD"}]
+    assert chat.run(iter(["/regenerate\n", "y\n"]))
+    assert contents(chat)[1] == ("user", "two " * 130)
+    assert contents(chat)[2][1] != "OLD" and len(chat.dialog) == 3
+
+
 def test_a_stopped_answer_is_kept_and_one_that_never_came_is_not(
     demo: Llama, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

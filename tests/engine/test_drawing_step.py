@@ -24,6 +24,25 @@ SETTINGS = [
 ]
 
 
+EXTREME = [Sampling(1e39), Sampling(1e308, 0.5, top_k=10**400), Sampling(1e-5, 0.9)]
+
+
+@torch.inference_mode()
+def test_extreme_settings() -> None:
+    """They draw what their limits draw, and never an id without a token."""
+    model, step, cache = model_and_step()
+    step.unused = torch.arange(10, 50)
+    rows = [Row(7 + i, 299, how, torch.Generator().manual_seed(i)) for i, how in enumerate(EXTREME)]
+    found = draw_rows(step, rows)
+    assert all(drawn.finite and drawn.token < 10 for drawn in found)
+    tokens, starts = torch.tensor([[7], [8], [9]]), torch.tensor([299] * 3)
+    logits = model.logits(model.hidden(tokens, starts, cache)).squeeze(1)
+    logits[:, 10:] = -math.inf
+    for i, how in enumerate(EXTREME):
+        generator = torch.Generator().manual_seed(i)
+        assert found[i].token == int(sample(logits[i : i + 1], how, [generator]))
+
+
 def columns(settings: list[Sampling]) -> list[torch.Tensor]:
     rows = [[how.temperature, how.top_p, how.top_k, how.min_p] for how in settings]
     return list(torch.tensor(rows).unbind(1))
@@ -114,7 +133,7 @@ def test_ids_without_a_token_are_not_drawn() -> None:
     row = Row(7, 299, Sampling(0.0), None)
     logits = model.logits(model.hidden(torch.tensor([[7]]), torch.tensor([299]), cache)).flatten()
     best, second = logits.topk(2).indices.tolist()
-    model.unused = torch.tensor([best])
+    step.unused = torch.tensor([best])
     [drawn] = draw_rows(step, [row])
     assert drawn.token == second
     assert drawn.logprob == pytest.approx(float(logits.log_softmax(-1)[second]), abs=1e-5)

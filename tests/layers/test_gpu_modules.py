@@ -105,12 +105,12 @@ def test_every_tensor_is_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_tinygemm_dequantizes_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     linear = Int4Linear(torch.randn(40, 128))
-    weight = torch.randn(40, 128)
+    weight = torch.randn(40, 128).bfloat16()
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda pairs, inner: pairs)
     monkeypatch.setattr(TinygemmLinear, "dequantized", lambda self: weight)
     kernel = TinygemmLinear(linear)
     for rows in (gpu_modules.INT4_ROWS + 1, 200):
-        x = torch.randn(rows, 128)
+        x = torch.randn(rows, 128).bfloat16()
         torch.testing.assert_close(kernel(x), x @ weight.T)
 
 
