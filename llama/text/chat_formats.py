@@ -76,7 +76,7 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
     tried = [
         [said("user", f" {USER}\n")],
         [
-            said("system", SYSTEM),
+            said("system", f" {SYSTEM}\n"),
             said("user", USER),
             said("assistant", " a </think> b\n"),
             said("user", "x"),
@@ -98,8 +98,12 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
     system = found[1] if found else None
     begin = bos if bos and written[0].startswith(bos) and bos != "<|im_start|>" else None
     chatml = ChatML(system, begin)
-    same = ["".join(text for text, _ in chatml.prompt(dialog)) for dialog in tried] == written
-    return ("chatml", system, begin) if same and not template.takes_tools else other
+    same = all(chatml.prompt(dialog) == template.prompt(dialog) for dialog in tried)
+    return (
+        ("chatml", system, begin)
+        if same and not (template.takes_tools or template.takes_calls)
+        else other
+    )
 
 
 def _tail(text: str, bos: str | None) -> str:

@@ -152,6 +152,8 @@ class ChatTemplate:
         given = json.dumps([messages, definitions], ensure_ascii=False)
         free = (chr(i) for i in _PRIVATE if chr(i) not in given)
         stand_in = dict(zip(sorted(self._first), free, strict=False))
+        if len(stand_in) < len(self._first):
+            raise ValueError("the dialog has too many private characters of Unicode; remove some")
         meant = str.maketrans({private: c for c, private in stand_in.items()})
 
         def protected(text: str) -> str:
@@ -178,6 +180,13 @@ class ChatTemplate:
 
     def message(self, message: Mapping[str, Any]) -> list[Piece]:
         return self.header("")
+
+    def user_marks(self) -> set[str]:
+        """The tokens around a user's message: text that stands for them would forge a turn."""
+        try:
+            return set(self._pattern.findall(self.text([said("user", USER)], answer=False)))
+        except ValueError:
+            return set()
 
     def turn_end(self) -> str | None:
         """The special token that ends the assistant's turn; None if there is none."""

@@ -109,7 +109,7 @@ class Meter(threading.local):
     def indent(self, s: Any, width: Any = 4, first: bool = False, blank: bool = False) -> str:
         """The filter `indent`."""
         s = str(self.read(s))
-        self.check((s.count("\n") + 1) * (width if isinstance(width, int) else len(width)))
+        self.check((len(s.splitlines()) + 1) * (width if isinstance(width, int) else len(width)))
         return str(jinja2.filters.do_indent(s, width, first, blank))
 
     def format(self, text: str, *args: Any, **kwargs: Any) -> None:

@@ -201,7 +201,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             self.read(owner)
             self.read(args)
             if obj.__name__ == "replace":
-                return self.made(self.meter.replace(owner, *args, **kwargs))
+                return self.made(self.meter.replace(owner, *args))
             if obj.__name__ == "join":
                 return self.made(self.meter.join(args[0], owner))
         return self.made(super().call(context, obj, *args, **kwargs))
@@ -220,7 +220,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """
         items, characters, depth = measure(self.read(value))
         width = indent if isinstance(indent, int) else len(indent or "")
-        self.meter.check(items * (width * depth + 8) + characters)
+        between = len(separators[0]) + len(separators[1]) if separators else 0
+        self.meter.check(items * (width * depth + between + 8) + characters)
         text = json.dumps(
             value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
         )

@@ -105,9 +105,13 @@ def chat_settings(stored: StoredTemplates, spec: Mapping[str, Any]) -> dict[str,
         template = ChatTemplate(sources.get("default", ""), texts, special_tokens)
         if bos and not template.text([said("user", USER)]).startswith(bos):
             texts["bos_token"] = bos
-            sources = {name: "{{ bos_token }}" + source for name, source in sources.items()}
+            sources["default"] = "{{ bos_token }}" + sources["default"]
             template = ChatTemplate(sources["default"], texts, special_tokens)
         end = template.turn_end()
+        marks = template.user_marks() | {end}
+        in_text = spec.get("text_tokens", {})
+        if marks & in_text.keys():
+            settings["text_tokens"] = {k: v for k, v in in_text.items() if k not in marks}
         chat_format, system, begin = recognise(template)
         settings |= {"chat_format": chat_format, "default_system": system}
         if "tool_use" in sources:  # no built-in format has a template of its own for tools
