@@ -26,6 +26,11 @@ SAMPLED = 1024  # numbers of a row that `sample` reads
 WEIGHT_SUFFIXES = (".pth", ".safetensors", ".gguf")
 
 
+def released_context(params: dict[str, Any]) -> int:
+    """Tokens in a row that the release with these sizes was trained for."""
+    return LONG_CONTEXT if params.get("use_scaled_rope") else CONTEXT
+
+
 class Source(ABC):
     """An open checkpoint. Opening reads names and sizes; weights are read on demand.
 
@@ -49,8 +54,7 @@ class Source(ABC):
     @property
     def context(self) -> int:
         """Tokens in a row that the model was trained for: from the files, else by its release."""
-        released = LONG_CONTEXT if self.params.get("use_scaled_rope") else CONTEXT
-        return int(self.params.get("max_seq_len", released))
+        return int(self.params.get("max_seq_len", released_context(self.params)))
 
     @abstractmethod
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -41,7 +41,7 @@ def chat(
 ) -> None:
     """Chat with an instruct model.
 
-    In a terminal, /help lists commands. Otherwise each line of standard input is a message.
+    /help lists the commands. Over a pipe each line is a message, or a command if it begins with /.
 
     Examples:
         llama3 chat

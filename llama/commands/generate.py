@@ -64,13 +64,15 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
     """
     if (prompt is None) == (file is None):
         raise ValueError(
-            "complete needs one of PROMPT, the text to continue, and --prompt_file: type "
+            "complete takes either PROMPT, the text to continue, or --prompt_file: type "
             '`llama3 complete "The capital of France is"`'
         )
     if file is not None:
         return read_text(file)
-    if prompt != "-":
-        return str(prompt)
+    return _read_stdin() if prompt == "-" else str(prompt)
+
+
+def _read_stdin() -> str:
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as e:
@@ -106,7 +108,7 @@ def _print_as_json(stream: Stream, prompt: str) -> None:
 
 
 def perplexity(
-    file: Annotated[str, "a text file in UTF-8"],
+    file: Annotated[str, "a text file in UTF-8; - is standard input"],
     *,
     max_seq_len: Annotated[
         int | None, "tokens of the sliding window; by default as trained, at most 4096"
@@ -128,7 +130,7 @@ def perplexity(
         llama3 perplexity book.txt -m Meta-Llama-3-8B
         llama3 perplexity book.txt --max_seq_len 512 --quantize int8
     """
-    text = read_text(file)
+    text = _read_stdin() if file == "-" else read_text(file)
     if max_seq_len is not None:
         stride = check_windows(max_seq_len, stride)
         max_seq_len = min(max_seq_len, len(text.encode()) + 2)  # a text has no more tokens

@@ -74,6 +74,8 @@ def parse(arguments: list[str]) -> Callable[[], None]:
         ValueError: the command line is wrong; one line that says how.
         SystemExit: help or the version has been printed.
     """
+    if arguments[:1] == ["help"]:  # `help VERB` is `VERB --help`
+        arguments = [*arguments[1:], "--help"]
     app = make_app()
     word = next((word for word in arguments if not word.startswith("-")), None)
     if word is not None and word not in app.commands:
@@ -97,7 +99,10 @@ def make_app() -> Any:
         rich_markup_mode=None,
         invoke_without_command=True,
         subcommand_metavar="VERB ...",
-        context_settings={"token_normalize_func": lambda flag: flag.replace("-", "_")},
+        context_settings={
+            "token_normalize_func": lambda flag: flag.replace("-", "_"),
+            "help_option_names": ["--help", "-h"],
+        },
     )
     app.callback()(_options)
     group: Any = typer.main.get_command(app)

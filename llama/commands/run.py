@@ -12,6 +12,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from llama.commands.waiting import choose_waiting
@@ -45,6 +46,7 @@ def run_command(command: Callable[[], object], name: str) -> None:
         _prepare_streams()
         signal.signal(signal.SIGTERM, _terminate)
         _show_log_messages()
+        _show_warnings(name)
         choose_waiting()
         _check_text(sys.argv[1:])
         command()
@@ -120,7 +122,17 @@ def _show_log_messages() -> None:
     logger.propagate = False
 
 
-def _is_from_leader(_: logging.LogRecord) -> bool:
+def _show_warnings(name: str) -> None:
+    """Write warnings as one line each, on the leader rank."""
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        if _is_from_leader():
+            print(printable_line(f"{name}: warning: {message}"), file=sys.stderr)
+
+    warnings.showwarning = show
+
+
+def _is_from_leader(_: logging.LogRecord | None = None) -> bool:
     if "RANK" not in os.environ:
         return True
     from llama.distributed import job

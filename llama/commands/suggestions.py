@@ -18,7 +18,6 @@ OTHER_VERBS = {
     "eval": "type `llama3 perplexity FILE`",
     "finetune": "`llama3 train` trains a new model; there is no fine-tuning yet",
     "export": "type `llama3 convert SRC DST --to hf`",
-    "help": "type `llama3 --help`, or `llama3 VERB --help`",
 }  # fmt: skip
 OTHER_VERBS |= {
     word: OTHER_VERBS[verb]

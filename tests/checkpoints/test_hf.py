@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llama import Transformer
+from llama.checkpoints.convert import convert, quantize
 from llama.checkpoints.formats.hf import HFSource
+from llama.checkpoints.open import open_checkpoint
 
 transformers = pytest.importorskip("transformers")
 
@@ -260,3 +262,15 @@ def test_quantized_weights(copied: Path) -> None:
     save_file(weights, copied / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.norm\.weight is of type I8"):
         HFSource(copied)
+
+
+@pytest.mark.filterwarnings("ignore:.*no tokenizer")
+@pytest.mark.parametrize("length", [256, 2048, 8192, 32768])
+def test_the_trained_context_survives(length: int, copied: Path, tmp_path: Path) -> None:
+    """Meta's files do not say it; those that are made here do."""
+    edit(copied / "config.json", max_position_embeddings=length)
+    meta = convert(copied, tmp_path / "meta")
+    small = quantize(copied, tmp_path / "int8", "int8")
+    for folder in (copied, meta, small):
+        assert open_checkpoint(folder).context == length
+    assert ("max_seq_len" in json.loads((meta / "params.json").read_text())) == (length != 8192)

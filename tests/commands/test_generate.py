@@ -50,7 +50,7 @@ def test_prompts_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     stdin(monkeypatch, b"caf\xe9")
     with pytest.raises(ValueError, match=r"standard input is not text in UTF-8: byte 4"):
         parse(["complete", "-"])()
-    with pytest.raises(ValueError, match="needs one of PROMPT"):
+    with pytest.raises(ValueError, match="takes either PROMPT"):
         parse(["complete", "Hi", "--prompt_file", "x"])()
     with pytest.raises(FileNotFoundError):
         parse(["complete", "--prompt_file", str(tmp_path / "absent")])()

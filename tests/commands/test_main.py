@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -147,7 +148,7 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
         (["plan", "--batch", "1"], "Did you mean --max_batch_size"),
         (["complete", "Hi", "-t", "1"], "no flag -t; `llama3 complete --help` lists them"),
         (["--bogus"], "no flag --bogus"),
-        (["complete"], "needs one of PROMPT, the text to continue, and --prompt_file"),
+        (["complete"], "takes either PROMPT, the text to continue, or --prompt_file"),
         (["verify"], "verify needs PATH: a checkpoint"),
         (["quantize", "a", "b"], "quantize needs --scheme: int8, or int4"),
         (["complete", "Hi", "--max_gen_len", "many"], "Invalid value for '--max_gen_len'"),
@@ -309,3 +310,16 @@ def test_how_a_command_ends(body: str, code: int, err: str) -> None:
     )
     assert done.returncode == code
     assert done.stderr.endswith(err) and ("Traceback" in done.stderr) == (code == 1 and "K" in body)
+
+
+def test_ways_to_ask_for_help() -> None:
+    helped = run("chat", "--help").stdout
+    assert helped == run("help", "chat").stdout == run("chat", "-h").stdout
+    assert run("help").stdout == run("--help").stdout == run("-h").stdout
+
+
+def test_a_warning_is_one_line(tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint(vocab_size=304)
+    done = run("convert", str(folder), str(tmp_path / "out"), "-q")
+    [line] = done.stderr.splitlines()
+    assert line.startswith("llama3: warning: ") and "no tokenizer" in line

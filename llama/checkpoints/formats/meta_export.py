@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llama.checkpoints.formats.quantized import quantize_weight, quantized_params
 from llama.checkpoints.load import read_part
-from llama.checkpoints.source import Source
+from llama.checkpoints.source import Source, released_context
 from llama.common.files import write_json
 from llama.common.progress import progress
 from llama.distributed.sharding import rank_counts, weight_shapes
@@ -47,6 +47,8 @@ def write_meta(
     if mp not in possible:
         raise ValueError(f"this model cannot be split over {mp}; use one of {possible}")
     params = quantized_params(source, *quantization) if quantization else source.params
+    if source.context != released_context(params):  # Meta's files do not say it
+        params = params | {"max_seq_len": source.context}
     write_json(folder / "params.json", params)
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
