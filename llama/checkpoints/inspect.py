@@ -48,6 +48,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
     scaled = f"scaled by {args.scale_factor:g}" if args.use_scaled_rope else "not scaled"
     tied = "quantized from the embedding" if source.quantization else "tied to the embedding"
     plain = [("", f"embedding and norms in {_plain_dtypes(source)}")] if source.quantization else []
+    is_gguf = source.layout == "gguf"
     shards = f"{source.n_shards} shard" + "s" * (source.n_shards > 1)
     rows = [
         ("layout", f"{LAYOUTS.get(source.layout, source.layout)}, {shards}"),
@@ -56,8 +57,9 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         ("vocabulary", _vocabulary(source)),
         ("parameters", f"{parameter_count(args, source.tied):,}"),
         ("output", tied if source.tied else "weights of its own"),
-        ("read as" if source.layout == "gguf" else "stored as", _stored_format(source, args)),
+        ("read as" if is_gguf else "stored as", _stored_format(source, args)),
         *plain,
+        *[("", "building makes bf16 of it by default: half of these bytes")] * is_gguf,
         ("weights", f"{_with_unit(weights)} ({weights:,} bytes)"),
         ("context", f"trained for {source.context} tokens"),
         ("RoPE", f"theta {args.rope_theta:g}, {scaled}"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ def open_checkpoint(path: str | Path) -> Source:
         ValueError: the checkpoint is damaged or of another architecture.
         ImportError: the extra that reads this layout is not installed.
     """
+    if not isinstance(path, (str, os.PathLike)) or not str(path):
+        raise TypeError(f"ckpt_dir must be the path of a checkpoint, not {path!r}")
     name, path = hub_name(str(path)), expand(path)
     if name is not None and not path.exists():
         raise FileNotFoundError(
