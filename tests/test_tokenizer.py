@@ -221,6 +221,7 @@ def test_sidecar(tmp_path: Path) -> None:
         ({"eos_token": "</t>"}, "</t>"),
         ({"special_tokens": {"<s>": 3}}, r"both use the ids \[3\]"),
         ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token with id 261"),
+        ({"special_tokens": SIDECAR["special_tokens"] | {"": 261}}, "without text"),
         ({"chat_format": "alpaca"}, "chat_format"),
     ],
 )

@@ -179,6 +179,10 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     check_types(spec, f"{where}.json")
     check_pattern(spec["pat_str"], f"{where}.json")
     special = spec["special_tokens"]
+    if "" in special:
+        raise ValueError(
+            f"{where}.json has a special token without text (id {special['']}): give it a text"
+        )
     ids = [*ranks.values(), *special.values(), *spec["unused_ids"]]
     if clash := set(special.values()) & set(ranks.values()):
         raise ValueError(
