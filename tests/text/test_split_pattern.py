@@ -35,8 +35,8 @@ PUBLISHED = {
     "bloom": r" ?[^(\s|[.,!?…。，、।۔،])]+",  # noqa: RUF001
     "starcoder": r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
     r"|\s+",
-    "counted spaces, as jais-2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+"
-    r"[\r\n]*|\s*[\r\n]+|\s{512}(?!\S)|\s{2}(?!\S)|\s{1}",
+    "counted spaces, as jais-2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s{512}(?!\S)|\s{2}(?!\S)|\s{1}",
     "flags of the whole pattern": r"(?i)'s|\s+(?!\S)|.",
     "a lookbehind in another alternative": r"a+|(?<=b)c|(?<!\S)d|.",
     "a class of brackets": r"[()+*\]]+(?![)*+])|.",
