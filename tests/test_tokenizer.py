@@ -230,6 +230,12 @@ def test_bad_sidecar(tmp_path: Path, change: dict[str, Any], message: str) -> No
         Tokenizer(write_small(tmp_path, SIDECAR | change))
 
 
+def test_a_tokenizer_json_in_place_of_a_rank_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{\n  "version": "1.0"}')
+    with pytest.raises(ValueError, match=r"json is JSON, not a .* give that folder without"):
+        Tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_sidecar_that_is_not_json(tmp_path: Path) -> None:
     path = write_small(tmp_path, SIDECAR)
     (tmp_path / "tokenizer.model.json").write_text("{")

@@ -82,6 +82,12 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
     Raises:
         ValueError: it is damaged; `where` names the file in the message.
     """
+    if data.lstrip()[:1] == b"{":
+        raise ValueError(
+            f"{where} is JSON, not a tiktoken rank file; a tokenizer.json is read from the "
+            "checkpoint's folder: give that folder without tokenizer_path, or the path of a "
+            "tokenizer.model"
+        )
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
