@@ -207,7 +207,8 @@ def _call_of_json(value: object) -> ToolCall:
     if not isinstance(name, str):
         raise ValueError('a call in JSON is {"name": ..., "parameters": {...}}, with a name')
     given = [function[key] for key in ("parameters", "arguments") if key in function]
-    arguments = next((v for v in given if v not in (None, "null")), {} if given else None)
+    no_arguments: Any = {} if given else None
+    arguments = next((v for v in given if v not in (None, "null")), no_arguments)
     if isinstance(arguments, dict) and _is_definition(function, nested=function is not value):
         raise ValueError(f"a definition of {name:.80}, not a call with a name and arguments")
     problem = ""

@@ -429,11 +429,12 @@ def remove(folder: Path, *names: str) -> None:
         (folder / name).unlink()
 
 
-def add_single(folder: Path) -> None:
-    """The weights in one file, beside the index of files that are gone."""
-    first = "model-00001-of-00002.safetensors"
-    (folder / first).rename(folder / "model.safetensors")
-    remove(folder, "model-00002-of-00002.safetensors")
+def rename_to(folder: Path, name: str, index: str | None) -> None:
+    """The weights in one file, beside an old index with this content, or None."""
+    (folder / "model-00001-of-00002.safetensors").rename(folder / name)
+    remove(folder, "model-00002-of-00002.safetensors", *([] if index else [INDEX]))
+    if index:
+        (folder / INDEX).write_text(index)
 
 
 INDEX = "model.safetensors.index.json"
@@ -442,20 +443,16 @@ FILES: dict[str, tuple[Callable[[Path], Any], str | None]] = {
     "no index and one missing": (
         lambda d: remove(d, INDEX, "model-00002-of-00002.safetensors"), "00002-of-00002",
     ),
-    "one file and an old index": (add_single, None),
-    "a damaged index beside one file": (
-        lambda d: (add_single(d), (d / INDEX).write_text("{}")), None,
+    "one file and an old index": (
+        lambda d: rename_to(d, "model.safetensors", '{"weight_map": {"a": "gone.safetensors"}}'),
+        None,
     ),
+    "one file and an empty index": (lambda d: rename_to(d, "model.safetensors", "{}"), None),
     "an index without names": (lambda d: (d / INDEX).write_text("{}"), "has no weight_map"),
     "an index of another folder": (
         lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../a"}}'), "outside its folder",
     ),
-    "other names": (
-        lambda d: (
-            add_single(d), remove(d, INDEX), (d / "model.safetensors").rename(d / "x.safetensors"),
-        ),
-        "has no model.safetensors",
-    ),
+    "other names": (lambda d: rename_to(d, "x.safetensors", None), "has no model.safetensors"),
 }  # fmt: skip
 
 
