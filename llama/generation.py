@@ -394,8 +394,8 @@ class Llama:
     def __init__(self, model: Transformer, tokenizer: Tokenizer):
         self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
         rows, device = model.vocab_size, model.norm.weight.device
-        unused = {i for i in tokenizer.unused_ids if i < rows} | {*range(tokenizer.n_words, rows)}
-        model.unused = torch.tensor(sorted(unused), device=device) if unused else None
+        unused = tokenizer.pad_to(rows)
+        model.unused = torch.tensor(unused, device=device) if unused else None
         self.formatter: ChatFormat | None = None
         with suppress(ValueError):  # a base model: only the chat methods are refused
             self.formatter = ChatFormat(tokenizer)

@@ -42,11 +42,11 @@ class Tokenizer:
 
     Attributes:
         model: the tiktoken encoding.
-        n_words: size of the vocabulary, special tokens and unused ids included.
+        n_words: one more than the highest id of a token; unused ids may be higher.
         special_tokens: {text: id}.
         bos_id, eos_id, eot_id, eom_id, pad_id: -1 where the vocabulary has no such token.
         stop_tokens: ids that end a generation.
-        unused_ids: ids of rows without a token. They decode to nothing.
+        unused_ids: ids of rows without a token, see `pad_to`. They decode to nothing.
 
     Raises:
         FileNotFoundError: there is no rank file.
@@ -151,7 +151,12 @@ class Tokenizer:
         except (KeyError, OverflowError):
             known = {*self.ranks.values(), *self.special_tokens.values(), *self.unused_ids}
             wrong = next(i for i in t if i not in known)
-            raise ValueError(f"no token has the id {wrong}; use 0 to {self.n_words - 1}") from None
+            raise ValueError(f"no token has the id {wrong}; use 0 to {max(known)}") from None
+
+    def pad_to(self, rows: int) -> list[int]:
+        """The ids below `rows` that no token has; from now on they are `unused_ids`."""
+        self.unused_ids |= frozenset(range(self.n_words, rows))
+        return sorted(i for i in self.unused_ids if i < rows)
 
 
 class ChatFormat:

@@ -221,12 +221,19 @@ def test_sidecar(tmp_path: Path) -> None:
         ({"eos_token": "</t>"}, "</t>"),
         ({"special_tokens": {"<s>": 3}}, r"both use the ids \[3\]"),
         ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token with id 261"),
+        ({"special_tokens": SIDECAR["special_tokens"] | {"": 261}}, "without text"),
         ({"chat_format": "alpaca"}, "chat_format"),
     ],
 )
 def test_bad_sidecar(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Tokenizer(write_small(tmp_path, SIDECAR | change))
+
+
+def test_a_tokenizer_json_in_place_of_a_rank_file(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{\n  "version": "1.0"}')
+    with pytest.raises(ValueError, match=r"json is JSON, not a .* give that folder without"):
+        Tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_sidecar_that_is_not_json(tmp_path: Path) -> None:

@@ -208,4 +208,4 @@ def fit_to_rows(tokenizer: Tokenizer, rows: int, path: str | Path) -> None:
         )
     elif rows > tokens:
         log.info("%s: the ids %d to %d have no token and are never drawn", path, tokens, rows - 1)
-    tokenizer.unused_ids |= frozenset(range(tokens, rows))
+    tokenizer.pad_to(rows)

@@ -228,7 +228,7 @@ def as_text(figures: dict[str, Any]) -> str:
     lines += [(f"  {label}", f"{_gb(b)} {b:>18,}  {what}") for label, b, what in _amounts(f)]
     lines.append(("possible ranks", ", ".join(map(str, f["possible_ranks"]))))
     if "device_memory" in f:
-        lines += _what_fits(f)
+        lines += _memory_lines(f)
     if f["ranks"] > 1:
         each = f"{f['latency'] * 1e6:.1f} us each and the transfer"
         collectives = f"{f['collectives_a_step']} collectives a step, {each}"
@@ -258,7 +258,7 @@ def _amounts(f: dict[str, Any]) -> list[tuple[str, int, str]]:
     ]
 
 
-def _what_fits(f: dict[str, Any]) -> list[tuple[str, str]]:
+def _memory_lines(f: dict[str, Any]) -> list[tuple[str, str]]:
     """The lines about a device's memory."""
     memory, left = _gb(f["device_memory"]).strip(), _gb(abs(f["left"])).strip()
     verdict = f"fits, {left} left" if f["fits"] else f"does not fit, {left} too little"

@@ -20,7 +20,7 @@ from llama.checkpoints.file_checks import (
     is_gguf,
 )
 from llama.checkpoints.formats.gguf_parts import part_paths
-from llama.checkpoints.formats.hf import MAX_FILES
+from llama.checkpoints.formats.hf import MAX_FILES, named_files
 from llama.checkpoints.formats.hf_config import INDEX_FILE
 from llama.checkpoints.locate import checkpoint_folder, expand, gguf_files
 from llama.checkpoints.source import WEIGHT_SUFFIXES, Source
@@ -176,21 +176,15 @@ def _expected_files(folder: Path, problems: Problems) -> list[Path]:
 
 
 def _safetensors_files(folder: Path, problems: Problems) -> list[Path]:
-    """The index and the files that it names; without an index, the files that exist."""
+    """The files that the folder must have; if they cannot be known, its index, with a problem."""
     index = folder / INDEX_FILE
-    if index.is_file():
-        names = _read_json_or_empty(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            problems.add(index, "names no files", GET_AGAIN)
-            return [index]
-        files = {name for name in names.values() if isinstance(name, str)}
-        return [index, *(folder / name for name in sorted(files))]
-    found = sorted(folder.glob("*.safetensors"))
-    if numbered := [m for f in found if (m := re.fullmatch(r"(.*)-\d+-of-(\d+)", f.stem))]:
-        base, n = numbered[0][1], numbered[0][2]
-        names = [f"{base}-{i:0{len(n)}}-of-{n}.safetensors" for i in range(1, int(n) + 1)]
-        return [index, *(folder / name for name in names)] if int(n) <= MAX_FILES else [index]
-    return found or [folder / "model.safetensors"]
+    try:
+        return named_files(folder)
+    except (OSError, ValueError) as e:
+        if index not in problems.files:
+            problems.files.add(index)
+            problems.lines.append(str(e))
+        return [index]
 
 
 def _read_json_or_empty(path: Path) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Only:
         self.names = names
 
 
-def expand(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def typer_function(verb: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     """The function that typer calls in place of `verb`: it takes the parsed flags.
 
     It builds the dataclasses, whose checks run, and returns the call of `verb`, which is to be made

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from llama.commands.options import expand
+from llama.commands.options import typer_function
 from llama.commands.suggestions import too_many_words, unknown_verb, usage_message
 
 # Heading of the help -> verb -> its module in llama/commands.
@@ -145,5 +145,5 @@ def make_command(verb: str) -> Any:
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog = f"\b\nExamples:\n{examples}"  # \b: keep the line ends
-    app.command(verb, help=text, epilog=epilog)(expand(function))
+    app.command(verb, help=text, epilog=epilog)(typer_function(function))
     return typer.main.get_command(app)

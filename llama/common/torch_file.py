@@ -29,13 +29,15 @@ STORAGES = {
     "torch BFloat16Storage": 2, "torch LongStorage": 8, "torch IntStorage": 4,
     "torch ShortStorage": 2, "torch CharStorage": 1, "torch ByteStorage": 1,
     "torch BoolStorage": 1, "torch.storage UntypedStorage": 1,
+    "torch ComplexFloatStorage": 8, "torch ComplexDoubleStorage": 16,
 }  # fmt: skip
 ORDERED_DICT = "collections OrderedDict"
-# What the pickle may call: plain tensors, parameters, and dicts of them.
+COUNTER, SET, BYTES = "collections Counter", "__builtin__ set", "_codecs encode"
+# What the pickle may call: plain tensors, parameters, dicts of them, and plain values beside them.
 TENSORS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor_v3"}
 CALLS = TENSORS | {
     "torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state",
-    "torch Size", ORDERED_DICT,
+    "torch Size", ORDERED_DICT, COUNTER, SET, BYTES, "__builtin__ complex", "torch device",
 }  # fmt: skip
 # Tensors of another kind: word for the message.
 OTHER_TENSORS = {
@@ -51,9 +53,9 @@ CONSTANTS = {
 }  # fmt: skip
 TUPLES = {"EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
 # Other opcodes of torch, whose result is not looked at.
-OPAQUE = {
-    "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "APPEND", "APPENDS",
-}  # fmt: skip
+OPAQUE = {"NONE", "NEWTRUE", "NEWFALSE", "EMPTY_SET"}
+MAX_KEY = 16  # items of a tuple that is a key
+USED = object()  # in a list that was made a set: one list in many sets could take all memory
 
 
 class CodeError(ValueError):
@@ -115,7 +117,7 @@ def _check_file(path: Path) -> bool:
         except CodeError as e:
             raise ValueError(
                 f"{path} contains more than weights and could run code when loaded; it was "
-                f"refused. Get the official file. (It refers to {e})"
+                f"refused. Get the official file, or save the state dict alone. (It refers to {e})"
             ) from None
     return magic == ZIP_MAGIC
 
@@ -242,14 +244,27 @@ def _result(name: str, items: list[Any]) -> Any:
             raise ValueError("it calls something that is not a function")
         if called in TENSORS:
             _check_tensor(*args)
+        if called in (COUNTER, SET):
+            _check_set(*args)
+        if called == BYTES and args[1:] != ("latin1",):
+            raise ValueError("its bytes are not latin1")
         if called == ORDERED_DICT and name == "REDUCE" and args != ():
             raise ValueError("its dict is damaged")
         if called != ORDERED_DICT and name == "BUILD":
             raise ValueError("it sets the state of something else than a dict")
         return called if called == ORDERED_DICT else None
     if name in ("SETITEM", "SETITEMS"):
-        if not all(type(key) in (str, int) for key in items[1::2]):
-            raise ValueError("a key of a dict is neither text nor a number")
+        if not all(map(_is_key, items[1::2])):
+            raise ValueError("a key of a dict is neither text nor a number, nor a few of them")
+        if type(items[0]) is list:
+            items[0].extend(items[1::2])
+        return items[0]
+    if name in ("EMPTY_LIST", "EMPTY_DICT"):
+        return []  # of the items, or of the keys
+    if name in ("APPEND", "APPENDS"):
+        if type(items[0]) is not list:
+            raise ValueError("it adds to something that is not a list")
+        items[0].extend(items[1:])
         return items[0]
     if name not in OPAQUE:
         raise ValueError(f"opcode {name} is not one of torch's")
@@ -262,3 +277,15 @@ def _check_tensor(storage: _Storage, start: int, shape: tuple[int, ...], *more: 
     size = math.prod(shape) * (dtype.itemsize if dtype else storage.itemsize)
     if min(shape, default=0) < 0 or size > storage.size:
         raise ValueError(f"a tensor of shape {shape} has {storage.size:,} of {size:,} bytes")
+
+
+def _is_key(key: object) -> bool:
+    """Whether `key` takes little time to hash: nested tuples could take 2^40 steps."""
+    items = key if type(key) is tuple and len(key) <= MAX_KEY else (key,)
+    return all(type(item) in (str, int, float, type(None)) for item in items)
+
+
+def _check_set(items: list[Any]) -> None:
+    if type(items) is not list or not all(map(_is_key, items)):
+        raise ValueError("it has a set of something else than texts and numbers")
+    items.append(USED)

@@ -210,7 +210,11 @@ def named_template(
         ValueError: it cannot be used, or there is none of this name.
     """
     if name not in sources:
-        raise ValueError(f"of the chat templates, {sorted(sources)}, none is the {name} one")
+        raise ValueError(
+            f"the checkpoint has chat templates named {sorted(sources)}, and none named {name!r}; "
+            "rename one in tokenizer_config.json or the sidecar (tokenizer.model.json), or use "
+            "text completion"
+        )
     return ChatTemplate(sources[name], variables, special, for_tools=name == "tool_use")
 
 
@@ -245,7 +249,10 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _refusal(error: Exception) -> ValueError:
+    reason = str(error)[:500] or type(error).__name__
+    if isinstance(error, MemoryError):
+        reason = "it needs more memory than there is"
     return ValueError(
-        f"the checkpoint's chat template cannot write this: {str(error)[:500] or repr(error)}; "
+        f"the checkpoint's chat template cannot write this: {reason}; "
         "change the dialog, or use text completion"
     )

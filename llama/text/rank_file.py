@@ -82,6 +82,12 @@ def parse_ranks(data: bytes, where: str) -> dict[bytes, int]:
     Raises:
         ValueError: it is damaged; `where` names the file in the message.
     """
+    if data.lstrip()[:1] == b"{":
+        raise ValueError(
+            f"{where} is JSON, not a tiktoken rank file; a tokenizer.json is read from the "
+            "checkpoint's folder: give that folder without tokenizer_path, or the path of a "
+            "tokenizer.model"
+        )
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(data.splitlines(), 1):
         if not line.strip():
@@ -179,6 +185,10 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     check_types(spec, f"{where}.json")
     check_pattern(spec["pat_str"], f"{where}.json")
     special = spec["special_tokens"]
+    if "" in special:
+        raise ValueError(
+            f"{where}.json has a special token without text (id {special['']}): give it a text"
+        )
     ids = [*ranks.values(), *special.values(), *spec["unused_ids"]]
     if clash := set(special.values()) & set(ranks.values()):
         raise ValueError(

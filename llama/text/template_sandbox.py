@@ -168,7 +168,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """See jinja2; checks the size of the result first."""
         self.read(left)
         sizes = [sum(measure(v)[:2]) for v in (left, right)]
-        if operator == "*":
+        if operator == "*" and isinstance(left, int | float) and isinstance(right, int | float):
+            self.meter.check(sum(sizes))  # no more digits than both together
+        elif operator == "*":
             for times, size in ((left, sizes[1]), (right, sizes[0])):
                 if isinstance(times, int):
                     self.meter.check(size * min(times, self.meter.largest + 1))

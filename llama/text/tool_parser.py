@@ -15,6 +15,7 @@ from llama.text.python_list import dict_of_unique, read_python_list, read_python
 from llama.text.tool_prompt import BUILTIN_TOOLS, MAX_DEPTH, ToolCall, check_call
 
 PYTHON_TAG = "<|python_tag|>"
+MESSAGE_KEYS = {"role", "content", "tool_calls"}
 MAX_LENGTH = 500_000  # characters; more than fit the context of any official model
 
 _FUNCTION = "<function="
@@ -161,8 +162,8 @@ def _parse_json(text: str, tagged: bool) -> list[ToolCall] | None:
 
     def parse_one(start: int) -> int:
         value, end = _decode(text, start)
-        if isinstance(value, dict) and list(value) == ["tool_calls"]:
-            value = value["tool_calls"]
+        if isinstance(value, dict) and value.keys() <= MESSAGE_KEYS and not value.get("content"):
+            value = value.get("tool_calls", value)  # OpenAI's message of calls alone
         values.extend(value if isinstance(value, list) else [value])
         return end
 
@@ -205,7 +206,9 @@ def _call_of_json(value: object) -> ToolCall:
     name = function.get("name")
     if not isinstance(name, str):
         raise ValueError('a call in JSON is {"name": ..., "parameters": {...}}, with a name')
-    arguments = function.get("parameters", function.get("arguments"))
+    given = [function[key] for key in ("parameters", "arguments") if key in function]
+    no_arguments: Any = {} if given else None
+    arguments = next((v for v in given if v not in (None, "null")), no_arguments)
     if isinstance(arguments, dict) and _is_definition(function, nested=function is not value):
         raise ValueError(f"a definition of {name:.80}, not a call with a name and arguments")
     problem = ""

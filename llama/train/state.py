@@ -195,6 +195,8 @@ def check_state(state: Any, module: nn.Module) -> None:
         for moment in ("exp_avg", "exp_avg_sq"):
             found = moments[name][moment]
             _check_tensor(f"{moment} of {name}", found, parameter.shape, parameter.dtype)
+        if (moments[name]["exp_avg_sq"] < 0).any():  # the next step takes its square root
+            raise ValueError(f"exp_avg_sq of {name} has a negative number")
 
 
 def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) -> None:

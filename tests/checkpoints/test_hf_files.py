@@ -70,7 +70,7 @@ def test_missing_files(copied: Path) -> None:
         HFSource(copied / "nowhere")
     for path in copied.glob("model*"):
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors$"):
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors; download it$"):
         HFSource(copied)
     (copied / "pytorch_model.bin").touch()
     with pytest.raises(FileNotFoundError, match=r"\.bin files: save it as safetensors"):

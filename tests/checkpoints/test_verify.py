@@ -18,6 +18,7 @@ import torch
 
 from llama.checkpoints import file_checks, weight_checks
 from llama.checkpoints.file_checks import find_corrupt_entry, find_foreign_content
+from llama.checkpoints.formats.hf import weight_files
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.source import Source
 from llama.checkpoints.verify import verify
@@ -384,9 +385,8 @@ def hf_folder(folder: Path, good: Path, files: int = 2) -> Callable[[Path], Sour
 
 HF_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "named": (lambda d: (d / "model-00002-of-00002.safetensors").unlink(), "00002.safetensors is"),
-    "no index": (lambda d: (d / "model.safetensors.index.json").unlink(), "index.json is missing"),
     "no names": (
-        lambda d: (d / "model.safetensors.index.json").write_text("{}"), "names no files",
+        lambda d: (d / "model.safetensors.index.json").write_text("{}"), "has no weight_map",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing; download it"),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing"),
@@ -419,7 +419,54 @@ def test_hugging_face_damage(good: Path, tmp_path: Path, kind: str) -> None:
 def test_hugging_face_without_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text("{}")
-    assert "model.safetensors is missing; download it" in only_problem(tmp_path)
+    assert "has no model.safetensors; download it" in only_problem(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "only .bin files: save it as safetensors" in only_problem(tmp_path)
+
+
+def remove(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink()
+
+
+def rename_to(folder: Path, name: str, index: str | None) -> None:
+    """The weights in one file, beside an old index with this content, or None."""
+    (folder / "model-00001-of-00002.safetensors").rename(folder / name)
+    remove(folder, "model-00002-of-00002.safetensors", *([] if index else [INDEX]))
+    if index:
+        (folder / INDEX).write_text(index)
+
+
+INDEX = "model.safetensors.index.json"
+FILES: dict[str, tuple[Callable[[Path], Any], str | None]] = {
+    "no index": (lambda d: remove(d, INDEX), None),
+    "no index and one missing": (
+        lambda d: remove(d, INDEX, "model-00002-of-00002.safetensors"), "00002-of-00002",
+    ),
+    "one file and an old index": (
+        lambda d: rename_to(d, "model.safetensors", '{"weight_map": {"a": "gone.safetensors"}}'),
+        None,
+    ),
+    "one file and an empty index": (lambda d: rename_to(d, "model.safetensors", "{}"), None),
+    "an index without names": (lambda d: (d / INDEX).write_text("{}"), "has no weight_map"),
+    "an index of another folder": (
+        lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../a"}}'), "outside its folder",
+    ),
+    "other names": (lambda d: rename_to(d, "x.safetensors", None), "has no model.safetensors"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_verify_expects_the_files_that_are_opened(kind: str, good: Path, tmp_path: Path) -> None:
+    opener = hf_folder(tmp_path, good)
+    change, message = FILES[kind]
+    change(tmp_path)
+    if message is None:
+        assert weight_files(tmp_path) and verify(tmp_path, opener) == []
+        return
+    assert message in only_problem(tmp_path, opener)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        weight_files(tmp_path)
 
 
 @pytest.fixture(scope="module")

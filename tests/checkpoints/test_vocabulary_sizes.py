@@ -16,12 +16,13 @@ import torch
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as HFTokenizer
 
-from llama import Llama
+from llama import Llama, ModelArgs, Tokenizer, Transformer
 from llama.checkpoints.convert import convert, quantize
 from llama.commands.checkpoints import inspect, verify
 from tests.checkpoints.gguf_files import vocabulary_keys, weights, write_gguf
 from tests.checkpoints.test_hf import hf_model
 from tests.checkpoints.test_hf_files import write_tokenizer
+from tests.test_tokenizer import SIDECAR, write_small
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,6 +55,19 @@ def verbs(folder: Path) -> dict[str, Callable[[], object]]:
         "quantize": lambda: quantize(folder, out / "int8", "int8"),
         "verify": lambda: verify(str(folder)),
     }
+
+
+def test_a_tokenizer_whose_fit_was_not_checked(tmp_path: Path) -> None:
+    """Ids without a token, below the highest token and above, of a tokenizer that stands alone."""
+    sidecar = SIDECAR | {"unused_ids": [261, 263]}
+    sidecar["special_tokens"] = SIDECAR["special_tokens"] | {"<x>": 262}
+    tokenizer = Tokenizer(write_small(tmp_path, sidecar))
+    assert tokenizer.n_words == 263
+    with pytest.raises(ValueError, match="no token has the id 264; use 0 to 263"):
+        tokenizer.decode([264])
+    llama = Llama(Transformer(ModelArgs(dim=16, n_layers=1, n_heads=2, vocab_size=266)), tokenizer)
+    assert llama.model.unused is not None and llama.model.unused.tolist() == [261, 263, 264, 265]
+    assert tokenizer.decode([97, 261, 263, 264, 265, 98]) == "ab"
 
 
 @pytest.mark.parametrize("rows", [507, 512])

@@ -39,6 +39,17 @@ WRAPPERS: dict[str, Callable[[State], dict[str, Any]]] = {
     "data parallel": prefixed("module."),
     "compiled": prefixed("_orig_mod."),
     "other names": lambda state: {"ema": 0.9, "net": {"w": prefixed("llm.")(state)}},
+    "the optimizer's moments": lambda state: {
+        "optim": {"state": {name: {"exp_avg": w * 0} for name, w in state.items()}},
+        "net": state,
+    },
+    "averages beside the model": lambda state: {
+        "ema": {name: w * 0 for name, w in state.items()},
+        "model": state,
+    },
+    "numbers beside the names": lambda state: state | {"epoch": 3},
+    "numbers beside a prefix": lambda state: prefixed("module.")(state) | {"ema_decay": 0.9},
+    "tensors beside a prefix": lambda state: prefixed("model.")(state) | {"iter": torch.ones(1)},
     "all": lambda state: {"model": prefixed("_orig_mod.module.")(parameters(state))},
 }
 
@@ -73,6 +84,35 @@ def test_state_dicts_in_wrappers(kind: str, old: bool, tmp_path: Path) -> None:
             contents.append(torch.load(out / "consolidated.00.pth", weights_only=True))
         assert contents[0].keys() == contents[1].keys()
         assert all(torch.equal(contents[0][name], w) for name, w in contents[1].items())
+
+
+SEVERAL: dict[str, tuple[Callable[[State], dict[str, Any]], str]] = {
+    "moments": (
+        lambda state: {"optimizer": {"exp_avg": {n: w * 0 for n, w in state.items()}}, "p": state},
+        "optimizer, p",
+    ),
+    "averages": (lambda state: {"ema": state, "step": 1, "net": state}, "ema, net"),
+    "two usual names": (lambda state: {"module": state, "model": state}, "model, module"),
+    "inside": (lambda state: {"model": {"a": state, "b": state}}, "a, b"),
+    "prefixes": (
+        lambda state: prefixed("model.")(state) | prefixed("ema.")(state),
+        "model.tok_embeddings.weight, ema.tok_embeddings.weight",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*no tokenizer")
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_weights_of_several_models(kind: str, tmp_path: Path) -> None:
+    """Which ones are the model's is not known."""
+    folder = write(tmp_path / "c", whole_weights(tied=False), 1)
+    path = folder / "consolidated.00.pth"
+    wrap, names = SEVERAL[kind]
+    torch.save(wrap(torch.load(path, weights_only=True)), path)
+    with pytest.raises(ValueError, match=f"00.pth: it has .* models, {names}; save the right"):
+        open_checkpoint(folder)
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\n")
+    assert any(names in line for line in verify(folder, open_checkpoint))
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])

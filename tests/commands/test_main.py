@@ -18,7 +18,7 @@ import typer
 import llama
 from llama.checkpoints.plan import PlanOptions
 from llama.commands.model import CheckpointFlags
-from llama.commands.options import Only, expand
+from llama.commands.options import Only, typer_function
 from llama.commands.parser import VERBS, make_command, parse
 from llama.commands.run import MISTAKES, error_text
 from llama.common.options import option
@@ -267,7 +267,7 @@ def test_expansion_of_a_dataclass() -> None:
 
     def call(verb: Any, *words: str) -> Any:
         app = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app.command()(expand(verb))
+        app.command()(typer_function(verb))
         command: Any = typer.main.get_command(app)
         with command.make_context("x", list(words)) as ctx:
             command.invoke(ctx)()

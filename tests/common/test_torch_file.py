@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pickle
 import zipfile
-from collections import OrderedDict
+from argparse import Namespace
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ SAVED: dict[str, Any] = {
     "attributes": {"a": attributed()},
     "views": tied_slices(),
     "empty": {"a": torch.empty(0, 4), "scalar": torch.tensor(2.0)},
+    "complex": {"a": torch.tensor([1j, 2]), "b": torch.ones(1, dtype=torch.complex128)},
+    "keys": {(1, "a"): 1, 2.5: 2, None: 3, True: 4, b"a": 5, (): 6},
     "a training state": {"step": 2**40, "rate": 0.1, "on": True, "groups": [{"betas": (0.9, 1)}]},
 }
 
@@ -56,6 +60,27 @@ def test_what_torch_saves_is_read(name: str, old: bool, mmap: bool, tmp_path: Pa
     found = load_torch(path, mmap)
     oracle = torch.load(path, weights_only=True)
     torch.testing.assert_close(found, oracle, rtol=0, atol=0)
+
+
+BESIDE: dict[str, Any] = {
+    "device": torch.device("cuda:0"),
+    "set": {1, "a", None, (1, 2)},
+    "empty set": set(),
+    "complex": 2 + 1j,
+    "bytes": b"\x00\xffab",
+    "counter": Counter([3, 3, 5]),
+    "empty counter": Counter(),
+}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_values_beside_the_weights(name: str, old: bool, tmp_path: Path) -> None:
+    state, path = {"model": {"a": torch.ones(2)}, name: BESIDE[name]}, tmp_path / "a.pth"
+    torch.save(state, path, _use_new_zipfile_serialization=not old)
+    found = load_torch(path, mmap=True)
+    assert found[name] == BESIDE[name] and type(found[name]) is type(BESIDE[name])
+    assert found["model"]["a"].tolist() == [1, 1]
 
 
 def test_files_without_checksums(tmp_path: Path) -> None:
@@ -124,10 +149,15 @@ def nested_key() -> tuple[Any, ...]:
     return key
 
 
+MANY = list(range(300))
 HOSTILE: dict[str, tuple[Any, str]] = {
     "code": (Call(os.system, "touch ran"), "could run code"),
     "memory": (Call(bytearray, 2**45), "could run code"),
     "a tensor by its size": (Call(torch.FloatTensor, 2**45), "could run code"),
+    "codecs": (Call(codecs.encode, "a", "idna"), "its bytes are not latin1"),
+    "a set of a nested tuple": (Call(set, [nested_key()]), "a set of something else"),
+    "a counter of one": (Call(Counter, [nested_key()]), "a set of something else"),
+    "sets of one list": ([Call(set, MANY)] * 2 + [Call(set, MANY)], "a set of something else"),
     "sparse": (torch.eye(2).to_sparse(), "has sparse tensors"),
     "meta": (torch.ones(2, device="meta"), "has empty"),
     "nested": (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "has nested tensors"),
@@ -150,6 +180,12 @@ def test_keys_that_cannot_be_hashed() -> None:
     data = pickle.dumps({}, 2)[:-1] + pickle.dumps(nested_key(), 2)[2:-1] + b"K\x01s."
     with pytest.raises(ValueError, match="a key of a dict"):
         find_storages(data)
+
+
+def test_other_objects_beside_the_weights(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1), "args": Namespace(lr=0.1)}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"save the state dict alone\. \(It .*argparse\.Namespace"):
+        load_torch(tmp_path / "a.pth")
 
 
 def test_files_that_would_block(tmp_path: Path) -> None:

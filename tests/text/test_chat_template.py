@@ -203,6 +203,25 @@ def test_templates_that_cannot_be_used(source: str, match: str, tmp_path: Path) 
         ChatFormat(tokenizer)
 
 
+def test_templates_without_a_default(tmp_path: Path) -> None:
+    named = [{"name": "x", "template": "{{ messages }}"}]
+    write_hf_tokenizer(tmp_path, ChatModel("llama-3"), chat_template=named)
+    with pytest.raises(
+        ValueError, match=r"named \['x'\], and none named 'default'; rename one in "
+    ):
+        ChatFormat(ours(tmp_path))
+
+
+class Large:
+    def __str__(self) -> str:
+        raise MemoryError
+
+
+def test_a_template_that_needs_too_much_memory() -> None:
+    with pytest.raises(ValueError, match="cannot write this: it needs more memory than there is; "):
+        ChatTemplate("{{ x }}", {"x": Large()}, SPECIAL)  # type: ignore[dict-item]
+
+
 def test_named_templates_in_files(tmp_path: Path) -> None:
     """Files win over the settings, as in transformers."""
     model = MODELS["NousResearch/Hermes-3-Llama-3.1-8B"]

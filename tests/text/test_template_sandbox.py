@@ -29,6 +29,7 @@ FEATURES = [
     "{{ messages|map(attribute='role')|join('+') }}{{ messages|selectattr('role', 'eq', 'user')"
     "|list|length }}{{ ['b', 'a']|sort }}{{ {'k': 1}.items()|list }}{{ {'k': 1}|items|list }}",
     "{{ 'a' in 'cat' and 2 > 1 and 'role' in messages[0] }}{{ 2 ** 5 }}{{ 7 % 4 }}{{ '%d' % 3 }}"
+    "{{ 123456789 * 1000 }}{{ 3 * 10 ** 9 }}{{ 0.5 * 123456789 }}{{ true * 99999999 }}",
     "{{ 'x' * 3 }}{{ [1] + [2] }}{{ 'a' ~ 1 ~ none }}{{ '{} {b}'.format(1, b=2) }}",
     "{{ messages[0].content|replace('a', 'b')|trim|upper|indent(2, true) }}{{ none|default('d') }}",
     "{{ nothing }}{{ tools is none }}{{ messages is iterable }}{{ 'x' is string }}",

@@ -18,6 +18,9 @@ from llama.text.tool_prompt import TOOL_FORMS, ToolCall, encode_tool_call, encod
     [
         ('{"name": "f", "parameters": {"a": 1}}', [("f", {"a": 1})]),
         ('{"type": "function", "name": "f", "parameters": {}}', [("f", {})]),
+        ('{"name": "f", "arguments": null}', [("f", {})]),
+        ('{"name": "f", "parameters": null}', [("f", {})]),
+        ('{"type": "function", "function": {"name": "f", "arguments": "null"}}', [("f", {})]),
         ('{"name": "f", "arguments": {"a": [null]}}', [("f", {"a": [None]})]),
         (
             ' {"name": "f", "parameters": {}}; {"name": "g", "parameters": {}}\n',
@@ -78,7 +81,10 @@ NESTED = '{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
     "text",
     [
         NESTED, NESTED.replace('{"a": 1}', STRING), f"[{NESTED}]", f"<|python_tag|>{NESTED}",
-        '{"tool_calls": [' + NESTED + "]}", f"```json\n{NESTED}\n```",
+        '{"tool_calls": [' + NESTED + "]}",
+        '{"tool_calls": [' + NESTED + '], "content": null}',
+        '{"role": "assistant", "content": "", "tool_calls": [' + NESTED + "]}",
+        '{"name": "f", "parameters": null, "arguments": {"a": 1}}', f"```json\n{NESTED}\n```",
         '{"id": "call_1", "type": "function", "function": {"name": "f", "parameters": {"a": 1}}}',
         '{"function": {"name": "f", "arguments": {"a": 1}}}',
         '{"type": "function", "function": "f", "parameters": {"a": 1}}',
@@ -181,7 +187,7 @@ def test_prose_has_no_calls(text: str) -> None:
         ('<|python_tag|>{"a": 1}', "with a name"),
         ("<|python_tag|> ", "nothing follows"),
         ('{"name": "f", "parameters": "x"}', 'the "parameters" of f'),
-        ('{"name": "f", "parameters": null}', 'the "parameters" of f'),
+        ('{"name": "f", "parameters": 3}', 'the "parameters" of f'),
         ('{"type": "function", "name": "f"}', 'the "parameters" of f'),
         ('{"name": 3, "parameters": {}}', "with a name"),
         ('{"name": "f", "parameters": {}} I hope this helps', "broken JSON"),

@@ -47,6 +47,10 @@ DAMAGE: dict[str, tuple[tuple[str, ...], Any]] = {  # where in the state, and wh
         ("optimizer", "state", NAME, "exp_avg_sq"),
         torch.full((16, 32), torch.inf),
     ),
+    "a negative second moment": (
+        ("optimizer", "state", NAME, "exp_avg_sq"),
+        torch.full((16, 32), -1.0),
+    ),
     "other updates": (("optimizer", "state", NAME, "step"), torch.tensor(0.0)),
     "no result": (("result",), None),
     "a result of another kind": (("result", "best_loss"), "low"),

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
-STRING, ARRAY, UINT32 = 8, 9, 4  # value types
+STRING, ARRAY = 8, 9  # value types
 # The other value types: their letter in `struct`.
 SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",

@@ -16,7 +16,7 @@ from llama.text.rank_file import LLAMA3_PATTERN
 
 
 class Keys(Protocol):
-    """The metadata of a file, see `GGUFFile`."""
+    """The metadata of a file, see `gguf._File`."""
 
     path: Path
 

@@ -177,11 +177,23 @@ class HFSource(Source):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a folder: the single file, those of its index, or all numbered ones.
+    """The safetensors of a folder, see `named_files`.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: one of several is missing.
+        FileNotFoundError, ValueError: see `named_files`; or a file is missing.
+    """
+    files = named_files(folder)
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")
+    return files
+
+
+def named_files(folder: Path) -> list[Path]:
+    """The safetensors that a folder must have: the single file, those of its index, or all numbers.
+
+    Raises:
+        FileNotFoundError: it has none of these.
+        ValueError: the index, or a number in a name, is wrong.
     """
     single, index = folder / "model.safetensors", folder / INDEX_FILE
     if single.is_file():
@@ -193,20 +205,19 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted({str(name) for name in weight_map.values()})
         if outside := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{index} names files outside its folder: {outside[0]}")
-    else:
-        names = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-        totals = {int(m[1]) for name in names if (m := re.search(r"-of-(\d+)\.", name))}
-        if not names:
-            other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
-            raise FileNotFoundError(f"{folder} has no model.safetensors{other}")
-        if (most := max(totals, default=0)) > MAX_FILES:
-            raise ValueError(
-                f"{folder} has a file of {most} files, more than {MAX_FILES}; remove it"
-            )
-        names = [f"model-{i + 1:05}-of-{n:05}.safetensors" for n in totals for i in range(n)]
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} lacks {len(missing)} files: {missing[0]}; download them")
-    return [folder / name for name in names]
+        return [folder / name for name in names]
+    names = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    totals = {int(m[1]) for name in names if (m := re.search(r"-of-(\d+)\.", name))}
+    if not totals:
+        other = " and has only .bin files: save it as safetensors" * any(folder.glob("*.bin"))
+        raise FileNotFoundError(f"{folder} has no model.safetensors{other or '; download it'}")
+    if max(totals) > MAX_FILES:
+        raise ValueError(
+            f"{folder} has a file of {max(totals)} files, more than {MAX_FILES}; remove it"
+        )
+    return [
+        folder / f"model-{i + 1:05}-of-{n:05}.safetensors" for n in sorted(totals) for i in range(n)
+    ]
 
 
 def open_safetensors(path: Path) -> Any:

@@ -205,7 +205,7 @@ def _list(texts: Iterable[str]) -> str:
 
 
 def _quote(text: str) -> str:
-    """A text as Jinja writes it; `bpe_ranks` reads the default system prompt from it."""
+    """A text as a string of Jinja."""
     for character, escape in (
         ("\\", "\\\\"), ("'", "\\'"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")
     ):  # fmt: skip

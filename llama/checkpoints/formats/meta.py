@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoints.formats.wrapped_weights import unwrap
 from llama.checkpoints.source import Source, same_weights, sample
 from llama.common.dtypes import DTYPES
 from llama.common.files import read_json
@@ -25,9 +26,6 @@ from llama.model import ModelArgs
 DECIDED_AT_BUILD = {"max_batch_size"}
 # The key that this library adds for quantized weights, see `formats.quantized`.
 QUANTIZATION = "quantization"
-EMBEDDING = "tok_embeddings.weight"
-# Where training loops keep the state dict.
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 # Tensors of old checkpoints that follow from params.json.
 IGNORED_WEIGHTS = {"rope.freqs"}
 
@@ -91,7 +89,11 @@ def read_shard(
         ValueError: see `load_torch`; or the file is not a state dict, or has tensors of other
             dtypes than `dtypes`.
     """
-    weights = unwrap(load_torch(path, mmap=True))
+    content = load_torch(path, mmap=True)
+    try:
+        weights = unwrap(content)
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and isinstance(w, Tensor) for name, w in weights.items()
     ):
@@ -109,32 +111,6 @@ def read_shard(
             "scales that this layout does not have: get the bfloat16 release"
         )
     return weights
-
-
-def unwrap(content: Any) -> Any:
-    """The state dict in the content of a `.pth`, without what training loops put around it.
-
-    That is a dict with other things, such as the optimizer's state, and a prefix of all names.
-    """
-    state = _find_state_dict(content)
-    if state is None:
-        return content  # the caller's checks say what is wrong
-    name = next(name for name in state if str(name).endswith(EMBEDDING))
-    prefix = name.removesuffix(EMBEDDING)
-    if not all(str(name).startswith(prefix) for name in state):
-        return state
-    return {name.removeprefix(prefix): w for name, w in state.items()}
-
-
-def _find_state_dict(content: Any, depth: int = 3) -> dict[str, Any] | None:
-    """The dict in nested dicts that has the embedding; those under usual names come first."""
-    if not isinstance(content, dict):
-        return None
-    if any(str(name).endswith(EMBEDDING) for name in content):
-        return content
-    inside = sorted(content, key=lambda name: name not in WRAPPERS) if depth else []
-    found = (_find_state_dict(content[name], depth - 1) for name in inside)
-    return next((state for state in found if state is not None), None)
 
 
 class MetaSource(Source):
