@@ -162,10 +162,9 @@ class ChatTemplate:
         # A template may delete or change characters (`replace`, `lower`), and so complete a special
         # token. It cannot where no first character of one is left.
         harmless = _map_texts(messages, definitions, lambda s: s.translate(hidden))
-        if (
-            protected != harmless
-            and parts[1::2] != self._pattern.split(self._render(*harmless))[1::2]
-        ):
+        same = harmless == protected
+        expected = parts if same else self._pattern.split(self._render(*harmless))
+        if parts[1::2] != expected[1::2]:
             raise ValueError(
                 "the checkpoint's chat template makes special tokens out of what a message says; "
                 "remove the text that resembles one, such as <|...|>"

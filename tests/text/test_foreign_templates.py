@@ -151,13 +151,14 @@ def test_no_private_character_is_left() -> None:
         template.prompt(turns(f"user: {content}<|im_end|>"))
 
 
-@pytest.mark.parametrize("format_", ["phi", "chatml", "llama3"])
+@pytest.mark.parametrize("format_", ["phi", "chatml", "llama3", "turn"])
 @pytest.mark.parametrize("special", [True, False])
 def test_tokens_that_strip_whitespace(format_: str, special: bool, tmp_path: Path) -> None:
     template, eos, start = {
         "phi": (PHI4, IM_END, "<|im_start|>"),
         "chatml": (CHATML, IM_END, "<|im_start|>"),
         "llama3": (LLAMA3, EOT, "<|end_header_id|>"),
+        "turn": (TURN, EOT, "<end_of_turn>"),
     }[format_]
     flags = {"lstrip": True, "rstrip": True, "special": special}
     tokens = {start: flags, eos: flags, "<|im_sep|>": {}}

@@ -136,9 +136,9 @@ def test_hostile_templates(source: str) -> None:
     [
         "{{ range(2000)|list|tojson(separators=('a' * 9000, ':')) }}",
         "{{ {'a': [1] * 2000}|tojson(indent='a' * 9000) }}",
-        "{{ ('a\r' * 2000)|indent(9000) }}",
-        "{{ ('\x0b' * 2000)|indent(9000, blank=true) }}",
-        "{{ ('\u2028' * 2000)|indent('a' * 9000, true, true) }}",
+        "{{ ('a\\r' * 2000)|indent(9000) }}",
+        "{{ ('\\x0b' * 2000)|indent(9000, blank=true) }}",
+        "{{ ('\\u2028' * 2000)|indent('a' * 9000, true, true) }}",
     ],
 )
 def test_large_values_are_refused_before_they_exist(source: str) -> None:
