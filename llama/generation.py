@@ -832,6 +832,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     """A short text that is the same for equal vocabularies only."""
     digest = hashlib.sha256(b"\n".join(tokenizer.ranks))
     digest.update(repr(sorted(tokenizer.special_tokens.items())).encode())
-    digest.update(repr((tokenizer.stop_tokens, tokenizer.text_tokens.flags)).encode())
+    flags = tokenizer.text_tokens.flags, tokenizer.token_flags
+    digest.update(repr((tokenizer.stop_tokens, flags)).encode())
     digest.update(repr(sorted(tokenizer.chat_templates.items())).encode())
     return digest.hexdigest()[:8]

@@ -6,12 +6,12 @@ from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from llama.text.chat_formats import ChatML, Writer
+from llama.text.chat_formats import ChatML, Writer, is_result, writer_of_results
 from llama.text.chat_template import Piece, named_template
 from llama.text.long_text import check_characters, encode_uncut, make_encoding
 from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
-from llama.text.text_tokens import TextTokens
+from llama.text.text_tokens import TextTokens, strip_beside_tokens
 from llama.text.tool_prompt import (
     Tool,
     ToolForm,
@@ -35,10 +35,11 @@ class Tokenizer:
     A sidecar, a JSON file named like the rank file plus ".json", may describe another vocabulary:
     `pat_str` (the split pattern), `special_tokens` ({text: id}), `bos_token`, `eos_token`,
     `pad_token` (text of a special token, id of an ordinary one, or null), `stop_tokens` (a list of
-    those), `text_tokens` ({text: flags}, see `TextTokens`), `unused_ids`, `chat_format` ("llama3",
-    "chatml", "template" or null), `default_system` and `chat_bos` (of ChatML), `chat_templates`
-    ({name: Jinja source}) and `template_tokens` (texts that these write by name, such as
-    `eos_token`). It takes precedence over `version`.
+    those), `text_tokens` ({text: flags}, see `TextTokens`), `token_flags` (flags of other special
+    tokens, for chat prompts), `unused_ids`, `chat_format` ("llama3", "chatml", "template" or null),
+    `default_system` and `chat_bos` (of ChatML), `chat_templates` ({name: Jinja source}) and
+    `template_tokens` (texts that these write by name, such as `eos_token`). It takes precedence
+    over `version`.
 
     Attributes:
         model: the tiktoken encoding.
@@ -87,6 +88,7 @@ class Tokenizer:
         self.n_words: int = self.model.n_vocab
         self.unused_ids: Set[int] = frozenset(spec["unused_ids"])
         self.text_tokens = TextTokens(spec["text_tokens"])
+        self.token_flags: dict[str, Sequence[str]] = spec["token_flags"]
 
         def id_of(token: str | int | None) -> int:
             return token if isinstance(token, int) else self.special_tokens.get(token or "", -1)
@@ -259,19 +261,22 @@ class TextFormat(ChatFormat):
         self.writer: Writer = ChatML(tokenizer.default_system, tokenizer.chat_bos)
         if tokenizer.chat_format == "template":
             self.writer = named_template(sources, "default", tokens, tokenizer.control_tokens)
+        names = tokens, tokenizer.control_tokens
+        self.result_writer = writer_of_results(self.writer, sources, *names)
         self.tool_writer = self.writer  # of prompts with tools
         if "tool_use" in sources:
             self.tool_writer = named_template(sources, "tool_use", tokens, tokenizer.control_tokens)
         self.tokens, self.description = self.writer.tokens, self.writer.description
         super().__init__(tokenizer)
-        self.roles = tuple(dict.fromkeys([*self.writer.roles, *self.tool_writer.roles]))
+        roles = [*self.writer.roles, *self.tool_writer.roles, *self.result_writer.roles]
+        self.roles = tuple(dict.fromkeys(roles))
         self.takes_tools = self.writer.takes_calls or self.tool_writer.takes_calls
 
     def encode_header(self, message: Message) -> list[int]:
         return self._encode(self.writer.header(message["role"]))
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
-        self.check_message(message)
+        check_message(message, self.writer.roles, self.writer.takes_calls)
         return self._encode(self.writer.message(message))
 
     def encode_dialog_prompt(
@@ -279,7 +284,8 @@ class TextFormat(ChatFormat):
     ) -> list[int]:
         check_dialog(dialog)
         check_form(tool_form)
-        writer = self.tool_writer if tools else self.writer
+        writer = self.result_writer if any(map(is_result, dialog)) else self.writer
+        writer = self.tool_writer if tools else writer
         if tools and not writer.takes_tools:
             raise ValueError(f"tools: {NO_TOOLS}")
         if tools and tool_form != "json":
@@ -290,7 +296,7 @@ class TextFormat(ChatFormat):
 
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
         t: list[int] = []
-        for text, is_token in pieces:
+        for text, is_token in strip_beside_tokens(pieces, self.tokenizer.token_flags):
             if is_token:
                 t.append(self.tokenizer.special_tokens[text])
             else:

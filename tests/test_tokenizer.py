@@ -223,6 +223,9 @@ def test_sidecar(tmp_path: Path) -> None:
         ({"special_tokens": SIDECAR["special_tokens"] | {"<x>": 262}}, "no token with id 261"),
         ({"special_tokens": SIDECAR["special_tokens"] | {"": 261}}, "without text"),
         ({"chat_format": "alpaca"}, "chat_format"),
+        ({"chat_bos": ["<s>"]}, "chat_bos must be a text"),
+        ({"token_flags": ["<s>"]}, r"token_flags must be {text: \[flag"),
+        ({"token_flags": {"<s>": ["bold"]}}, "token_flags may have the flags"),
     ],
 )
 def test_bad_sidecar(tmp_path: Path, change: dict[str, Any], message: str) -> None:

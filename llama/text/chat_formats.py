@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from llama.text.chat_template import (
@@ -14,9 +14,10 @@ from llama.text.chat_template import (
     ChatTemplate,
     Messages,
     Piece,
-    said,
+    named_template,
+    turn,
 )
-from llama.text.tool_prompt import with_tools
+from llama.text.tool_prompt import ToolCall, encode_tool_calls, with_tools
 
 # The system turn of the published templates of Llama 3.1 and later starts with two dates.
 _DATES = re.compile(
@@ -63,6 +64,27 @@ class ChatML:
 Writer = ChatML | ChatTemplate
 
 
+def writer_of_results(
+    writer: Writer,
+    sources: Mapping[str, str],
+    variables: Mapping[str, str],
+    special: Collection[str],
+) -> Writer:
+    """What writes dialogs with results of tools: ChatML has no role for them, its template may."""
+    if not isinstance(writer, ChatML) or "default" not in sources:
+        return writer
+    try:
+        template = named_template(sources, "default", variables, special)
+    except ValueError:
+        return writer
+    return template if "tool" in template.roles else writer
+
+
+def is_result(message: object) -> bool:
+    """Whether a message, which may be invalid, is a tool's result."""
+    return isinstance(message, dict) and message.get("role") in ("ipython", "tool")
+
+
 def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
     """Which built-in format writes what a template writes.
 
@@ -74,14 +96,14 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
         ("template", None, None) if neither format writes the same.
     """
     tried = [
-        [said("user", f" {USER}\n")],
+        [turn("user", f" {USER} <image>\n")],
         [
-            said("system", f" {SYSTEM}\n"),
-            said("user", USER),
-            said("assistant", " a </think> b\n"),
-            said("user", "x"),
+            turn("system", f" {SYSTEM}\n"),
+            turn("user", USER),
+            turn("assistant", " a </think> b\n"),
+            turn("user", "x"),
         ],
-        [said("user", USER), said("user", ""), said("assistant", ANSWER), said("system", "y")],
+        [turn("user", USER), turn("user", ""), turn("assistant", ANSWER), turn("system", "y")],
     ]
     other = ("template", None, None)
     try:
@@ -92,6 +114,7 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
         with_tool = template.text(tried[0], [TOOL]) if template.takes_tools else _LLAMA31_TOOLS
         ours = _llama3(with_tools(tried[0], [TOOL]))
         known = _LLAMA31_TOOLS in with_tool or with_tool == ours
+        known = known and (not template.takes_calls or _writes_calls_of_llama3(template))
         return ("llama3", None, None) if known else other
     bos = template.variables.get("bos_token") or None
     found = re.match(r"<\|im_start\|>system\n(.*?)<\|im_end\|>\n", _tail(written[0], bos), re.S)
@@ -104,6 +127,21 @@ def recognise(template: ChatTemplate) -> tuple[str, str | None, str | None]:
         if same and not (template.takes_tools or template.takes_calls)
         else other
     )
+
+
+def _writes_calls_of_llama3(template: ChatTemplate) -> bool:
+    """Whether calls are Meta's JSON, or that of Llama 3.1's published template."""
+    call: ToolCall = {"name": TOOL["name"], "arguments": {"city": "Oslo"}}
+    tools = [TOOL] if template.takes_tools else None
+    try:
+        asked = [turn("user", USER), {**turn("assistant", ""), "tool_calls": [call]}]
+        written = template.text(asked, tools, answer=False)
+    except ValueError:
+        return False
+    published = '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    calls = (published, *encode_tool_calls([call]))
+    return any(written.endswith(f"{header}{text}<|eot_id|>") for text in calls)
 
 
 def _tail(text: str, bos: str | None) -> str:

@@ -5,6 +5,7 @@ Knows nothing about token ids.
 What users write must not become a special token. In a template's messages the first character of
 each special token's text is a private character that stands for it. The template still can trim,
 split or search the messages; only what the template itself writes is a special token afterwards.
+A dialog is refused if the template makes a special token out of other text that users write.
 """
 
 from __future__ import annotations
@@ -72,27 +73,27 @@ class ChatTemplate:
             raise _refusal(e) from None
         tools = [TOOL] if for_tools else None
         self._tool_role, self._text_arguments = "tool", False
-        if USER not in self.text([said("user", USER)], tools):
+        if USER not in self.text([turn("user", USER)], tools):
             raise ValueError("the checkpoint's chat template does not write the user's message")
         self._try_roles(tools)
 
     def _try_roles(self, tools: list[Any] | None) -> None:
         """Find what the template writes."""
-        user, calls = said("user", USER), {**said("assistant", ""), "tool_calls": [_CALL]}
+        user, calls = turn("user", USER), {**turn("assistant", ""), "tool_calls": [_CALL]}
         roles = []
-        if self._writes([said("system", SYSTEM), user], SYSTEM, tools=tools):
+        if self._writes([turn("system", SYSTEM), user], SYSTEM, tools=tools):
             roles.append("system")
         roles.append("user")
-        if self._writes([user, said("assistant", ANSWER), user], ANSWER, tools=tools):
+        if self._writes([user, turn("assistant", ANSWER), user], ANSWER, tools=tools):
             roles.append("assistant")
         self.takes_calls = False
         for self._text_arguments in (False, True):
             if self._writes([user, calls], "get_weather", "town", "Oslo", tools=tools):
                 self.takes_calls = True
                 break
-        asked = calls if self.takes_calls else said("assistant", ANSWER)
+        asked = calls if self.takes_calls else turn("assistant", ANSWER)
         for self._tool_role in ("tool", "ipython"):
-            if self._writes([user, asked, said("tool", RESULT)], RESULT, tools=tools):
+            if self._writes([user, asked, turn("tool", RESULT)], RESULT, tools=tools):
                 roles += ["ipython", "tool"]
                 break
         self.takes_tools = self._writes([user], "get_weather", "Look outside", tools=[TOOL])
@@ -146,7 +147,7 @@ class ChatTemplate:
         """The prompt of a dialog. Special tokens are those that the template itself writes.
 
         Raises:
-            ValueError: see `text`.
+            ValueError: see `text`; or a message would become a special token.
         """
         messages, definitions = [self._message(m) for m in dialog], _definitions(tools)
         given = json.dumps([messages, definitions], ensure_ascii=False)
@@ -155,15 +156,20 @@ class ChatTemplate:
         if len(stand_in) < len(self._first):
             raise ValueError("the dialog has too many private characters of Unicode; remove some")
         meant = str.maketrans({private: c for c, private in stand_in.items()})
-
-        def protected(text: str) -> str:
-            return self._protected(text, stand_in)
-
-        written = self._render(
-            _map_strings(messages, protected), _map_strings(definitions, protected)
-        )
-        parts = enumerate(self._pattern.split(written))
-        return [(part.translate(meant), i % 2 == 1) for i, part in parts if part]
+        hidden = str.maketrans(stand_in)
+        protected = _map_texts(messages, definitions, lambda s: self._protected(s, stand_in))
+        parts = self._pattern.split(self._render(*protected))
+        # A template may delete or change characters (`replace`, `lower`), and so complete a special
+        # token. It cannot where no first character of one is left.
+        harmless = _map_texts(messages, definitions, lambda s: s.translate(hidden))
+        same = harmless == protected
+        expected = parts if same else self._pattern.split(self._render(*harmless))
+        if parts[1::2] != expected[1::2]:
+            raise ValueError(
+                "the checkpoint's chat template makes special tokens out of what a message says; "
+                "remove the text that resembles one, such as <|...|>"
+            )
+        return [(part.translate(meant), i % 2 == 1) for i, part in enumerate(parts) if part]
 
     def _protected(self, text: str, stand_in: Mapping[str, str]) -> str:
         """`text` without special tokens, also when other text follows it."""
@@ -181,17 +187,23 @@ class ChatTemplate:
     def message(self, message: Mapping[str, Any]) -> list[Piece]:
         return self.header("")
 
-    def user_marks(self) -> set[str]:
-        """The tokens around a user's message: text that stands for them would forge a turn."""
-        try:
-            return set(self._pattern.findall(self.text([said("user", USER)], answer=False)))
-        except ValueError:
-            return set()
+    def turn_marks(self) -> set[str]:
+        """The special tokens that begin or end turns: text that stands for them would forge one."""
+        user, found = turn("user", USER), set()
+        for dialog in ([user], [turn("system", SYSTEM), user]):
+            try:
+                asked, whole = self.text(dialog, answer=False), self.text(dialog)
+            except ValueError:
+                continue
+            found |= set(self._pattern.findall(asked))
+            if match := self._pattern.match(whole.removeprefix(asked).lstrip()):
+                found.add(match[0])
+        return found
 
     def turn_end(self) -> str | None:
         """The special token that ends the assistant's turn; None if there is none."""
-        asked = [said("user", USER), said("assistant", ANSWER)]
-        for dialog in (asked, [*asked, said("user", USER)]):
+        asked = [turn("user", USER), turn("assistant", ANSWER)]
+        for dialog in (asked, [*asked, turn("user", USER)]):
             try:
                 rest = self.text(dialog, answer=False).partition(ANSWER)[2]
             except ValueError:
@@ -218,7 +230,7 @@ def named_template(
     return ChatTemplate(sources[name], variables, special, for_tools=name == "tool_use")
 
 
-def said(role: str, content: str) -> dict[str, Any]:
+def turn(role: str, content: str) -> dict[str, Any]:
     """A message."""
     return {"role": role, "content": content}
 
@@ -237,12 +249,22 @@ def _definitions(tools: Sequence[Any] | None) -> list[Any] | None:
     return [{"type": "function", "function": dict(function)} for function in functions]
 
 
+def _map_texts(
+    messages: list[Any], definitions: list[Any] | None, change: Callable[[str], str]
+) -> tuple[list[Any], list[Any] | None]:
+    """Messages, without their roles, and definitions of tools with each text in them changed."""
+    changed = [{**_map_strings(m, change), "role": m["role"]} for m in messages]
+    return changed, _map_strings(definitions, change)
+
+
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with each string in it changed, keys included."""
+    """`value` with each string in it changed, and keys that are no plain names."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        return {change(k): _map_strings(v, change) for k, v in value.items()}
+        return {
+            k if k.isidentifier() else change(k): _map_strings(v, change) for k, v in value.items()
+        }
     if isinstance(value, Sequence):
         return [_map_strings(v, change) for v in value]
     return value

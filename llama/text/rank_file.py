@@ -118,6 +118,7 @@ def default_spec(version: str, first_id: int) -> dict[str, Any]:
         "pad_token": pad if pad in special else None,
         "stop_tokens": [text for text in stop if text in special],
         "text_tokens": {},
+        "token_flags": {},
         "unused_ids": [],
         "chat_format": "llama3",
         "default_system": None,
@@ -152,26 +153,35 @@ def check_types(spec: dict[str, Any], where: str) -> None:
     special, stops = spec["special_tokens"], spec["stop_tokens"]
     wrong = [
         key
-        for key in ("bos_token", "eos_token", "pad_token", "chat_format", "default_system")
+        for key in (
+            "bos_token",
+            "eos_token",
+            "pad_token",
+            "chat_format",
+            "default_system",
+            "chat_bos",
+        )
         if type(spec[key]) not in (str, type(None), *([int] if key.endswith("_token") else []))
     ]
     if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
         wrong.append("special_tokens")
     if not isinstance(stops, list) or not all(type(token) in (str, int) for token in stops):
         wrong.append("stop_tokens")
-    in_text, unused = spec["text_tokens"], spec["unused_ids"]
+    unused = spec["unused_ids"]
     if not isinstance(unused, list) or not all(type(i) is int for i in unused):
         wrong.append("unused_ids")
-    if not isinstance(in_text, dict) or not all(
-        isinstance(flags, (list, tuple)) and all(isinstance(flag, str) for flag in flags)
-        for flags in in_text.values()
-    ):
-        wrong.append("text_tokens")
+    for key in ("text_tokens", "token_flags"):
+        if not isinstance(spec[key], dict) or not all(
+            isinstance(flags, (list, tuple)) and all(isinstance(flag, str) for flag in flags)
+            for flags in spec[key].values()
+        ):
+            wrong.append(key)
     if not isinstance(spec["pat_str"], str):
         wrong.append("pat_str")
     if wrong:
         kinds = {"special_tokens": "{text: id}", "stop_tokens": "a list of texts or ids"}
         kinds |= {"unused_ids": "a list of ids", "text_tokens": "{text: [flag, ...]}"}
+        kinds["token_flags"] = kinds["text_tokens"]
         kind = kinds.get(wrong[0], "a text")
         raise ValueError(f"{where}: {wrong[0]} must be {kind}, not {spec[wrong[0]]!r:.80}")
 
@@ -202,9 +212,9 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
     named = {*roles, *spec["stop_tokens"], *spec["text_tokens"]}
     if unknown := named - set(special) - set(ranks.values()) - {None}:
         raise ValueError(f"{where}.json uses special tokens that it does not list: {unknown}")
-    flags = {flag for flags in spec["text_tokens"].values() for flag in flags}
-    if flags - set(TEXT_TOKEN_FLAGS):
-        raise ValueError(f"{where}.json: text_tokens may have the flags {TEXT_TOKEN_FLAGS}")
+    for key in ("text_tokens", "token_flags"):
+        if {flag for flags in spec[key].values() for flag in flags} - set(TEXT_TOKEN_FLAGS):
+            raise ValueError(f"{where}.json: {key} may have the flags {TEXT_TOKEN_FLAGS}")
     if spec["chat_format"] not in (None, *CHAT_FORMATS):
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")
     if spec["chat_bos"] is not None and spec["chat_bos"] not in special:

@@ -82,7 +82,7 @@ class Meter(threading.local):
         if size > self.largest:
             raise TooMuchError("it makes a value that is too large")
 
-    def made(self, value: Any) -> Any:
+    def charge(self, value: Any) -> Any:
         """Pay for a new value; returns it."""
         items, characters, _ = measure(value, self.largest)
         self.spend(characters if isinstance(value, str) else items)

@@ -56,18 +56,18 @@ class _Metering(NodeTransformer):
 
     def literal(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") == "store" else _call("made", node)
+        return node if getattr(node, "ctx", "load") == "store" else _call("charge", node)
 
     visit_List = visit_Tuple = visit_Dict = literal  # noqa: N815
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call("made", node) if isinstance(node.arg, nodes.Slice) else node
+        return _call("charge", node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
         node.nodes = [_call("read", part) for part in node.nodes]
-        return _call("made", node)
+        return _call("charge", node)
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
@@ -99,7 +99,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         self.meter = Meter()
-        self.spend, self.made, self.read = self.meter.spend, self.meter.made, self.meter.read
+        self.spend, self.charge, self.read = self.meter.spend, self.meter.charge, self.meter.read
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -108,8 +108,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
         )
         self.filters = {name: self._metered(name, self.filters[name]) for name in FILTERS}
-        for name in ("replace", "join", "indent", "tojson"):
-            self.filters[name] = getattr(self.meter, name, self.tojson)
+        own = {"replace": self.meter.replace, "indent": self.meter.indent}
+        own |= {"join": self.join, "tojson": self.tojson}
+        self.filters |= own
         for name in COMPARES:
             self.tests[name] = self._comparing(cast(Callable[..., Any], self.tests[name]))
         self.globals = {
@@ -151,7 +152,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             for value in (*args, *kwargs.values()):
                 if isinstance(value, str) or name in READS_ALL:
                     meter.read(value)
-            return meter.made(function(*args, **kwargs))
+            return meter.charge(function(*args, **kwargs))
 
         return run
 
@@ -180,7 +181,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if re.search(r"%[^a-zA-Z%]*(\d{4}|\*)", left):
                 raise TooMuchError("it formats with a width that may be large")
             self.meter.check(left.count("%") * sizes[1])
-        return self.made(super().call_binop(context, operator, left, right))
+        return self.charge(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """See jinja2; checks the size of the result first."""
@@ -196,17 +197,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """See jinja2; counts the work."""
-        if obj in (self.spend, self.made, self.read):
+        if obj in (self.spend, self.charge, self.read):
             return obj(*args)
         owner = getattr(obj, "__self__", None)
         if isinstance(owner, str):
             self.read(owner)
             self.read(args)
             if obj.__name__ == "replace":
-                return self.made(self.meter.replace(owner, *args))
+                own = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+                return self.charge(self.meter.replace(owner, *args, **own))
             if obj.__name__ == "join":
-                return self.made(self.meter.join(args[0], owner))
-        return self.made(super().call(context, obj, *args, **kwargs))
+                return self.charge(self.meter.join(args[0], owner))
+        return self.charge(super().call(context, obj, *args, **kwargs))
+
+    def join(self, values: Any, d: Any = "", attribute: str | int | None = None) -> str:
+        """The filter `join`; with an attribute, of the values' attributes."""
+        if attribute is not None:
+            values = map(jinja2.filters.make_attrgetter(self, attribute), values)
+        return self.meter.join(values, d)
 
     def tojson(
         self,
@@ -229,7 +237,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         )
         if ensure_ascii:
             text = re.sub("[^\0-\x7f\ue000-\uf8ff]", lambda m: json.dumps(m[0])[1:-1], text)
-        return str(self.made(text))
+        return str(self.charge(text))
 
 
 def _raise_exception(message: str) -> None:

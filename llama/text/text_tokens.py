@@ -6,7 +6,7 @@ Finds them as the `tokenizers` library finds added tokens, the leftmost and long
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 _WORD = re.compile(r"\w")
 
@@ -34,17 +34,59 @@ class TextTokens:
             if "single_word" in flags and _WORD.search(beside):
                 continue
             if "lstrip" in flags:
-                while start > end and _is_space(s[start - 1]):
-                    start -= 1
+                start = _before_space(s, end, start)
             if "rstrip" in flags:
-                while stop < len(s) and _is_space(s[stop]):
-                    stop += 1
+                stop = _after_space(s, stop)
             if start > end:
                 yield s[end:start], False
             yield token, True
             end = stop
         if end < len(s):
             yield s[end:], False
+
+
+def strip_beside_tokens(
+    pieces: Sequence[tuple[str, bool]], flags: Mapping[str, Collection[str]]
+) -> list[tuple[str, bool]]:
+    """`pieces` (text, whether it is a token) without the whitespace that is part of a token.
+
+    Args:
+        flags: {text of a token: its flags}, "lstrip" and "rstrip" as in `TextTokens`.
+
+    Raises:
+        ValueError: a token is "single_word", which is not supported here.
+    """
+    for text, is_token in pieces:
+        if is_token and "single_word" in flags.get(text, ()):
+            raise ValueError(
+                f"the special token {text!r} is not found beside letters (single_word), which chat "
+                "prompts do not support; use text completion"
+            )
+    found: list[tuple[str, bool]] = []
+    for i, (text, is_token) in enumerate(pieces):
+        start, stop = 0, len(text)
+        if not is_token and i > 0 and pieces[i - 1][1]:
+            start = _after_space(text, 0) if "rstrip" in flags.get(pieces[i - 1][0], ()) else 0
+        if not is_token and i + 1 < len(pieces) and pieces[i + 1][1]:
+            after = flags.get(pieces[i + 1][0], ())
+            stop = _before_space(text, start, stop) if "lstrip" in after else stop
+        if start < stop:
+            found.append((text[start:stop], is_token))
+    return found
+
+
+def _before_space(s: str, start: int, stop: int) -> int:
+    """Where the whitespace before `stop` begins, but not before `start`."""
+    while stop > start and _is_space(s[stop - 1]):
+        stop -= 1
+    return stop
+
+
+def _after_space(s: str, start: int) -> int:
+    """Where the whitespace from `start` on ends."""
+    while start < len(s) and _is_space(s[start]):
+        start += 1
+    return start
 
 
 def _is_space(character: str) -> bool:

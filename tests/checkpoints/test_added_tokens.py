@@ -106,10 +106,10 @@ def test_renamed_tokens_win_over_a_rank_file(place: str, tmp_path: Path) -> None
     shutil.copy(tmp_path / "meta" / "tokenizer.model", folder / place)
     plain = special_token_table("llama3", len(ranks))
 
-    def write(special: dict[str, int]) -> Tokenizer:
+    def write(special: dict[str, int], **changes: bool) -> Tokenizer:
         spec = json.loads((folder / "tokenizer.json").read_text())
         flags = {"special": True, "normalized": False}
-        flags |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False)
+        flags |= dict.fromkeys(("lstrip", "rstrip", "single_word"), False) | changes
         spec["added_tokens"] = [{"content": t, "id": i, **flags} for t, i in special.items()]
         (folder / "tokenizer.json").write_text(json.dumps(spec))
         return open_tokenizer(open_checkpoint(folder))
@@ -119,6 +119,7 @@ def test_renamed_tokens_win_over_a_rank_file(place: str, tmp_path: Path) -> None
     (folder / "generation_config.json").unlink()
     tokenizer = write(plain)
     assert (tokenizer.special_tokens, tokenizer.chat_format) == (plain, "llama3")
+    assert write(plain, rstrip=True).token_flags == {text: ["rstrip"] for text in plain}
     edit(folder / "config.json", eos_token_id=[plain["<|eot_id|>"], 7])  # an ordinary token
     assert write(plain).stop_tokens == [*tokenizer.stop_tokens, 7]
     renamed = {

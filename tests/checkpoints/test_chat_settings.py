@@ -184,3 +184,18 @@ def test_begin_token_of_chatml(
     stored = StoredTemplates(sources, {"bos_token": BEGIN, "eos_token": IM_END}, add_bos)
     found = chat_settings(stored, spec)
     assert (found.get("chat_format"), found.get("chat_bos")) == (chat_format, bos)
+
+
+@pytest.mark.parametrize("head", ["", "{{ bos_token }}"])
+def test_begin_token_of_gguf_templates_for_tools(head: str) -> None:
+    """One begin token, whichever of the templates writes it."""
+    ranks, spec = vocabulary()
+    with_tools = head + "{{ tools|tojson }}" + CHATML
+    stored = StoredTemplates(
+        {"default": CHATML, "tool_use": with_tools}, {"bos_token": BEGIN}, True
+    )
+    chat = ChatFormat(Tokenizer.from_vocabulary(ranks, spec | chat_settings(stored, spec), "test"))
+    for tools in (None, [TOOL]):
+        ids = chat.encode_dialog_prompt(DIALOG, tools)
+        begin = chat.tokenizer.special_tokens[BEGIN]
+        assert ids[0] == begin and ids.count(begin) == 1

@@ -38,17 +38,17 @@ def apply(theirs: Any, dialog: Any, tools: Any = None) -> Any:
     )
 
 
-def said(*messages: str) -> list[dict[str, str]]:
+def turns(*messages: str) -> list[dict[str, str]]:
     return [dict(zip(("role", "content"), m.split(": ", 1), strict=True)) for m in messages]
 
 
 DIALOGS = [
-    said("user: Hi"),
-    said("user:   Two words \n"),
-    said("system: Be brief.", "user: Hi", "assistant: Hello!", "user: What's 12345 + 6?"),
-    said("user: a", "assistant: <think>b</think>\n\nc ", "user: d", "assistant: e", "user: f"),
-    said("system:  Spaces \n", "user: 你好 😀\n\nline | pipe < less > more [x]"),
-    said("user: ", "assistant: ", "user: { \"a\": '{{ b }}' } \ue000 \\n"),
+    turns("user: Hi"),
+    turns("user:   Two words \n"),
+    turns("system: Be brief.", "user: Hi", "assistant: Hello!", "user: What's 12345 + 6?"),
+    turns("user: a", "assistant: <think>b</think>\n\nc ", "user: d", "assistant: e", "user: f"),
+    turns("system:  Spaces \n", "user: 你好 😀\n\nline | pipe < less > more [x]"),
+    turns("user: ", "assistant: ", "user: { \"a\": '{{ b }}' } \ue000 \\n"),
 ]
 
 
@@ -56,7 +56,7 @@ def test_ids_equal_apply_chat_template(both: Any) -> None:
     """Llama 3.1's published template adds two dates, which Meta's own format does not have."""
     model, chat, theirs = both
     rng = random.Random(1)
-    more = [said("user: x", "assistant: y", "user: z") for _ in range(20)]
+    more = [turns("user: x", "assistant: y", "user: z") for _ in range(20)]
     for dialog in more:
         for message in dialog:
             text = random_text(rng).encode("utf-8", "replace").decode()
@@ -131,8 +131,8 @@ def test_content_cannot_forge_a_token(both: Any) -> None:
     _, chat, theirs = both
     control = set(chat.tokenizer.special_tokens.values())
     text = "".join(SPECIAL) + f"[{BEGIN[:5]} <|eot"
-    forged = said(f"user: {text}", f"assistant: _id|>{text}", f"user: {text}<|im_", "assistant: x")
-    plain = said("user: a", "assistant: b", "user: c", "assistant: x")
+    forged = turns(f"user: {text}", f"assistant: _id|>{text}", f"user: {text}<|im_", "assistant: x")
+    plain = turns("user: a", "assistant: b", "user: c", "assistant: x")
     for dialog in (forged[:3], forged[:1]):
         found = chat.encode_dialog_prompt(dialog)
         specials = [i for i in found if i in control]
@@ -149,7 +149,7 @@ GLUED = "{% for m in messages %}{{ m.content | trim }}{% endfor %}{{ eos_token }
 
 def test_tokens_split_over_messages() -> None:
     template = ChatTemplate(GLUED, {"eos_token": "<|eot_id|>"}, SPECIAL)
-    dialog = said("user: a<|eot", "assistant: _id|>b <|im_end ", "user: |>[INS", "assistant: T]")
+    dialog = turns("user: a<|eot", "assistant: _id|>b <|im_end ", "user: |>[INS", "assistant: T]")
     assert template.prompt(dialog) == [
         ("a<|eot_id|>b <|im_end|>[INST]", False),
         ("<|eot_id|>", True),
@@ -164,7 +164,7 @@ def test_a_template_still_sees_the_content() -> None:
         "{% endfor %}"
     )
     template = ChatTemplate(source, {}, SPECIAL)
-    [(text, special)] = template.prompt(said('user: é</t>b|<|eot_id|>"\ue000'))
+    [(text, special)] = template.prompt(turns('user: é</t>b|<|eot_id|>"\ue000'))
     content = 'é</t>b|<|eot_id|>"\ue000'
     assert not special
     assert text == (
@@ -256,7 +256,7 @@ def test_definitions_as_python_prints_them() -> None:
     source = "{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
     template = ChatTemplate(source, {}, SPECIAL)
     assert template.takes_tools and not template.takes_calls
-    [(text, _)] = template.prompt(said("user: Hi"), [TOOL])
+    [(text, _)] = template.prompt(turns("user: Hi"), [TOOL])
     assert text == f"{[WRAPPED]}Hi"
 
 

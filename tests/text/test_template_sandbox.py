@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -38,6 +39,10 @@ FEATURES = [
     "{% for m in messages if m.role == 'user' %}{{ loop.length }}{% else %}none{% endfor %}",
     "{% for k, v in {'a': 1, 'b': 2}|dictsort(reverse=true) %}{{ k ~ v }}{% endfor %}",
     "{{ messages[0].get('name', 'no') }}{{ messages[0]['content'].startswith('a') | int }}",
+    "{% for m in messages %}{{ m.content.replace('a', 'b') }}{{ m.role.replace('s', '', 1) }}"
+    "{{ m.content.split(' ')|join('_') }}{{ '+'.join(m.content) }}{% endfor %}",
+    "{{ messages|join('-', attribute='role') }}{{ ['a', 1]|join(d=', ') }}"
+    "{{ [['x', 2]]|join('', 1) }}",
     "{# a comment #}{%- if true -%}  x  {%- endif -%}\n y",
 ]
 
@@ -125,6 +130,28 @@ def test_hostile_templates(source: str) -> None:
         sandbox.render(sandbox.compile_source(source), given)
     assert not isinstance(caught.value, MemoryError)
     assert given == {"messages": [{"role": "user"}]}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ range(2000)|list|tojson(separators=('a' * 9000, ':')) }}",
+        "{{ {'a': [1] * 2000}|tojson(indent='a' * 9000) }}",
+        "{{ ('a\\r' * 2000)|indent(9000) }}",
+        "{{ ('\\x0b' * 2000)|indent(9000, blank=true) }}",
+        "{{ ('\\u2028' * 2000)|indent('a' * 9000, true, true) }}",
+    ],
+)
+def test_large_values_are_refused_before_they_exist(source: str) -> None:
+    sandbox = Sandbox()
+    template = sandbox.compile_source(source)
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooMuchError, match="too large"):
+            sandbox.render(template, {})
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_long_dialogs_are_rendered() -> None:

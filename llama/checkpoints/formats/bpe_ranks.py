@@ -116,6 +116,7 @@ def sidecar(
     ordinary: Collection[int] = (),
     stop_ids: Iterable[int] = (),
     text_tokens: Mapping[str, Sequence[str]] | None = None,
+    token_flags: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """The content of tokenizer.model.json (keys: see `llama.tokenizer.Tokenizer`).
 
@@ -128,6 +129,7 @@ def sidecar(
         ordinary: ids of the ordinary tokens; if given, ids of no token are unused.
         stop_ids: more ids that end a generation; those without a token are ignored.
         text_tokens: {text: flags} of tokens that text stands for.
+        token_flags: {text: flags} of the other special tokens.
 
     Raises:
         ValueError: bos, eos or pad is no token's id, or most ids have no token.
@@ -140,10 +142,9 @@ def sidecar(
             raise ValueError(f"the {role} token {i} is not in the vocabulary")
     stops = [name_of[eos], *(text for text in STOP_TOKENS if text in special_tokens)]
     stops += [name_of[i] for i in stop_ids if i in name_of]
-    found = _found_in_text(text_tokens or {}, {name_of[bos], name_of[pad], *stops})
-    optional = {"text_tokens": found, "unused_ids": unused}
-    chatml = "<|im_start|>" in special_tokens
-    llama3 = "llama3" if "<|start_header_id|>" in special_tokens else None
+    control = {name_of[bos], name_of[pad], *stops}
+    found, flags = _found_in_text(text_tokens or {}, control, token_flags or {})
+    optional = {"text_tokens": found, "token_flags": flags, "unused_ids": unused}
     return {
         "pat_str": pat_str,
         "special_tokens": special_tokens,
@@ -151,10 +152,17 @@ def sidecar(
         "eos_token": name_of[eos],
         "pad_token": name_of[pad],
         "stop_tokens": list(dict.fromkeys(stops)),
-        "chat_format": "chatml" if chatml else llama3,
+        "chat_format": _chat_format(special_tokens),
         "default_system": None,
         **{key: value for key, value in optional.items() if value},
     }
+
+
+def _chat_format(special_tokens: Collection[str]) -> str | None:
+    """The chat format whose tokens there are."""
+    if "<|im_start|>" in special_tokens:
+        return "chatml"
+    return "llama3" if "<|start_header_id|>" in special_tokens else None
 
 
 def _unused_ids(used: Set[int]) -> list[int]:
@@ -166,11 +174,18 @@ def _unused_ids(used: Set[int]) -> list[int]:
 
 
 def _found_in_text(
-    tokens: Mapping[str, Sequence[str]], control: Set[str | int | None]
-) -> dict[str, Sequence[str]]:
-    """`tokens` without those in `control` and those that mark turns: a user could forge a turn."""
-    return {
+    tokens: Mapping[str, Sequence[str]],
+    control: Set[str | int | None],
+    token_flags: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, Sequence[str]], dict[str, Sequence[str]]]:
+    """`tokens` that are found in text, and the flags of the others with those in `token_flags`.
+
+    Tokens in `control` and those that mark turns are not found: a user could forge a turn.
+    """
+    found = {
         text: flags
         for text, flags in tokens.items()
         if text not in control and not _MARK.fullmatch(text)
     }
+    others = {**token_flags, **tokens}
+    return found, {text: flags for text, flags in others.items() if flags and text not in found}

@@ -12,7 +12,7 @@ from typing import Any
 
 from llama.common.files import read_json
 from llama.text.chat_formats import recognise
-from llama.text.chat_template import USER, ChatTemplate, said
+from llama.text.chat_template import TOOL, USER, ChatTemplate, turn
 
 # Texts that templates write by name, such as `bos_token`.
 NAMES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -102,17 +102,20 @@ def chat_settings(stored: StoredTemplates, spec: Mapping[str, Any]) -> dict[str,
     settings: dict[str, Any] = {"chat_format": "template", "template_tokens": texts}
     sources = dict(stored.sources)
     try:
-        template = ChatTemplate(sources.get("default", ""), texts, special_tokens)
-        if bos and not template.text([said("user", USER)]).startswith(bos):
+        if bos:
             texts["bos_token"] = bos
-            sources["default"] = "{{ bos_token }}" + sources["default"]
-            template = ChatTemplate(sources["default"], texts, special_tokens)
+            sources = {k: _with_begin(k, v, texts, special_tokens) for k, v in sources.items()}
+        template = ChatTemplate(sources.get("default", ""), texts, special_tokens)
         end = template.turn_end()
-        marks = template.user_marks() | {end}
-        in_text = spec.get("text_tokens", {})
+        marks = template.turn_marks() | {end}
+        in_text, flags = spec.get("text_tokens", {}), dict(spec.get("token_flags", {}))
         if marks & in_text.keys():
             settings["text_tokens"] = {k: v for k, v in in_text.items() if k not in marks}
+            flags |= {k: v for k, v in in_text.items() if k in marks and v}
+            settings |= {"token_flags": flags} if flags else {}
         chat_format, system, begin = recognise(template)
+        if flags:  # no built-in format drops whitespace at its tokens
+            chat_format, system, begin = "template", None, None
         settings |= {"chat_format": chat_format, "default_system": system}
         if "tool_use" in sources:  # no built-in format has a template of its own for tools
             settings |= {"chat_format": "template", "default_system": None}
@@ -123,3 +126,16 @@ def chat_settings(stored: StoredTemplates, spec: Mapping[str, Any]) -> dict[str,
     except ValueError:  # building a chat format says why
         pass
     return settings | {"chat_templates": sources}
+
+
+def _with_begin(
+    name: str, source: str, texts: Mapping[str, str], special: Mapping[str, int]
+) -> str:
+    """A template that writes the begin token; as it is if it writes it, or cannot be used."""
+    for_tools = name == "tool_use"
+    try:
+        template = ChatTemplate(source, texts, special, for_tools)
+        written = template.text([turn("user", USER)], [TOOL] if for_tools else None)
+    except ValueError:
+        return source
+    return source if written.startswith(texts["bos_token"]) else "{{ bos_token }}" + source

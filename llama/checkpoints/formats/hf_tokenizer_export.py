@@ -77,7 +77,8 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     out.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     out.decoder = decoders.ByteLevel()
     for text, _ in special:
-        flags = dict.fromkeys(tokenizer.text_tokens.flags.get(text, ()), True)
+        found = tokenizer.text_tokens.flags | tokenizer.token_flags
+        flags = dict.fromkeys(found.get(text, ()), True)
         in_text = text in tokenizer.text_tokens.flags
         token = AddedToken(text, special=not in_text, normalized=False, **flags)
         (out.add_tokens if in_text else out.add_special_tokens)([token])

@@ -74,6 +74,7 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
     if not all(type(text) is str and type(i) is int for text, i in special.items()):
         raise ValueError("an added token is not a text with an id")
     in_text = {token["content"]: _flags(token) for token in added if not token.get("special")}
+    flags = {token["content"]: _flags(token) for token in added if token.get("special")}
     tokens = {text: i for text, i in model["vocab"].items() if text not in special}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ranks = rank_file(tokens, merges, whole_pieces=bool(model.get("ignore_merges")))
@@ -104,6 +105,7 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
         ordinary=tokens.values(),
         stop_ids=known,
         text_tokens=in_text,
+        token_flags=flags,
     )
 
 
@@ -126,14 +128,14 @@ def agrees(folder: Path, ranks: dict[bytes, int], special: dict[str, int]) -> bo
     spec, byte_of = read_json(path), gpt2_bytes()
     try:
         added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-        in_text = any(not token.get("special") for token in spec.get("added_tokens") or [])
+        plain = all(t.get("special") and not _flags(t) for t in spec.get("added_tokens") or [])
         tokens = {text: i for text, i in spec["model"]["vocab"].items() if text not in added}
         found = {bytes(byte_of[c] for c in text): i for text, i in tokens.items()}
     except KeyError:  # no byte-level BPE
         return False
     except (TypeError, AttributeError) as e:
         raise ValueError(f"{path} is damaged ({e!r}); download it again") from e
-    return found == ranks and not in_text and _named(added) == _named(special)
+    return found == ranks and plain and _named(added) == _named(special)
 
 
 def _named(special: dict[str, int]) -> dict[str, int]:
