@@ -6,20 +6,14 @@ from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from llama.text import tool_prompt
 from llama.text.chat_formats import ChatML, Writer, is_result, writer_of_results
 from llama.text.chat_template import Piece, named_template
 from llama.text.long_text import check_characters, encode_uncut, make_encoding
 from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.text_tokens import TextTokens, strip_beside_tokens
-from llama.text.tool_prompt import (
-    Tool,
-    ToolForm,
-    check_form,
-    encode_tool_calls,
-    is_code,
-    with_tools,
-)  # fmt: skip
+from llama.text.tool_prompt import Tool, ToolForm, check_form, encode_tool_calls, with_tools
 
 __all__ = ["ChatFormat", "Dialog", "Message", "Role", "Tokenizer"]
 
@@ -219,7 +213,7 @@ class ChatFormat:
         texts = encode_tool_calls(calls, tool_form)
         tokens = self.encode_header(message)
         tokens += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
-        if len(calls) == 1 and is_code(calls[0]):
+        if len(calls) == 1 and tool_prompt.is_code(calls[0]):
             tokens.append(special["<|python_tag|>"])
         for text in texts:  # each call separately, as llama-models does
             tokens += self.tokenizer.encode(text, bos=False, eos=False)
@@ -257,19 +251,19 @@ class TextFormat(ChatFormat):
     """A chat format that `llama.text` writes as texts and special tokens."""
 
     def __init__(self, tokenizer: Tokenizer):
-        sources, tokens = tokenizer.chat_templates, tokenizer.template_tokens
+        sources = tokenizer.chat_templates
+        tokens = tokenizer.template_tokens, tokenizer.control_tokens
         self.writer: Writer = ChatML(tokenizer.default_system, tokenizer.chat_bos)
         if tokenizer.chat_format == "template":
-            self.writer = named_template(sources, "default", tokens, tokenizer.control_tokens)
-        names = tokens, tokenizer.control_tokens
-        self.result_writer = writer_of_results(self.writer, sources, *names)
+            self.writer = named_template(sources, "default", *tokens)
+        self.result_writer = writer_of_results(self.writer, sources, *tokens)
         self.tool_writer = self.writer  # of prompts with tools
         if "tool_use" in sources:
-            self.tool_writer = named_template(sources, "tool_use", tokens, tokenizer.control_tokens)
+            self.tool_writer = named_template(sources, "tool_use", *tokens)
         self.tokens, self.description = self.writer.tokens, self.writer.description
         super().__init__(tokenizer)
-        roles = [*self.writer.roles, *self.tool_writer.roles, *self.result_writer.roles]
-        self.roles = tuple(dict.fromkeys(roles))
+        writers = self.writer, self.tool_writer, self.result_writer
+        self.roles = tuple(dict.fromkeys(role for writer in writers for role in writer.roles))
         self.takes_tools = self.writer.takes_calls or self.tool_writer.takes_calls
 
     def encode_header(self, message: Message) -> list[int]:
@@ -297,8 +291,6 @@ class TextFormat(ChatFormat):
     def _encode(self, pieces: Sequence[Piece]) -> list[int]:
         t: list[int] = []
         for text, is_token in strip_beside_tokens(pieces, self.tokenizer.token_flags):
-            if is_token:
-                t.append(self.tokenizer.special_tokens[text])
-            else:
-                t += self.tokenizer.encode(text, bos=False, eos=False)
+            special, encode = self.tokenizer.special_tokens, self.tokenizer.encode
+            t += [special[text]] if is_token else encode(text, bos=False, eos=False)
         return t
