@@ -5,6 +5,7 @@ Knows nothing about what the files contain.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
@@ -13,7 +14,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,25 @@ def new_folder(dst: Path, replace: bool = False) -> Iterator[Path]:
     key = uuid.uuid4().hex
     temporary, old = (dst.with_name(f".{dst.name}.{key}.{kind}") for kind in ("tmp", "old"))
     try:
-        temporary.mkdir(parents=True)
         with locked_folder(temporary):
             yield temporary
-        if replace and dst.exists():
-            os.rename(dst, old)
-        try:
-            os.rename(temporary, dst)
-        except OSError as e:
-            if dst.exists():  # another process was faster
-                raise FileExistsError(in_the_way) from e
-            raise
+            if replace:
+                with suppress(FileNotFoundError):  # none, or another process replaces it
+                    os.rename(dst, old)
+            try:
+                os.rename(temporary, dst)
+            except OSError as e:
+                # Another process was faster.
+                if dst.exists() or e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise FileExistsError(in_the_way) from e
+                raise
     except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
-        if old.exists() and not dst.exists():
-            os.rename(old, dst)
+        if not dst.exists():
+            with suppress(OSError):  # there is no old one, or another process was faster
+                os.rename(old, dst)
+        if dst.exists():
+            shutil.rmtree(old, ignore_errors=True)
         if isinstance(e, OSError) and (message := _name_destination(e, temporary, dst)):
             raise OSError(message) from e
         raise

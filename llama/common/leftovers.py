@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -23,15 +23,34 @@ log = logging.getLogger("llama")
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """A block in which `remove_leftovers` of other processes keeps `folder`."""
+    """Make `folder` if it is missing. In the block, `remove_leftovers` of others keeps it."""
     if fcntl is None:
+        folder.mkdir(parents=True, exist_ok=True)
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = _open_locked(folder)
     try:
-        _lock(descriptor)
         yield
     finally:
+        os.close(descriptor)
+
+
+def _open_locked(folder: Path) -> int:
+    """A descriptor with the lock. A folder that was removed before it was locked is made again."""
+    while True:
+        with suppress(FileExistsError):  # `exist_ok` raises it too, if it is removed meanwhile
+            folder.mkdir(parents=True)
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for one that is removing it
+        except OSError:  # a disk without locks, where nothing is removed
+            return descriptor
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(folder), os.fstat(descriptor)):
+                return descriptor
         os.close(descriptor)
 
 
@@ -47,7 +66,7 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
         except OSError:  # another's, or removed meanwhile
             continue
         try:
-            if _lock(descriptor):
+            if _is_unused(descriptor):
                 shutil.rmtree(folder, ignore_errors=True)
                 if not folder.exists():
                     log.info("removed %s, which a process that was killed has left", folder)
@@ -55,7 +74,7 @@ def remove_leftovers(parent: Path, pattern: str) -> None:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _is_unused(descriptor: int) -> bool:
     """Take the lock, unless another process has it or the disk has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

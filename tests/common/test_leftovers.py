@@ -69,3 +69,30 @@ def test_the_only_copy_of_a_replaced_folder_is_kept(tmp_path: Path) -> None:
     with new_folder(tmp_path / "model", replace=True):
         pass
     assert not old.exists()
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from llama.common.files import new_folder
+for _ in range(300):
+    try:
+        with new_folder(Path(sys.argv[1]), replace=True) as temporary:
+            (temporary / "part").write_text("whole")
+    except FileExistsError:  # the other was faster
+        pass
+"""
+
+
+def test_processes_that_write_one_folder_at_a_time_keep_each_others(tmp_path: Path) -> None:
+    """Also in the moments before a temporary folder is locked, and while it is renamed."""
+    dst = tmp_path / "model"
+    command = [sys.executable, "-c", TOGETHER, str(dst)]
+    running = [
+        subprocess.Popen(command, cwd=ROOT, text=True, stderr=subprocess.PIPE) for _ in range(3)
+    ]
+    for process in running:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert (dst / "part").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [dst]
