@@ -193,7 +193,7 @@ def test_port_in_use(rank_0: int) -> None:
 
 def test_no_server(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
+    with pytest.raises(ValueError, match="rank 1 of 2 found no rank 0"):
         job.store()
 
 
