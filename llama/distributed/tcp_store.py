@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from datetime import timedelta
 
@@ -32,6 +33,8 @@ def open_store(host: str, port: int, world: int, serves: bool, timeout: timedelt
     thread.start()
     thread.join(min(timeout.total_seconds() + GRACE, threading.TIMEOUT_MAX))
     if not found:
+        if not _listens(host, port):  # torch's own report may come late on a busy machine
+            raise RuntimeError(f"nothing listens at {host}:{port}")
         raise TimeoutError(
             f"what listens at {host}:{port} does not answer within {timeout.total_seconds():g} s"
         )
@@ -39,3 +42,11 @@ def open_store(host: str, port: int, world: int, serves: bool, timeout: timedelt
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), timeout=GRACE):
+            return True
+    except OSError:
+        return False

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from llama.distributed import job, tensor_parallel
+from llama.distributed import job, tcp_store, tensor_parallel
 from tests.distributed.test_tensor_parallel import free_port, start_torchrun, write
 
 JOB = str(Path(__file__).with_name("rank_job.py"))
@@ -193,7 +193,20 @@ def test_port_in_use(rank_0: int) -> None:
 
 def test_no_server(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
-    with pytest.raises(ValueError, match="rank 1 of 2 found no rank 0"):
+    with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
+        job.store()
+
+
+def test_no_server_on_a_busy_machine(rank_0: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch does not notice in time that nothing listens, the message is the same."""
+
+    def late(*_: object, **__: object) -> None:
+        time.sleep(3)
+
+    monkeypatch.setattr(tcp_store, "GRACE", 0.1)
+    monkeypatch.setattr(dist, "TCPStore", late)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ValueError, match=r"rank 1 of 2 found no rank 0 at 127.0.0.1"):
         job.store()
 
 
