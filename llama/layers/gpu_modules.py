@@ -20,7 +20,8 @@ from llama.layers.attention import folded_attention
 from llama.layers.kernel_modules import rotate, swiglu
 from llama.layers.quantization import codes_int4, dequantize_int8, scales_and_zeros_int4
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
-from llama.layers.replace import as_class
+from llama.layers.replace import Factory, as_class
+from llama.layers.schemes import TILE
 from llama.model import Attention, FeedForward, RMSNorm
 
 HALF = (torch.bfloat16, torch.float16)
@@ -101,52 +102,41 @@ class JoinedFeedForward(FeedForward):
         return reduce_from_ranks(self.w2(swiglu(gate, up)))
 
 
-def joined_heads(name: str, attention: Attention) -> nn.Module:
-    """A factory for `replace_modules`; the module itself where its linears cannot be joined."""
-    joined = join(attention.wq, attention.wk, attention.wv)
-    if joined is None:
-        return attention
-    replacement = as_class(attention, JoinedHeads)
-    del replacement.wq, replacement.wk, replacement.wv
-    replacement.wqkv = joined
-    return replacement
+def joined(kind: type[nn.Module], whole: str, *parts: str) -> Factory:
+    """A factory that makes a `kind`, whose linear `whole` is the linears `parts` in one.
 
+    It returns the module itself where its linears cannot be joined.
+    """
 
-def joined_feed_forward(name: str, feed_forward: FeedForward) -> nn.Module:
-    """A factory for `replace_modules`; the module itself where its linears cannot be joined."""
-    joined = join(feed_forward.w1, feed_forward.w3)
-    if joined is None:
-        return feed_forward
-    replacement = as_class(feed_forward, JoinedFeedForward)
-    del replacement.w1, replacement.w3
-    replacement.w13 = joined
-    return replacement
+    def factory(name: str, module: nn.Module) -> nn.Module:
+        linear = join(*(module.get_submodule(part) for part in parts))
+        if linear is None:
+            return module
+        replacement = as_class(module, kind)
+        for part in parts:
+            delattr(replacement, part)
+        setattr(replacement, whole, linear)
+        return replacement
+
+    return factory
 
 
 def join(*linears: nn.Module) -> nn.Module | None:
     """One linear with the outputs of several one after the other; None where that is impossible."""
     first, kind = linears[0], type(linears[0])
-    names = {nn.Linear: ("weight",), Int8Linear: ("q", "scale")}.get(kind, ())
-    if kind is Int4Linear:
-        assert isinstance(first, Int4Linear)
-        # Tiles hold 16 rows: only the last linear may have an unfinished one.
-        if all(linear.n % 16 == 0 for linear in linears[:-1] if isinstance(linear, Int4Linear)):
-            names = ("packed", "scale", "zero")
-    if not names or any(type(linear) is not kind for linear in linears):
+    if kind not in (nn.Linear, Int8Linear, Int4Linear) or any(type(x) is not kind for x in linears):
         return None
-    joined = as_class(first, kind)
-    joined._parameters, joined._buffers = dict(first._parameters), dict(first._buffers)
-    for name in names:
-        whole = torch.cat([getattr(linear, name).detach() for linear in linears])
-        if kind is nn.Linear:
-            setattr(joined, name, nn.Parameter(whole, requires_grad=False))
-        else:
-            setattr(joined, name, whole)
-    if isinstance(joined, nn.Linear):
-        joined.out_features = len(joined.weight)
-    if isinstance(joined, Int4Linear):
-        joined.n = sum(linear.n for linear in linears if isinstance(linear, Int4Linear))
-    return joined
+    if any(x.n % TILE for x in linears[:-1] if isinstance(x, Int4Linear)):
+        return None  # only the last may have a tile that is not full
+    whole = as_class(first, kind)
+    for name in first.state_dict():
+        rows = torch.cat([getattr(linear, name).detach() for linear in linears])
+        setattr(whole, name, nn.Parameter(rows, False) if kind is nn.Linear else rows)
+    if isinstance(whole, nn.Linear):
+        whole.out_features = len(whole.weight)
+    if isinstance(whole, Int4Linear):
+        whole.n = sum(x.n for x in linears if isinstance(x, Int4Linear))
+    return whole
 
 
 class TritonLinear(nn.Linear):

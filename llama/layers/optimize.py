@@ -11,11 +11,12 @@ from llama.layers.attention import FlashAttention, GroupedAttention, KernelAtten
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
+    JoinedFeedForward,
+    JoinedHeads,
     TritonLinear,
     flash_works,
     is_ampere,
-    joined_feed_forward,
-    joined_heads,
+    joined,
     tinygemm_or_same,
     triton_int8_or_same,
     triton_works,
@@ -37,7 +38,10 @@ FAST: Table = {
     RMSNorm: factory_of(KernelRMSNorm),
 }
 # On NVIDIA's GPUs in half precision: first what makes fewer linears, then these in FAST.
-JOINED: Table = {Attention: joined_heads, FeedForward: joined_feed_forward}
+JOINED: Table = {
+    Attention: joined(JoinedHeads, "wqkv", "wq", "wk", "wv"),
+    FeedForward: joined(JoinedFeedForward, "w13", "w1", "w3"),
+}
 GPU: Table = {RMSNorm: factory_of(FusedRMSNorm)}
 TRITON: Table = {nn.Linear: factory_of(TritonLinear), Int8Linear: triton_int8_or_same}
 

@@ -34,6 +34,8 @@ def as_class(module: nn.Module, kind: type[M]) -> M:
     replacement = kind.__new__(kind)
     nn.Module.__init__(replacement)
     replacement.__dict__.update(module.__dict__)
+    for own in ("_parameters", "_buffers", "_modules"):  # a change must not reach `module`
+        replacement.__dict__[own] = module.__dict__[own].copy()
     return replacement
 
 
