@@ -6,7 +6,6 @@ the host waits once in a step, for the ids that were drawn.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.engine.compiled_step import CompiledStep
-from llama.engine.sampling import GREEDY_BELOW, Sampling, sample_rows, uniform_of
+from llama.engine.sampling import GREEDY_BELOW, Sampling, sample_rows, uniform_of, without
 
 ALL = 1 << 31  # a top_k that no vocabulary exceeds
 
@@ -33,6 +32,10 @@ class Row(NamedTuple):
     sampling: Sampling
     generator: torch.Generator | None
 
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
 
 class Drawn(NamedTuple):
     """The next id of a row.
@@ -49,7 +52,7 @@ class Drawn(NamedTuple):
 
 def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
     """Feed rows 0 to B - 1 of the cache, and draw the next id of each."""
-    random = [row for row in rows if row.sampling.temperature >= GREEDY_BELOW]
+    random = [row for row in rows if not row.greedy]
     seeded = any(row.generator is not None for row in random)
     from_global = any(row.generator is None for row in random)
     length = step.length(max(row.position for row in rows) + 1)
@@ -59,9 +62,7 @@ def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
         *settings, uniform = packed.narrow(1, 2, 5).float().unbind(1)
         h = step.hidden(tokens.unsqueeze(1), start_pos, length).squeeze(1)
         logits = step.model.logits(h)
-        allowed = logits  # log-probabilities are of all ids
-        if step.unused is not None:
-            allowed = logits.index_fill(-1, step.unused, -math.inf)
+        allowed = without(logits, step.unused)
         finite = allowed.amax(-1).isfinite()
         allowed = allowed.where(finite.unsqueeze(-1), 0.0)  # drawing would fail, for all rows
         ids = sample_rows(allowed, settings, uniform if seeded else None, from_global)
@@ -78,7 +79,8 @@ def draw_rows(step: CompiledStep, rows: Sequence[Row]) -> list[Drawn]:
 
 def pack(row: Row) -> list[float]:
     """A row as numbers; -1 is no random number of its own."""
-    how, top_k = row.sampling, min(row.sampling.top_k, ALL)
-    drawn = row.generator is not None and how.temperature >= GREEDY_BELOW
-    uniform = uniform_of(row.generator) if drawn and row.generator is not None else -1.0
+    how, uniform = row.sampling, -1.0
+    if row.generator is not None and not row.greedy:
+        uniform = uniform_of(row.generator)
+    top_k = min(how.top_k, ALL)
     return [row.token, row.position, how.temperature, how.top_p, top_k, how.min_p, uniform]

@@ -16,7 +16,7 @@ from llama.engine.compiled_step import CompiledStep
 from llama.engine.drawing_step import Row, draw_rows
 from llama.engine.forks import check_not_forked
 from llama.engine.request import Generation
-from llama.engine.sampling import Sampling, sample
+from llama.engine.sampling import Sampling, sample, without
 from llama.model import KVCache, Transformer
 
 # Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
@@ -150,9 +150,7 @@ def draw_at(
     generations = [generation for generation, _ in last]
     index = torch.tensor([at for _, at in last], device=h.device)
     logits = model.logits(h.flatten(0, 1).index_select(0, index))
-    allowed = logits  # log-probabilities are of all ids
-    if model.unused is not None:
-        allowed = logits.index_fill(-1, model.unused, -math.inf)
+    allowed = without(logits, model.unused)
     finite = allowed.amax(-1).isfinite().tolist()
     if not all(finite):  # drawing would fail, for all rows
         allowed = allowed.nan_to_num(0.0, 0.0)

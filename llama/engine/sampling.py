@@ -93,6 +93,11 @@ def sample(
     return ids.gather(-1, chosen).reshape(-1)
 
 
+def without(logits: Tensor, unused: Tensor | None) -> Tensor:
+    """Logits to draw from, without a chance for `unused` ids. Scores are those of `logits`."""
+    return logits if unused is None else logits.index_fill(-1, unused, -math.inf)
+
+
 def uniform_of(generator: torch.Generator) -> float:
     """The next number in [0, 1) of a generator on the CPU, which draws the same for any device."""
     return torch.rand(1, generator=generator, dtype=torch.float32).item()
