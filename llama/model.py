@@ -489,9 +489,7 @@ class Transformer(nn.Module):
         rows = torch.arange(first_row, first_row + B, device=steps.device).unsqueeze(1)
         positions = positions.view(-1, T)
         counts = torch.arange(B + 1, dtype=torch.int32, device=steps.device)
-        ends = (
-            positions.select(1, T - 1).expand(B) + 1
-        ).int()
+        ends = (positions.select(1, T - 1).expand(B) + 1).int()
         at = CacheSlice(rows, positions, counts * T, counts * max_seq, ends, first_row, cache_len)
         return freqs_cis, mask, at
 
