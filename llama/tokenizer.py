@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 from llama.text import tool_prompt
 from llama.text.chat_formats import ChatML, Writer, is_result, writer_of_results
 from llama.text.chat_template import Piece, named_template
-from llama.text.long_text import check_characters, encode_uncut, make_encoding
+from llama.text.long_text import UncutEncoder, check_characters, make_encoding
 from llama.text.messages import NO_TOOLS, Dialog, Message, Role, check_dialog, check_message
 from llama.text.rank_file import check_spec, default_spec, parse_ranks, read_ranks, read_sidecar
 from llama.text.text_tokens import TextTokens, strip_beside_tokens
@@ -78,6 +78,7 @@ class Tokenizer:
         name = Path(where).name
         self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)
         self.ranks = ranks
+        self._encoder = UncutEncoder(self.model, self.pat_str, ranks)
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
         self.n_words: int = self.model.n_vocab
         self.unused_ids: Set[int] = frozenset(spec["unused_ids"])
@@ -122,10 +123,12 @@ class Tokenizer:
             raise TypeError(f"text to encode must be a str, not {type(s).__name__}")
         allowed, t = allowed_special or set(), []
         for part, is_token in self.text_tokens.split(s):
-            if self._missing_bytes and not is_token:
+            if is_token:
+                t.append(self.special_tokens[part])
+                continue
+            if self._missing_bytes:
                 check_characters(part, self.pat_str, self.ranks, self._missing_bytes)
-            what = self.model, self.pat_str, self.ranks, allowed, disallowed_special
-            t += [self.special_tokens[part]] if is_token else encode_uncut(part, *what)
+            t += self._encoder.encode(part, allowed, disallowed_special)
         if bos and self.bos_id >= 0:
             t.insert(0, self.bos_id)
         if eos and self.eos_id >= 0:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -70,14 +71,7 @@ def check_characters(
                 raise ValueError(f"this tokenizer's vocabulary lacks {character!r}; remove it")
 
 
-def encode_uncut(
-    s: str,
-    encoding: tiktoken.Encoding,
-    pat_str: str,
-    ranks: dict[bytes, int],
-    allowed_special: Literal["all"] | AbstractSet[str],
-    disallowed_special: Literal["all"] | Collection[str],
-) -> list[int]:
+class UncutEncoder:
     """`encoding.encode`, of all text.
 
     A very long run of whitespace is split by the `regex` package. So is text that the split pattern
@@ -85,23 +79,70 @@ def encode_uncut(
 
     Args:
         pat_str, ranks: the split pattern and the ranks of `encoding`.
-
-    Raises:
-        ValueError: `s` contains a disallowed special token, or the pattern cannot split it.
     """
-    try:
-        if not has_long_whitespace(s):
-            t = encoding.encode(
-                s, allowed_special=allowed_special, disallowed_special=disallowed_special
-            )
-            dropped = len(s.encode("utf-8", "surrogatepass")) - len(encoding.decode_bytes(t))
-            if pat_str == LLAMA3_PATTERN or not dropped:
-                return t
-        return _encode_pieces(s, encoding, pat_str, ranks, allowed_special, disallowed_special)
-    except BaseException as e:
-        if type(e).__name__ != "PanicException":  # of tiktoken; it is not an Exception
-            raise
-        raise ValueError(f"the split pattern {pat_str!r} cannot split this text: {e}") from None
+
+    def __init__(self, encoding: tiktoken.Encoding, pat_str: str, ranks: dict[bytes, int]):
+        self.encoding, self.pat_str, self.ranks = encoding, pat_str, ranks
+
+    def encode(
+        self,
+        s: str,
+        allowed_special: Literal["all"] | AbstractSet[str],
+        disallowed_special: Literal["all"] | Collection[str],
+    ) -> list[int]:
+        """See the class.
+
+        Raises:
+            ValueError: `s` contains a disallowed special token, or the pattern cannot split it.
+        """
+        try:
+            if not has_long_whitespace(s):
+                t = self.encoding.encode(
+                    s, allowed_special=allowed_special, disallowed_special=disallowed_special
+                )
+                if self.pat_str == LLAMA3_PATTERN or self._is_all(t, s):
+                    return t
+            return self._encode_pieces(s, allowed_special, disallowed_special)
+        except BaseException as e:
+            if type(e).__name__ != "PanicException":  # of tiktoken; it is not an Exception
+                raise
+            raise ValueError(
+                f"the split pattern {self.pat_str!r} cannot split this text: {e}"
+            ) from None
+
+    def _is_all(self, t: list[int], s: str) -> bool:
+        """Whether `t` has as many bytes as `s`, and so all of its text."""
+        return len(self.encoding.decode_bytes(t)) == len(s.encode("utf-8", "surrogatepass"))
+
+    def _encode_pieces(
+        self,
+        s: str,
+        allowed_special: Literal["all"] | AbstractSet[str],
+        disallowed_special: Literal["all"] | Collection[str],
+    ) -> list[int]:
+        """`encoding.encode` with the split pattern run by the `regex` package."""
+        specials = self.encoding.special_tokens_set
+        allowed = specials if allowed_special == "all" else set(allowed_special)
+        disallowed = specials if disallowed_special == "all" else disallowed_special
+        for text in set(disallowed) - allowed:
+            if text in s:
+                raise ValueError(f"the text contains the disallowed special token {text!r}")
+        special = "|".join(re.escape(text) for text in sorted(allowed, key=len, reverse=True))
+        t = []
+        for part in re.split(f"({special})", s) if special else [s]:
+            if part in allowed:
+                t.append(self.encoding.encode_single_token(part))
+            else:
+                for piece in pieces(self.pat_str, part):
+                    t.extend(self._one_piece.encode_ordinary(piece))
+        return t
+
+    @functools.cached_property
+    def _one_piece(self) -> tiktoken.Encoding:
+        """An encoding that takes any text as one piece; made late: it is slow, and rarely used."""
+        return tiktoken.Encoding(
+            name="one piece", pat_str=r"[\s\S]+", mergeable_ranks=self.ranks, special_tokens={}
+        )
 
 
 def has_long_whitespace(s: str) -> bool:
@@ -111,38 +152,6 @@ def has_long_whitespace(s: str) -> bool:
     quadratic time in shorter runs.
     """
     return any(_WHITESPACE.match(s, i) for i in range(0, len(s), _SAFE_WHITESPACE))
-
-
-def _encode_pieces(
-    s: str,
-    encoding: tiktoken.Encoding,
-    pat_str: str,
-    ranks: dict[bytes, int],
-    allowed_special: Literal["all"] | AbstractSet[str],
-    disallowed_special: Literal["all"] | Collection[str],
-) -> list[int]:
-    """`encoding.encode` with the split pattern run by the `regex` package."""
-    specials = encoding.special_tokens_set
-    allowed = specials if allowed_special == "all" else set(allowed_special)
-    disallowed = specials if disallowed_special == "all" else disallowed_special
-    for text in set(disallowed) - allowed:
-        if text in s:
-            raise ValueError(f"the text contains the disallowed special token {text!r}")
-    one_piece = tiktoken.Encoding(
-        name="one piece",
-        pat_str=r"[\s\S]+",  # any text is one piece
-        mergeable_ranks=ranks,
-        special_tokens={},
-    )
-    special = "|".join(re.escape(text) for text in sorted(allowed, key=len, reverse=True))
-    t = []
-    for part in re.split(f"({special})", s) if special else [s]:
-        if part in allowed:
-            t.append(encoding.encode_single_token(part))
-        else:
-            for piece in pieces(pat_str, part):
-                t.extend(one_piece.encode_ordinary(piece))
-    return t
 
 
 def pieces(pat_str: str, s: str) -> Iterator[str]:

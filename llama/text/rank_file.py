@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from llama.common.files import read_json
@@ -150,40 +152,40 @@ def check_types(spec: dict[str, Any], where: str) -> None:
     Raises:
         ValueError: one is wrong; `where` names the file in the message.
     """
-    special, stops = spec["special_tokens"], spec["stop_tokens"]
-    wrong = [
-        key
-        for key in (
-            "bos_token",
-            "eos_token",
-            "pad_token",
-            "chat_format",
-            "default_system",
-            "chat_bos",
-        )
-        if type(spec[key]) not in (str, type(None), *([int] if key.endswith("_token") else []))
-    ]
-    if not isinstance(special, dict) or not all(type(i) is int for i in special.values()):
-        wrong.append("special_tokens")
-    if not isinstance(stops, list) or not all(type(token) in (str, int) for token in stops):
-        wrong.append("stop_tokens")
-    unused = spec["unused_ids"]
-    if not isinstance(unused, list) or not all(type(i) is int for i in unused):
-        wrong.append("unused_ids")
-    for key in ("text_tokens", "token_flags"):
-        if not isinstance(spec[key], dict) or not all(
-            isinstance(flags, (list, tuple)) and all(isinstance(flag, str) for flag in flags)
-            for flags in spec[key].values()
-        ):
-            wrong.append(key)
-    if not isinstance(spec["pat_str"], str):
-        wrong.append("pat_str")
-    if wrong:
-        kinds = {"special_tokens": "{text: id}", "stop_tokens": "a list of texts or ids"}
-        kinds |= {"unused_ids": "a list of ids", "text_tokens": "{text: [flag, ...]}"}
-        kinds["token_flags"] = kinds["text_tokens"]
-        kind = kinds.get(wrong[0], "a text")
-        raise ValueError(f"{where}: {wrong[0]} must be {kind}, not {spec[wrong[0]]!r:.80}")
+    for keys, kind, fits in _TYPES:
+        for key in keys:
+            if not fits(spec[key]):
+                raise ValueError(f"{where}: {key} must be {kind}, not {spec[key]!r:.80}")
+
+
+def _is_list(value: object, *types: type) -> bool:
+    return isinstance(value, list) and all(type(item) in types for item in value)
+
+
+def _is_table(value: object, fits: Callable[[Any], bool]) -> bool:
+    """Whether `value` is a dict whose values all fit."""
+    return isinstance(value, dict) and all(map(fits, value.values()))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_flags(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and all(map(_is_text, value))
+
+
+# (keys of a sidecar, the type of their values in words, its check).
+_TYPES: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
+    (("bos_token", "eos_token", "pad_token"), "a text", lambda v: type(v) in (str, int, NoneType)),
+    (("chat_format", "default_system", "chat_bos"), "a text", lambda v: type(v) in (str, NoneType)),
+    (("special_tokens",), "{text: id}", lambda v: _is_table(v, lambda i: type(i) is int)),
+    (("stop_tokens",), "a list of texts or ids", lambda v: _is_list(v, str, int)),
+    (("unused_ids",), "a list of ids", lambda v: _is_list(v, int)),
+    (("text_tokens", "token_flags"), "{text: [flag, ...]}", lambda v: _is_table(v, _is_flags)),
+    (("pat_str",), "a text", _is_text),
+    (("chat_templates", "template_tokens"), "an object of texts", lambda v: _is_table(v, _is_text)),
+)
 
 
 def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> None:
@@ -219,7 +221,3 @@ def check_spec(spec: dict[str, Any], ranks: dict[bytes, int], where: str) -> Non
         raise ValueError(f"{where}.json: chat_format must be one of {CHAT_FORMATS}")
     if spec["chat_bos"] is not None and spec["chat_bos"] not in special:
         raise ValueError(f"{where}.json: chat_bos must be null or a special token")
-    for key in ("chat_templates", "template_tokens"):
-        table = spec[key]
-        if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
-            raise ValueError(f"{where}.json: {key} must be an object of texts")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llama.text import long_text
-from llama.text.long_text import encode_uncut, has_long_whitespace
+from llama.text.long_text import UncutEncoder, has_long_whitespace
 from llama.tokenizer import Tokenizer
 from tests.test_tokenizer import SIDECAR, write_small
 
@@ -49,11 +49,11 @@ def test_both_ways_of_splitting_give_the_same_ids(
     ours: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The way for long whitespace, taken for short texts too."""
-    rng, arguments = random.Random(0), (ours.model, ours.pat_str, ours.ranks, set[str](), ())
+    rng, encoder = random.Random(0), UncutEncoder(ours.model, ours.pat_str, ours.ranks)
     texts = ["".join(rng.choices([*WHITESPACE, "a", "1", "-", "'s"], k=99)) for _ in range(20)]
     monkeypatch.setattr(long_text, "has_long_whitespace", lambda s: True)
     for text in texts:
-        assert encode_uncut(text, *arguments) == ours.model.encode_ordinary(text)
+        assert encoder.encode(text, set(), ()) == ours.model.encode_ordinary(text)
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from llama.checkpoints.formats.bpe_ranks import DIGITS_PATTERN, GPT2_PATTERN
 from llama.text.rank_file import LLAMA3_PATTERN
 from llama.text.split_pattern import check_pattern
 from llama.tokenizer import Tokenizer
+from tests.test_tokenizer import write_small
 
 PUBLISHED = {
     "llama3": LLAMA3_PATTERN,
@@ -70,8 +69,6 @@ def test_accepted(name: str) -> None:
     ],
 )
 def test_refused(pattern: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
-    (tmp_path / "tokenizer.model.json").write_text(json.dumps({"pat_str": pattern}))
+    path = write_small(tmp_path, {"pat_str": pattern})
     with pytest.raises(ValueError, match=f"tokenizer.model.json: the split pattern .*{message}"):
         Tokenizer(path)

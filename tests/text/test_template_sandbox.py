@@ -47,14 +47,18 @@ FEATURES = [
 ]
 
 
+def render(source: str, variables: dict[str, Any]) -> str:
+    sandbox = Sandbox()
+    return sandbox.render(sandbox.compile_source(source), variables)
+
+
 @pytest.mark.parametrize("source", FEATURES)
 def test_renders_as_transformers(source: str) -> None:
-    sandbox = Sandbox()
     given = {"messages": MESSAGES, "tools": None, "documents": None, "add_generation_prompt": True}
     [expected], _ = render_jinja_template(
         [MESSAGES], chat_template=source, add_generation_prompt=True
     )
-    assert sandbox.render(sandbox.compile_source(source), given) == expected
+    assert render(source, given) == expected
 
 
 LOOP = "{% set ns = namespace(x=FIRST) %}{% for i in range(200) %}{% set ns.x = NEXT %}{% endfor %}"
@@ -124,10 +128,9 @@ LOOP = "{% set ns = namespace(x=FIRST) %}{% for i in range(200) %}{% set ns.x = 
 )
 def test_hostile_templates(source: str) -> None:
     """Each is refused before it costs much: the whole table takes seconds."""
-    sandbox = Sandbox()
     given: Any = {"messages": [{"role": "user"}]}
     with pytest.raises(Exception) as caught:
-        sandbox.render(sandbox.compile_source(source), given)
+        render(source, given)
     assert not isinstance(caught.value, MemoryError)
     assert given == {"messages": [{"role": "user"}]}
 
@@ -161,9 +164,8 @@ def test_long_dialogs_are_rendered() -> None:
         "{{ m.role ~ m.content|trim + '\n' }}{% endif %}{% endfor %}{{ messages[1:]|length }}"
     )
     for n, size in ((2000, 100), (3, 2_000_000)):
-        sandbox = Sandbox()
         messages = [{"role": "user", "content": "x" * size} for _ in range(n)]
-        text = sandbox.render(sandbox.compile_source(source), {"messages": messages})
+        text = render(source, {"messages": messages})
         assert text == ("user" + "x" * size + "\n") * (n - 1) + str(n - 1)
 
 

@@ -46,9 +46,10 @@ def rank_file(tokens: Mapping[str, int], merges: Iterable[str], whole_pieces: bo
     byte_of = gpt2_bytes()
 
     def to_bytes(text: str) -> bytes:
-        if not set(text) <= set(byte_of):
-            raise ValueError(f"token {text!r} is not in GPT-2's byte characters")
-        return bytes(byte_of[c] for c in text)
+        try:
+            return bytes([byte_of[c] for c in text])
+        except KeyError:
+            raise ValueError(f"token {text!r} is not in GPT-2's byte characters") from None
 
     ranks = {to_bytes(text): i for text, i in sorted(tokens.items(), key=lambda item: item[1])}
     order: dict[tuple[bytes, bytes], int] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama.common.files import read_json
+from llama.checkpoints.formats.hf_tokenizer_import import read_settings
 from llama.text.chat_formats import recognise
 from llama.text.chat_template import TOOL, USER, ChatTemplate, turn
 
@@ -42,10 +42,7 @@ def read_hf_templates(folder: Path) -> StoredTemplates:
     Raises:
         ValueError: a file is damaged.
     """
-    settings: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            settings |= read_json(folder / name)
+    settings = read_settings(folder)
     stored = settings.get("chat_template")
     named = stored if isinstance(stored, dict) else {"default": stored}
     try:
@@ -66,7 +63,7 @@ def read_hf_templates(folder: Path) -> StoredTemplates:
     texts = {name: settings.get(name) for name in NAMES}
     texts = {k: v.get("content") if isinstance(v, dict) else v for k, v in texts.items()}
     return StoredTemplates(
-        {name: text for name, text in named.items() if isinstance(text, str) and text.strip()},
+        _not_blank(named),
         {name: text for name, text in texts.items() if isinstance(text, str)},
     )
 
@@ -77,10 +74,15 @@ def read_gguf_templates(get: Callable[[str], Any]) -> StoredTemplates:
     sources = {name: get(f"{key}.{name}") for name in get(f"{key}s") or ()} | {"default": get(key)}
     ids = {name: get(f"tokenizer.ggml.{name.replace('pad', 'padding')}_id") for name in NAMES}
     return StoredTemplates(
-        {name: text for name, text in sources.items() if isinstance(text, str) and text.strip()},
+        _not_blank(sources),
         {name: i for name, i in ids.items() if isinstance(i, int)},
         add_bos=True,
     )
+
+
+def _not_blank(sources: Mapping[str, Any]) -> dict[str, str]:
+    """The sources that are texts and not empty."""
+    return {name: text for name, text in sources.items() if isinstance(text, str) and text.strip()}
 
 
 def chat_settings(stored: StoredTemplates, spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,9 +76,9 @@ def build_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     out.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     out.decoder = decoders.ByteLevel()
+    flags_of = tokenizer.text_tokens.flags | tokenizer.token_flags
     for text, _ in special:
-        found = tokenizer.text_tokens.flags | tokenizer.token_flags
-        flags = dict.fromkeys(found.get(text, ()), True)
+        flags = dict.fromkeys(flags_of.get(text, ()), True)
         in_text = text in tokenizer.text_tokens.flags
         token = AddedToken(text, special=not in_text, normalized=False, **flags)
         (out.add_tokens if in_text else out.add_special_tokens)([token])

@@ -54,6 +54,12 @@ def is_rank_file(path: Path) -> bool:
     return len(first) == 2 and first[1].isdigit()
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """special_tokens_map.json and tokenizer_config.json, which wins; {} if there is neither."""
+    settings = _read_optional(folder / "special_tokens_map.json")
+    return settings | _read_optional(folder / "tokenizer_config.json")
+
+
 def _read_optional(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; {} if there is no such file."""
     return read_json(path) if path.is_file() else {}
@@ -78,8 +84,7 @@ def _convert(spec: dict[str, Any], folder: Path) -> tuple[bytes, dict[str, Any]]
     tokens = {text: i for text, i in model["vocab"].items() if text not in special}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     ranks = rank_file(tokens, merges, whole_pieces=bool(model.get("ignore_merges")))
-    settings = _read_optional(folder / "special_tokens_map.json")
-    settings |= _read_optional(folder / "tokenizer_config.json")
+    settings = read_settings(folder)
     stops = stop_ids(folder)
 
     def id_of(role: str, texts: dict[str, int]) -> int | None:
