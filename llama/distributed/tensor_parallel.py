@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import json
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from datetime import timedelta
@@ -30,6 +31,7 @@ except ModuleNotFoundError:  # one rank runs without it
 
 # Between steps a rank may wait without limit: another one loads, or a person types.
 NO_TIMEOUT = timedelta(days=300)
+RELEASE_WITHIN = 0.1  # seconds in which gloo's threads let go of tensors
 _control: dist.ProcessGroup | None = None  # gloo, of the model-parallel ranks, for `gather_json`
 _ranks = [0]  # the model-parallel group, as ranks of the world
 _fault: job.Fault | None = None  # why the group was closed; None while it works
@@ -116,7 +118,12 @@ def _leave() -> None:
     error = getattr(sys, "last_value", None)  # the uncaught exception, if any
     if error is not None and _fault is None and dist.is_initialized():
         job.publish_fault(error)
+    uses_gloo = dist.is_initialized() and dist.get_backend() == "gloo"
     _close_groups()
+    if uses_gloo:
+        # DDP and FSDP keep the group's threads. One that still has to let go of the tensors of the
+        # last collective needs the interpreter, and aborts the process where that has ended.
+        time.sleep(RELEASE_WITHIN)
 
 
 def _close_groups() -> None:
