@@ -685,7 +685,7 @@ class Llama:
     def _requests(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions, **fields: Any
     ) -> list[Request]:
-        """A request for each prompt; `fields` are those of every `Request`.
+        """A request for each prompt; `fields` are those of every `Request`, and `name` of one.
 
         Raises:
             TypeError, ValueError: no such batch is possible.
@@ -703,7 +703,7 @@ class Llama:
             raise TypeError(f"seed must be one integer, or one a prompt, not {options.seed!r}")
         fields |= {"stop_tokens": self.tokenizer.stop_tokens, "reuse": options.reuse_prefix}
         return [
-            Request(prompt, seed=seed, name=f"prompt {i}", **fields)
+            Request(prompt, seed=seed, **({"name": f"prompt {i}"} | fields))
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
 
@@ -768,8 +768,8 @@ class Llama:
             max_gen_len=max_gen_len,
             sampling=options.sampling(temperature, top_p),
             logprobs=logprobs,
+            name="the prompt",
         )
-        request = dataclasses.replace(request, name="the prompt")
         return Stream(self.engine, self.tokenizer, request, options.stop)
 
 

@@ -122,3 +122,9 @@ def tiny_checkpoint(
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
+    """A tiny checkpoint with the vocabulary of `byte_tokenizer_path`. Tests do not write to it."""
+    return tiny_checkpoint(vocab_size=512)

@@ -20,11 +20,6 @@ from llama.common.async_reader import read_in_thread
 TEXTS = ["Hello", "A longer text", "x"]
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(vocab_size=512)
-
-
 @pytest.fixture
 def build(folder: Path, byte_tokenizer_path: Path) -> Callable[[], Llama]:
     return lambda: Llama.build(folder, byte_tokenizer_path, 200, 3, device="cpu", dtype="fp32")

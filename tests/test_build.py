@@ -14,11 +14,6 @@ from llama import Llama
 from llama.checkpoints.download import hub_name
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(vocab_size=512)
-
-
 @pytest.mark.parametrize("native", [True, False])
 def test_names_of_a_dtype(
     folder: Path, byte_tokenizer_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool

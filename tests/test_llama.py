@@ -35,11 +35,6 @@ META_BUILD = {"max_seq_len", "max_batch_size", "model_parallel_size", "seed"}
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(vocab_size=512)
-
-
-@pytest.fixture(scope="module")
 def build(folder: Path, byte_tokenizer_path: Path) -> Build:
     """Build a small model: `build(dtype="bf16", ...)`."""
 

@@ -47,11 +47,6 @@ print(sum(model() is not None for model in models))
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tiny_checkpoint: Callable[..., Path]) -> Path:
-    return tiny_checkpoint(vocab_size=512)
-
-
 @pytest.fixture
 def build(folder: Path, byte_tokenizer_path: Path) -> Callable[[], Llama]:
     return lambda: Llama.build(folder, byte_tokenizer_path, 64, 2, device="cpu", dtype="fp32")

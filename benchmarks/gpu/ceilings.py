@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import copy_speed, matmul_speed, read_speed
 
@@ -25,3 +27,17 @@ def run(run: Run) -> None:
 
     for what in (copy, multiply, read):
         run.attempt(what.__name__, what)
+
+
+def copy_ceiling(run: Run, row: str) -> float:
+    """GB/s of copying, which is also kept as a figure of `row`."""
+    ceiling = statistics.median(copy_speed(run.device, run.sizes.copied))
+    run.figure(row, "copy ceiling", "GB/s", [ceiling], "higher")
+    return ceiling
+
+
+def matmul_ceiling(run: Run, row: str) -> float:
+    """TFLOP/s of a matmul, which is also kept as a figure of `row`."""
+    ceiling = statistics.median(matmul_speed(run.device, run.sizes.matrix))
+    run.figure(row, "matmul ceiling", "TFLOP/s", [ceiling], "higher")
+    return ceiling

@@ -6,17 +6,17 @@ CUDA graph or several, they are also replayed alone.
 
 from __future__ import annotations
 
-import statistics
 import time
 import warnings
 from collections.abc import Sequence
 
 import torch
 
+from benchmarks.gpu.ceilings import copy_ceiling
 from benchmarks.gpu.models import cache_read, prompt, random_model, weights_read
 from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.timing import copy_speed, replays_seen, seconds_of, wait
+from benchmarks.gpu.timing import host_seconds, replays_seen, seconds_of, wait
 from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
@@ -39,8 +39,7 @@ def run(run: Run, scheme: str) -> None:
     run.figure(scheme, "make weights", "s", [made], "lower")
     run.figure(scheme, "optimize", "s", [time.perf_counter() - start - made], "lower")
     run.figure(scheme, "weights read", "GB", [weights_read(model) / 1e9], "lower")
-    ceiling = statistics.median(copy_speed(device, sizes.copied))
-    run.figure(scheme, "copy ceiling", "GB/s", [ceiling], "higher")
+    ceiling = copy_ceiling(run, scheme)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -57,7 +56,7 @@ def run(run: Run, scheme: str) -> None:
     for context in longer:
         for rows in sizes.rows:
             measure.attempt(compiled, "compiled", rows, context)
-    measure.memory()
+    run.peak_memory(scheme)
     if compiled is not None:
         run.attempt("profile", measure.profile, compiled, short)
 
@@ -102,15 +101,13 @@ class Decoding:
         for _ in range(4):
             engine.step()
         wait(self.run.device)
-        times = []
         with replays_seen() as graphs:
-            for _ in range(GROUPS):
-                start = time.perf_counter()
-                for _ in range(per_run):
-                    graphs.clear()
-                    engine.step()
-                wait(self.run.device)
-                times.append((time.perf_counter() - start) / per_run)
+
+            def step() -> None:
+                graphs.clear()
+                engine.step()
+
+            times = host_seconds(step, self.run.device, GROUPS, per_run)
         self.report(row, "engine step", times, rows, context)
         last = list(graphs)
         if last:
@@ -160,11 +157,6 @@ class Decoding:
         self.begin(engine, 1, context, steps + 10)
         profile(self.run, f"{self.scheme}, a step of one row", engine.step, steps)
         self.end(engine)
-
-    def memory(self) -> None:
-        if self.run.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.run.device) / 2**30
-            self.run.figure(self.scheme, "peak memory", "GiB", [peak], "lower")
 
 
 def check(generations: Sequence[Generation]) -> None:

@@ -6,17 +6,17 @@ A linear is timed over all layers of a model, so that its weights are not in the
 from __future__ import annotations
 
 import gc
-import statistics
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.gpu.ceilings import copy_ceiling
 from benchmarks.gpu.decode import QUANTIZE
 from benchmarks.gpu.models import random_model
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.timing import copy_speed, graphed, seconds_of
+from benchmarks.gpu.timing import graphed, seconds_of
 from llama.layers.optimize import optimize
 from llama.model import Transformer
 
@@ -28,8 +28,7 @@ LINEARS = ("output", "attention.wqkv", "attention.wq", "attention.wk", "attentio
 def run(run: Run) -> None:
     """Measure the linears of each format, then attention."""
     sizes = run.sizes
-    ceiling = statistics.median(copy_speed(run.device, sizes.copied))
-    run.figure("device", "copy ceiling", "GB/s", [ceiling], "higher")
+    ceiling = copy_ceiling(run, "device")
     shape = sizes.shape | {"n_layers": sizes.copies}
     for scheme, quantize in QUANTIZE.items():
         model = random_model(shape, max(sizes.rows), max(sizes.contexts), run.device)

@@ -9,12 +9,12 @@ import random
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.gpu.timing import wait
 from llama.model import ModelArgs, Transformer
 
 
-@torch.no_grad()
 def random_model(
     shape: dict[str, Any],
     rows: int,
@@ -26,6 +26,14 @@ def random_model(
     args = ModelArgs(**shape, max_batch_size=rows, max_seq_len=length)
     with torch.device("meta"):
         model = Transformer(args).to(dtype)
+    fill(model, device)
+    wait(device)
+    return model.eval()
+
+
+@torch.no_grad()
+def fill(model: nn.Module, device: torch.device) -> None:
+    """Give a model on the meta device its weights."""
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(1)
     for weight in model.parameters():
@@ -33,8 +41,6 @@ def random_model(
             weight.fill_(1.0)
         else:
             weight.normal_(0.0, 0.02, generator=generator)
-    wait(device)
-    return model.eval()
 
 
 def weights_read(model: Transformer) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.models import fill
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.timing import wait
+from benchmarks.gpu.timing import host_seconds, wait
 from benchmarks.transformers_peer import config_of
 from llama.model import ModelArgs
 
@@ -31,7 +32,6 @@ def run(run: Run) -> None:
     run.attempt("compiled", measure, run, model, "compiled", compiled, least=20)
 
 
-@torch.no_grad()
 def random_transformers_model(run: Run) -> Any:
     """LlamaForCausalLM in bf16 with random weights made on the device."""
     from transformers import LlamaForCausalLM
@@ -41,13 +41,8 @@ def random_transformers_model(run: Run) -> Any:
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device=run.device)
+    fill(model, run.device)
     model.model.rotary_emb = LlamaRotaryEmbedding(config).to(run.device)
-    for weight in model.parameters():
-        if weight.dim() == 1:
-            weight.fill_(1.0)
-        else:
-            weight.normal_(0.0, 0.02)
     return model.eval()
 
 
@@ -75,17 +70,16 @@ def measure(run: Run, model: Any, how: str, forward: Callable[..., Any]) -> None
 
     ids = torch.randint(0, model.config.vocab_size, (1, context), device=device)
     ids, position = step(model.forward, ids, 0), context
+
+    def next_step() -> None:
+        nonlocal ids, position
+        ids, position = step(forward, ids, position), position + 1
+
     start = time.perf_counter()
     for _ in range(6):
-        ids, position = step(forward, ids, position), position + 1
+        next_step()
     wait(device)
     run.figure(how, "first steps", "s", [time.perf_counter() - start], "lower")
-    times, per_run = [], max(1, sizes.steps // GROUPS)
-    for _ in range(GROUPS):
-        start = time.perf_counter()
-        for _ in range(per_run):
-            ids, position = step(forward, ids, position), position + 1
-        wait(device)
-        times.append((time.perf_counter() - start) / per_run)
+    times = host_seconds(next_step, device, GROUPS, max(1, sizes.steps // GROUPS))
     row = f"transformers, bf16 {how}, batch 1, context {context}"
     run.figure(row, "step", "tok/s", [1 / t for t in times], "higher")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 
+from benchmarks.gpu.ceilings import matmul_ceiling
 from benchmarks.gpu.decode import QUANTIZE, check
 from benchmarks.gpu.models import layer_parameters, prompt, random_model
 from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.timing import matmul_speed, wait
+from benchmarks.gpu.timing import wait
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -26,8 +26,7 @@ def run(run: Run, scheme: str) -> None:
     parameters, args = layer_parameters(model), model.params
     optimize(model, QUANTIZE[scheme])
     wait(device)
-    ceiling = statistics.median(matmul_speed(device, sizes.matrix))
-    run.figure(scheme, "matmul ceiling", "TFLOP/s", [ceiling], "higher")
+    ceiling = matmul_ceiling(run, scheme)
 
     def measure(row: str, length: int, chunk: int) -> None:
         engine, times = Engine(model, chunk), []

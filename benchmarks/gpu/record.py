@@ -45,6 +45,12 @@ class Run:
         figure = Figure(row, column, unit, list(runs), better=better)
         self._write(figure=asdict(figure) | {"median": figure.median})
 
+    def peak_memory(self, row: str) -> None:
+        """Keep the most memory that torch had allocated on a GPU; nothing on other devices."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.figure(row, "peak memory", "GiB", [peak], "lower")
+
     def note(self, text: str) -> None:
         """Keep a line for the reader."""
         self._write(note=text)

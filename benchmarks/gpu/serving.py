@@ -6,8 +6,6 @@ import random
 import statistics
 import time
 
-import torch
-
 from benchmarks.gpu.decode import check
 from benchmarks.gpu.models import prompt, random_model
 from benchmarks.gpu.record import Run
@@ -35,9 +33,7 @@ def run(run: Run) -> None:
     run.attempt("first run", measure, run, engine, "greedy, the first run", Sampling(0.0), False)
     for way, (sampling, seeded) in WAYS.items():
         run.attempt(way, measure, run, engine, way, sampling, seeded)
-    if run.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(run.device) / 2**30
-        run.figure(f"{sizes.slots} rows", "peak memory", "GiB", [peak], "lower")
+    run.peak_memory(f"{sizes.slots} rows")
 
 
 def make_requests(run: Run, sampling: Sampling, seeded: bool) -> list[Request]:

@@ -8,10 +8,10 @@ import time
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.ceilings import matmul_ceiling
 from benchmarks.gpu.models import random_model
 from benchmarks.gpu.profiling import profile
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.timing import matmul_speed
 from benchmarks.train import updates
 from llama.train.objective import Objective, prepare_model
 from llama.train.settings import Settings
@@ -22,8 +22,7 @@ STEPS = 5
 def run(run: Run) -> None:
     """Measure the first number of rows that fits the memory."""
     sizes = run.sizes
-    ceiling = statistics.median(matmul_speed(run.device, sizes.matrix))
-    run.figure("1b", "matmul ceiling", "TFLOP/s", [ceiling], "higher")
+    ceiling = matmul_ceiling(run, "1b")
     for rows in sizes.train_rows:
         row = f"{rows} x {sizes.train_length} tokens"
         if run.attempt(row, measure, run, row, rows, ceiling, least=15):
@@ -59,8 +58,6 @@ def measure(run: Run, row: str, rows: int, ceiling: float) -> bool:
     run.figure(row, "6 x parameters x tokens", "TFLOP/s", rates, "higher")
     run.figure(row, "of matmul", "", [rate / ceiling for rate in rates], "higher")
     run.figure(row, "last loss", "nat", losses[-1:])
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        run.figure(row, "peak memory", "GiB", [peak], "lower")
+    run.peak_memory(row)
     run.attempt("profile", profile, run, row, lambda: update(ids), 1)
     return True

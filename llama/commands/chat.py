@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated
 
@@ -16,18 +16,18 @@ from llama.distributed import job, tensor_parallel
 from llama.engine.request import check_count
 from llama.engine.sampling import Sampling
 
-# What follows a command, for completion; None is a path.
-COMPLETIONS: dict[str, Callable[[str], list[str]] | None] = {
-    "/help": lambda _: [],
-    "/system": lambda _: [],
-    "/set": lambda _: SETTINGS,
-    "/show": lambda _: [],
-    "/regenerate": lambda _: [],
-    "/undo": lambda _: [],
-    "/reset": lambda _: [],
+# The words that may follow a command, for completion; None is a path.
+COMPLETIONS: dict[str, list[str] | None] = {
+    "/help": [],
+    "/system": [],
+    "/set": SETTINGS,
+    "/show": [],
+    "/regenerate": [],
+    "/undo": [],
+    "/reset": [],
     "/save": None,
     "/load": None,
-    "/quit": lambda _: [],
+    "/quit": [],
 }
 
 

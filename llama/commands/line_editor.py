@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,9 @@ from llama.common.extras import install_line
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession
 
-Completions = Callable[[str], Iterable[str]]
-
 
 def typed_lines(
-    commands: Mapping[str, Completions | None], history: Path, hint: str
+    commands: Mapping[str, Sequence[str] | None], history: Path, hint: str
 ) -> Iterator[str]:
     """The lines that the user types, until Ctrl-D.
 
@@ -25,7 +23,7 @@ def typed_lines(
     message; Ctrl-Z suspends the program.
 
     Args:
-        commands: each command, with a function that completes what follows it (None: a path).
+        commands: each command, with the words that may follow it (None: a path).
         history: the file that keeps what was typed, for later sessions. LLAMA3_HISTORY names
             another one; if it is empty, nothing is kept.
         hint: a line to begin with.
@@ -93,7 +91,7 @@ def _keys() -> Any:
     return keys
 
 
-def _completer(commands: Mapping[str, Completions | None]) -> Any:
+def _completer(commands: Mapping[str, Sequence[str] | None]) -> Any:
     from prompt_toolkit.completion import Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document
 
@@ -112,7 +110,7 @@ def _completer(commands: Mapping[str, Completions | None]) -> Any:
                 return
             else:
                 text = rest
-                found = (word for word in follows(rest) if word.startswith(rest))
+                found = (word for word in follows if word.startswith(rest))
             yield from (Completion(word, start_position=-len(text)) for word in found)
 
     return CommandCompleter()

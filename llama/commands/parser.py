@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,10 +133,14 @@ def _version() -> str:
 
 def summary(verb: str, module: str) -> str:
     """The first line of a verb's docstring, read without importing the verb's module."""
-    source = Path(__file__).with_name(f"{module}.py").read_text("utf-8")
-    functions = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-    [function] = [node for node in functions if node.name == verb]
+    [function] = [node for node in _functions(module) if node.name == verb]
     return (ast.get_docstring(function) or "").partition("\n")[0]
+
+
+@cache
+def _functions(module: str) -> list[ast.FunctionDef]:
+    source = Path(__file__).with_name(f"{module}.py").read_text("utf-8")
+    return [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
 
 
 def make_command(verb: str) -> Any:

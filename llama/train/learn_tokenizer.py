@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
 from llama.checkpoints.formats.bpe_ranks import rank_file, sidecar
+from llama.common.daemon_thread import call_in_daemon
 from llama.common.extras import install_line
 from llama.common.files import replacing_file
 from llama.common.progress import progress
@@ -116,7 +117,6 @@ def _learn_byte_pairs(kind: str, texts: Iterable[str]) -> tuple[bytes, dict[str,
 
 def _train(library: Any, trainer: Any, passages: Iterable[str]) -> None:
     """Train in a thread, while this one waits for it: signals reach Python here, not in Rust."""
-    errors: list[BaseException] = []
     stopped = False
 
     def until_stopped() -> Iterator[str]:
@@ -125,21 +125,13 @@ def _train(library: Any, trainer: Any, passages: Iterable[str]) -> None:
                 return
             yield passage
 
-    def run() -> None:
-        try:
-            library.train_from_iterator(until_stopped(), trainer)
-        except BaseException as e:
-            errors.append(e)
-
-    thread = threading.Thread(target=run, daemon=True)  # does not keep the process from ending
+    training = call_in_daemon(lambda: library.train_from_iterator(until_stopped(), trainer))
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
+        while not training.done():
+            wait([training], 0.1)  # in parts: on Windows a signal does not end a wait
+        training.result()
     finally:
         stopped = True
-    if errors:
-        raise errors[0]
 
 
 def _passages(texts: Iterable[str]) -> Iterator[str]:

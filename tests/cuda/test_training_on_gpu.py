@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.train import updates
 from llama import ModelArgs, Transformer
 from llama.train.objective import Objective, prepare_model
-from llama.train.optimizer import initialize, make_optimizer
+from llama.train.optimizer import initialize
 from llama.train.settings import Settings
 from tests.cuda.cases import DEVICE, SHAPES
 
@@ -26,18 +25,10 @@ def trained(
     prepare_model(model, recompute)
     initialize(model, seed=1)
     objective = Objective(model)
-    optimizer = make_optimizer(objective, settings)
-    generator, losses = torch.Generator().manual_seed(2), []
+    update = updates(objective, lambda x: objective(x[:, :-1], x[:, 1:]), settings, device)
+    generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 512, (4, 33), generator=generator).to(device)
-    for _ in range(4):
-        bf16 = dtype == "bfloat16"
-        with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-            loss = objective(ids[:, :-1], ids[:, 1:])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = [update(ids) for _ in range(4)]
     return losses, {name: w.detach().cpu() for name, w in model.named_parameters()}
 
 
