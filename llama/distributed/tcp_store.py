@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import socket
 import threading
+from concurrent.futures import wait
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from llama.common.daemon_thread import call_in_daemon
 
 GRACE = 1.0  # seconds beyond the timeout in which torch reports a failure by itself
 
@@ -21,27 +24,17 @@ def open_store(host: str, port: int, world: int, serves: bool, timeout: timedelt
         TimeoutError: something listens there and does not answer.
         RuntimeError: torch's error: the port is in use, nothing listens, or the answer is wrong.
     """
-    found: list[dist.TCPStore | Exception] = []
-
-    def open_it() -> None:
-        try:
-            found.append(dist.TCPStore(host, port, world, serves, timeout, wait_for_workers=False))
-        except Exception as e:
-            found.append(e)
-
-    thread = threading.Thread(target=open_it, daemon=True)  # does not keep the process from ending
-    thread.start()
-    thread.join(min(timeout.total_seconds() + GRACE, threading.TIMEOUT_MAX))
-    if not found:
+    opening = call_in_daemon(
+        lambda: dist.TCPStore(host, port, world, serves, timeout, wait_for_workers=False)
+    )
+    wait([opening], min(timeout.total_seconds() + GRACE, threading.TIMEOUT_MAX))
+    if not opening.done():
         if not _listens(host, port):  # torch's own report may come late on a busy machine
             raise RuntimeError(f"nothing listens at {host}:{port}")
         raise TimeoutError(
             f"what listens at {host}:{port} does not answer within {timeout.total_seconds():g} s"
         )
-    [result] = found
-    if isinstance(result, Exception):
-        raise result
-    return result
+    return opening.result()
 
 
 def _listens(host: str, port: int) -> bool:
