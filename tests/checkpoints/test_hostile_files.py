@@ -48,6 +48,16 @@ def test_huge_sizes(layout: str, file: str, key: str, size: int, tmp_path: Path)
         assert verify(path, open_checkpoint)
 
 
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+def test_long_rows_of_a_quantized_model(layout: str, tmp_path: Path) -> None:
+    """16 rows of them were allocated, which ended in a RuntimeError of torch."""
+    path = write_base(tmp_path / "model", base(layout))
+    params: dict[str, Any] = json.loads((path / "params.json").read_text())
+    (path / "params.json").write_text(json.dumps(params | {"multiple_of": 2**23}))
+    with bounds(), pytest.raises(ValueError, match=f"{path} do not fit its sizes"):
+        open_checkpoint(path).args()
+
+
 @pytest.mark.parametrize("size", [2**31 - 2, 2**32 - 1])
 @pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.head_count"])
 def test_huge_sizes_in_a_gguf(key: str, size: int, tmp_path: Path) -> None:
