@@ -5,10 +5,8 @@ The random ones are in tests/fuzz.
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
 from llama.distributed.sharding import rank_counts
 from llama.model import ModelArgs
-from tests.fuzz.bases import base, write_base, write_gguf_with
+from tests.fuzz.bases import archive_of, base, records_of, write_base, write_gguf_with
 from tests.fuzz.bounds import bounds
 
 HUGE = [2**31 - 2, 2**31, 2**62, 2**64, 10**300]
@@ -48,6 +46,16 @@ def test_huge_sizes(layout: str, file: str, key: str, size: int, tmp_path: Path)
         assert verify(path, open_checkpoint)
 
 
+@pytest.mark.parametrize("layout", ["int8", "int4"])
+def test_long_rows_of_a_quantized_model(layout: str, tmp_path: Path) -> None:
+    """16 rows of them were allocated, which ended in a RuntimeError of torch."""
+    path = write_base(tmp_path / "model", base(layout))
+    params: dict[str, Any] = json.loads((path / "params.json").read_text())
+    (path / "params.json").write_text(json.dumps(params | {"multiple_of": 2**23}))
+    with bounds(), pytest.raises(ValueError, match=f"{path} do not fit its sizes"):
+        open_checkpoint(path).args()
+
+
 @pytest.mark.parametrize("size", [2**31 - 2, 2**32 - 1])
 @pytest.mark.parametrize("key", ["block_count", "embedding_length", "attention.head_count"])
 def test_huge_sizes_in_a_gguf(key: str, size: int, tmp_path: Path) -> None:
@@ -65,8 +73,7 @@ def test_ranks_of_many_heads() -> None:
 
 
 def records() -> list[str]:
-    with zipfile.ZipFile(io.BytesIO(base("meta")["consolidated.00.pth"])) as archive:
-        return [name for name in archive.namelist() if "/data/" in name]
+    return [name for name in records_of(base("meta")["consolidated.00.pth"]) if "/data/" in name]
 
 
 @pytest.mark.parametrize("part", [0, 0.5])
@@ -75,12 +82,9 @@ def test_a_short_record_of_a_pth(index: int, part: float, tmp_path: Path) -> Non
     """The missing numbers were read from the next record, and `verify` passed the empty ones."""
     name, path = records()[index], write_base(tmp_path / "model", base("meta"))
     pth = path / "consolidated.00.pth"
-    with zipfile.ZipFile(pth) as archive:
-        content = {n: archive.read(n) for n in archive.namelist()}
+    content = records_of(pth.read_bytes())
     content[name] = content[name][: int(len(content[name]) * part)]
-    with zipfile.ZipFile(pth, "w") as archive:
-        for record, data in content.items():
-            archive.writestr(record, data)
+    pth.write_bytes(archive_of(content))
     key = name.rpartition("/")[2]
     with pytest.raises(ValueError, match=rf"pth is damaged \(its record data/{key} has .* bytes\)"):
         open_checkpoint(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +107,18 @@ def write_base(folder: Path, files: Files) -> Path:
     for name, content in files.items():
         (folder / name).write_bytes(content)
     return folder
+
+
+def records_of(archive: bytes) -> Files:
+    """The records of a file of `torch.save`."""
+    with zipfile.ZipFile(io.BytesIO(archive)) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def archive_of(records: Files) -> bytes:
+    """A zip archive whose checksums are right."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        for name, record in records.items():
+            file.writestr(name, record)
+    return content.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from llama.checkpoints.inspect import describe
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.checkpoints.verify import verify
+from tests.fuzz.bases import Files, write_base
 
 CPU_SECONDS = 5.0  # of one file; a good one takes a fiftieth
 MEMORY = 1 << 29  # bytes more than before
@@ -55,6 +57,12 @@ def bounds() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def read_files(files: Files) -> None:
+    """`read_all` of a folder with these files."""
+    with tempfile.TemporaryDirectory() as temporary:
+        read_all(write_base(Path(temporary) / "fuzzed-model", files))
 
 
 def read_all(path: Path) -> None:

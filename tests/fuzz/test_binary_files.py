@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 import tempfile
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fuzz.bases import Files, base, write_base, write_gguf_with
-from tests.fuzz.bounds import fuzzing, read_all
+from tests.checkpoints.gguf_files import KEYS, vocabulary_keys
+from tests.fuzz.bases import GGUF_KEYS, archive_of, base, records_of, write_gguf_with
+from tests.fuzz.bounds import fuzzing, read_all, read_files
 from tests.fuzz.mutations import HOSTILE, damaged_bytes, damaged_json
 
 FILES = [
@@ -28,11 +28,6 @@ FILES = [
 ]
 
 
-def read_with(files: Files) -> None:
-    with tempfile.TemporaryDirectory() as temporary:
-        read_all(write_base(Path(temporary) / "fuzzed-model", files))
-
-
 @pytest.mark.parametrize(("layout", "name", "examples"), FILES)
 def test_damaged_bytes(layout: str, name: str, examples: int) -> None:
     files = base(layout)
@@ -40,23 +35,9 @@ def test_damaged_bytes(layout: str, name: str, examples: int) -> None:
     @fuzzing(examples)
     @given(damaged_bytes(files[name]))
     def check(content: bytes) -> None:
-        read_with(files | {name: content})
+        read_files(files | {name: content})
 
     check()
-
-
-def records_of(content: bytes) -> Files:
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def archive_of(records: Files) -> bytes:
-    """A zip archive whose checksums are right."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name, content in records.items():
-            archive.writestr(name, content)
-    return file.getvalue()
 
 
 @fuzzing(150)
@@ -68,7 +49,7 @@ def test_damaged_records_of_torch(data: st.DataObject) -> None:
     names = sorted(records)
     name = data.draw(st.sampled_from([n for n in names if n.endswith("data.pkl")] * 9 + names))
     records[name] = data.draw(damaged_bytes(records[name]))
-    read_with(base(layout) | {"consolidated.00.pth": archive_of(records)})
+    read_files(base(layout) | {"consolidated.00.pth": archive_of(records)})
 
 
 def tensors() -> st.SearchStrategy[Any]:
@@ -98,7 +79,7 @@ def test_other_values_in_a_state_dict(data: st.DataObject) -> None:
         torch.save(weights, file, _use_new_zipfile_serialization=not old)
     except (RuntimeError, NotImplementedError, AttributeError, pickle.PicklingError):
         return  # torch cannot save it so
-    read_with(base("meta") | {"consolidated.00.pth": file.getvalue()})
+    read_files(base("meta") | {"consolidated.00.pth": file.getvalue()})
 
 
 @fuzzing(100)
@@ -109,7 +90,7 @@ def test_damaged_headers_of_safetensors(data: st.DataObject) -> None:
     size = int.from_bytes(content[:8], "little")
     header = data.draw(damaged_json(json.loads(content[8 : 8 + size])))
     damaged = len(header).to_bytes(8, "little") + header + content[8 + size :]
-    read_with(base("hf") | {name: damaged})
+    read_files(base("hf") | {name: damaged})
 
 
 GGUF_VALUES: list[Any] = [
@@ -121,9 +102,6 @@ GGUF_VALUES: list[Any] = [
 @fuzzing(100)
 @given(st.data())
 def test_other_values_of_gguf_keys(data: st.DataObject) -> None:
-    from tests.checkpoints.gguf_files import KEYS, vocabulary_keys
-    from tests.fuzz.bases import GGUF_KEYS
-
     more = ["split.count", "llama.rope.scaling.type", "tokenizer.ggml.add_bos_token",
             "tokenizer.ggml.padding_token_id", "tokenizer.ggml.eot_token_id"]  # fmt: skip
     known = KEYS | vocabulary_keys("smollm") | GGUF_KEYS

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.verify import verify
 from tests.fuzz.bases import base, write_base
-from tests.fuzz.bounds import fuzzing, read_all
-from tests.fuzz.mutations import damaged_json
+from tests.fuzz.bounds import fuzzing, read_all, read_files
+from tests.fuzz.mutations import damaged_bytes, damaged_json
 
 FILES = [
     ("meta", "params.json", 150),
@@ -29,9 +30,6 @@ FILES = [
 
 @pytest.mark.parametrize("layout", ["meta", "int8", "int4", "hf", "gguf"])
 def test_the_good_files(layout: str, tmp_path: Path) -> None:
-    from llama.checkpoints.open import open_checkpoint
-    from llama.checkpoints.verify import verify
-
     folder = write_base(tmp_path / layout, base(layout))
     read_all(folder)
     assert verify(folder, open_checkpoint) == []
@@ -44,8 +42,7 @@ def test_damaged_json(layout: str, name: str, examples: int) -> None:
     @fuzzing(examples)
     @given(damaged_json(json.loads(files[name])))
     def check(content: bytes) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            read_all(write_base(Path(temporary) / "fuzzed-model", files | {name: content}))
+        read_files(files | {name: content})
 
     check()
 
@@ -53,9 +50,6 @@ def test_damaged_json(layout: str, name: str, examples: int) -> None:
 @fuzzing(30)
 @given(st.data())
 def test_damaged_text(data: st.DataObject) -> None:
-    from tests.fuzz.mutations import damaged_bytes
-
     layout, name = data.draw(st.sampled_from([file[:2] for file in FILES]))
     content = data.draw(damaged_bytes(base(layout)[name]))
-    with tempfile.TemporaryDirectory() as temporary:
-        read_all(write_base(Path(temporary) / "fuzzed-model", base(layout) | {name: content}))
+    read_files(base(layout) | {name: content})

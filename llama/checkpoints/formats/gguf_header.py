@@ -91,10 +91,11 @@ class _Reader:
     """Numbers and strings of an open file; a ValueError where the file has fewer bytes."""
 
     def __init__(self, f: IO[bytes], size: int):
-        self.f, self.size = f, size
+        self.f, self.position, self.end = f, 0, min(size, MAX_HEADER)
 
     def read(self, n: int) -> bytes:
-        if self.f.tell() + n > min(self.size, MAX_HEADER):
+        self.position += n  # counted here: `f.tell` takes longer than all the rest
+        if self.position > self.end:
             raise ValueError("a partial download or damaged (it ends inside its header)")
         return self.f.read(n)
 
@@ -159,7 +160,7 @@ def read_header(path: Path) -> GGUFHeader:
         alignment = fields["general.alignment"].value if "general.alignment" in fields else 32
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"damaged (its alignment is {alignment})")
-        start = _padded(f.tell(), alignment)
+        start = _padded(reader.position, alignment)
     if len({tensor.name for tensor in found}) < len(found):
         raise ValueError("damaged (two tensors have one name)")
     return GGUFHeader(fields, _place(found, start, alignment, size))

@@ -8,6 +8,8 @@ Knows the files. `llama.layers.quantized_linear` decides which weights are quant
 
 from __future__ import annotations
 
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from llama.model import ModelArgs
 
 PLAIN_DTYPES = tuple(DTYPES.values())
 CODE_DTYPES = (torch.int8, torch.int32)
+MAX_CODES = 64  # of a stored number, and more: an int32 has eight
 KEYS = {"scheme", "group", "tied"}  # of params.json's "quantization"
 
 
@@ -111,11 +114,29 @@ class QuantizedSource(Source):
         columns = {"q": 1, "packed": 8}.get(kind, self.quantization[1])  # per stored number
         return w[:, start // columns : stop // columns]
 
+    def _check_counts(self, args: ModelArgs) -> None:
+        """Check that no weight is far larger than what is stored: `stored_tensors` allocates rows.
+
+        Raises:
+            ValueError: one is.
+        """
+        stored: Counter[str] = Counter()
+        for name, w in self.tensors.items():
+            stored[name.rpartition(".")[0]] += w.numel()
+        for name, shape in weight_shapes(args).items():
+            n = stored[name.removesuffix(".weight")]
+            if n and prod(shape) > MAX_CODES * n:
+                raise ValueError(
+                    f"the weights of {self.path} do not fit its sizes; wrong shape: {name} has "
+                    f"{n:,} numbers, too few for {shape}; correct params.json, or quantize it again"
+                )
+
     def args(self, **build: int) -> ModelArgs:
         """See `Source.args`."""
         assert self.quantization is not None
         args = ModelArgs(**(self.params | build))
         check_layers(self.tensors, args, self.path)
+        self._check_counts(args)
         try:
             expected = stored_tensors(args, *self.quantization)
         except ValueError as e:
