@@ -31,7 +31,8 @@ class Room:
 # From top to bottom. "llama" is the package itself: __init__.py and __main__.py.
 ROOMS = {
     "llama": Room("the public names", ("commands",)),
-    "commands": Room("the verbs of llama3", ("train",)),
+    "commands": Room("the verbs of llama3", ("server", "train")),
+    "server": Room("OpenAI-compatible HTTP, the chat page", ("generation",)),
     "train": Room("data, optimizer, training loop", ("generation",)),
     "generation": Room("class Llama: text in, text out", ("engine", "checkpoints")),
     "engine": Room("requests of ids in, ids out", ("layers",)),
