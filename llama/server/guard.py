@@ -10,12 +10,14 @@ import ipaddress
 import logging
 import secrets
 import time
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from hashlib import sha256
 from typing import Any
 
 from llama.common.printable import printable_line
 from llama.server.errors import ApiError, error_body
+from llama.server.settings import MAX_BODY as MAX_BODY
 from llama.server.settings import ServerSettings
 
 log = logging.getLogger("llama")
@@ -24,10 +26,15 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Count = Callable[[str, int, float], None]
 
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PUBLIC = ("/", "/health", "/openapi.json", "/favicon.ico")  # need no key
-METHODS = "GET, POST, HEAD, OPTIONS"
+GONE = 499  # status in the log of a request whose client went away before an answer began
+
+
+class DisconnectError(Exception):
+    """The client has disconnected: nobody reads a response."""
 
 
 class Guard:
@@ -36,8 +43,8 @@ class Guard:
     Also adds a request id to each response, and writes the access log.
     """
 
-    def __init__(self, app: App, settings: ServerSettings):
-        self.app, self.settings = app, settings
+    def __init__(self, app: App, settings: ServerSettings, count: Count):
+        self.app, self.settings, self._count = app, settings, count
         key = settings.key
         self._key = None if key is None else sha256(key.encode()).digest()
         names = [*LOOPBACK, settings.host, *(settings.allowed_hosts or [])]
@@ -67,12 +74,26 @@ class Guard:
                 await send_preflight(send_more)
             else:
                 await self.app(scope, receive, send_more)
-        except ApiError as e:
-            await send_error(e, send_more)
+        except DisconnectError:
+            status = status or GONE
+        except Exception as e:
+            error = self._as_api_error(e, request_id)
+            if not status:
+                await send_error(error, send_more)
         finally:
             seconds = time.monotonic() - start
+            self._count(scope["path"], status, seconds)
             path = printable_line(scope["path"][:200])
             log.info("%s %s %s %.3f s %s", scope["method"], path, status, seconds, request_id)
+
+    def _as_api_error(self, error: Exception, request_id: str) -> ApiError:
+        """What the client is told. A bug is logged, without its message, which may quote texts."""
+        if isinstance(error, ApiError):
+            return error
+        lines = "".join(traceback.format_tb(error.__traceback__))
+        text = f": {error}" if self.settings.log_prompts else ""
+        log.error("%s failed\n%s%s%s", request_id, lines, type(error).__name__, text)
+        return ApiError(500, "the server failed; its log says how", type="server_error")
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise an ApiError for a request that is not to be answered."""
@@ -93,12 +114,9 @@ class Guard:
             raise ApiError(415, "send the header Content-Type: application/json")
 
     def _is_known(self, host: str) -> bool:
-        """Whether a Host header has an allowed name. An address cannot be rebound by a name server."""
+        """Whether a Host header has an allowed name, or an address: no name server rebinds it."""
         name = host.lower()
-        if name.startswith("["):
-            name = name.partition("]")[0] + "]"
-        else:
-            name = name.partition(":")[0]
+        name = name.partition("]")[0] + "]" if name[:1] == "[" else name.partition(":")[0]
         return name.rstrip(".") in self._hosts or is_address(name.strip("[]"))
 
     def _check_key(self, authorization: bytes) -> None:
@@ -163,3 +181,26 @@ async def send_error(error: ApiError, send: Send) -> None:
     headers += [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The body of a request.
+
+    Raises:
+        ApiError: it is longer than `limit`.
+        DisconnectError: the client disconnected before its end.
+    """
+    too_long = ApiError(413, f"the body is longer than {limit} bytes; send less")
+    for name, value in scope["headers"]:
+        if name == b"content-length" and int(value) > limit:
+            raise too_long
+    body, more = bytearray(), True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise DisconnectError
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > limit:
+            raise too_long
+    return bytes(body)

@@ -99,7 +99,7 @@ def check_origin(origin: str) -> None:
 def check_key(key: str, name: str) -> None:
     """Raise a ValueError for a key that no client can send."""
     if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-        raise ValueError(f"{name} must be printable ASCII, without spaces at its ends, and not empty")
+        raise ValueError(f"{name} must be printable ASCII without spaces at its ends")
 
 
 def is_loopback(host: str) -> bool:

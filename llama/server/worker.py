@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Literal
 
 from llama.common.daemon_thread import call_in_daemon
-from llama.common.errors import QueueFull
 from llama.engine.request import Generation, Request
 from llama.generation import Answer, Llama, Piece
 from llama.server.ranks import LeadingEngine, lead
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 State = Literal["loading", "ready", "stopping", "dead"]
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The worker takes no requests: it loads, stops, or has failed."""
 
 
@@ -36,20 +36,22 @@ class Worker:
 
     Attributes:
         state: "dead" after an error of the thread, which is `error`.
+        loaded: set when the model is built.
         ended: set when the thread makes no more steps.
+        on_end: called with each ticket that has ended.
     """
 
     def __init__(self, open_llama: Callable[[], Llama], max_queue: int = 256):
         self.state: State = "loading"
         self.error: BaseException | None = None
-        self.ended = asyncio.Event()
+        self.loaded, self.ended, self._idle = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.on_end: Callable[[Ticket], None] = lambda ticket: None
         self._open, self._max_queue = open_llama, max_queue
         self._llama: Llama | None = None
         self._engine: Engine | LeadingEngine | None = None
         self._work = threading.Condition()
         self._ending = False
         self._tickets: set[Ticket] = set()
-        self._changed: list[asyncio.Event] = []
 
     def start(self) -> None:
         """Begin to load."""
@@ -61,17 +63,17 @@ class Worker:
         """The model.
 
         Raises:
-            Unavailable: it is not built yet, or has failed.
+            UnavailableError: it is not built yet, or has failed.
         """
         if self._llama is None or self.state == "dead":
-            raise Unavailable(self.reason)
+            raise UnavailableError(self.reason)
         return self._llama
 
     @property
     def engine(self) -> Engine | LeadingEngine:
         """Takes requests and counts them; with several ranks, on all of them."""
         if self._engine is None:
-            raise Unavailable(self.reason)
+            raise UnavailableError(self.reason)
         return self._engine
 
     @property
@@ -89,7 +91,12 @@ class Worker:
         return len(self._tickets)
 
     def submit(
-        self, groups: Sequence[Sequence[Request]], stop: Sequence[str], time_limit: float
+        self,
+        groups: Sequence[Sequence[Request]],
+        stop: Sequence[str],
+        time_limit: float,
+        *,
+        whole: bool = False,
     ) -> Ticket:
         """Queue requests, all or none. Close the ticket when nobody reads it any more.
 
@@ -97,16 +104,17 @@ class Worker:
             groups: the requests of a group have the same prompt, which is computed once.
             stop: texts before which an answer ends.
             time_limit: seconds after which answers end with the reason "timeout".
+            whole: nothing is to be read before all answers have ended.
 
         Raises:
-            Unavailable: see `state`.
+            UnavailableError: see `state`.
             QueueFull: too many wait already.
             TypeError, ValueError: a request cannot be run.
         """
         if self.state != "ready":
-            raise Unavailable(self.reason)
+            raise UnavailableError(self.reason)
         llama, engine = self.llama, self.engine
-        ticket = Ticket(self, time_limit)
+        ticket = Ticket(self, time_limit, whole)
         try:
             for group in groups:
                 generations = [Generation(request) for request in group]
@@ -118,6 +126,7 @@ class Worker:
             ticket.close()
             raise
         self._tickets.add(ticket)
+        self._idle.clear()
         with self._work:
             self._work.notify()
         return ticket
@@ -127,10 +136,16 @@ class Worker:
         if self.state in ("loading", "ready"):
             self.state = "stopping"
 
+    async def wait_until_idle(self, seconds: float) -> None:
+        """Wait until no ticket runs, at most this long."""
+        if self._tickets:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), seconds)
+
     def cancel_all(self) -> None:
         """End all answers."""
         for ticket in list(self._tickets):
-            ticket.cancel()
+            ticket.fail(UnavailableError(self.reason))
 
     def end(self) -> None:
         """Let the thread end after its step; with several ranks, theirs too."""
@@ -162,15 +177,14 @@ class Worker:
             return not self._ending
 
     def _post(self, function: Callable[..., object], *values: object) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop has ended: the process is about to
             self._loop.call_soon_threadsafe(function, *values)
-        except RuntimeError:  # the loop has ended: the process is about to
-            pass
 
     def _loaded(self, llama: Llama) -> None:
         self._llama = llama
         if self.state == "loading":
             self.state = "ready"
+        self.loaded.set()
 
     def _deliver(self) -> None:
         """Read what a step has produced. Readers get it when they ask."""
@@ -181,16 +195,20 @@ class Worker:
         """The thread has ended by an error: so do all answers."""
         self.error, self.state = error, "dead"
         for ticket in list(self._tickets):
-            ticket.fail(Unavailable(self.reason))
+            ticket.fail(UnavailableError(self.reason))
         self.ended.set()
 
     def forget(self, ticket: Ticket) -> None:
         """Deliver no more to a ticket."""
-        self._tickets.discard(ticket)
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+            self.on_end(ticket)
+        if not self._tickets:
+            self._idle.set()
 
 
 class Ticket:
-    """The answers to what was submitted together. Iterating yields (index, piece), until all end.
+    """The answers to what was submitted together. `batches` has their pieces.
 
     Pieces that arrive before a reader asks are merged: a slow reader gets fewer and longer ones.
 
@@ -198,14 +216,15 @@ class Ticket:
         answers: in the order of the requests.
     """
 
-    def __init__(self, worker: Worker, time_limit: float):
+    def __init__(self, worker: Worker, time_limit: float, whole: bool = False):
         self.answers: list[Answer] = []
-        self._worker = worker
+        self._worker, self._whole = worker, whole
         self._pieces: dict[int, Piece] = {}  # unread, by index
         self._unended: set[int] = set()
         self._news = asyncio.Event()
         self._error: Exception | None = None
-        self._timer = asyncio.get_running_loop().call_later(time_limit, self._expire)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(time_limit, self._expire)
 
     def add(self, answer: Answer) -> None:
         self._unended.add(len(self.answers))
@@ -225,8 +244,10 @@ class Ticket:
                 return
             if piece is not None and (piece.tokens or piece.finish_reason):
                 self._pieces[index] = merge(self._pieces.get(index), piece)
-                self._news.set()
+        if self._pieces and not (self._whole and self._unended):
+            self._news.set()
         if not self._unended:
+            self._timer.cancel()
             self._worker.forget(self)
 
     def fail(self, error: Exception) -> None:
@@ -250,22 +271,28 @@ class Ticket:
             self.answers[index].end("timeout")
         self.read()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
-        """What is new, as soon as there is something.
+    async def batches(self, beat: float | None = None) -> AsyncIterator[list[tuple[int, Piece]]]:
+        """(index, piece) of what is new, as soon as there is something, until all have ended.
+
+        Args:
+            beat: seconds after which an empty batch comes.
 
         Raises:
             Exception: an answer failed.
         """
-        while True:
-            await self._news.wait()
+        while self._unended or self._pieces or self._error:
+            timer = beat and self._loop.call_later(beat, self._news.set)
+            try:
+                await self._news.wait()
+            finally:
+                if timer:
+                    timer.cancel()
             self._news.clear()
             pieces, self._pieces = self._pieces, {}
-            for index, piece in pieces.items():
-                yield index, piece
+            if pieces or not self._error:
+                yield list(pieces.items())
             if self._error is not None:
                 raise self._error
-            if not self._unended and not self._pieces:
-                return
 
 
 def merge(first: Piece | None, second: Piece) -> Piece:
