@@ -14,24 +14,32 @@ from llama.tokenizer import ChatFormat
 def chat_prompt(llama: Llama, body: ChatBody) -> list[int]:
     """The ids of a dialog, its tools, and what the answer begins with.
 
-    Texts of special tokens in messages and tools stay text. May take long for long texts.
-
     Raises:
-        ApiError: the checkpoint's chat format lacks a role or tools, or there is none, or there
-            is no room for an answer.
+        ApiError: see `dialog_ids`; or there is no room for an answer.
     """
-    formatter = chat_format(llama)
-    check_roles(formatter, body)
-    try:
-        ids = formatter.encode_dialog_prompt(
-            body.messages, body.offered_tools or None, body.tool_form
-        )
-    except (ValueError, TypeError) as e:
-        raise invalid("messages", str(e)) from None
+    ids = dialog_ids(llama, body)
     check_ids(llama, body.continue_ids, "continue_ids")
     ids += body.continue_ids
     check_room(llama, len(ids), 1, "messages")
     return ids
+
+
+def dialog_ids(llama: Llama, body: ChatBody) -> list[int]:
+    """The ids of a dialog and its tools, of any length. May take long for long texts.
+
+    Texts of special tokens in messages and tools stay text.
+
+    Raises:
+        ApiError: the checkpoint's chat format lacks a role or tools, or there is none.
+    """
+    formatter = chat_format(llama)
+    check_roles(formatter, body)
+    try:
+        return formatter.encode_dialog_prompt(
+            body.messages, body.offered_tools or None, body.tool_form
+        )
+    except (ValueError, TypeError) as e:
+        raise invalid("messages", str(e)) from None
 
 
 def chat_format(llama: Llama) -> ChatFormat:
