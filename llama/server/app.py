@@ -24,14 +24,16 @@ from llama.server.answering import (
 from llama.server.chat_body import parse_chat
 from llama.server.common_body import check_model
 from llama.server.completion_body import parse_completion
-from llama.server.errors import ApiError, error_body, invalid
-from llama.server.fields import Flag, Integer, Items, Text, read_json, read_record, wire
+from llama.server.errors import ApiError, error_body
+from llama.server.fields import read_json
 from llama.server.guard import MAX_BODY, DisconnectError, Guard, Receive, Scope, Send, read_body
 from llama.server.metrics import Metrics
-from llama.server.prompts import check_ids
+from llama.server.openapi import openapi
 from llama.server.replies import ChatReply, CompletionReply
 from llama.server.requests import chat_prompt, chat_requests, completion_requests
 from llama.server.settings import ServerSettings
+from llama.server.static import page_routes
+from llama.server.token_bodies import detokenize, parse_detokenize, parse_tokenize, tokenize
 from llama.server.worker import UnavailableError, Worker
 
 if TYPE_CHECKING:
@@ -86,8 +88,9 @@ def make_app(
         ("GET", "/v1/models/{name:path}", show_model),
         ("POST", "/v1/chat/completions", partial(generate, prepare=prepare_chat)),
         ("POST", "/v1/completions", partial(generate, prepare=prepare_completion)),
-        ("POST", "/tokenize", tokenize),
-        ("POST", "/detokenize", detokenize),
+        ("POST", "/tokenize", partial(convert, parse=parse_tokenize, reply=tokenize)),
+        ("POST", "/detokenize", partial(convert, parse=parse_detokenize, reply=detokenize)),
+        ("GET", "/openapi.json", show_openapi),
     ]
     routes = [
         Route(path, Endpoint(handler, service), methods=[method])
@@ -96,7 +99,9 @@ def make_app(
     paths = {path for _, path, _ in handlers}
     guard = Middleware(Guard, settings=settings, count=metrics.counter_of(paths))
     return Starlette(
-        routes=routes, middleware=[guard], exception_handlers={HTTPException: no_such_path}
+        routes=routes + page_routes(),
+        middleware=[guard],
+        exception_handlers={HTTPException: no_such_path},
     )
 
 
@@ -222,49 +227,19 @@ def log_body(data: bytes) -> None:
     log.info("%s", printable_line(data.decode("utf-8", "replace")))
 
 
-@dataclass(frozen=True)
-class TokenizeBody:
-    """The body of POST /tokenize. Texts of special tokens stay text."""
-
-    content: str | None = wire(Text(), "The text.", None)
-    prompt: str | None = wire(Text(), "The text, by the name that vLLM uses.", None)
-    add_special: bool = wire(Flag(), "Begin with the begin token.", False)
-    with_pieces: bool = wire(Flag(), "Each token with its text.", False)
-
-
-@dataclass(frozen=True)
-class DetokenizeBody:
-    """The body of POST /detokenize."""
-
-    tokens: tuple[int, ...] = wire(Items(Integer(0, 2**31 - 1)), "Token ids.")
-
-
-async def tokenize(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-    """Text to ids."""
+async def convert(
+    service: Service,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    parse: Callable[[object], Any],
+    reply: Callable[[Llama, Any], Any],
+) -> None:
+    """Text to ids, or ids to text."""
     data, llama = await read_body(scope, receive, MAX_BODY), service.worker.llama
-
-    def encode() -> dict[str, Any]:
-        body = read_record(TokenizeBody, read_json(data))
-        text = body.content if body.content is not None else body.prompt
-        if text is None:
-            raise invalid("content", "content is missing; give the text")
-        ids = llama.tokenizer.encode(text, bos=body.add_special)
-        found: dict[str, Any] = {"count": len(ids), "max_model_len": llama.engine.room}
-        if not body.with_pieces:
-            return found | {"tokens": ids}
-        return found | {"tokens": [{"id": i, "piece": llama.tokenizer.decode([i])} for i in ids]}
-
-    await send_json(await in_thread(encode), send)
+    await send_json(await in_thread(lambda: reply(llama, parse(read_json(data)))), send)
 
 
-async def detokenize(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-    """Ids to text."""
-    data, llama = await read_body(scope, receive, MAX_BODY), service.worker.llama
-
-    def decode() -> dict[str, Any]:
-        body = read_record(DetokenizeBody, read_json(data))
-        check_ids(llama, body.tokens, "tokens")
-        text = llama.tokenizer.decode(list(body.tokens))
-        return {"content": text, "prompt": text}
-
-    await send_json(await in_thread(decode), send)
+async def show_openapi(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    await send_json(openapi(), send)
