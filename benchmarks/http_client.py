@@ -102,6 +102,7 @@ class Connection(asyncio.Protocol):
         self.ended: asyncio.Future[None] | None = None
         self.length: int | None = None  # bytes of head and body; None if chunked or not known yet
         self.size = 0
+        self.used = False  # has carried a reply
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -111,9 +112,10 @@ class Connection(asyncio.Protocol):
         if self.reply is None:
             return
         self.reply.received.append((time.monotonic(), data))
-        if self.size == 0:
-            self.length = content_end(data)
         self.size += len(data)
+        if self.size == len(data):  # the first bytes: the head
+            self.length = content_end(data)
+            data = split_head(data)[1]
         if self.size == self.length if self.length is not None else data.endswith(LAST_CHUNK):
             self._end(whole=True)
 
@@ -164,11 +166,17 @@ class Client:
         self._idle: list[Connection] = []
 
     async def request(self, method: str, path: str, body: object = None) -> Reply:
-        """Send a request and wait for the whole reply, or for the end of the connection."""
+        """Send a request and wait for the whole reply, or for the end of the connection.
+
+        A connection that was used before may have been closed meanwhile; then a new one is.
+        """
         connection = await self.connect()
         reply = connection.begin(self.port, method, path, body)
         assert connection.ended is not None
         await connection.ended
+        if not reply.received and connection.used:
+            return await self.request(method, path, body)
+        connection.used = True
         if connection.transport is not None:
             self._idle.append(connection)
         return reply

@@ -92,11 +92,12 @@ def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
         write_tokenizer(tokenizer, Path(folder), CONTEXT)
         stored = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
         special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=tokenizer.n_words)
-    vocabulary = {i: text for text, i in stored["model"]["vocab"].items()}
+    tokens = {i: text for text, i in stored["model"]["vocab"].items()}
     control = {token["id"]: token["content"] for token in stored["added_tokens"]}
+    tokens |= control
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list([(vocabulary | control)[i] for i in range(tokenizer.n_words)])
+    writer.add_token_list([tokens[i] for i in range(tokenizer.n_words)])
     kinds = gguf.TokenType
     writer.add_token_types(
         [kinds.CONTROL if i in control else kinds.NORMAL for i in range(tokenizer.n_words)]
