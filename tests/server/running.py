@@ -15,6 +15,7 @@ import openai
 import torch
 
 from llama import Llama
+from llama.engine.request import Generation
 from llama.engine.sampling import Sampling
 from llama.server.app import make_app
 from llama.server.serve import bound_socket, http_server
@@ -118,3 +119,9 @@ def wait_for(condition: Callable[[], object]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def generations(server: RunningServer) -> list[Generation]:
+    """What `server` works on."""
+    tickets = list(server.worker._tickets)
+    return [answer.generation for ticket in tickets for answer in ticket.answers]

@@ -12,7 +12,7 @@ import pytest
 
 from llama import Llama
 from tests.server.raw import connect, post, read_all
-from tests.server.running import RunningServer, slowed, wait_for
+from tests.server.running import RunningServer, generations, slowed, wait_for
 
 COMPLETE = "/v1/completions"
 LONG = {"prompt": "a", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
@@ -25,7 +25,6 @@ def test_slot_is_free_after_one_step(
 ) -> None:
     """SERVER.md 2.1."""
     engine = tiny_llama.engine
-    generations = engine._requests
     before = 4 if phase == "queue" else 0
     body = LONG | {"stream": stream}
     if phase == "prefill":
@@ -34,11 +33,11 @@ def test_slot_is_free_after_one_step(
         others = [connect(server) for _ in range(before)]
         for sock in others:
             sock.sendall(post(COMPLETE, LONG))
-        wait_for(lambda: len(generations) == before)
+        wait_for(lambda: len(generations(server)) == before)
         client = connect(server)
         client.sendall(post(COMPLETE, body))
-        wait_for(lambda: len(generations) == before + 1)
-        generation = list(generations.values())[-1]
+        wait_for(lambda: len(generations(server)) == before + 1)
+        generation = max(generations(server), key=lambda generation: generation.id)
         if phase == "decode":
             wait_for(lambda: len(generation.ids) > 2)
         client.close()
