@@ -26,9 +26,9 @@ def const(value: str) -> Schema:
     return {"type": "string", "enum": [value]}
 
 
-def record(_optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
+def record(optional: tuple[str, ...] = (), /, **properties: Schema) -> Schema:
     """An object that has all of these properties, but perhaps the optional ones."""
-    required = [name for name in properties if name not in _optional]
+    required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required}
 
 
