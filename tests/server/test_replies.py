@@ -15,6 +15,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llama import Llama
+from llama.engine.request import FinishReason
 from llama.generation import Answer, Piece
 from llama.server.logprobs import TokenAligner, completion_token, finite
 from llama.server.replies import DONE, ChatReply, CompletionReply, event
@@ -179,14 +180,15 @@ def test_bytes_that_are_no_text_are_shown(llama: Llama) -> None:
 class Calls:
     """Reads any text before a semicolon as content, and what follows as a call's arguments."""
 
-    def __init__(self) -> None:
-        self.begun = False
+    called = 0
 
-    def feed(self, ids: Sequence[int], text: str, last: bool) -> list[dict[str, Any]]:
-        content, found, arguments = text.partition(";") if not self.begun else ("", "", text)
+    def feed(
+        self, ids: Sequence[int], text: str, reason: FinishReason | None
+    ) -> list[dict[str, Any]]:
+        content, found, arguments = text.partition(";") if not self.called else ("", "", text)
         deltas: list[dict[str, Any]] = [{"content": content}] if content else []
         if found:
-            self.begun = True
+            self.called = 1
             function = {"name": "get_weather", "arguments": ""}
             call = {"index": 0, "id": "call_1", "type": "function", "function": function}
             deltas.append({"tool_calls": [call]})
