@@ -85,13 +85,16 @@ function open(popover, anchor) {
   byId("scroller").addEventListener("scroll", follow, { passive: true });
 }
 
-/** Put a popover below its anchor, or above it, where there is more room. */
+/** Put a popover below its anchor, above it, or beside it: where it covers the anchor least. */
 export function place(popover, anchor) {
   const box = anchor.getBoundingClientRect();
   const { offsetWidth: width, offsetHeight: height } = popover;
-  const left = Math.min(Math.max(box.left, 8), window.innerWidth - width - 8);
-  const fits = box.bottom + height + 14 <= window.innerHeight;
-  const top = fits || box.top < window.innerHeight / 2 ? box.bottom + 6 : box.top - height - 6;
-  popover.style.left = `${left}px`;
-  popover.style.top = `${Math.max(8, Math.min(top, window.innerHeight - height - 8))}px`;
+  const low = window.innerHeight - height - 8;
+  const right = window.innerWidth - width - 8;
+  let left = box.left;
+  let top = box.bottom + 6;
+  if (top > low && box.top - height - 6 >= 8) top = box.top - height - 6;
+  else if (top > low) left = box.right + 6 <= right ? box.right + 6 : box.left - width - 6;
+  popover.style.left = `${Math.max(8, Math.min(left, right))}px`;
+  popover.style.top = `${Math.max(8, Math.min(top, low))}px`;
 }
