@@ -159,15 +159,9 @@ def test_the_room_limits_max_tokens(llama3: Llama, monkeypatch: pytest.MonkeyPat
     assert request.max_gen_len == 16
 
 
-def test_what_a_chat_format_lacks_is_said(llama3: Llama) -> None:
-    cases: list[tuple[dict[str, Any], str, str]] = [
-        ({"tools": [WEATHER]}, "tools", "Llama 3.1 or later"),
-        ({"messages": [asked(None, ("f", "{}"))]}, "messages[0].tool_calls", "Llama 3.1 or later"),
-    ]
-    for data, param, words in cases:
-        with pytest.raises(ApiError, match=words) as caught:
-            prompt(llama3, **data)
-        assert caught.value.param == param
+def test_tools_without_a_format_for_them_are_in_the_system_message(llama3: Llama) -> None:
+    text = llama3.tokenizer.decode(prompt(llama3, tools=[WEATHER]))
+    assert WEATHER["function"]["name"] in text.partition("<|eot_id|>")[0]
     assert prompt(llama3, tools=[WEATHER], tool_choice="none") == prompt(llama3)
 
 
