@@ -101,7 +101,8 @@ class Connection(asyncio.Protocol):
         self.reply: Reply | None = None
         self.ended: asyncio.Future[None] | None = None
         self.length: int | None = None  # bytes of head and body; None if chunked or not known yet
-        self.size = 0
+        self.size = 0  # bytes received
+        self.tail = b""  # the last bytes of the body
         self.used = False  # has carried a reply
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -115,8 +116,9 @@ class Connection(asyncio.Protocol):
         self.size += len(data)
         if self.size == len(data):  # the first bytes: the head
             self.length = content_end(data)
-            data = split_head(data)[1]
-        if self.size == self.length if self.length is not None else data.endswith(LAST_CHUNK):
+            data, self.tail = split_head(data)[1], b""
+        self.tail = (self.tail + data)[-len(LAST_CHUNK) :]
+        if self.size == self.length if self.length is not None else self.tail == LAST_CHUNK:
             self._end(whole=True)
 
     def connection_lost(self, exc: Exception | None) -> None:
