@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from llama.common.errors import QueueFull
 from llama.distributed import tensor_parallel
 from llama.engine.engine import Engine
+from llama.engine.metrics import EngineMetrics
 from llama.engine.request import Event, FinishReason, Generation, Request
 
 BEAT = 2.0  # seconds between broadcasts where there is nothing to do: a lost rank is noticed then
@@ -61,6 +62,13 @@ class LeadingEngine:
     def waiting(self) -> int:
         return self._engine.waiting
 
+    def metrics(self) -> EngineMetrics:
+        """As `Engine.metrics`; what no rank has yet waits."""
+        with self._lock:
+            new = sum(map(len, self._adds))
+        found = self._engine.metrics()
+        return replace(found, waiting=found.waiting + new)
+
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
         with self._lock:
@@ -98,8 +106,7 @@ def replay(
 
 def shared_fields(request: Request) -> dict[str, Any]:
     """A request in JSON, as far as the other ranks need it."""
-    known = [field.name for field in fields(Request)]
-    values = {name: getattr(request, name) for name in SHARED if name in known}
+    values = {name: getattr(request, name) for name in SHARED}
     return values | {"stop_tokens": sorted(request.stop_tokens), "prompt": list(request.prompt)}
 
 
