@@ -65,7 +65,7 @@ class TokenAligner:
         Args:
             stopped: whether a stop string has ended the text; looked at in the last piece.
         """
-        tops = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
+        tops: Sequence[Sequence[tuple[int, float]]] = piece.top_logprobs or [()] * len(piece.tokens)
         for id, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
             self._waiting.append(self.token(id, logprob, top))
         self._released += len(piece.text)

@@ -205,7 +205,7 @@ class CompletionReply:
         if self._body.logprobs is None:
             return self._chunk(index, text, None)
         aligner = TokenAligner(self._tokenizer.decode_bytes)
-        tops: Sequence[Any] = getattr(answer.generation, "prompt_top_logprobs", None) or ()
+        tops: Sequence[Any] = answer.generation.prompt_top_logprobs
         tops = [*tops, *[()] * (len(ids) - len(tops))]
         scored = zip(ids, answer.prompt_logprobs, tops, strict=True)
         tokens = []

@@ -84,8 +84,6 @@ def _fields(llama: Llama, body: CommonBody, defaults: Sampling) -> dict[str, Any
 
 def _siblings(prompt: list[int], body: CommonBody, fields: dict[str, Any]) -> list[Request]:
     """Requests for the `n` answers; answer j has the seed + j."""
-    known = {field.name for field in dataclasses.fields(Request)}
-    fields = {name: value for name, value in fields.items() if name in known}
     return [
         Request(prompt, seed=None if body.seed is None else body.seed + j, **fields)
         for j in range(body.n)
