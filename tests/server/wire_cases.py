@@ -76,7 +76,7 @@ def scripted(
     generation.begin(1, 10**6)
     answer = Answer(cast(Engine, None), generation, Detokenizer(tokenizer.decode_bytes, stop))
     for i, token in enumerate(ids):
-        generation.append(token, -0.5 - i)
+        generation.append(token, -0.5 - i, [(token, -0.5 - i)])
         if i % step == 0 and (piece := answer.read()) is not None:
             yield answer, piece
     generation.finish_reason = generation.finish_reason or reason
