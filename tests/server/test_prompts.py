@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llama import Llama
+from llama.engine.engine import Engine
 from llama.engine.sampling import Sampling
 from llama.server.chat_body import parse_chat
 from llama.server.completion_body import parse_completion
@@ -147,7 +148,7 @@ def test_too_long_a_prompt_is_what_clients_match(llama3: Llama) -> None:
 
 def test_the_room_limits_max_tokens(llama3: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
     """A larger one is cut; a chat without one has all of it."""
-    monkeypatch.setattr(llama3.engine, "room", 32)
+    monkeypatch.setattr(llama3, "engine", Engine(llama3.model, max_seq_len=32))
     cases: list[dict[str, Any]] = [{}, {"max_tokens": 10_000}]
     for data in cases:
         body = parse_chat(chat(ignore_eos=True, **data))
