@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -26,17 +25,14 @@ from tests.server.wire_cases import (
     chat_reply,
     completion_reply,
     scripted,
-    tiny_llama,
 )
 
 EMOJI = "Tea \U0001f375 for \U0001f468\u200d\U0001f469\u200d\U0001f467, na\u00efve \u4e2d\u6587."
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> Iterator[Llama]:
-    folder = tiny_checkpoint(dim=16, n_layers=1, use_scaled_rope=True)
-    with tiny_llama(folder, llama3_tokenizer_path) as llama:
-        yield llama
+@pytest.fixture
+def llama(tiny_llama: Llama) -> Llama:
+    return tiny_llama
 
 
 def encoded(llama: Llama, text: str) -> list[int]:
