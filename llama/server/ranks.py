@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama.common.errors import QueueFull
@@ -39,8 +40,8 @@ class LeadingEngine:
         for generation in generations:
             self._engine.check(generation.request)
         with self._lock:
-            now = self._engine.metrics()
-            left = now.running + now.waiting + sum(map(len, self._adds))
+            now = self.metrics()
+            left = now.running + now.waiting
             if left + len(generations) > now.slots + self._max_queue:
                 raise QueueFull(f"{self._max_queue} requests wait already; try again later")
             for generation in generations:
@@ -60,8 +61,9 @@ class LeadingEngine:
         return bool(self._adds or self._cancels) or self._engine.busy
 
     def metrics(self) -> EngineMetrics:
-        """As `Engine.metrics`."""
-        return self._engine.metrics()
+        """As `Engine.metrics`; what no rank has yet waits."""
+        found = self._engine.metrics()
+        return replace(found, waiting=found.waiting + sum(map(len, self._adds)))
 
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
