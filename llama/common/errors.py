@@ -9,6 +9,10 @@ class RankError(Exception):
     """A failure of one rank, raised on every rank: the job is over."""
 
 
+class QueueFull(RuntimeError):  # noqa: N818 - as asyncio.QueueFull
+    """The engine's queue is full: try again when other requests have ended."""
+
+
 class Terminated(SystemExit):
     """SIGTERM arrived: torchrun sends it to the remaining ranks when one has ended."""
 
