@@ -755,13 +755,9 @@ class Llama:
             if seed is not None:
                 check_seed(seed)
         return [
-            Request(
-                prompt,
-                seed=None if seed is None else seed + j,
-                **({"name": f"prompt {i}"} | fields),
-            )
+            Request(prompt, seed=one, **({"name": f"prompt {i}"} | fields))
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-            for j in range(options.n)
+            for one in ([None] * options.n if seed is None else range(seed, seed + options.n))
         ]
 
     def _run(
