@@ -68,11 +68,14 @@ class LeadingEngine:
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
         with self._lock:
-            adds, self._adds = self._adds, []
+            adds = list(self._adds)
             cancels, self._cancels = self._cancels, []
         shared = [[shared_fields(g.request) for g in group] for group in adds]
         tensor_parallel.broadcast_json([shared, cancels])
-        return replay(self._engine, adds, cancels)
+        replay(self._engine, adds, cancels)
+        with self._lock:
+            del self._adds[: len(adds)]  # the engine counts them now
+        return self._engine.step() if self._engine.busy else []
 
     def end(self) -> None:
         """Let the other ranks return from `follow`."""
@@ -85,19 +88,20 @@ def follow(engine: Engine) -> None:
         shared, cancels = news
         adds = [[Generation(Request(**request)) for request in group] for group in shared]
         replay(engine, adds, cancels)
+        if engine.busy:
+            engine.step()
 
 
 def replay(
     engine: Engine,
     adds: Sequence[Sequence[Generation]],
     cancels: Sequence[tuple[int, FinishReason]],
-) -> list[Event]:
-    """The calls of every rank between two steps, and the step if there is something to do."""
+) -> None:
+    """What every rank does between two steps."""
     for generations in adds:
         engine.queue_siblings(generations)
     for id, reason in cancels:
         engine.cancel(id, reason)
-    return engine.step() if engine.busy else []
 
 
 def shared_fields(request: Request) -> dict[str, Any]:
