@@ -8,6 +8,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
+import re
 import secrets
 import time
 import traceback
@@ -28,6 +29,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Count = Callable[[str, int, float], None]
 
+HOST = re.compile(r"(\[[0-9a-f:.]*\]|[^:\[\]]*)(?::\d*)?")  # name or address, port
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PUBLIC = ("/", "/health", "/openapi.json", "/favicon.ico")  # need no key
 GONE = 499  # status in the log of a request whose client went away before an answer began
@@ -70,7 +72,7 @@ class Guard:
 
         try:
             self._check(scope, headers)
-            if scope["method"] == "OPTIONS" and b"access-control-request-method" in headers:
+            if self._origins and is_preflight(scope["method"], headers):
                 await send_preflight(send_more)
             else:
                 await self.app(scope, receive, send_more)
@@ -105,8 +107,7 @@ class Guard:
                 type="permission_error",
                 code="host_not_allowed",
             )
-        preflight = scope["method"] == "OPTIONS"
-        if not preflight and not is_public(scope["path"]):
+        if not is_preflight(scope["method"], headers) and not is_public(scope["path"]):
             self._check_key(headers.get(b"authorization", b""))
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if scope["method"] == "POST" and kind != b"application/json":
@@ -115,9 +116,10 @@ class Guard:
 
     def _is_known(self, host: str) -> bool:
         """Whether a Host header has an allowed name, or an address: no name server rebinds it."""
-        name = host.lower()
-        name = name.partition("]")[0] + "]" if name[:1] == "[" else name.partition(":")[0]
-        return name.rstrip(".") in self._hosts or is_address(name.strip("[]"))
+        found = HOST.fullmatch(host.lower())
+        if found is None:
+            return False
+        return found[1].rstrip(".") in self._hosts or is_address(found[1].strip("[]"))
 
     def _check_key(self, authorization: bytes) -> None:
         """Raise a 401 unless there is no key, or this is "Bearer KEY"."""
@@ -147,6 +149,11 @@ class Guard:
             (b"access-control-allow-origin", origin),
             (b"access-control-expose-headers", b"x-request-id, retry-after"),
         ]
+
+
+def is_preflight(method: str, headers: dict[bytes, bytes]) -> bool:
+    """Whether a browser asks if it may send a request. It cannot send the key with this."""
+    return method == "OPTIONS" and b"access-control-request-method" in headers
 
 
 def is_public(path: str) -> bool:
