@@ -8,7 +8,6 @@ from typing import Any
 
 # Verbs of other programs, and what does that here.
 OTHER_VERBS = {
-    "serve": "there is no server; `llama3 chat` talks with a model in the terminal",
     "run": "type `llama3 chat -m CHECKPOINT`, or `llama3 complete TEXT -m CHECKPOINT`",
     "generate": "type `llama3 complete TEXT`",
     "list": "checkpoints are folders and files of yours; `llama3 inspect PATH` describes one, and "
@@ -17,11 +16,11 @@ OTHER_VERBS = {
     "pull": "type `llama3 download OWNER/NAME`",
     "eval": "type `llama3 perplexity FILE`",
     "finetune": "`llama3 train` trains a new model; there is no fine-tuning yet",
+    "server": "type `llama3 serve`",
     "export": "type `llama3 convert SRC DST --to hf`",
 }  # fmt: skip
 OTHER_VERBS |= {
-    word: OTHER_VERBS[verb]
-    for word, verb in {"server": "serve", "ls": "list", "get": "pull", "fetch": "pull"}.items()
+    word: OTHER_VERBS[verb] for word, verb in {"ls": "list", "get": "pull", "fetch": "pull"}.items()
 }
 # Flags of other programs and of earlier versions.
 OTHER_FLAGS = {

@@ -9,6 +9,10 @@ class RankError(Exception):
     """A failure of one rank, raised on every rank: the job is over."""
 
 
+class QueueFull(RuntimeError):
+    """Too many requests wait for a slot already."""
+
+
 class Terminated(SystemExit):
     """SIGTERM arrived: torchrun sends it to the remaining ranks when one has ended."""
 

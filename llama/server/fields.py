@@ -246,7 +246,7 @@ def _too_deep() -> ApiError:
 def _check_depth(data: object) -> None:
     """Without recursion: Python's own limit is in reach of what its JSON parser takes."""
     level = [data]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         inner: list[object] = []
         for value in level:
             if isinstance(value, dict):

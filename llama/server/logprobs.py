@@ -63,17 +63,16 @@ class TokenAligner:
         """The tokens whose text has been released with this piece.
 
         Args:
-            stopped: a stop string has ended the text.
+            stopped: whether a stop string has ended the text; looked at in the last piece.
         """
         tops = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
         for id, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
             self._waiting.append(self.token(id, logprob, top))
         self._released += len(piece.text)
-        tokens, end = [], self._released
-        everything = piece.finish_reason is not None and not stopped
-        while self._waiting and (everything or self._waiting[0].end <= end):
+        tokens, end, last = [], self._released, piece.finish_reason is not None
+        while self._waiting and (self._waiting[0].end <= end or (last and not stopped)):
             tokens.append(self._waiting.popleft())
-        if stopped and self._waiting and self._waiting[0].start < end:
+        if last and self._waiting and self._waiting[0].start < end:
             tokens.append(cut(self._waiting.popleft(), end))
         return tokens
 

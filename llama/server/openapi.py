@@ -55,6 +55,7 @@ def _paths() -> dict[str, Any]:
     name = {"name": "model", "in": "path", "required": True, "schema": TEXT}
     anything: Schema = {"type": "object"}
     health = _get("Whether the model is ready (503 if not)", _json(anything))
+    health["responses"]["503"]["content"] = _json(anything)
     return {
         "/v1/chat/completions": {"post": chat},
         "/v1/completions": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from llama.engine.request import Request
+from llama.engine.request import FinishReason, Request
 from llama.generation import Answer, Piece
 from llama.server.chat_body import ChatBody
 from llama.server.completion_body import CompletionBody
@@ -17,9 +17,17 @@ __all__ = ["DONE", "ChatReply", "CompletionReply", "ToolReader", "event", "to_js
 
 
 class ToolReader(Protocol):
-    """Finds the tool calls in an answer."""
+    """Finds the tool calls in an answer.
 
-    def feed(self, ids: Sequence[int], text: str, last: bool) -> list[dict[str, Any]]:
+    Attributes:
+        called: how many calls are complete.
+    """
+
+    called: int
+
+    def feed(
+        self, ids: Sequence[int], text: str, reason: FinishReason | None
+    ) -> list[dict[str, Any]]:
         """Deltas: {"content": ...} or {"tool_calls": [...]}."""
 
 
@@ -57,9 +65,9 @@ class ChatReply:
     def piece(self, index: int, answer: Answer, piece: Piece) -> list[Chunk]:
         """The chunks of a piece of answer `index`; none while its text is incomplete."""
         self.usage.count(index, answer, piece)
-        last = piece.finish_reason is not None
-        if self._readers:
-            deltas = self._readers[index].feed(piece.tokens, piece.text, last)
+        reader = self._readers[index] if self._readers else None
+        if reader is not None:
+            deltas = reader.feed(piece.tokens, piece.text, piece.finish_reason)
         else:
             deltas = [{"content": piece.text}] if piece.text else []
         entries: list[dict[str, Any]] = []
@@ -71,9 +79,9 @@ class ChatReply:
         chunks = [
             self._chunk(index, delta, entries if i == 0 else []) for i, delta in enumerate(deltas)
         ]
-        if last:
+        if piece.finish_reason is not None:
             reason = "length" if piece.finish_reason == "length" else "stop"
-            if reason == "stop" and self._choices[index].tool_calls:
+            if reason == "stop" and reader is not None and reader.called:
                 reason = "tool_calls"
             chunks.append(self._chunk(index, {}, reason=reason))
         return chunks

@@ -26,9 +26,9 @@ def const(value: str) -> Schema:
     return {"type": "string", "enum": [value]}
 
 
-def record(_optional: tuple[str, ...] = (), **properties: Schema) -> Schema:
+def record(optional: tuple[str, ...] = (), /, **properties: Schema) -> Schema:
     """An object that has all of these properties, but perhaps the optional ones."""
-    required = [name for name in properties if name not in _optional]
+    required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required}
 
 
@@ -84,6 +84,8 @@ _DELTA = record(
     tool_calls=array(_CALL_DELTA),
 )
 
+_PIECE: Schema = {"anyOf": [TEXT, array(COUNT)]}
+
 
 def _choice(**properties: Schema) -> Schema:
     return record(index=COUNT, **properties)
@@ -126,7 +128,11 @@ SCHEMAS: dict[str, Schema] = {
         dtype=TEXT,
     ),
     "Models": record(object=const("list"), data=array(ref("Model"))),
-    "Tokens": record(tokens=array(COUNT), count=COUNT, max_model_len=COUNT),
+    "Tokens": record(
+        tokens=array({"anyOf": [COUNT, record(id=COUNT, piece=_PIECE)]}),
+        count=COUNT,
+        max_model_len=COUNT,
+    ),
     "Detokenized": record(prompt=TEXT, content=TEXT),
     "Error": record(error=record(message=TEXT, type=TEXT, param=or_null(TEXT), code=or_null(TEXT))),
 }

@@ -35,6 +35,10 @@ class TokenizeBody:
     add_special_tokens: bool | None = wire(
         Flag(), "Whether a text gets the begin token. Default: prompt does, content does not.", None
     )
+    add_special: bool | None = wire(Flag(), "Another name of add_special_tokens.", None)
+    with_pieces: bool = wire(
+        Flag(), "Tokens are {id, piece}: its text, or its bytes where it has no text.", False
+    )
 
     def __post_init__(self) -> None:
         given = (self.prompt is not None, self.content is not None, bool(self.messages))
@@ -66,14 +70,21 @@ def tokenize(llama: Llama, body: TokenizeBody) -> dict[str, Any]:
         ids = dialog_ids(llama, chat)
     else:
         name, text = ("prompt", body.prompt) if body.content is None else ("content", body.content)
-        begin = body.add_special_tokens
+        given = [flag for flag in (body.add_special_tokens, body.add_special) if flag is not None]
         try:
-            ids = llama.tokenizer.encode(
-                text or "", bos=name == "prompt" if begin is None else begin
-            )
+            ids = llama.tokenizer.encode(text or "", bos=given[0] if given else name == "prompt")
         except ValueError as e:
             raise invalid(name, f"{name}: {e}") from None
-    return {"tokens": ids, "count": len(ids), "max_model_len": llama.engine.room}
+    tokens: list[Any] = [_piece(llama, i) for i in ids] if body.with_pieces else ids
+    return {"tokens": tokens, "count": len(ids), "max_model_len": llama.engine.room}
+
+
+def _piece(llama: Llama, id: int) -> dict[str, Any]:
+    data = llama.tokenizer.decode_bytes([id])
+    try:
+        return {"id": id, "piece": data.decode()}
+    except UnicodeDecodeError:
+        return {"id": id, "piece": list(data)}
 
 
 def detokenize(llama: Llama, body: DetokenizeBody) -> dict[str, Any]:

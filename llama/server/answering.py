@@ -1,0 +1,188 @@
+"""From a checked body to its reply, whole or as server-sent events. Knows no URL.
+
+A client that goes away, at any moment, ends its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from llama.common.daemon_thread import call_in_daemon
+from llama.common.errors import QueueFull
+from llama.engine.request import Request
+from llama.generation import Answer, Piece
+from llama.server.common_body import CommonBody
+from llama.server.errors import ApiError, error_object
+from llama.server.guard import DisconnectError, Receive, Send
+from llama.server.replies import DONE, event, to_json
+from llama.server.worker import Ticket, UnavailableError, Worker
+
+BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
+QUICK = 16_384  # bytes of a body that are turned into ids at once, without a thread
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+Result = TypeVar("Result")
+
+
+class Reply(Protocol):
+    """See `llama.server.replies`."""
+
+    def first(self) -> list[dict[str, Any]]: ...
+    def piece(self, index: int, answer: Answer, piece: Piece) -> list[dict[str, Any]]: ...
+    def end(self) -> list[dict[str, Any]]: ...
+    def whole(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that is ready to be queued."""
+
+    body: CommonBody
+    groups: Sequence[Sequence[Request]]
+    reply: Reply
+
+
+@contextlib.asynccontextmanager
+async def watched(receive: Receive) -> AsyncIterator[None]:
+    """A block that a disconnection ends with DisconnectError. The body has been read."""
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone:
+            raise DisconnectError from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+async def in_thread(function: Callable[[], Result]) -> Result:
+    """The result of a function that may take long; neither the loop nor the end waits for it."""
+    return await asyncio.wrap_future(call_in_daemon(function))
+
+
+async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: Send) -> None:
+    """Run a request and send its reply.
+
+    Raises:
+        ApiError: nothing has been sent yet.
+    """
+    stream = prepared.body.stream
+    with submitted(prepared, worker, time_limit) as ticket:
+        await (_stream if stream else _whole)(prepared.reply, ticket, send)
+
+
+@contextlib.contextmanager
+def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Any:
+    """A ticket, closed at the end of the block. Its errors are raised as ApiErrors."""
+    try:
+        ticket = worker.submit(
+            prepared.groups, prepared.body.stop, time_limit, whole=not prepared.body.stream
+        )
+        try:
+            yield ticket
+        finally:
+            ticket.close()
+    except Exception as e:
+        raise as_api_error(e) from e
+
+
+def as_api_error(error: Exception) -> Exception:
+    """What a failure of the worker is to the client."""
+    if isinstance(error, QueueFull):
+        message = "too many requests wait already; try again later"
+        return unavailable(message, "queue_full", 2)
+    if isinstance(error, UnavailableError):
+        return unavailable(str(error), "unavailable", 5)
+    if isinstance(error, ApiError | DisconnectError):
+        return error
+    return ApiError(500, "the answer failed; the server's log says how", type="server_error")
+
+
+def unavailable(message: str, code: str, seconds: int) -> ApiError:
+    """A 503 that says when to try again."""
+    headers = {"Retry-After": str(seconds)}
+    return ApiError(503, message, type="server_error", code=code, headers=headers)
+
+
+def timed_out() -> ApiError:
+    """A 504. The same request would take as long again."""
+    return ApiError(
+        504,
+        "the answer took longer than the server's --request_timeout; ask for fewer tokens",
+        type="server_error",
+        code="timeout",
+        headers={"x-should-retry": "false"},
+    )
+
+
+async def _whole(reply: Reply, ticket: Ticket, send: Send) -> None:
+    reply.first()
+    async for pieces in ticket.batches():
+        _chunks(reply, ticket, pieces)
+    reply.end()
+    await send_json(reply.whole(), send)
+
+
+async def _stream(reply: Reply, ticket: Ticket, send: Send) -> None:
+    """Send chunks. The head waits for the first of them, so that an error can have a status."""
+    begun = False
+
+    async def write(data: bytes, more: bool = True) -> None:
+        nonlocal begun
+        if not begun:
+            start = {"type": "http.response.start", "status": 200, "headers": [*STREAM_HEADERS]}
+            begun, data = True, b"".join(map(event, reply.first())) + data
+            await send(start)
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+    try:
+        async for pieces in ticket.batches(BEAT):
+            if not pieces:
+                await write(b": the answer is not ready yet\n\n")
+            elif chunks := _chunks(reply, ticket, pieces):
+                await write(b"".join(map(event, chunks)))
+        await write(b"".join(map(event, reply.end())) + DONE, more=False)
+    except Exception as e:
+        error = as_api_error(e)
+        if not begun or not isinstance(error, ApiError):
+            raise
+        await write(event(error_object(error)), more=False)
+
+
+def _chunks(
+    reply: Reply, ticket: Ticket, pieces: Sequence[tuple[int, Piece]]
+) -> list[dict[str, Any]]:
+    if any(piece.finish_reason == "timeout" for _, piece in pieces):
+        raise timed_out()
+    return [
+        chunk
+        for index, piece in pieces
+        for chunk in reply.piece(index, ticket.answers[index], piece)
+    ]
+
+
+async def send_json(value: Any, send: Send, status: int = 200) -> None:
+    """Send JSON."""
+    body = to_json(value)
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,245 @@
+"""The URLs of the server. Knows nothing about signals, sockets or how a model is opened."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from llama.common.printable import printable_line
+from llama.engine.sampling import Sampling
+from llama.generation import Llama
+from llama.server.answering import (
+    QUICK,
+    Prepared,
+    as_api_error,
+    in_thread,
+    respond,
+    send_json,
+    watched,
+)
+from llama.server.chat_body import parse_chat
+from llama.server.common_body import check_model
+from llama.server.completion_body import parse_completion
+from llama.server.errors import ApiError, error_body
+from llama.server.fields import read_json
+from llama.server.guard import MAX_BODY, DisconnectError, Guard, Receive, Scope, Send, read_body
+from llama.server.metrics import Metrics
+from llama.server.openapi import openapi
+from llama.server.replies import ChatReply, CompletionReply
+from llama.server.requests import chat_prompt, chat_requests, completion_requests
+from llama.server.settings import ServerSettings
+from llama.server.static import page_routes
+from llama.server.token_bodies import detokenize, parse_detokenize, parse_tokenize, tokenize
+from llama.server.worker import UnavailableError, Worker
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+log = logging.getLogger("llama")
+Handler = Callable[["Service", Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the handlers of all URLs share.
+
+    Attributes:
+        defaults: sampling where a request sets none.
+        model: its name in requests.
+        facts: more fields of the model in /v1/models.
+    """
+
+    worker: Worker
+    settings: ServerSettings
+    defaults: Sampling
+    model: str
+    facts: dict[str, Any]
+    metrics: Metrics
+    started: int
+
+
+def make_app(
+    worker: Worker,
+    settings: ServerSettings,
+    defaults: Sampling | None = None,
+    model: str = "llama3",
+    facts: dict[str, Any] | None = None,
+) -> Starlette:
+    """The ASGI application; see `Service` for the arguments."""
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.routing import Route
+
+    metrics = Metrics(worker)
+    service = Service(
+        worker, settings, defaults or Sampling(), model, facts or {}, metrics, int(time.time())
+    )
+    handlers: list[tuple[str, str, Handler]] = [
+        ("GET", "/health", health),
+        ("GET", "/metrics", show_metrics),
+        ("GET", "/v1/models", list_models),
+        ("GET", "/v1/models/{name:path}", show_model),
+        ("POST", "/v1/chat/completions", partial(generate, prepare=prepare_chat)),
+        ("POST", "/v1/completions", partial(generate, prepare=prepare_completion)),
+        ("POST", "/tokenize", partial(convert, parse=parse_tokenize, reply=tokenize)),
+        ("POST", "/detokenize", partial(convert, parse=parse_detokenize, reply=detokenize)),
+        ("GET", "/openapi.json", show_openapi),
+    ]
+    routes = [
+        Route(path, Endpoint(handler, service), methods=[method])
+        for method, path, handler in handlers
+    ]
+    paths = {path for _, path, _ in handlers}
+    guard = Middleware(Guard, settings=settings, count=metrics.counter_of(paths))
+    return Starlette(
+        routes=routes + page_routes(),
+        middleware=[guard],
+        exception_handlers={HTTPException: no_such_path},
+    )
+
+
+def no_such_path(request: Request, error: Exception) -> Response:
+    """The answer of Starlette's router to an unknown path or method."""
+    from starlette.responses import Response
+
+    status = getattr(error, "status_code", 404)
+    message = {
+        404: "there is nothing at this path; GET /openapi.json lists those that there are",
+        405: "this path takes another method; see the header Allow",
+    }.get(status, "this request cannot be answered")
+    body = error_body(ApiError(status, message))
+    headers = getattr(error, "headers", None)
+    return Response(body, status, headers, "application/json")
+
+
+class Endpoint:
+    """A handler as an ASGI application."""
+
+    def __init__(self, handler: Handler, service: Service):
+        self.handler, self.service = handler, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self.handler(self.service, scope, receive, send)
+        except UnavailableError as e:
+            raise as_api_error(e) from None
+
+
+async def health(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    """200 if requests are taken."""
+    worker = service.worker
+    if worker.state == "ready":
+        await send_json({"status": "ok"}, send)
+        return
+    error = {"message": worker.reason, "type": "unavailable_error", "param": None, "code": 503}
+    await send_json({"status": worker.state, "error": error}, send, 503)
+
+
+async def show_metrics(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    """Figures in the text format of Prometheus."""
+    body = service.metrics.text()
+    kind = b"text/plain; version=0.0.4; charset=utf-8"
+    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def describe_model(service: Service) -> dict[str, Any]:
+    """The model's entry in /v1/models."""
+    llama, sampling = service.worker.llama, service.defaults
+    names = ("temperature", "top_p", "top_k", "min_p")
+    return {
+        "id": service.model,
+        "object": "model",
+        "created": service.started,
+        "owned_by": "llama3",
+        "max_model_len": llama.engine.room,
+        "defaults": {name: getattr(sampling, name) for name in names},
+        "chat": llama.formatter is not None,
+        "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
+        **service.facts,
+    }
+
+
+async def list_models(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    await send_json({"object": "list", "data": [describe_model(service)]}, send)
+
+
+async def show_model(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    check_model(scope["path_params"]["name"], service.model)
+    await send_json(describe_model(service), send)
+
+
+async def generate(
+    service: Service,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    prepare: Callable[[Service, Llama, Any], Prepared],
+) -> None:
+    """Answer a chat or a text completion."""
+    data = await read_body(scope, receive, MAX_BODY)
+    llama = service.worker.llama
+    if service.settings.log_prompts:
+        log_body(data)
+
+    def read() -> Prepared:
+        return prepare(service, llama, read_json(data))
+
+    try:
+        async with watched(receive):
+            quick = (
+                len(data) <= QUICK and b'"response_format"' not in data and b'"tools"' not in data
+            )
+            prepared = read() if quick else await in_thread(read)
+            await respond(prepared, service.worker, service.settings.request_timeout, send)
+    except DisconnectError:
+        pass
+
+
+def prepare_chat(service: Service, llama: Llama, data: Any) -> Prepared:
+    """A chat request, ready to be queued. May take long."""
+    body = parse_chat(data)
+    check_model(body.model, service.model)
+    prompt = chat_prompt(llama, body)
+    groups = chat_requests(llama, body, prompt, None, service.defaults)
+    return Prepared(body, groups, ChatReply(llama.tokenizer, body, groups, service.model))
+
+
+def prepare_completion(service: Service, llama: Llama, data: Any) -> Prepared:
+    """A completion request, ready to be queued. May take long."""
+    body = parse_completion(data)
+    check_model(body.model, service.model)
+    groups = completion_requests(llama, body, service.defaults)
+    return Prepared(body, groups, CompletionReply(llama.tokenizer, body, groups, service.model))
+
+
+def log_body(data: bytes) -> None:
+    """Write a request's body to the log."""
+    log.info("%s", printable_line(data.decode("utf-8", "replace")))
+
+
+async def convert(
+    service: Service,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+    *,
+    parse: Callable[[object], Any],
+    reply: Callable[[Llama, Any], Any],
+) -> None:
+    """Text to ids, or ids to text."""
+    data, llama = await read_body(scope, receive, MAX_BODY), service.worker.llama
+    await send_json(await in_thread(lambda: reply(llama, parse(read_json(data)))), send)
+
+
+async def show_openapi(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
+    await send_json(openapi(), send)

@@ -1,0 +1,75 @@
+// The server as the page sees it: which model, its defaults, and whether it answers.
+// Knows nothing of conversations.
+
+import { ConnectionLost, Refused, request } from "./api.js";
+import { pause } from "./dom.js";
+
+const PATIENCE = 2; // seconds between two tries
+
+export class Server {
+  /**
+   * @param changed called when `notice` or the model changed
+   * @param askKey asks the user for a key, given a reason; false: the user refused
+   */
+  constructor(changed, askKey) {
+    Object.assign(this, { changed, askKey });
+    this.model = null; // {id, chat, max_model_len, defaults, ...}
+    this.notice = "Connecting to the server…"; // what is wrong; empty: nothing
+    this.connecting = null;
+  }
+
+  /** Wait until the server is ready. Calls at the same time share one wait. */
+  connect() {
+    this.connecting ??= this.tryUntilReady().finally(() => (this.connecting = null));
+    return this.connecting;
+  }
+
+  async tryUntilReady() {
+    for (;;) {
+      try {
+        await request("/health");
+        const list = await (await request("/v1/models")).json();
+        this.model = list.data[0];
+        this.say("");
+        return;
+      } catch (error) {
+        if (error.status === 401) {
+          if (!(await this.askKey(error.message))) await pause(PATIENCE * 1000);
+          continue;
+        }
+        await pause(1000 * this.wait(error));
+      }
+    }
+  }
+
+  /** Say why a request has to wait, and for how many seconds. */
+  wait(error) {
+    if (error instanceof ConnectionLost) {
+      this.say("The server does not answer. Trying again; what you wrote stays here.");
+    } else if (error instanceof Refused && error.status === 503) {
+      this.say(`${error.message} Waiting for it.`);
+    } else {
+      this.say(`${error.message} Trying again.`);
+    }
+    return error.retryAfter ?? PATIENCE;
+  }
+
+  say(notice) {
+    this.notice = notice;
+    this.changed();
+  }
+
+  get defaults() {
+    return this.model?.defaults ?? {};
+  }
+
+  /** Tokens that a conversation may have. */
+  get room() {
+    return this.model?.max_model_len ?? 0;
+  }
+
+  /** Whether the model answers messages; a base model continues a text. */
+  get chat() {
+    return this.model?.chat !== false;
+  }
+}
