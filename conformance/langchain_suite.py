@@ -16,6 +16,7 @@ PARAMS = {
     "api_key": "none",
     "max_retries": 0,
     "timeout": 300,
+    "stream_usage": True,  # off by default where the server is not OpenAI's
 }
 
 

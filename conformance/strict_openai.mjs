@@ -118,7 +118,7 @@ const checks = {
       (e) => e instanceof OpenAI.BadRequestError && e.param === "temperature",
     );
     await assert.rejects(
-      () => client.chat.completions.create({ ...wrong, model: "unknown" }),
+      () => client.chat.completions.create({ messages, model: "unknown" }),
       OpenAI.NotFoundError,
     );
   },

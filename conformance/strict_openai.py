@@ -1,4 +1,9 @@
-"""The official Python client with strict validation: every field of every answer has its type."""
+"""The official Python client with strict validation: every field of every answer has its type.
+
+Its types are wrong for two answers of `/v1/completions`, which are as OpenAI's are: the first
+log-probability of a prompt is null, and so is `finish_reason` in all chunks but the last. Those
+tests use the client without validation.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +36,25 @@ WEATHER: ChatCompletionToolParam = {
 }
 
 
-@pytest.fixture
-def client() -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(
+def make_client(strict: bool) -> openai.OpenAI:
+    return openai.OpenAI(
         base_url=os.environ["CONFORMANCE_URL"],
         api_key="none",
         max_retries=0,
         timeout=300,
-        _strict_response_validation=True,
-    ) as client:
+        _strict_response_validation=strict,
+    )
+
+
+@pytest.fixture
+def client() -> Iterator[openai.OpenAI]:
+    with make_client(strict=True) as client:
+        yield client
+
+
+@pytest.fixture
+def lenient_client() -> Iterator[openai.OpenAI]:
+    with make_client(strict=False) as client:
         yield client
 
 
@@ -160,18 +175,23 @@ def test_json_schema(client: openai.OpenAI) -> None:
 
 
 def test_completions(client: openai.OpenAI) -> None:
-    reply = client.completions.create(
-        model=MODEL, prompt=["The sky is", "The sea is"], echo=True, logprobs=2, max_tokens=4
+    reply = client.completions.create(model=MODEL, prompt=["The sky", "The sea"], max_tokens=4, n=2)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2, 3]
+
+
+def test_echo(lenient_client: openai.OpenAI) -> None:
+    reply = lenient_client.completions.create(
+        model=MODEL, prompt="The sky is", echo=True, logprobs=2, max_tokens=4
     )
-    assert [choice.index for choice in reply.choices] == [0, 1]
-    for choice, prompt in zip(reply.choices, ("The sky is", "The sea is"), strict=True):
-        assert choice.text.startswith(prompt)
-        assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
-        assert choice.logprobs.token_logprobs[0] is None
+    [choice] = reply.choices
+    assert choice.text.startswith("The sky is")
+    assert choice.logprobs is not None and choice.logprobs.token_logprobs is not None
+    first, *rest = choice.logprobs.token_logprobs
+    assert first is None and all(logprob <= 0 for logprob in rest)
 
 
-def test_completions_stream(client: openai.OpenAI) -> None:
-    stream = client.completions.create(
+def test_completions_stream(client: openai.OpenAI, lenient_client: openai.OpenAI) -> None:
+    stream = lenient_client.completions.create(
         model=MODEL, prompt="The sky is", stream=True, temperature=0, max_tokens=6
     )
     text = "".join(chunk.choices[0].text for chunk in stream)

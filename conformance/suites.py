@@ -85,7 +85,7 @@ def openai_javascript(server: Server) -> list[Result]:
 
 
 def langchain(server: Server) -> list[Result]:
-    arguments = (HERE / "langchain_suite.py", "--rootdir", HERE, "--benchmark-disable")
+    arguments = (HERE / "langchain_suite.py", "-o", "asyncio_mode=auto", "--benchmark-disable")
     return with_pytest("langchain", server, *arguments, LANGSMITH_TRACING="false")
 
 
