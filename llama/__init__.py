@@ -13,9 +13,10 @@ from llama.common.version import __version__ as __version__
 if TYPE_CHECKING:
     from llama.checkpoints.demo_model import checkpoint_or_demo, ensure_demo_model
     from llama.commands.script import run_script
-    from llama.common.errors import RankError
+    from llama.common.errors import QueueFull, RankError
     from llama.distributed.job import is_leader
     from llama.engine.engine import Engine
+    from llama.engine.metrics import EngineMetrics
     from llama.engine.request import Event, Generation, Request
     from llama.engine.sampling import Sampling
     from llama.engine.scoring import Perplexity
@@ -28,9 +29,10 @@ if TYPE_CHECKING:
 MODULES = {
     "checkpoints.demo_model": ["checkpoint_or_demo", "ensure_demo_model"],
     "commands.script": ["run_script"],
-    "common.errors": ["RankError"],
+    "common.errors": ["QueueFull", "RankError"],
     "distributed.job": ["is_leader"],
     "engine.engine": ["Engine"],
+    "engine.metrics": ["EngineMetrics"],
     "engine.request": ["Event", "Generation", "Request"],
     "engine.sampling": ["Sampling"],
     "engine.scoring": ["Perplexity"],
@@ -46,6 +48,7 @@ __all__ = [
     "CompletionPrediction",
     "Dialog",
     "Engine",
+    "EngineMetrics",
     "Event",
     "Generation",
     "Llama",
@@ -53,6 +56,7 @@ __all__ = [
     "ModelArgs",
     "Perplexity",
     "Piece",
+    "QueueFull",
     "RankError",
     "Request",
     "Sampling",

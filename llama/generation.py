@@ -33,10 +33,12 @@ from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
+from llama.engine.checks import check_count, check_seed
 from llama.engine.compiled_step import check_cache
 from llama.engine.engine import Engine
 from llama.engine.forks import check_not_forked
-from llama.engine.request import FinishReason, Generation, Request, check_seed
+from llama.engine.grammar import Grammar
+from llama.engine.request import FinishReason, Generation, Request, TopLogprobs
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
 from llama.layers import cuda_ops, kernels
@@ -65,12 +67,15 @@ DEFAULT_CONTEXT = 4096  # most positions where max_seq_len is None
 class CompletionPrediction(TypedDict, total=False):
     """`tokens` and `logprobs` are present if log-probabilities were asked for.
 
+    `top_logprobs`, if asked for, has the most probable tokens in the place of each of `tokens`.
+
     `error` says what is wrong with a prompt where `finish_reason` is "error".
     """
 
     generation: str
     tokens: list[str]
     logprobs: list[float | None]
+    top_logprobs: list[list[tuple[str, float]] | None]
     finish_reason: FinishReason
     error: str
 
@@ -81,6 +86,7 @@ class ChatPrediction(TypedDict, total=False):
     generation: Message
     tokens: list[str]
     logprobs: list[float | None]
+    top_logprobs: list[list[tuple[str, float]] | None]
     finish_reason: FinishReason
     error: str
 
@@ -171,6 +177,13 @@ class MoreOptions(TypedDict, total=False):
     stop: Sequence[str]
     seed: int | Sequence[int] | None
     reuse_prefix: bool
+    n: int
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    top_logprobs: int
+    grammar: Grammar | None
+    time_limit: float | None
 
 
 class StreamOptions(MoreOptions, total=False):
@@ -187,12 +200,18 @@ class GenerationOptions:
     """What the generating methods take beyond Meta's parameters.
 
     Attributes:
-        top_k, min_p: see `Sampling`.
+        top_k, min_p, presence_penalty, frequency_penalty: see `Sampling`.
         stop: an answer ends before the first of these texts; `tokens` includes those of the text.
-        seed: gives each row draws of its own, the same in any batch: one seed for all rows, or one
-            a row. None draws from torch's global generator.
+        seed: gives each row draws of its own, the same in any batch: one seed for all prompts, or
+            one a prompt. None draws from torch's global generator.
         reuse_prefix: do not compute again the beginning of a prompt that is still cached from an
             earlier call. Without it a call gives the same result whatever was called before.
+        n: answers to each prompt, which is computed once: rows 0 to n - 1 are those to the first
+            prompt. With a seed, answer j draws with seed + j. Not for streams.
+        logit_bias, top_logprobs, grammar, time_limit: see `Request`. top_logprobs needs logprobs.
+
+    Raises:
+        TypeError, ValueError: n is not a positive integer. Other options are checked later.
     """
 
     top_k: int = Sampling.top_k
@@ -200,10 +219,22 @@ class GenerationOptions:
     stop: Sequence[str] = ()
     seed: int | Sequence[int] | None = None
     reuse_prefix: bool = False
+    n: int = 1
+    presence_penalty: float = Sampling.presence_penalty
+    frequency_penalty: float = Sampling.frequency_penalty
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
+    time_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        if check_count("n", self.n) == 0:
+            raise ValueError("n must be 1 or more, not 0")
 
     def sampling(self, temperature: float, top_p: float) -> Sampling:
         """These and Meta's two parameters as one."""
-        return Sampling(temperature, top_p, self.top_k, self.min_p)
+        names = "top_k", "min_p", "presence_penalty", "frequency_penalty"
+        return Sampling(temperature, top_p, **{name: getattr(self, name) for name in names})
 
 
 @dataclass
@@ -214,13 +245,16 @@ class Piece:
         text: may be empty while a character or a possible stop string is incomplete.
         tokens: the ids generated since the last piece.
         logprobs: of `tokens`, if they were asked for.
-        finish_reason: "stop", "length" or "cancelled" in the last piece, None before.
+        finish_reason: "stop", "length", "timeout" or "cancelled" in the last piece, None before.
+        top_logprobs: for each of `tokens` the most probable ids in its place with their
+            log-probabilities, if they were asked for.
     """
 
     text: str
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
 
 
 class Answer:
@@ -260,6 +294,11 @@ class Answer:
         return self.generation.generated_logprobs[: self.detokenizer.used]
 
     @property
+    def top_logprobs(self) -> list[TopLogprobs]:
+        """The most probable ids in the place of each of `ids`."""
+        return self.generation.top_logprobs[: self.detokenizer.used]
+
+    @property
     def stop_token(self) -> int | None:
         """The stop token that ended it; None if a stop string came first."""
         return None if self.detokenizer.stopped else self.generation.stop_token
@@ -295,7 +334,9 @@ class Answer:
             self.end(reason)
         self.text += text
         n = detokenizer.used - used
-        return Piece(text, new[:n], generation.generated_logprobs[used : used + n], reason)
+        logprobs = generation.generated_logprobs[used : used + n]
+        top = generation.top_logprobs[used : used + n]
+        return Piece(text, new[:n], logprobs, reason, top_logprobs=top)
 
     def end(self, reason: FinishReason = "cancelled") -> None:
         """Cancel the generation, unless it has ended, and let go of the engine."""
@@ -509,13 +550,17 @@ class Llama:
             temperature, top_p: see `Sampling`; temperature 0 is greedy.
             logprobs: also return each id's natural log-probability under the raw distribution.
             echo: return the prompt's ids too. The first has the log-probability None.
-            more: `top_k`, `min_p`, `stop`, `seed`, `reuse_prefix`; see `GenerationOptions`.
+            more: see `GenerationOptions`; all but `top_logprobs`.
 
         Returns:
             (ids a row, log-probabilities a row or None), without the stop token.
         """
         check_keywords(self.generate, more, GenerationOptions)
         options = GenerationOptions(**more)
+        if options.top_logprobs:
+            raise ValueError(
+                "generate does not return top_logprobs: use text_completion, a stream or the engine"
+            )
         requests = self._requests(
             prompt_tokens,
             options,
@@ -524,7 +569,7 @@ class Llama:
             logprobs=logprobs,
             score_from=0 if logprobs and echo else None,
         )
-        answers = self._run(requests, options.stop, decode=bool(options.stop))
+        answers = self._run(requests, options, decode=bool(options.stop))
         ids = [[*a.prompt, *a.ids] if echo else a.ids for a in answers]
         if not logprobs:
             return ids, None
@@ -557,7 +602,7 @@ class Llama:
             score_from=0 if logprobs and echo else None,
         )
         predictions: list[CompletionPrediction] = []
-        for answer in self._run(requests, options.stop):
+        for answer in self._run(requests, options):
             prompt = self.tokenizer.decode(answer.generation.request.prompt) if echo else ""
             prediction: CompletionPrediction = {"generation": prompt + answer.text}
             predictions.append(self._finish(prediction, answer, logprobs, echo))
@@ -596,7 +641,7 @@ class Llama:
             logprobs=logprobs,
         )
         predictions: list[ChatPrediction] = []
-        for answer in self._run(requests, options.stop):
+        for answer in self._run(requests, options):
             message: Message = {"role": "assistant", "content": answer.text}
             if answer.stop_token is not None and answer.stop_token == self.tokenizer.eom_id:
                 message["stop_reason"] = "end_of_message"
@@ -685,7 +730,7 @@ class Llama:
     def _requests(
         self, prompts: Sequence[Sequence[int]], options: GenerationOptions, **fields: Any
     ) -> list[Request]:
-        """A request for each prompt; `fields` are those of every `Request`, and `name` of one.
+        """Requests, n for each prompt; `fields` are those of every `Request`, and `name` of one.
 
         Raises:
             TypeError, ValueError: no such batch is possible.
@@ -701,20 +746,29 @@ class Llama:
             seeds = list(options.seed)
         if len(seeds) != len(prompts):
             raise TypeError(f"seed must be one integer, or one a prompt, not {options.seed!r}")
+        if options.top_logprobs and not fields["logprobs"]:
+            raise ValueError("top_logprobs needs logprobs=True")
         fields |= {"stop_tokens": self.tokenizer.stop_tokens, "reuse": options.reuse_prefix}
+        for name in ("logit_bias", "top_logprobs", "grammar", "time_limit"):
+            fields[name] = getattr(options, name)
+        for seed in seeds:
+            if seed is not None:
+                check_seed(seed)
         return [
-            Request(prompt, seed=seed, **({"name": f"prompt {i}"} | fields))
+            Request(prompt, seed=one, **({"name": f"prompt {i}"} | fields))
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
+            for one in ([None] * options.n if seed is None else range(seed, seed + options.n))
         ]
 
     def _run(
-        self, requests: Sequence[Request], stop: Sequence[str], decode: bool = True
+        self, requests: Sequence[Request], options: GenerationOptions, decode: bool = True
     ) -> list[Answer]:
         """Run to the end. Failed requests give a warning each; if all fail, the first error.
 
         Args:
             decode: False where only ids are wanted; the tokenizer may then lack some of them.
         """
+        stop = options.stop
         check_stop(stop)
         decode_bytes = self.tokenizer.decode_bytes if decode else lambda ids: b""
         answers: list[Answer] = []
@@ -725,7 +779,7 @@ class Llama:
             for answer in answers:
                 answer.read()
 
-        read(self.engine.run(requests, read))
+        read(self.engine.run(requests, read, options.n))
         errors = [answer.error for answer in answers if answer.error is not None]
         if len(errors) == len(requests):
             first = errors[0]
@@ -748,6 +802,12 @@ class Llama:
             tokens = [*answer.prompt, *answer.ids] if echo else answer.ids
             prediction["tokens"] = [self.tokenizer.decode([t]) for t in tokens]
             prediction["logprobs"] = [*answer.prompt_logprobs, *answer.logprobs]
+            if answer.generation.request.top_logprobs:
+                top = [*answer.generation.prompt_top_logprobs, *answer.top_logprobs]
+                prediction["top_logprobs"] = [
+                    None if one is None else [(self.tokenizer.decode([t]), x) for t, x in one]
+                    for one in top
+                ]
         return prediction
 
     def _stream(
@@ -762,6 +822,8 @@ class Llama:
         """Check the arguments now, generate when iterated."""
         check_keywords(self._stream, more, GenerationOptions)
         options = dataclasses.replace(GenerationOptions(reuse_prefix=True), **more)
+        if options.n != 1:
+            raise ValueError("n is not for streams: a stream is one answer; begin n streams")
         [request] = self._requests(
             [prompt],
             options,

@@ -310,6 +310,7 @@ def test_generate_needs_no_text_of_its_ids(build: Build, monkeypatch: pytest.Mon
 def test_every_field_of_sampling_reaches_the_engine() -> None:
     names = [f.name for f in dataclasses.fields(Sampling)]
     values: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 5, "min_p": 0.5}
+    values |= {"presence_penalty": 0.5, "frequency_penalty": -0.5}
     assert names == list(values), "give the new field a value that is not its default"
     rest = {name: value for name, value in values.items() if name not in ("temperature", "top_p")}
     assert GenerationOptions(**rest).sampling(0.5, 0.5) == Sampling(**values)

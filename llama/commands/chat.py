@@ -13,7 +13,7 @@ from llama.commands.line_editor import typed_lines
 from llama.commands.model import BuildFlags, CheckpointFlags, open_model
 from llama.commands.terminal import piped_lines
 from llama.distributed import job, tensor_parallel
-from llama.engine.request import check_count
+from llama.engine.checks import check_count
 from llama.engine.sampling import Sampling
 
 # The words that may follow a command, for completion; None is a path.

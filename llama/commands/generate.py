@@ -10,7 +10,7 @@ from llama.commands.model import BuildFlags, CheckpointFlags, open_model
 from llama.commands.options import Only
 from llama.commands.terminal import print_json, print_remark, print_text
 from llama.distributed import job, tensor_parallel
-from llama.engine.request import check_count
+from llama.engine.checks import check_count
 from llama.engine.sampling import Sampling
 from llama.engine.scoring import check_windows, read_text
 from llama.generation import BuildOptions, Stream

@@ -9,8 +9,8 @@ class RankError(Exception):
     """A failure of one rank, raised on every rank: the job is over."""
 
 
-class QueueFull(RuntimeError):
-    """Too many requests wait for a slot already."""
+class QueueFull(RuntimeError):  # noqa: N818 - as asyncio.QueueFull
+    """The engine's queue is full: try again when other requests have ended."""
 
 
 class Terminated(SystemExit):

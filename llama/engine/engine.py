@@ -7,19 +7,25 @@ last. Requests come and go between steps (continuous batching, as in Orca, OSDI 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from time import perf_counter
 
 import torch
 
 from llama.common.errors import refuse_copies
 from llama.distributed import tensor_parallel
+from llama.engine.admission import admit
+from llama.engine.checks import check_count
 from llama.engine.compiled_step import CompiledStep, compile_step
 from llama.engine.forward import Chunk, compute
+from llama.engine.metrics import EngineMetrics
+from llama.engine.record import record
 from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.engine.turns import Turns
+from llama.engine.unfinished import Unfinished, check_siblings
 from llama.model import Transformer
 
 
@@ -36,28 +42,32 @@ class Engine:
             the memory of a long prompt, and how long that delays the other requests. None: 2048
             on a GPU, whose matmuls need many rows, and 512 elsewhere.
         max_seq_len: fewer positions than the model's.
+        max_queue: most requests that wait for a slot; None is no limit. It may be changed.
     """
 
     def __init__(
-        self, model: Transformer, prefill_chunk: int | None = None, max_seq_len: int | None = None
+        self,
+        model: Transformer,
+        prefill_chunk: int | None = None,
+        max_seq_len: int | None = None,
+        max_queue: int | None = None,
     ):
         if prefill_chunk is None:
             prefill_chunk = 2048 if model.norm.weight.is_cuda else 512
         if type(prefill_chunk) is not int or prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
-        self.model = model
+        self.model, self.max_queue = model, max_queue
+        if max_queue is not None:
+            check_count("max_queue", max_queue)
         self.prefill_chunk = prefill_chunk
         self.room = model.params.max_seq_len if max_seq_len is None else max_seq_len
         self.cache = model.new_cache(model.params.max_batch_size, self.room)
         self.compiled: CompiledStep | None = None
         self.steps = 0  # made so far
+        self._seconds = [0.0, 0.0]  # of decode, of prefill
         self._slots = Slots(self.cache)
         self._arranged = True  # whether the cache's rows are in the slots' order
-        # Those not finished, by id, in their order. Only this says who has ended (those with a
-        # finish_reason, until `_sweep`) and who waits (those without a slot): an interrupt
-        # between two such lists would make them disagree.
-        self._requests: dict[int, Generation] = {}
-        self._added = 0
+        self._unfinished = Unfinished(len(self._slots.rows), self.room)
         self._turns = Turns()
         self._closed = False
 
@@ -65,7 +75,7 @@ class Engine:
 
     def compile(self) -> bool:
         """Decode by a compiled step from now on; False, with a warning, where that fails."""
-        if self._added:
+        if self._unfinished.added:
             raise RuntimeError("compile before the first request: compiling uses the cache")
         self.compiled = compile_step(self.model, self.cache)
         return self.compiled is not None
@@ -75,6 +85,7 @@ class Engine:
 
         Raises:
             TypeError, ValueError: the request cannot be run. Others are not touched.
+            QueueFull: max_queue requests wait already.
         """
         generation = Generation(request)
         self.queue(generation)
@@ -82,15 +93,24 @@ class Engine:
 
     def queue(self, generation: Generation) -> None:
         """As `add`. Whoever made the generation can cancel it whenever an interrupt comes."""
-        request = generation.request
-        self.check(request)
-        if tensor_parallel.size() > 1:
-            tensor_parallel.check_same_on_ranks(request.shared_fields())
+        self.queue_siblings([generation])
+
+    def queue_siblings(self, generations: Sequence[Generation]) -> None:
+        """Queue several answers to one prompt, all or none. The prompt is computed once.
+
+        The first one computes it, and the others begin with a copy, also without `reuse`.
+
+        Raises:
+            TypeError, ValueError, QueueFull: as `add`; or their prompts differ.
+        """
+        for generation in generations:
+            self.check(generation.request)
+            check_siblings(generations[0].request, generation.request)
+            if tensor_parallel.size() > 1:
+                tensor_parallel.check_same_on_ranks(generation.request.shared_fields())
         with self._turns.changed:
-            self.check(request)  # again: another thread may have closed the engine
-            self._added += 1
-            generation.begin(self._added, self.room)
-            self._requests[generation.id] = generation
+            self._check_open()  # again: another thread may have closed the engine
+            self._unfinished.add(generations, self.max_queue)
 
     max_queue: int | None = None
 
@@ -108,9 +128,17 @@ class Engine:
         if not isinstance(request, Request):
             raise TypeError(f"add takes a Request, not {type(request)}")
         with self._turns.changed:
-            if self._closed:
-                raise RuntimeError("this engine is closed; build another Llama")
+            self._check_open()
             request.check(self.model.params.vocab_size, self.room)
+        if request.time_limit is not None and tensor_parallel.size() > 1:
+            raise ValueError(
+                "time_limit is for one rank: several have clocks that differ; "
+                "cancel the request between two steps, on every rank, instead"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed; build another Llama")
 
     def cancel(self, id: int, reason: FinishReason = "cancelled") -> bool:
         """End a request and free its slot. False if it had ended already.
@@ -122,12 +150,12 @@ class Engine:
             ValueError: no request ever had this id.
         """
         with self._turns.changed:
-            if type(id) is not int or not 1 <= id <= self._added:
+            if type(id) is not int or not 1 <= id <= self._unfinished.added:
                 raise ValueError(f"no request has the id {id!r}")
-            generation = self._requests.get(id)
+            generation = self._unfinished.get(id)
             if generation is None or generation.finish_reason is not None:
                 return False
-            generation.finish_reason = reason
+            generation.end(reason)
             if not self._turns.stepping:  # otherwise the end of the step frees it
                 self._sweep()
             self._turns.changed.notify_all()
@@ -136,7 +164,18 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return any(g.finish_reason is None for g in list(self._requests.values()))
+        return any(g.finish_reason is None for g in self._unfinished)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return self._unfinished.waiting
+
+    def metrics(self) -> EngineMetrics:
+        """What was done so far and what is left, at one moment."""
+        with self._turns.changed:
+            now, (decode, prefill) = self._unfinished.metrics(), self._seconds
+            return replace(now, steps=self.steps, prefill_seconds=prefill, decode_seconds=decode)
 
     def step(self) -> list[Event]:
         """Advance every request that has a slot; the events, in no particular order.
@@ -160,19 +199,23 @@ class Engine:
         self,
         requests: Sequence[Request],
         after_step: Callable[[Sequence[Generation]], object] | None = None,
+        siblings: int = 1,
     ) -> list[Generation]:
         """Run requests to the end. Refused and failed ones have the finish_reason "error".
 
         Args:
             after_step: called between steps; it may cancel requests.
+            siblings: each so many neighbours are answers to one prompt; see `queue_siblings`.
         """
         generations = [Generation(request) for request in requests]
         try:
-            for generation in generations:
+            for i in range(0, len(generations), siblings):
+                group = generations[i : i + siblings]
                 try:
-                    self.queue(generation)
+                    self.queue_siblings(group)
                 except ValueError as e:
-                    generation.fail(e)
+                    for generation in group:
+                        generation.fail(e)
             while not all(g.finish_reason for g in generations):
                 self._wait_for_step(generations)
                 if after_step is not None:
@@ -202,8 +245,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
-            for id in list(self._requests):
-                self.cancel(id)
+            for generation in self._unfinished:
+                self.cancel(generation.id)
         with self._turns.changed:
             self.compiled, self.cache = None, []
             self._slots.cache, self._slots.rows = [], []
@@ -214,28 +257,29 @@ class Engine:
 
     def _sweep(self) -> None:
         """Free the slots of requests that have ended."""
-        for generation in list(self._requests.values()):
-            if generation.finish_reason is not None:
-                self._slots.release(generation)
-                self._requests.pop(generation.id, None)  # last, in case an interrupt comes
+        self._unfinished.sweep(self._slots.release)
 
     @torch.inference_mode()
     @tensor_parallel.ends_job_on_error()
     def _step(self) -> list[Event]:
-        if self._closed:
-            raise RuntimeError("this engine is closed; build another Llama")
+        self._check_open()
         events = [] if self._arranged else self._start_over()
-        events += self._admit()
+        with self._turns.changed:
+            events += admit(self._unfinished, self._slots)
         self._arranged = False  # in case an interrupt comes while rows change places
         decoding, prefilling = self._slots.arrange()
         self._arranged = True
+        start = perf_counter()
         if decoding:
             events += self._advance(decoding, 0, 1)
+        middle = perf_counter()
         if prefilling:
             share = max(1, self.prefill_chunk // len(prefilling))
             # The padding must not pass the end of the cache.
             share = min(share, self.room - max(len(slot.cached) for slot in prefilling))
             events += self._advance(prefilling, len(decoding), share)
+        decode, prefill = self._seconds
+        self._seconds = [decode + middle - start, prefill + perf_counter() - middle]
         self.steps += 1
         return events
 
@@ -247,24 +291,6 @@ class Engine:
                 slot.generation.fail(RuntimeError("an interrupt lost this request's cache"))
                 events.append(slot.generation.event())
         self._slots = Slots(self.cache)
-        return events
-
-    def _admit(self) -> list[Event]:
-        """Give free slots to those who wait, first come, first served."""
-        events, slots = [], self._slots
-        with self._turns.changed:
-            self._sweep()
-            placed = {slot.running.id for slot in slots.rows if slot.generation is not None}
-            for generation in list(self._requests.values()):
-                if generation.id in placed:
-                    continue
-                if generation.budget == 0 and generation.request.score_from is None:
-                    generation.finish_reason = "length"
-                    events.append(generation.event())
-                elif slots.free():
-                    slots.place(generation)
-                else:
-                    break
         return events
 
     def _advance(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
@@ -282,22 +308,4 @@ class Engine:
         """Compute first, then update. What an interrupt keeps from being updated is repeated."""
         chunks = [Chunk.pending(slot.running, len(slot.cached), most) for slot in slots]
         width, scored, drawn = compute(self.model, self.cache, chunks, first_row, self.compiled)
-        events = []
-        for slot, chunk, scores in zip(slots, chunks, scored, strict=True):
-            generation = slot.running
-            slot.written = max(slot.written, chunk.start + width)
-            token, logprob = drawn.get(generation.id, (None, 0.0))
-            before = len(generation.tokens)
-            generation.add_scores(chunk.start, scores)  # before its end is visible to other threads
-            if not all(map(math.isfinite, [*scores, logprob])):
-                name = generation.request.name
-                generation.fail(ValueError(f"{name} made the model's logits not a number"))
-            elif token is not None:
-                generation.append(token, logprob)
-            elif chunk.whole and generation.finish_reason is None:  # it was only to be scored
-                generation.finish_reason = "length"
-            slot.cached += chunk.ids
-            if chunk.whole or generation.finish_reason is not None:
-                new = len(generation.tokens) > before
-                events.append(generation.event(token if new else None, logprob))
-        return events
+        return record(slots, chunks, width, scored, drawn)

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
+from time import monotonic
 from typing import Any, Literal
 
 import torch
 
 from llama.common.errors import without_frames
+from llama.engine.checks import (
+    check_bias,
+    check_count,
+    check_seed,
+    check_time_limit,
+    check_top_logprobs,
+)
+from llama.engine.grammar import Grammar
 from llama.engine.sampling import Sampling
+from llama.engine.steering import Steering
 
 log = logging.getLogger("llama")
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
+TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, the most probable first
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,11 @@ class Request:
         score_from: fill `Generation.prompt_logprobs` from this index of the prompt on; None fills
             nothing.
         reuse: may start from the cached beginning of an earlier prompt.
+        logit_bias: added to the logits of these ids, from -100 to 100.
+        top_logprobs: fill `Generation.top_logprobs` with this many ids each, at most 20; also
+            `prompt_top_logprobs` if score_from is not None.
+        grammar: what the answer must follow. With several ranks, rank 0's.
+        time_limit: seconds after which it ends, counted from when it is queued. On one rank only.
         name: what messages call it.
 
     Raises:
@@ -47,6 +63,10 @@ class Request:
     logprobs: bool = False
     score_from: int | None = None
     reuse: bool = True
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    top_logprobs: int = 0
+    grammar: Grammar | None = None
+    time_limit: float | None = None
     name: str = "the prompt"
 
     def __post_init__(self) -> None:
@@ -60,6 +80,11 @@ class Request:
             raise TypeError(f"stop_tokens must be a set of ids, not {self.stop_tokens!r}")
         if self.seed is not None:
             check_seed(self.seed)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise TypeError(f"grammar must have a method start(), not be {self.grammar!r}")
+        check_top_logprobs(self.top_logprobs)
+        check_time_limit(self.time_limit)
+        check_bias(self.logit_bias)
         prompt = self.prompt
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
             raise TypeError(f"{self.name} must be a list of token ids, not {type(prompt)}")
@@ -69,6 +94,13 @@ class Request:
         # Copies: the caller's lists may change.
         object.__setattr__(self, "prompt", tuple(int(token) for token in prompt))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
+        bias = {int(token): float(value) for token, value in self.logit_bias.items()}
+        object.__setattr__(self, "logit_bias", bias)
+
+    @property
+    def steered(self) -> bool:
+        """Whether ids are drawn from other logits than the model's."""
+        return bool(self.logit_bias) or self.grammar is not None or self.sampling.penalized
 
     def check(self, vocab_size: int, room: int) -> None:
         """Raise a ValueError for a prompt that a model cannot run, saying what to do.
@@ -89,6 +121,11 @@ class Request:
                 raise ValueError(
                     f"{name} holds the token id {token}; ids are 0 to {vocab_size - 1}"
                 )
+        for token in self.logit_bias:
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"logit_bias holds the token id {token}; ids are 0 to {vocab_size - 1}"
+                )
 
     def shared_fields(self) -> dict[str, Any]:
         """Fields that must match on all ranks. Sampling settings come from rank 0."""
@@ -99,6 +136,7 @@ class Request:
             "score_from": self.score_from,
             "stop_tokens": sorted(int(token) for token in self.stop_tokens),
             "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs,
             "reuse": self.reuse,
         }
 
@@ -115,11 +153,17 @@ class Generation:
             (before temperature and top_p), if the request asks for them.
         prompt_logprobs: likewise of each prompt id; None for ids before `score_from` and for the
             first, which nothing predicts.
+        top_logprobs: for each generated id the most probable ids in its place, if asked for.
+        prompt_top_logprobs: likewise of each prompt id, aligned with prompt_logprobs.
         reused: how many prompt ids were cached already.
         finish_reason: None while it goes on. "stop": a stop token or a stop string; "length":
-            max_gen_len, or no room left; "cancelled"; "error": see `error`.
+            max_gen_len, or no room left; "timeout": time_limit; "cancelled"; "error": see `error`.
         stop_token: the id that ended it.
         error: what ended it.
+        queued_at, placed_at, first_id_at, ended_at: when it was queued, got its slot, had its
+            first id, and ended, in seconds of `time.monotonic`; None before.
+        first: the sibling whose prompt was computed first; None for that one. See
+            `Engine.queue_siblings`.
     """
 
     request: Request
@@ -127,22 +171,35 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     generated_logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: list[float | None] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     reused: int = 0
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     error: Exception | None = None
+    queued_at: float | None = None
+    placed_at: float | None = None
+    first_id_at: float | None = None
+    ended_at: float | None = None
+    first: Generation | None = field(default=None, repr=False)
     generator: torch.Generator | None = field(default=None, repr=False)
+    steering: Steering | None = field(default=None, repr=False)
     budget: int = 0  # most ids that it may still generate, counted from the prompt's end
 
-    def begin(self, id: int, room: int) -> None:
+    def begin(self, id: int, room: int, first: Generation | None = None) -> None:
         """Make ready to run in a cache row of `room` positions."""
+        self.queued_at, self.first = monotonic(), first
         request, self.tokens = self.request, list(self.request.prompt)
         room -= len(self.tokens)
         self.budget = room if request.max_gen_len is None else min(request.max_gen_len, room)
         if request.score_from is not None:
-            self.prompt_logprobs = [None] * min(max(1, request.score_from), len(self.tokens))
+            unscored = min(max(1, request.score_from), len(self.tokens))
+            self.prompt_logprobs = [None] * unscored
+            self.prompt_top_logprobs = [None] * (unscored if request.top_logprobs else 0)
         if request.seed is not None:
             self.generator = torch.Generator("cpu").manual_seed(request.seed)
+        if request.steered:
+            self.steering = Steering(request.sampling, request.logit_bias, request.grammar)
         self.id = id
 
     @property
@@ -151,12 +208,23 @@ class Generation:
         return self.tokens[len(self.request.prompt) :]
 
     @property
+    def group(self) -> int:
+        """The id of the first of its siblings."""
+        return self.id if self.first is None else self.first.id
+
+    @property
+    def overdue(self) -> bool:
+        """Whether its time is over."""
+        limit = self.request.time_limit
+        return limit is not None and monotonic() >= (self.queued_at or 0.0) + limit
+
+    @property
     def own_generator(self) -> torch.Generator:
         """The generator of a request with a seed."""
         assert self.generator is not None
         return self.generator
 
-    def append(self, token: int, logprob: float) -> None:
+    def append(self, token: int, logprob: float, top: TopLogprobs) -> None:
         """Add a drawn id, or end at a stop token. Does nothing if it has ended (was cancelled).
 
         An id is added after its log-probability: other threads, and what follows an interrupt,
@@ -167,29 +235,51 @@ class Generation:
             return
         if token in self.request.stop_tokens:
             self.stop_token = token
-            self.finish_reason = "stop"
+            self.end("stop")
             return
         if n < self.budget:
             if self.request.logprobs:
                 self.generated_logprobs[n:] = [logprob]
+            if self.request.top_logprobs:
+                self.top_logprobs[n:] = [top]
+            if n == 0:
+                self.first_id_at = monotonic()
             self.tokens.append(token)
         if n + 1 >= self.budget:
-            self.finish_reason = "length"
+            self.end("length")
 
-    def add_scores(self, start: int, scores: list[float]) -> None:
+    def add_scores(self, start: int, scores: list[float], top: list[TopLogprobs]) -> None:
         """Log-probabilities of the prompt's ids that the chunk from position `start` predicts."""
+        at = max(start + 1, self.request.score_from or 0)
+        if top:
+            self.prompt_top_logprobs[at:] = top
         if scores:
-            self.prompt_logprobs[max(start + 1, self.request.score_from or 0) :] = scores
+            self.prompt_logprobs[at:] = scores
+
+    def take_scores(self) -> bool:
+        """Copy the scores of the first sibling's prompt. False if it does not have all of them."""
+        n, first = len(self.request.prompt), self.first
+        if first is None or len(first.prompt_logprobs) < n:
+            return False
+        self.prompt_top_logprobs = list(first.prompt_top_logprobs)
+        self.prompt_logprobs = list(first.prompt_logprobs)
+        return True
 
     def event(self, token: int | None = None, logprob: float = 0.0) -> Event:
         """What a step did: it generated `token`, if not None."""
         score = logprob if self.request.logprobs and token is not None else None
         return Event(self.id, token, score, self.finish_reason)
 
+    def end(self, reason: FinishReason) -> None:
+        """End it. The reason is set last: whoever sees it may read all the rest."""
+        self.ended_at = monotonic()
+        self.finish_reason = reason
+
     def fail(self, error: Exception) -> None:
         """End with an error, without harm to other requests."""
         log.debug("%s failed", self.request.name, exc_info=error)
-        self.error, self.finish_reason = without_frames(error), "error"
+        self.error = without_frames(error)
+        self.end("error")
 
 
 @dataclass(frozen=True)
@@ -207,18 +297,3 @@ class Event:
     token: int | None = None
     logprob: float | None = None
     finish_reason: FinishReason | None = None
-
-
-def check_seed(seed: object) -> None:
-    """Raise a TypeError unless `seed` is an integer that torch's generators accept."""
-    if type(seed) is not int or not -(2**63) <= seed < 2**64:
-        raise TypeError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed!r}")
-
-
-def check_count(name: str, value: object) -> int:
-    """`value` as an int; raise a TypeError or ValueError unless it is an integer of at least 0."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, not {value!r}")
-    if value < 0:
-        raise ValueError(f"{name} must be 0 or more, not {value}")
-    return int(value)

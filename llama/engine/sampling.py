@@ -30,6 +30,8 @@ class Sampling:
         top_p: mass of the nucleus, in [0, 1]; see `sample_top_p`.
         top_k: only the k most probable ids; 0 is no limit.
         min_p: only ids at least this times as probable as the most probable one, in [0, 1].
+        presence_penalty: subtracted from the logit of each id that was generated before, -2 to 2.
+        frequency_penalty: likewise for each time that it was generated; see `Steering`.
 
     Raises:
         TypeError, ValueError: not a number, or out of range.
@@ -41,10 +43,15 @@ class Sampling:
     min_p: float = option(
         0.0, "draw from tokens at least this times as probable as the most probable one"
     )
+    presence_penalty: float = option(
+        0.0, "subtracted from the logit of each token that the answer already has, -2 to 2"
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted from a token's logit for each time that the answer already has it, -2 to 2"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "top_k", "min_p"):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if not isinstance(value, Real) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a number, not {value!r}")
         if not 0 <= self.temperature < math.inf:
@@ -52,8 +59,16 @@ class Sampling:
         for name in ("top_p", "min_p"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie between 0 and 1, not {getattr(self, name)}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not -2 <= getattr(self, name) <= 2:
+                raise ValueError(f"{name} must lie between -2 and 2, not {getattr(self, name)}")
         if not isinstance(self.top_k, Integral) or self.top_k < 0:
             raise ValueError(f"top_k must be 0 (no limit) or a positive integer, not {self.top_k}")
+
+    @property
+    def penalized(self) -> bool:
+        """Whether generated ids change the logits."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def sample(
@@ -96,6 +111,22 @@ def sample(
 def without(logits: Tensor, unused: Tensor | None) -> Tensor:
     """Logits to draw from, without a chance for `unused` ids. Scores are those of `logits`."""
     return logits if unused is None else logits.index_fill(-1, unused, -math.inf)
+
+
+def top_logprobs(logits: Tensor, unused: Tensor | None, n: int) -> list[list[tuple[int, float]]]:
+    """The n most probable ids of each row with their log-probabilities, the most probable first.
+
+    Args:
+        logits: (B, vocab).
+        unused: ids that are left out.
+        n: fewer come back where a row has fewer ids that have a chance.
+    """
+    scores = without(torch.log_softmax(logits, dim=-1), unused)
+    values, ids = scores.topk(min(n, scores.shape[-1]), dim=-1)
+    rows = zip(ids.tolist(), values.tolist(), strict=True)
+    return [
+        [(id, score) for id, score in zip(*row, strict=True) if score > -math.inf] for row in rows
+    ]
 
 
 def uniform_of(generator: torch.Generator) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from time import monotonic
 
 from llama.engine.request import Generation
 from llama.model import KVCache
@@ -22,6 +23,7 @@ class Slot:
         written: positions from here on are zero.
         used: number of the last request placed here; the smallest is the least recently used.
         stale: no later request may build upon `cached`.
+        group: of the last request placed here: its siblings may always build upon `cached`.
     """
 
     generation: Generation | None = None
@@ -29,6 +31,7 @@ class Slot:
     written: int = 0
     used: int = 0
     stale: bool = False
+    group: int = 0
 
     @property
     def running(self) -> Generation:
@@ -74,15 +77,32 @@ class Slots:
             if slot.generation is generation:
                 slot.release()
 
+    def prefilling(self, group: int) -> bool:
+        """Whether the prompt of these siblings is being computed."""
+        return any(
+            slot.group == group
+            and slot.generation is not None
+            and slot.generation.finish_reason is None
+            and len(slot.cached) < len(slot.generation.request.prompt)
+            for slot in self.rows
+        )
+
+    def sources(self, generation: Generation) -> list[Slot]:
+        """Slots upon whose cached ids a generation may build."""
+        request = generation.request
+        if request.score_from is not None and not generation.take_scores():
+            return []  # every id of the prompt is to be scored
+        reuse = request.reuse and request.score_from is None
+        return [s for s in self.rows if not s.stale and (reuse or s.group == generation.group)]
+
     def place(self, generation: Generation) -> None:
         """Give a free slot to a generation, with as much of its prompt as any slot has cached."""
-        tokens, free, request = generation.tokens, self.free(), generation.request
+        tokens, free = generation.tokens, self.free()
         kept, source = 0, free[0]
-        if request.reuse and request.score_from is None:
-            for slot in (slot for slot in self.rows if not slot.stale):
-                n = min(common_prefix(slot.cached, tokens), len(tokens) - 1)
-                if n > kept and (n >= WORTH_COPYING or slot.generation is None):
-                    kept, source = n, slot
+        for slot in self.sources(generation):
+            n = min(common_prefix(slot.cached, tokens), len(tokens) - 1)
+            if n > kept and (n >= WORTH_COPYING or slot.generation is None):
+                kept, source = n, slot
         target = free[0]
         if source.generation is None and 2 * kept >= len(source.cached):
             target = source  # most of its cached ids stay in use
@@ -97,8 +117,9 @@ class Slots:
             cache.clear(row, kept, target.written)
         self.uses += 1
         target.cached, target.written, target.stale = tokens[:kept], kept, False
-        target.generation, target.used = generation, self.uses
-        generation.reused = kept
+        target.group, target.used = generation.group, self.uses
+        generation.reused, generation.placed_at = kept, monotonic()
+        target.generation = generation
 
     def arrange(self) -> tuple[list[Slot], list[Slot]]:
         """Bring the slots into order; (decoding slots, prefilling slots)."""

@@ -38,36 +38,28 @@ def _read_prompt(value: Any, param: str) -> tuple[str | tuple[int, ...], ...]:
         return (_read_ids(value, param),)
     if len(value) > MAX_PROMPTS:
         raise invalid(param, f"{param} has {len(value)} prompts; at most {MAX_PROMPTS} are taken")
-    if all(isinstance(item, str) for item in value):
-        return tuple(value)
-    if all(isinstance(item, list) for item in value):
-        return tuple(_read_ids(item, f"{param}[{i}]") for i, item in enumerate(value))
-    raise invalid(param, f"{param} must hold texts only, or lists of token ids only")
+    found = enumerate(value)
+    return tuple(
+        item if isinstance(item, str) else _read_ids(item, f"{param}[{i}]") for i, item in found
+    )
 
 
 def _is_id(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _read_ids(value: list[Any], param: str) -> tuple[int, ...]:
+def _read_ids(value: Any, param: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise invalid(param, f"{param} must be text or a list of token ids, not {quoted(value)}")
     if not value:
         raise invalid(param, f"{param} is empty; give at least one token id")
     return tuple(TOKEN_ID.read(item, f"{param}[{i}]") for i, item in enumerate(value))
 
 
 _IDS = {"type": "array", "items": TOKEN_ID.schema(), "minItems": 1}
-_MANY = {"type": "array", "minItems": 1, "maxItems": MAX_PROMPTS}
-PROMPT = Custom(
-    _read_prompt,
-    {
-        "anyOf": [
-            {"type": "string"},
-            {**_MANY, "items": {"type": "string"}},
-            _IDS,
-            {**_MANY, "items": _IDS},
-        ]
-    },
-)
+_ONE = {"anyOf": [{"type": "string"}, _IDS]}
+_MANY = {"type": "array", "items": _ONE, "minItems": 1, "maxItems": MAX_PROMPTS}
+PROMPT = Custom(_read_prompt, {"anyOf": [*_ONE["anyOf"], _MANY]})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from llama.generation import Llama
 from llama.server.chat_body import ChatBody
 from llama.server.errors import ApiError, invalid
-from llama.text.messages import NO_TOOLS
+from llama.text.messages import Message
+from llama.text.plain_tools import with_plain_tools
 from llama.tokenizer import ChatFormat
 
 
@@ -33,11 +34,14 @@ def dialog_ids(llama: Llama, body: ChatBody) -> list[int]:
         ApiError: the checkpoint's chat format lacks a role or tools, or there is none.
     """
     formatter = chat_format(llama)
-    check_roles(formatter, body)
+    messages: Sequence[Message] = body.messages
+    tools = body.offered_tools
+    if not formatter.takes_tools and (tools or "tool" not in formatter.roles):
+        messages = with_plain_tools(messages, tools, llama.tokenizer.default_system)
+        tools = ()
+    check_roles(formatter, messages)
     try:
-        return formatter.encode_dialog_prompt(
-            body.messages, body.offered_tools or None, body.tool_form
-        )
+        return formatter.encode_dialog_prompt(messages, tools or None, body.tool_form)
     except (ValueError, TypeError) as e:
         raise invalid("messages", str(e)) from None
 
@@ -52,11 +56,9 @@ def chat_format(llama: Llama) -> ChatFormat:
         ) from None
 
 
-def check_roles(formatter: ChatFormat, body: ChatBody) -> None:
-    """Raise an ApiError for roles and tools that a chat format lacks."""
-    if body.offered_tools and not formatter.takes_tools:
-        raise invalid("tools", f"tools: {NO_TOOLS}")
-    for i, message in enumerate(body.messages):
+def check_roles(formatter: ChatFormat, messages: Sequence[Message]) -> None:
+    """Raise an ApiError for roles that a chat format lacks."""
+    for i, message in enumerate(messages):
         role = message["role"]
         if role not in formatter.roles:
             known = [known for known in formatter.roles if known != "ipython"]
@@ -64,8 +66,6 @@ def check_roles(formatter: ChatFormat, body: ChatBody) -> None:
                 f"messages[{i}].role",
                 f"this model's chat format has no role {role!r}; it has {', '.join(known)}",
             )
-        if message.get("tool_calls") and not formatter.takes_tools:
-            raise invalid(f"messages[{i}].tool_calls", f"tool_calls: {NO_TOOLS}")
 
 
 def text_prompt(llama: Llama, prompt: str | Sequence[int], param: str = "prompt") -> list[int]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from llama.common.daemon_thread import call_in_daemon
 from llama.engine.request import Generation, Request
 from llama.generation import Answer, Llama, Piece
-from llama.server.ranks import LeadingEngine, lead
+from llama.server.ranks import BEAT, LeadingEngine, lead
 from llama.text.detokenizer import Detokenizer
 
 if TYPE_CHECKING:
@@ -171,9 +171,10 @@ class Worker:
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to compute; False: end."""
-        assert self._engine is not None
+        engine = self.engine
+        beat = BEAT if isinstance(engine, LeadingEngine) else None
         with self._work:
-            self._work.wait_for(lambda: self._ending or (self._engine and self._engine.busy))
+            self._work.wait_for(lambda: self._ending or engine.busy, beat)
             return not self._ending
 
     def _post(self, function: Callable[..., object], *values: object) -> None:

@@ -1,6 +1,6 @@
 """Grammars that generated text must follow: JSON schemas, regular expressions, by llguidance.
 
-A `Grammar` is compiled once and shared; each answer has a `GrammarState`, which says after each
+A `Grammar` is compiled once and shared; each answer has a `GrammarState`, which says before each
 token which ids may come next. Knows nothing about models and sampling.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Collection, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from threading import Lock
 from typing import Any, Protocol
@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 from llama.common.extras import install_line
+from llama.text.json_schema import checked_schema
 
-MAX_SCHEMA_BYTES = 65_536  # as JSON
-MAX_SCHEMA_DEPTH = 64
 MAX_PATTERN_LENGTH = 1_000  # characters of a regular expression
-# Limits of llguidance. A step that reaches one fails its answer.
+# Of llguidance. A grammar that reaches one is refused, or fails its own answer; a step takes at
+# most some 20 ms.
 _LIMITS = {
     "initial_lexer_fuel": 500_000,  # about 10 ms of building regular expressions
     "step_lexer_fuel": 200_000,
     "step_max_items": 50_000,
     "max_items_in_row": 2_000,
-    "max_lexer_states": 50_000,  # 1-2 kB each
+    "max_lexer_states": 50_000,  # 1-2 kB each; a string takes one a character
     "max_grammar_size": 100_000,
-    "verbose_errors": False,  # messages without the text of the answer
+    "verbose_errors": False,  # no text of the answer in messages
 }
-# Between JSON's tokens: nothing, a space, or a line break and its indentation. Bounded, because a
-# model may otherwise write spaces without end.
+# Between JSON's tokens: nothing, a space, or a line break and an indentation. Models may write
+# unbounded spaces without end.
 _JSON_OPTIONS = {
     "whitespace_pattern": r" |\n {0,32}",
     "whitespace_flexible": True,
@@ -52,11 +52,11 @@ class Vocabulary(Protocol):
 
 
 class GrammarState:
-    """Where one answer is in its grammar."""
+    """How far one answer has followed its grammar."""
 
     def __init__(self, matcher: Any, rows: int):
         self._matcher, self._rows = matcher, rows
-        self._bits = torch.empty((rows + 31) // 32, dtype=torch.int32)
+        self._words = torch.empty((rows + 31) // 32, dtype=torch.int32)  # a bit for each id
 
     def allowed(self) -> Tensor:
         """(rows,) bool: ids that may come next; stop tokens only where the text may end.
@@ -64,15 +64,14 @@ class GrammarState:
         Raises:
             ValueError: no id may follow, or the grammar became too complex.
         """
-        self._matcher.unsafe_compute_mask_ptr(self._bits.data_ptr(), 4 * len(self._bits))
+        self._matcher.unsafe_compute_mask_ptr(self._words.data_ptr(), 4 * len(self._words))
         self._check()
-        allowed = _bits_of_bytes()[self._bits.view(torch.uint8).int()].flatten()[: self._rows]
-        if not allowed.any():
-            raise ValueError("the vocabulary has no token that continues the text of this grammar")
-        return allowed
+        if not self._words.any():
+            raise ValueError("the vocabulary has no token for the text that the grammar asks for")
+        return _bits_of_bytes()[self._words.view(torch.uint8).int()].flatten()[: self._rows]
 
     def accept(self, token: int) -> None:
-        """Advance by a generated id, also by a stop token.
+        """Advance by a generated id, which may be a stop token.
 
         Raises:
             ValueError: `allowed` forbids the id.
@@ -82,21 +81,28 @@ class GrammarState:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {_first_line(self._matcher.get_error())}")
+            raise ValueError(f"the grammar failed: {_reason(self._matcher.get_error())}")
 
 
 class Grammar:
-    """A compiled grammar. Immutable: threads and answers share it."""
+    """A compiled grammar. It never changes: threads and answers share it."""
 
     def __init__(self, vocabulary: GrammarVocabulary, source: Mapping[str, Any], what: str):
         llguidance = _llguidance()
-        limits = llguidance.LLParserLimits(**_LIMITS)
         self._rows = vocabulary.rows
+        # Compiling drops the GIL.
         self._matcher = llguidance.LLMatcher(
-            vocabulary.tokenizer, json.dumps(source), log_level=0, limits=limits
+            vocabulary.tokenizer,
+            json.dumps(source),
+            log_level=0,
+            limits=llguidance.LLParserLimits(**_LIMITS),
         )
         if self._matcher.is_error():
-            raise ValueError(f"{what} cannot be used: {_first_line(self._matcher.get_error())}")
+            raise ValueError(f"{what} cannot be used: {_reason(self._matcher.get_error())}")
+        try:
+            GrammarState(self._matcher, self._rows).allowed()
+        except ValueError as error:
+            raise ValueError(f"{what} allows no text: {error}") from None
 
     def start(self) -> GrammarState:
         """The state before the first token of an answer."""
@@ -107,7 +113,10 @@ class GrammarVocabulary:
     """A tokenizer's vocabulary in llguidance's form. Building one takes 0.3 s with 128k tokens.
 
     Ids of special tokens, unused ids and the rows of a padded vocabulary have no bytes, so that no
-    grammar allows them; stop tokens are the end of the text.
+    grammar allows them. Stop tokens end the text.
+
+    Args:
+        rows: the model's vocab_size.
     """
 
     is_tokenizer_wrapper = True  # llguidance reads this and the next three
@@ -127,19 +136,15 @@ class GrammarVocabulary:
         self.tokens = []
 
     def __call__(self, text: bytes) -> list[int]:
-        raise AssertionError("grammars here force no token, so llguidance tokenizes nothing")
+        raise AssertionError("no grammar here forces tokens, so llguidance tokenizes nothing")
 
 
-_vocabularies: weakref.WeakKeyDictionary[Any, dict[int, GrammarVocabulary]]
+_vocabularies: weakref.WeakKeyDictionary[Vocabulary, dict[int, GrammarVocabulary]]
 _vocabularies, _lock = weakref.WeakKeyDictionary(), Lock()
 
 
 def grammar_vocabulary(tokenizer: Vocabulary, rows: int) -> GrammarVocabulary:
-    """The tokenizer's `GrammarVocabulary`, which is built once.
-
-    Args:
-        rows: the model's vocab_size.
-    """
+    """The tokenizer's `GrammarVocabulary` for a model with `rows` ids, which is built once."""
     with _lock:
         known = _vocabularies.setdefault(tokenizer, {})
         if rows not in known:
@@ -150,18 +155,19 @@ def grammar_vocabulary(tokenizer: Vocabulary, rows: int) -> GrammarVocabulary:
 def json_schema_grammar(
     tokenizer: Vocabulary, schema: Mapping[str, Any] | bool, rows: int
 ) -> Grammar:
-    """JSON text that a JSON schema (draft 2020-12) accepts, its properties in the schema's order.
+    """JSON text that a JSON schema accepts, with the properties in the schema's order.
 
     Args:
         rows: the model's vocab_size.
 
     Raises:
-        TypeError, ValueError: the schema is no schema, too large, has no instance, or has a
+        TypeError, ValueError: the schema is no schema, too large, accepts nothing, or has a
             keyword that is not supported.
         ImportError: llguidance is not installed.
     """
-    sources = {"schema": json_source(schema, "the schema")}
-    return compiled(grammar_vocabulary(tokenizer, rows), "start: @schema", sources, "the schema")
+    what = "the JSON schema"
+    schemas = {"schema": checked_schema(schema, what)}
+    return compiled(grammar_vocabulary(tokenizer, rows), "start: @schema", schemas, what)
 
 
 def json_object_grammar(tokenizer: Vocabulary, rows: int) -> Grammar:
@@ -174,74 +180,36 @@ def regex_grammar(tokenizer: Vocabulary, pattern: str, rows: int) -> Grammar:
 
     Raises:
         ValueError: the expression is broken or too large.
+        ImportError: llguidance is not installed.
     """
-    check_pattern(pattern)
-    lark = f"start: /{_lark_regex(pattern)}/"
+    if len(pattern) > MAX_PATTERN_LENGTH:
+        raise ValueError(
+            f"a regular expression of {len(pattern)} characters; use at most {MAX_PATTERN_LENGTH}"
+        )
+    lark = f"start: /{_llguidance().regex_to_lark(pattern, '')}/"
     return compiled(grammar_vocabulary(tokenizer, rows), lark, {}, "the regular expression")
 
 
 def compiled(
-    vocabulary: GrammarVocabulary, lark: str, schemas: Mapping[str, Any], what: str
+    vocabulary: GrammarVocabulary, lark: str, schemas: Mapping[str, dict[str, Any]], what: str
 ) -> Grammar:
-    """The grammar of Lark rules, which name JSON schemas as `@name`."""
-    lark = f'%llguidance {{"no_forcing": true}}\n{lark}'
-    grammars: list[dict[str, Any]] = [{"lark_grammar": lark}]
-    grammars += [{"name": name, "json_schema": schema} for name, schema in schemas.items()]
-    return Grammar(vocabulary, {"grammars": grammars}, what)
+    """The grammar of Lark rules.
 
-
-def json_source(schema: Mapping[str, Any] | bool, what: str) -> dict[str, Any]:
-    """A checked schema with llguidance's options.
+    Args:
+        schemas: JSON schemas that the rules call `@name`.
+        what: the name of it all in messages.
 
     Raises:
-        TypeError, ValueError: the schema is no schema or too large.
+        ValueError: llguidance refuses it.
     """
-    if isinstance(schema, bool):
-        schema = {} if schema else {"not": {}}
-    if not isinstance(schema, Mapping):
-        raise TypeError(f"{what} must be a JSON object or a bool, not {type(schema).__name__}")
-    check_schema(schema, what)
-    return {**schema, "x-guidance": _JSON_OPTIONS}
-
-
-def check_schema(schema: Mapping[str, Any], what: str) -> None:
-    """Raise a ValueError if a schema is too large or too deep, or has too long a pattern."""
-    for depth, value in _nested(schema):
-        if depth > MAX_SCHEMA_DEPTH:
-            raise ValueError(
-                f"{what} is nested more than {MAX_SCHEMA_DEPTH} levels deep; use $ref and $defs"
-            )
-        if isinstance(value, Mapping) and isinstance(value.get("pattern"), str):
-            check_pattern(value["pattern"])
-    try:
-        size = len(json.dumps(schema, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from None
-    if size > MAX_SCHEMA_BYTES:
-        raise ValueError(f"{what} has {size} bytes of JSON; use at most {MAX_SCHEMA_BYTES}")
-
-
-def check_pattern(pattern: str) -> None:
-    if len(pattern) > MAX_PATTERN_LENGTH:
-        raise ValueError(
-            f"a regular expression has {len(pattern)} characters; use at most {MAX_PATTERN_LENGTH}"
-        )
-
-
-def _nested(value: object) -> Iterator[tuple[int, object]]:
-    """(depth, value) of `value` and all values in it. Not recursive."""
-    waiting = [(1, value)]
-    while waiting:
-        depth, value = waiting.pop()
-        yield depth, value
-        inner = value.values() if isinstance(value, Mapping) else value
-        if isinstance(inner, Collection) and not isinstance(inner, (str, bytes)):
-            waiting += [(depth + 1, item) for item in inner]
-
-
-def _lark_regex(pattern: str) -> str:
-    text: str = _llguidance().regex_to_lark(pattern, "")
-    return text
+    # Every token that fits is allowed, not only the one that a tokenizer would choose.
+    grammars: list[dict[str, Any]] = [
+        {"lark_grammar": f'%llguidance {{"no_forcing": true}}\n{lark}'}
+    ]
+    for name, schema in schemas.items():
+        schema = schema | {"x-guidance": _JSON_OPTIONS}
+        grammars.append({"name": name, "json_schema": schema})
+    return Grammar(vocabulary, {"grammars": grammars}, what)
 
 
 @cache
@@ -250,8 +218,17 @@ def _bits_of_bytes() -> Tensor:
     return (torch.arange(256)[:, None] >> torch.arange(8)) % 2 == 1
 
 
-def _first_line(message: str) -> str:
-    return message.strip().split("\n")[0][:500]
+def _reason(message: str) -> str:
+    """llguidance's message without the trace and the source that may follow."""
+    if message.startswith("panic"):
+        return "the grammar library failed; simplify it"
+    if "coerce_one_of" in message:
+        return "the alternatives of a oneOf may overlap; use anyOf"
+    if "NoExtension" in message:
+        return "nothing may follow; does a $ref lead to itself?"
+    first, *rest = message.strip().splitlines()
+    errors = [line for line in rest if line.startswith("error: ")]
+    return " ".join([first, *errors[:1]])[:300]
 
 
 def _llguidance() -> Any:

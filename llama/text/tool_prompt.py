@@ -135,7 +135,7 @@ def _check_definition(tool: Mapping[str, Any], form: str) -> dict[str, Any]:
         raise ValueError(f"parameters of {name}: properties are an object, required is a list")
     if unknown := [key for key in required if key not in list(properties)]:
         raise ValueError(f"{name} requires {unknown}, which its properties lack")
-    odd = [word for word in (*name.split("."), *properties) if not _is_identifier(word)]
+    odd = [word for word in (*name.split("."), *properties) if not is_identifier(word)]
     if odd and form == "python_list":
         raise ValueError(f"{odd} cannot be written in Python; rename, or use another tool_form")
     return function
@@ -272,12 +272,12 @@ def _general_form(call: ToolCall, form: str) -> str:
     return json.dumps({"type": "function", "name": name, "parameters": arguments})
 
 
-def _is_identifier(word: str) -> bool:
+def is_identifier(word: str) -> bool:
     return word.isascii() and word.isidentifier() and not keyword.iskeyword(word)
 
 
 def _is_valid_python(call: ToolCall) -> bool:
-    return all(map(_is_identifier, (*call["name"].split("."), *call["arguments"])))
+    return all(map(is_identifier, (*call["name"].split("."), *call["arguments"])))
 
 
 def _python_call(call: ToolCall) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 import openai
+import torch
 
 from llama import Llama
+from llama.engine.request import Generation
 from llama.engine.sampling import Sampling
 from llama.server.app import make_app
 from llama.server.serve import bound_socket, http_server
@@ -90,3 +93,35 @@ class RunningServer:
         self.server.should_exit = True
         self._thread.join(60)
         assert not self._thread.is_alive()
+
+
+@contextmanager
+def slowed(llama: Llama, seconds: float, prefill_chunk: int = 512) -> Iterator[None]:
+    """A block in which each step of a model takes `seconds` longer."""
+    original, chunk = llama.model.hidden, llama.engine.prefill_chunk
+
+    def hidden(*args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    llama.model.hidden = hidden  # type: ignore[method-assign]
+    llama.engine.prefill_chunk = prefill_chunk
+    try:
+        yield
+    finally:
+        llama.model.hidden = original  # type: ignore[method-assign]
+        llama.engine.prefill_chunk = chunk
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def generations(server: RunningServer) -> list[Generation]:
+    """What `server` works on."""
+    tickets = list(server.worker._tickets)
+    return [answer.generation for ticket in tickets for answer in ticket.answers]

@@ -207,8 +207,8 @@ def test_a_wrong_chat_body_names_its_field(data: Any, param: str | None, words: 
         ({"prompt": [[]]}, "prompt[0]", "empty"),
         ({"prompt": [1, "a"]}, "prompt[1]", "integer"),
         ({"prompt": [1, -1]}, "prompt[1]", "integer"),
-        ({"prompt": [True]}, "prompt", "texts only"),
-        ({"prompt": ["a", [1]]}, "prompt", "texts only"),
+        ({"prompt": [True]}, "prompt[0]", "list of token ids"),
+        ({"prompt": ["a", 1]}, "prompt[1]", "list of token ids"),
         ({"prompt": ["a"] * 129}, "prompt", "at most 128"),
         ({"prompt": ["a"] * 100, "n": 3}, "n", "at most 256"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "echo"),
@@ -313,6 +313,7 @@ def test_tools_may_lack_what_openai_lets_them_lack() -> None:
         (["a", "b"], ("a", "b")),
         ([1, 2], ((1, 2),)),
         ([[1], [2, 3]], ((1,), (2, 3))),
+        (["a", [2, 3]], ("a", (2, 3))),
     ],
 )
 def test_prompts_of_every_form(prompt: Any, read: Any) -> None:

@@ -20,17 +20,22 @@ from llama.generation import Answer, Piece
 from llama.server.logprobs import TokenAligner, completion_token, finite
 from llama.server.replies import DONE, ChatReply, CompletionReply, event
 from llama.text.detokenizer import Detokenizer
-from tests.server.wire_cases import HELLO, WEATHER, chat_reply, completion_reply, scripted
+from tests.server.wire_cases import (
+    HELLO,
+    WEATHER,
+    chat_reply,
+    completion_reply,
+    scripted,
+    tiny_llama,
+)
 
 EMOJI = "Tea \U0001f375 for \U0001f468\u200d\U0001f469\u200d\U0001f467, na\u00efve \u4e2d\u6587."
 
 
 @pytest.fixture(scope="module")
 def llama(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> Iterator[Llama]:
-    """Llama 3.1's vocabulary over random weights."""
     folder = tiny_checkpoint(dim=16, n_layers=1, use_scaled_rope=True)
-    with Llama.build(folder, llama3_tokenizer_path, 256, 2, device="cpu", dtype="fp32") as llama:
-        assert llama.tokenizer.eom_id > 0
+    with tiny_llama(folder, llama3_tokenizer_path) as llama:
         yield llama
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from llama import Llama
@@ -30,6 +31,11 @@ WEATHER: dict[str, Any] = {
         },
     },
 }
+
+
+def tiny_llama(folder: Path, tokenizer: Path) -> Llama:
+    """Llama 3's vocabulary over random weights; 3.1's if the checkpoint is of 3.1."""
+    return Llama.build(folder, tokenizer, 256, 2, device="cpu", dtype="fp32")
 
 
 def chat(**fields: Any) -> dict[str, Any]:

@@ -23,7 +23,10 @@ export class Answering {
     message.tokens ??= [];
     this.byTokens = message.tokens.length > 0;
     this.decoder = new TextDecoder();
-    if (this.byTokens) message.content = this.decode(joined(message.tokens));
+    if (this.byTokens)
+      message.content = this.decode(
+        joined(this.complete ? message.tokens.slice(0, -1) : message.tokens),
+      );
     this.saved = performance.now();
     this.generated = 0;
   }
@@ -32,13 +35,19 @@ export class Answering {
     this.aborting.abort();
   }
 
+  /** Whether the answer ends with its last token: nothing is left to ask. */
+  get complete() {
+    return this.server.isStop(this.message.tokens.at(-1)?.id ?? null);
+  }
+
   /** Stream the answer to its end. Never raises: the message says what happened. */
   async run() {
     const { message } = this;
     Object.assign(message, { status: "streaming", note: "" });
     try {
       this.asked = performance.now();
-      await this.read(await this.ask());
+      if (this.complete) this.finish("stop");
+      else await this.read(await this.ask());
     } catch (error) {
       this.fail(error);
     }
@@ -65,9 +74,13 @@ export class Answering {
   /** Send the request; waits while the model is loading, the queue is full, or a key is missing. */
   async ask() {
     for (;;) {
+      if (!this.server.model) await Promise.race([this.server.connect(), this.aborted()]);
       this.aborting.signal.throwIfAborted();
       try {
-        const response = await request(this.path, { body: this.body(), signal: this.aborting.signal });
+        const response = await request(this.path, {
+          body: this.body(),
+          signal: this.aborting.signal,
+        });
         if (this.server.notice) this.server.say("");
         return response;
       } catch (error) {

@@ -17,7 +17,8 @@ let conversations = [];
 let current = null;
 
 const server = new Server(serverChanged, dialogs.askKey);
-const view = new View({ regenerate, goOn, resend, branch, choose });
+const isStop = (id) => server.isStop(id);
+const view = new View({ regenerate, goOn, resend, branch, choose, isStop });
 const sidebar = new Sidebar({ open, rename, remove, exportOne });
 const composer = new Composer({ send, stop, editLast });
 
@@ -211,7 +212,8 @@ async function start() {
   drawIcons(document);
   if (!(await store.open())) toast("The browser keeps nothing for this page: a reload forgets it.");
   conversations = await store.loadConversations();
-  for (const { messages } of conversations) for (const one of messages.values()) markUnfinished(one);
+  for (const { messages } of conversations)
+    for (const one of messages.values()) markUnfinished(one);
   const here = () => conversations.find(({ id }) => `#${id}` === location.hash);
   window.addEventListener("hashchange", () => here() && open(here()));
   byId("new").addEventListener("click", () => open(blank()));
@@ -230,7 +232,10 @@ async function start() {
       KeyK: ["Search conversations", () => (sidebar.toggle(true), byId("search").focus())],
       KeyB: ["Show or hide the conversations", () => sidebar.toggle()],
       KeyI: ["Inspect the tokens of an answer", () => view.toggleInspection()],
-      KeyR: ["Another answer", () => current.path().length > 1 && regenerate(current.path().at(-1))],
+      KeyR: [
+        "Another answer",
+        () => current.path().length > 1 && regenerate(current.path().at(-1)),
+      ],
       KeyS: ["Settings", openSettings],
       KeyT: ["Theme", dialogs.nextTheme],
       Slash: ["These shortcuts", showShortcuts],

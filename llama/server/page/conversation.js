@@ -60,7 +60,7 @@ export class Conversation {
   /** The messages that are shown, from the first to the last. */
   path() {
     const shown = [];
-    for (let at = ROOT; this.chosen.has(at); ) {
+    for (let at = ROOT; this.chosen.has(at);) {
       const message = this.messages.get(this.chosen.get(at));
       shown.push(message);
       at = message.id;
@@ -71,7 +71,7 @@ export class Conversation {
   /** The messages above one, from the first on. */
   above(message) {
     const found = [];
-    for (let at = message.parent; at !== ROOT; ) {
+    for (let at = message.parent; at !== ROOT;) {
       const parent = this.messages.get(at);
       found.unshift(parent);
       at = parent.parent;

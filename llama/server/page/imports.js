@@ -96,7 +96,8 @@ function tokenOf(data) {
 
 function candidateOf(data) {
   const bytes = isObject(data) ? data.bytes : null;
-  const right = Array.isArray(bytes) && bytes.every((n) => Number.isInteger(n) && n >= 0 && n < 256);
+  const right =
+    Array.isArray(bytes) && bytes.every((n) => Number.isInteger(n) && n >= 0 && n < 256);
   check(right && Number.isFinite(data.logprob), "A token has no bytes or no probability.");
   const id = Number.isSafeInteger(data.id) && data.id >= 0 ? data.id : null;
   return { id, logprob: data.logprob, bytes };
@@ -114,5 +115,7 @@ function samplingOf(data) {
 function figuresOf(data) {
   if (!isObject(data)) return null;
   const names = ["prompt", "generated", "cached", "seconds", "first"];
-  return Object.fromEntries(names.map((name) => [name, Number.isFinite(data[name]) ? data[name] : 0]));
+  return Object.fromEntries(
+    names.map((name) => [name, Number.isFinite(data[name]) ? data[name] : 0]),
+  );
 }

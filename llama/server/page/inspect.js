@@ -12,9 +12,10 @@ export class Tokens {
    * @param target the element that gets them
    * @param message the answer, whose tokens may grow
    * @param branch called with (index, candidate) when the user continues from an alternative
+   * @param isStop whether an id ends an answer
    */
-  constructor(target, message, branch) {
-    Object.assign(this, { target, message, branch });
+  constructor(target, message, { branch, isStop }) {
+    Object.assign(this, { target, message, branch, isStop });
     this.shown = 0;
     this.partial = []; // tokens of a character that is not complete
     this.list = make("div", {
@@ -31,8 +32,8 @@ export class Tokens {
   /** Add the tokens that came since the last call. */
   show() {
     const { tokens } = this.message;
-    const nodes = [];
-    for (; this.shown < tokens.length; this.shown++) nodes.push(...this.token(tokens[this.shown], this.shown));
+    const nodes = tokens.slice(this.shown).map((token, i) => this.token(token, this.shown + i));
+    this.shown = tokens.length;
     this.list.append(...nodes);
   }
 
@@ -46,15 +47,18 @@ export class Tokens {
       "aria-label": `${spoken(token.bytes)}, ${percent(token.logprob)}${forked ? ", your choice" : ""}`,
     });
     node.append(...this.glyphs(token));
-    return [node];
+    return node;
   }
 
   /** What a token shows: its text, or its bytes with the character that they complete. */
   glyphs(token) {
+    if (this.isStop(token.id)) return [make("span", { class: "mark" }, "■")];
     const own = this.partial.length === 0 ? ownText(token.bytes) : null;
     if (own !== null) {
       const parts = own.split(/(\n)/).filter((part) => part !== "");
-      return parts.flatMap((part) => (part === "\n" ? [make("span", { class: "mark" }, "↵"), "\n"] : [part]));
+      return parts.flatMap((part) =>
+        part === "\n" ? [make("span", { class: "mark" }, "↵"), "\n"] : [part],
+      );
     }
     this.partial.push(token);
     const bytes = [...joined(this.partial)];
@@ -132,6 +136,7 @@ export class Tokens {
     if (!node) return;
     this.focus(node);
     const index = Number(node.dataset.index);
-    showConsidered(node, this.message.tokens[index], (candidate) => this.branch(index, candidate));
+    const branch = (candidate) => this.branch(index, candidate);
+    showConsidered(node, this.message.tokens[index], { branch, isStop: this.isStop });
   }
 }

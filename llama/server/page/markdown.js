@@ -10,9 +10,12 @@ const LARGEST_HIGHLIGHT = 30000; // characters; beyond, code stays plain
 const PLAIN_TAG = /^<\/?(br|sub|sup|kbd|mark|u)\s*\/?>$/i; // markup that models use inside text
 const ALLOWED = {
   ALLOWED_TAGS:
-    "p br hr strong em del u sub sup kbd mark h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code a table thead tbody tr th td span".split(" "),
+    "p br hr strong em del u sub sup kbd mark h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code a table thead tbody tr th td span".split(
+      " ",
+    ),
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
   ALLOWED_URI_REGEXP: /^(?:https?:|mailto:)/i,
+  ADD_URI_SAFE_ATTR: ["align", "start"],
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
@@ -96,12 +99,19 @@ function render(block, links, closed) {
     link.rel = "noopener noreferrer nofollow";
   }
   for (const table of fragment.querySelectorAll("table")) {
-    const frame = make("div", { class: "wide", tabindex: "0", role: "group", "aria-label": "Table" });
+    const frame = make("div", {
+      class: "wide",
+      tabindex: "0",
+      role: "group",
+      "aria-label": "Table",
+    });
     table.replaceWith(frame);
     frame.append(table);
   }
   for (const code of fragment.querySelectorAll("pre > code")) codeBlock(code, closed);
-  return [...fragment.childNodes].filter((node) => node.nodeType === Node.ELEMENT_NODE || node.textContent.trim());
+  return [...fragment.childNodes].filter(
+    (node) => node.nodeType === Node.ELEMENT_NODE || node.textContent.trim(),
+  );
 }
 
 function codeBlock(code, closed) {
@@ -115,7 +125,11 @@ function codeBlock(code, closed) {
     make("span", {}, language || "text"),
     button("copy", "Copy code", (event) => copy(code.textContent, event.currentTarget)),
   );
-  const frame = make("div", { class: "code", role: "group", "aria-label": `Code, ${language || "text"}` });
+  const frame = make("div", {
+    class: "code",
+    role: "group",
+    "aria-label": `Code, ${language || "text"}`,
+  });
   pre.replaceWith(frame);
   frame.append(head, pre);
   if (closed && hljs.getLanguage(language) && code.textContent.length < LARGEST_HIGHLIGHT) {

@@ -34,8 +34,9 @@ export class Server {
         return;
       } catch (error) {
         if (error.status === 401) {
-          if (!(await this.askKey(error.message))) await pause(PATIENCE * 1000);
-          continue;
+          if (await this.askKey(error.message)) continue;
+          this.say("This server asks for an API key. Send a message to enter it.");
+          return;
         }
         await pause(1000 * this.wait(error));
       }
@@ -66,6 +67,11 @@ export class Server {
   /** Tokens that a conversation may have. */
   get room() {
     return this.model?.max_model_len ?? 0;
+  }
+
+  /** Whether a token ends an answer. */
+  isStop(id) {
+    return id !== null && (this.model?.stop_tokens ?? []).includes(id);
   }
 
   /** Whether the model answers messages; a base model continues a text. */

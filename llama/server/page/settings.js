@@ -9,7 +9,9 @@ import { remember } from "./store.js";
 export async function editSettings(conversation, defaults) {
   byId("system").value = conversation.system;
   byId("for-new").checked = false;
-  byId("sampling").replaceChildren(...SAMPLING.map((field) => samplingField(field, conversation, defaults)));
+  byId("sampling").replaceChildren(
+    ...SAMPLING.map((field) => samplingField(field, conversation, defaults)),
+  );
   const answer = await ask("settings");
   if (!["save", "reset"].includes(answer)) return false;
   conversation.sampling = {};

@@ -10,6 +10,13 @@ export function fromEntry(entry) {
   return { ...candidate(entry), top: (entry.top_logprobs ?? []).map(candidate) };
 }
 
+const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // how completions write a part of a character
+
+const completionBytes = (token) => {
+  const escaped = BYTES.exec(token)?.[1];
+  return escaped && escaped.match(/[0-9a-f]{2}/g).map((pair) => Number.parseInt(pair, 16));
+};
+
 const candidate = ({ id, logprob, bytes, token }) => ({
   id: Number.isInteger(id) ? id : null,
   logprob,
@@ -17,11 +24,15 @@ const candidate = ({ id, logprob, bytes, token }) => ({
 });
 
 /** Tokens from one choice of /v1/completions, whose logprobs are lists by field. */
-export function fromCompletion({ tokens = [], token_logprobs: logprobs = [], top_logprobs: top = [] }) {
+export function fromCompletion({
+  tokens = [],
+  token_logprobs: logprobs = [],
+  top_logprobs: top = [],
+}) {
   return tokens.map((token, i) => ({
-    ...candidate({ token, logprob: logprobs[i] ?? 0 }),
+    ...candidate({ token, bytes: completionBytes(token), logprob: logprobs[i] ?? 0 }),
     top: Object.entries(top?.[i] ?? {})
-      .map(([text, logprob]) => candidate({ token: text, logprob }))
+      .map(([text, logprob]) => candidate({ token: text, bytes: completionBytes(text), logprob }))
       .sort((one, other) => other.logprob - one.logprob),
   }));
 }
@@ -76,5 +87,4 @@ export const STEPS = [0.9, 0.5, 0.2, 0.05, 0];
 export const STEP_NAMES = ["90 % and more", "50 to 90 %", "20 to 50 %", "5 to 20 %", "below 5 %"];
 
 /** How surprising a token was, from 0 to 4. */
-export const surprise = (logprob) =>
-  STEPS.findIndex((limit) => probability(logprob) >= limit);
+export const surprise = (logprob) => STEPS.findIndex((limit) => probability(logprob) >= limit);

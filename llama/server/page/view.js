@@ -8,7 +8,7 @@ const NEAR_END = 80; // pixels: a reader this near to the end follows a growing 
 
 /** Shows one conversation and follows its changes, at most once a frame. */
 export class View {
-  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose */
+  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose, isStop */
   constructor(actions) {
     this.actions = actions;
     this.items = new Map(); // id of a message: its Item
@@ -76,7 +76,9 @@ export class View {
   /** Switch between the text and the tokens of the answer that has the focus, or of the last one. */
   toggleInspection() {
     const answers = [...this.items.values()].filter(({ message }) => message.role === "assistant");
-    (answers.find(({ node }) => node.contains(document.activeElement)) ?? answers.at(-1))?.inspect();
+    (
+      answers.find(({ node }) => node.contains(document.activeElement)) ?? answers.at(-1)
+    )?.inspect();
   }
 }
 
@@ -116,7 +118,11 @@ class Item {
     this.notice.textContent = message.note ?? "";
     this.notice.hidden = !message.note;
     this.notice.classList.toggle("trouble", ["broken", "failed"].includes(message.status));
-    const shape = [message.status, this.view.conversation.siblings(message).length, !!this.tokens].join();
+    const shape = [
+      message.status,
+      this.view.conversation.siblings(message).length,
+      !!this.tokens,
+    ].join();
     if (shape !== this.shape) this.foot.replaceChildren(...this.buttons());
     this.shape = shape;
     if (this.figures) this.figures.textContent = figuresOf(message);
@@ -144,10 +150,17 @@ class Item {
     const nodes = this.branches();
     this.figures = null;
     if (message.role === "user") {
-      return [...nodes, button("edit", "Edit and send again", () => this.edit()), this.copyButton()];
+      return [
+        ...nodes,
+        button("edit", "Edit and send again", () => this.edit()),
+        this.copyButton(),
+      ];
     }
     if (!streaming) {
-      nodes.push(this.copyButton(), button("repeat", "Another answer", () => actions.regenerate(message)));
+      nodes.push(
+        this.copyButton(),
+        button("repeat", "Another answer", () => actions.regenerate(message)),
+      );
       if (message.status !== "done") {
         const goOn = () => actions.goOn(message);
         nodes.push(button("go", message.content ? "Go on" : "Try again", goOn, { text: true }));
@@ -156,7 +169,9 @@ class Item {
     if (message.tokens?.length > 0 || streaming) {
       const toggle = () => this.inspect();
       const pressed = this.tokens ? "true" : "false";
-      nodes.push(button("inspect", "Inspect tokens", toggle, { text: true, "aria-pressed": pressed }));
+      nodes.push(
+        button("inspect", "Inspect tokens", toggle, { text: true, "aria-pressed": pressed }),
+      );
     }
     this.figures = make("span", { class: "figures" });
     return [...nodes, this.figures];
@@ -186,8 +201,9 @@ class Item {
       this.startText();
       this.drawn = null;
     } else {
-      const branch = (index, candidate) => this.view.actions.branch(this.message, index, candidate);
-      this.tokens = new Tokens(this.body, this.message, branch);
+      const { actions } = this.view;
+      const branch = (index, candidate) => actions.branch(this.message, index, candidate);
+      this.tokens = new Tokens(this.body, this.message, { branch, isStop: actions.isStop });
     }
     const focused = this.foot.contains(document.activeElement);
     this.refresh();
@@ -222,13 +238,14 @@ class Item {
   }
 }
 
-function figuresOf({ figures, status }) {
+function figuresOf({ figures, status, tokens }) {
   if (!figures?.generated) return "";
-  const words = [`${figures.generated} tokens`];
+  const words = [`${tokens?.length || figures.generated} tokens`];
   if (figures.seconds > 0.05) {
     words.unshift(`${((figures.generated - 1) / figures.seconds).toFixed(1)} tokens a second`);
   }
-  if (status !== "streaming" && figures.first) words.push(`first after ${figures.first.toFixed(2)} s`);
+  if (status !== "streaming" && figures.first)
+    words.push(`first after ${figures.first.toFixed(2)} s`);
   if (figures.cached) words.push(`${figures.cached} of ${figures.prompt} prompt tokens cached`);
   return words.join(" · ");
 }

@@ -1,0 +1,57 @@
+"""Checks of single options of a request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+
+MOST_TOP_LOGPROBS = 20
+
+
+def check_seed(seed: object) -> None:
+    """Raise a TypeError unless `seed` is an integer that torch's generators accept."""
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise TypeError(f"seed must be an integer from -2**63 to 2**64 - 1, not {seed!r}")
+
+
+def check_count(name: str, value: object) -> int:
+    """`value` as an int; raise a TypeError or ValueError unless it is an integer of at least 0."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, not {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, not {value}")
+    return int(value)
+
+
+def check_top_logprobs(value: object) -> None:
+    """Raise a TypeError or ValueError unless `value` is an integer from 0 to 20."""
+    if check_count("top_logprobs", value) > MOST_TOP_LOGPROBS:
+        raise ValueError(f"top_logprobs must be at most {MOST_TOP_LOGPROBS}, not {value}")
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a float; raise a TypeError or ValueError unless it is a number."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number") from None
+
+
+def check_time_limit(value: object) -> None:
+    """Raise a TypeError or ValueError unless `value` is None or a number of seconds above 0."""
+    if value is not None and not 0 < check_number("time_limit", value) < math.inf:
+        raise ValueError(f"time_limit must be more than 0 seconds, not {value}")
+
+
+def check_bias(bias: object) -> None:
+    """Raise a TypeError or ValueError unless `bias` maps ids to numbers from -100 to 100."""
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias must map token ids to numbers, not be {bias!r}")
+    for token, value in bias.items():
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise TypeError(f"logit_bias holds {token!r}, which is not a token id")
+        if not -100 <= check_number(f"logit_bias of token {token}", value) <= 100:
+            raise ValueError(f"logit_bias of token {token} must lie between -100 and 100")

@@ -1,0 +1,105 @@
+"""ranks.py: `llama3 serve` on two ranks answers as on one, and ends as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from llama import Llama
+from tests.distributed.test_tensor_parallel import free_port, write
+from tests.server.raw import post
+from tests.server.running import wait_for
+
+COMPLETE = "/v1/completions"
+LONG = {"prompt": "a", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+
+
+class Job:
+    """`llama3 serve` on two ranks."""
+
+    def __init__(self, folder: str):
+        self.port = free_port()
+        env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        env |= {"MASTER_PORT": str(free_port())}
+        command = [sys.executable, "-m", "llama", "serve", "-m", folder, "--port", str(self.port)]
+        command += ["--max_seq_len", "200", "--device", "cpu", "--dtype", "fp32"]
+        self.ranks = [
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(2)
+        ]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
+        out = self.ranks[0].stdout
+        assert out is not None and "answers at" in out.readline()
+
+    def end(self) -> list[tuple[int, str]]:
+        """Wait for the end: the exit code and the stderr of each rank."""
+        errors = [rank.communicate(timeout=60)[1] for rank in self.ranks]
+        return [(rank.returncode, err) for rank, err in zip(self.ranks, errors, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write(tmp_path_factory.mktemp("ranks") / "model", vocab_size=261)
+
+
+@pytest.fixture
+def job(folder: str) -> Iterator[Job]:
+    running = Job(folder)
+    yield running
+    running.http.close()
+    for rank in running.ranks:
+        rank.kill()
+        rank.communicate()
+
+
+def streamed(http: httpx.Client, body: dict[str, Any]) -> str:
+    with http.stream("POST", COMPLETE, json=body | {"stream": True}) as response:
+        events = [line[6:] for line in response.iter_lines() if line.startswith("data: {")]
+    return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+
+def test_answers_cancels_and_the_end(job: Job, folder: str) -> None:
+    http = job.http
+    with Llama.build(folder, None, 200, 1, device="cpu", dtype="fp32") as one_rank:
+        for prompt in ("Once", "The capital of"):
+            [want] = one_rank.text_completion([prompt], temperature=0, max_gen_len=20)
+            body = {"prompt": prompt, "max_tokens": 20, "temperature": 0}
+            answer = http.post(COMPLETE, json=body | {"n": 2}).json()
+            assert [choice["text"] for choice in answer["choices"]] == [want["generation"]] * 2
+            assert streamed(http, body) == want["generation"]
+    # A client that goes away, and one that stops at a text: both cancel on every rank.
+    with socket.create_connection(("127.0.0.1", job.port)) as sock:
+        sock.sendall(post(COMPLETE, LONG))
+    whole = http.post(COMPLETE, json=LONG).json()["choices"][0]["text"]
+    stopped = http.post(COMPLETE, json=LONG | {"stop": whole[40:50]}).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == whole[: whole.index(whole[40:50])]
+    assert http.post(COMPLETE, json=LONG | {"prompt": [999]}).status_code == 400
+    assert http.post(COMPLETE, json=LONG).json()["choices"][0]["text"] == whole
+    for rank in job.ranks:
+        rank.send_signal(signal.SIGTERM)
+    assert [code for code, _ in job.end()] == [0, 0]
+
+
+@pytest.mark.slow
+def test_a_rank_is_lost(job: Job) -> None:
+    """While nothing is asked; a client sees it within seconds."""
+    job.ranks[1].kill()
+    wait_for(lambda: job.http.get("/health").status_code == 503)
+    (code, err), _ = job.end()
+    assert code == 2 and err.splitlines()[-1].startswith("llama3: rank 1 no longer answers")
