@@ -112,17 +112,6 @@ class Engine:
             self._check_open()  # again: another thread may have closed the engine
             self._unfinished.add(generations, self.max_queue)
 
-    max_queue: int | None = None
-
-    @property
-    def waiting(self) -> int:
-        placed = {s.generation.id for s in self._slots.rows if s.generation is not None}
-        return sum(g.finish_reason is None and g.id not in placed for g in self._requests.values())
-
-    def queue_siblings(self, generations: Sequence[Generation]) -> None:
-        for generation in generations:
-            self.queue(generation)
-
     def check(self, request: Request) -> None:
         """Raise the TypeError or ValueError that `add` would."""
         if not isinstance(request, Request):

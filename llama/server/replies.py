@@ -205,12 +205,10 @@ class CompletionReply:
         if self._body.logprobs is None:
             return self._chunk(index, text, None)
         aligner = TokenAligner(self._tokenizer.decode_bytes)
-        tops: Sequence[Any] = getattr(answer.generation, "prompt_top_logprobs", None) or ()
-        tops = [*tops, *[()] * (len(ids) - len(tops))]
-        scored = zip(ids, answer.prompt_logprobs, tops, strict=True)
+        tops = answer.generation.prompt_top_logprobs or [None] * len(ids)
         tokens = []
-        for id, logprob, top in scored:
-            tokens.append(aligner.token(id, logprob, top or ()))
+        for id, logprob, top in zip(ids, answer.prompt_logprobs, tops, strict=True):
+            tokens.append(aligner.token(id, logprob, top))
             if isinstance(given, str) and len(tokens) == 1 and id == self._tokenizer.bos_id:
                 aligner = TokenAligner(self._tokenizer.decode_bytes)  # it is not in the text
         lists = completion_lists(tokens, self._tokenizer.decode_bytes)
