@@ -19,7 +19,8 @@ from llama.server.common_body import CommonBody
 from llama.server.errors import ApiError, error_object
 from llama.server.guard import DisconnectError, Receive, Send
 from llama.server.replies import DONE, event, to_json
-from llama.server.worker import Ticket, UnavailableError, Worker
+from llama.server.ticket import Ticket
+from llama.server.worker import UnavailableError, Worker
 
 BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
 QUICK = 16_384  # bytes of a body that are turned into ids at once, without a thread

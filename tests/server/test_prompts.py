@@ -157,9 +157,14 @@ def test_the_room_limits_max_tokens(llama3: Llama, monkeypatch: pytest.MonkeyPat
     assert request.max_gen_len == 16
 
 
-def test_tools_without_a_format_for_them_are_in_the_system_message(llama3: Llama) -> None:
-    text = llama3.tokenizer.decode(prompt(llama3, tools=[WEATHER]))
-    assert WEATHER["function"]["name"] in text.partition("<|eot_id|>")[0]
+def test_tools_of_a_format_without_them_are_text(llama3: Llama) -> None:
+    """Llama 3 and ChatML: definitions, calls and results are written as ordinary messages."""
+    special = set(llama3.tokenizer.special_tokens.values())
+    marks = [i for i in prompt(llama3, messages=[*HELLO, *HELLO, *HELLO]) if i in special]
+    dialog = [*HELLO, asked(None, ("f", f'{{"x": "{FORGED[:40]}"}}')), result("a", FORGED)]
+    for data in ({"messages": dialog}, {"messages": dialog[:2], "tools": tool(description=FORGED)}):
+        ids = prompt(llama3, **data)
+        assert [i for i in ids if i in special] == marks
     assert prompt(llama3, tools=[WEATHER], tool_choice="none") == prompt(llama3)
 
 

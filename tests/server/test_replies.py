@@ -14,7 +14,6 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llama import Llama
-from llama.engine.request import FinishReason
 from llama.generation import Answer, Piece
 from llama.server.logprobs import TokenAligner, completion_token, finite
 from llama.server.replies import DONE, ChatReply, CompletionReply, event
@@ -178,45 +177,36 @@ def test_bytes_that_are_no_text_are_shown(llama: Llama) -> None:
     assert choice["finish_reason"] == "length"
 
 
-class Calls:
-    """Reads any text before a semicolon as content, and what follows as a call's arguments."""
+@pytest.mark.parametrize("content", ["Look:", None])
+def test_tool_calls_are_folded_as_the_client_does(llama: Llama, content: str | None) -> None:
+    text = (content or "") + '<function=get_weather>{"city": "Oslo"}</function>'
+    data = {"messages": HELLO, "tools": [WEATHER], "logprobs": True, "stream": True}
+    reply, requests = chat_reply(llama, data)
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for chunk in answered(llama, reply, requests, text):
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk, strict=True))
+    folded = state.get_final_completion().choices[0]
+    whole = ChatCompletion.model_validate(reply.whole(), strict=True).choices[0]
+    assert whole.message.content == content
+    assert folded.finish_reason == whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls and folded.message.tool_calls
+    [one], [other] = whole.message.tool_calls, folded.message.tool_calls
+    assert one.type == "function" and other.type == "function" and one.id == other.id
+    assert json.loads(one.function.arguments) == {"city": "Oslo"}
+    assert one.function.arguments == other.function.arguments
+    assert whole.logprobs and whole.logprobs.content  # of the whole text, call included
+    assert b"".join(bytes(e.bytes or ()) for e in whole.logprobs.content).decode() == text
 
-    called = 0
 
-    def feed(
-        self, ids: Sequence[int], text: str, reason: FinishReason | None
-    ) -> list[dict[str, Any]]:
-        content, found, arguments = text.partition(";") if not self.called else ("", "", text)
-        deltas: list[dict[str, Any]] = [{"content": content}] if content else []
-        if found:
-            self.called = 1
-            function = {"name": "get_weather", "arguments": ""}
-            call = {"index": 0, "id": "call_1", "type": "function", "function": function}
-            deltas.append({"tool_calls": [call]})
-        if arguments:
-            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]})
-        return deltas
-
-
-def test_tool_calls_are_folded_as_the_client_does(llama: Llama) -> None:
-    text = 'Look;{"city": "Oslo"}'
-    for content, answer in (("Look", text), (None, text.removeprefix("Look"))):
-        data = {"messages": HELLO, "tools": [WEATHER], "logprobs": True, "stream": True}
-        _, [request] = plain = chat_reply(llama, data)
-        body = plain[0]._envelope.body
-        reply = ChatReply(llama.tokenizer, body, [[request]], "tiny", tool_reader=Calls)  # type: ignore[arg-type]
-        state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
-        for chunk in answered(llama, reply, [request], answer):
-            state.handle_chunk(ChatCompletionChunk.model_validate(chunk, strict=True))
-        folded = state.get_final_completion().choices[0]
-        whole = ChatCompletion.model_validate(reply.whole(), strict=True).choices[0]
-        assert whole.message.content == content
-        assert folded.finish_reason == whole.finish_reason == "tool_calls"
-        assert whole.message.tool_calls and folded.message.tool_calls
-        [one], [other] = whole.message.tool_calls, folded.message.tool_calls
-        assert one.type == "function" and other.type == "function" and one.id == other.id
-        assert json.loads(one.function.arguments) == {"city": "Oslo"}
-        assert one.function.arguments == other.function.arguments
+def test_tools_that_must_not_be_called_are_content(llama: Llama) -> None:
+    text = '{"type": "function", "name": "get_weather", "parameters": {"city": "Oslo"}}'
+    for choice, called in (("none", 0), ("auto", 1)):
+        data = {"messages": HELLO, "tools": [WEATHER], "tool_choice": choice}
+        reply, requests = chat_reply(llama, data)
+        answered(llama, reply, requests, text)
+        [whole] = reply.whole()["choices"]
+        assert len(whole["message"].get("tool_calls", ())) == called
+        assert whole["finish_reason"] == ("tool_calls" if called else "stop")
 
 
 def test_completions_of_two_prompts(llama: Llama) -> None:
