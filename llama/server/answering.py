@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from llama.common.daemon_thread import call_in_daemon
 from llama.common.errors import QueueFull
 from llama.engine.request import Request
 from llama.generation import Answer, Piece
@@ -23,13 +22,11 @@ from llama.server.ticket import Ticket
 from llama.server.worker import UnavailableError, Worker
 
 BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
-QUICK = 16_384  # bytes of a body that are turned into ids at once, without a thread
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Result = TypeVar("Result")
 
 
 class Reply(Protocol):
@@ -75,11 +72,6 @@ async def watched(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def in_thread(function: Callable[[], Result]) -> Result:
-    """The result of a function that may take long; neither the loop nor the end waits for it."""
-    return await asyncio.wrap_future(call_in_daemon(function))
-
-
 async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: Send) -> None:
     """Run a request and send its reply.
 
@@ -92,7 +84,7 @@ async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: S
 
 
 @contextlib.contextmanager
-def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Any:
+def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Iterator[Ticket]:
     """A ticket, closed at the end of the block. Its errors are raised as ApiErrors."""
     try:
         ticket = worker.submit(

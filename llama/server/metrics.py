@@ -54,8 +54,7 @@ class Metrics:
     def count_answers(self, ticket: Ticket) -> None:
         """Called for each ticket that has ended."""
         for answer in ticket.answers:
-            queued = getattr(answer.generation, "queued_at", None)
-            first = getattr(answer.generation, "first_id_at", None)
+            queued, first = answer.generation.queued_at, answer.generation.first_id_at
             if queued is not None and first is not None:
                 self._first.observe(first - queued)
 
@@ -65,8 +64,6 @@ class Metrics:
 
         yield GaugeMetricFamily("llama3_up", "1: answers.", self._worker.state == "ready")
         if self._worker.state != "ready":
-            return
-        if not hasattr(self._worker.engine, "metrics"):  # until the engine has it
             return
         found = self._worker.engine.metrics()
         for name, help in GAUGES.items():

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from llama.common.errors import QueueFull
 from llama.distributed import tensor_parallel
 from llama.engine.engine import Engine
+from llama.engine.metrics import EngineMetrics
 from llama.engine.request import Event, FinishReason, Generation, Request
 
 BEAT = 2.0  # seconds between broadcasts where there is nothing to do: a lost rank is noticed then
@@ -39,8 +39,10 @@ class LeadingEngine:
         for generation in generations:
             self._engine.check(generation.request)
         with self._lock:
-            if self.waiting + sum(map(len, self._adds)) + len(generations) > self._max_queue:
-                raise QueueFull(f"{self._max_queue} requests wait already")
+            now = self._engine.metrics()
+            left = now.running + now.waiting + sum(map(len, self._adds))
+            if left + len(generations) > now.slots + self._max_queue:
+                raise QueueFull(f"{self._max_queue} requests wait already; try again later")
             for generation in generations:
                 self._given += 1
                 generation.id = self._given
@@ -57,9 +59,9 @@ class LeadingEngine:
         """Whether a step has something to do."""
         return bool(self._adds or self._cancels) or self._engine.busy
 
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
+    def metrics(self) -> EngineMetrics:
+        """As `Engine.metrics`."""
+        return self._engine.metrics()
 
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
@@ -98,8 +100,7 @@ def replay(
 
 def shared_fields(request: Request) -> dict[str, Any]:
     """A request in JSON, as far as the other ranks need it."""
-    known = [field.name for field in fields(Request)]
-    values = {name: getattr(request, name) for name in SHARED if name in known}
+    values = {name: getattr(request, name) for name in SHARED}
     return values | {"stop_tokens": sorted(request.stop_tokens), "prompt": list(request.prompt)}
 
 

@@ -108,4 +108,5 @@ def merge(first: Piece | None, second: Piece) -> Piece:
         first.tokens + second.tokens,
         first.logprobs + second.logprobs,
         second.finish_reason,
+        first.top_logprobs + second.top_logprobs,
     )
