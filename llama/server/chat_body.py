@@ -27,7 +27,6 @@ REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "audio": "the models write text only",
-    "suffix": "the models were not trained to fill in",
 }
 
 
@@ -121,10 +120,12 @@ class ChatBody(CommonBody):
         None,
     )
     response_format: ResponseFormat | None = wire(
-        Custom(_read_format, _FORMAT_SCHEMA), "text, json_object or json_schema.", None
+        Custom(_read_format, _FORMAT_SCHEMA),
+        "text, json_object or json_schema; see Structured output.",
+        None,
     )
     tools: tuple[dict[str, Any], ...] = wire(
-        Custom(read_tools, TOOLS_SCHEMA), "Functions that the model may call.", ()
+        Custom(read_tools, TOOLS_SCHEMA), "Functions that the model may call; see Tools.", ()
     )
     tool_choice: str | None = wire(
         Custom(read_tool_choice, TOOL_CHOICE_SCHEMA),
