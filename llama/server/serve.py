@@ -122,7 +122,11 @@ def http_server(app: Starlette, settings: ServerSettings) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
-        http=partial(TimedConnection, receive_timeout=settings.receive_timeout),  # type: ignore[arg-type]
+        http=partial(  # type: ignore[arg-type]
+            TimedConnection,
+            receive_timeout=settings.receive_timeout,
+            send_timeout=settings.request_timeout,
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
