@@ -161,22 +161,25 @@ def content_end(data: bytes) -> int | None:
 
 
 class Client:
-    """Sends requests to a server on a port of this machine."""
+    """Sends requests to a server on a port of this machine.
+
+    Attributes:
+        repeated: requests sent again, because the server had closed the connection of an earlier.
+    """
 
     def __init__(self, port: int):
         self.port = port
+        self.repeated = 0
         self._idle: list[Connection] = []
 
     async def request(self, method: str, path: str, body: object = None) -> Reply:
-        """Send a request and wait for the whole reply, or for the end of the connection.
-
-        A connection that was used before may have been closed meanwhile; then a new one is.
-        """
+        """Send a request and wait for the whole reply, or for the end of the connection."""
         connection = await self.connect()
         reply = connection.begin(self.port, method, path, body)
         assert connection.ended is not None
         await connection.ended
         if not reply.received and connection.used:
+            self.repeated += 1
             return await self.request(method, path, body)
         connection.used = True
         if connection.transport is not None:

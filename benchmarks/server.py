@@ -28,7 +28,8 @@ from benchmarks.tables import tables_by_part
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 
 PARTS = ("throughput", "first", "health", "prefill")
-SINGLE = 20  # prompts of a round of the part `first`
+SINGLE = 5  # prompts of a system in a turn of the part `first`
+TURNS = 4  # of the part `first` in a round: a short figure needs many alternations
 LONG = 2000  # ids of the long prompt
 TEXT = Path(__file__).resolve().parents[1] / "docs"
 Part = tuple[str, Figure]
@@ -106,7 +107,10 @@ def throughput(systems: dict[str, System], prompts: Prompts, plan: Plan) -> Iter
 def first_token(systems: dict[str, System], prompts: Prompts, plan: Plan) -> Iterable[Part]:
     """The first token of one request at a time."""
     results = alternate(
-        systems, plan.rounds, "throughput", lambda: (prompts.take(SINGLE, plan.prompt), 2, 1)
+        systems,
+        plan.rounds * TURNS,
+        "throughput",
+        lambda: (prompts.take(SINGLE, plan.prompt), 2, 1),
     )
     medians = {
         name: [1000 * statistics.median(each["first"]) for each in found]
