@@ -28,7 +28,8 @@ HOW = Sampling(0.9, 0.95)
 
 
 def siblings(n: int, prompt: list[int] = SHARED, **options: Any) -> list[Generation]:
-    fields = {"max_gen_len": 6, "sampling": HOW, "logprobs": True, "reuse": False} | options
+    fields: dict[str, Any] = {"max_gen_len": 6, "sampling": HOW, "logprobs": True, "reuse": False}
+    fields |= options
     return [Generation(Request(prompt, seed=j, **fields)) for j in range(n)]
 
 
