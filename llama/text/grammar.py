@@ -248,7 +248,7 @@ def _reason(message: str) -> str:
     if "coerce_one_of" in message:
         return "the alternatives of a oneOf may overlap; use anyOf"
     if "NoExtension" in message:
-        return "nothing may follow; does a $ref lead to itself?"
+        return "no token may follow: the vocabulary lacks the text, or a $ref leads to itself"
     first, *rest = message.strip().splitlines()
     errors = [line for line in rest if line.startswith("error: ")]
     return " ".join([first, *errors[:1]])[:300]
