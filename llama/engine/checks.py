@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
-from typing import Any
 
 MOST_TOP_LOGPROBS = 20
 
@@ -31,24 +30,28 @@ def check_top_logprobs(value: object) -> None:
         raise ValueError(f"top_logprobs must be at most {MOST_TOP_LOGPROBS}, not {value}")
 
 
-def check_time_limit(value: Any) -> None:
-    """Raise a TypeError or ValueError unless `value` is None or a number of seconds above 0."""
-    if value is None:
-        return
+def check_number(name: str, value: object) -> float:
+    """`value` as a float; raise a TypeError or ValueError unless it is a number."""
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"time_limit must be a number of seconds, not {value!r}")
-    if not 0 < value < math.inf:
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large a number") from None
+
+
+def check_time_limit(value: object) -> None:
+    """Raise a TypeError or ValueError unless `value` is None or a number of seconds above 0."""
+    if value is not None and not 0 < check_number("time_limit", value) < math.inf:
         raise ValueError(f"time_limit must be more than 0 seconds, not {value}")
 
 
-def check_bias(bias: Any) -> None:
+def check_bias(bias: object) -> None:
     """Raise a TypeError or ValueError unless `bias` maps ids to numbers from -100 to 100."""
     if not isinstance(bias, Mapping):
         raise TypeError(f"logit_bias must map token ids to numbers, not be {bias!r}")
     for token, value in bias.items():
         if not isinstance(token, Integral) or isinstance(token, bool):
             raise TypeError(f"logit_bias holds {token!r}, which is not a token id")
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise TypeError(f"logit_bias of token {token} must be a number, not {value!r}")
-        if not -100 <= value <= 100:
+        if not -100 <= check_number(f"logit_bias of token {token}", value) <= 100:
             raise ValueError(f"logit_bias of token {token} must lie between -100 and 100")

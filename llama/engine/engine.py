@@ -112,17 +112,6 @@ class Engine:
             self._check_open()  # again: another thread may have closed the engine
             self._unfinished.add(generations, self.max_queue)
 
-    max_queue: int | None = None
-
-    @property
-    def waiting(self) -> int:
-        placed = {s.generation.id for s in self._slots.rows if s.generation is not None}
-        return sum(g.finish_reason is None and g.id not in placed for g in self._requests.values())
-
-    def queue_siblings(self, generations: Sequence[Generation]) -> None:
-        for generation in generations:
-            self.queue(generation)
-
     def check(self, request: Request) -> None:
         """Raise the TypeError or ValueError that `add` would."""
         if not isinstance(request, Request):
@@ -175,7 +164,7 @@ class Engine:
         """What was done so far and what is left, at one moment."""
         with self._turns.changed:
             now, (decode, prefill) = self._unfinished.metrics(), self._seconds
-            return replace(now, steps=self.steps, prefill_seconds=prefill, decode_seconds=decode)
+        return replace(now, steps=self.steps, prefill_seconds=prefill, decode_seconds=decode)
 
     def step(self) -> list[Event]:
         """Advance every request that has a slot; the events, in no particular order.

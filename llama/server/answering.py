@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from llama.common.daemon_thread import call_in_daemon
+import torch
+
 from llama.common.errors import QueueFull
 from llama.engine.request import Request
 from llama.generation import Answer, Piece
@@ -19,16 +21,16 @@ from llama.server.common_body import CommonBody
 from llama.server.errors import ApiError, error_object
 from llama.server.guard import DisconnectError, Receive, Send
 from llama.server.replies import DONE, event, to_json
-from llama.server.worker import Ticket, UnavailableError, Worker
+from llama.server.ticket import Ticket
+from llama.server.worker import UnavailableError, Worker
 
+log = logging.getLogger("llama")
 BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
-QUICK = 16_384  # bytes of a body that are turned into ids at once, without a thread
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-Result = TypeVar("Result")
 
 
 class Reply(Protocol):
@@ -74,11 +76,6 @@ async def watched(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-async def in_thread(function: Callable[[], Result]) -> Result:
-    """The result of a function that may take long; neither the loop nor the end waits for it."""
-    return await asyncio.wrap_future(call_in_daemon(function))
-
-
 async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: Send) -> None:
     """Run a request and send its reply.
 
@@ -91,12 +88,14 @@ async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: S
 
 
 @contextlib.contextmanager
-def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Any:
-    """A ticket, closed at the end of the block. Its errors are raised as ApiErrors."""
+def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Iterator[Ticket]:
+    """A ticket, closed at the end of the block. Errors leave it as `as_api_error` has them."""
+    body = prepared.body
     try:
-        ticket = worker.submit(
-            prepared.groups, prepared.body.stop, time_limit, whole=not prepared.body.stream
-        )
+        try:
+            ticket = worker.submit(prepared.groups, body.stop, time_limit, whole=not body.stream)
+        except (TypeError, ValueError) as e:
+            raise ApiError(400, str(e)) from None
         try:
             yield ticket
         finally:
@@ -108,13 +107,20 @@ def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Any:
 def as_api_error(error: Exception) -> Exception:
     """What a failure of the worker is to the client."""
     if isinstance(error, QueueFull):
-        message = "too many requests wait already; try again later"
-        return unavailable(message, "queue_full", 2)
+        return unavailable("too many requests wait already; try again later", "queue_full", 2)
     if isinstance(error, UnavailableError):
         return unavailable(str(error), "unavailable", 5)
     if isinstance(error, ApiError | DisconnectError):
         return error
-    return ApiError(500, "the answer failed; the server's log says how", type="server_error")
+    # Its message may quote a text; only these cannot.
+    cause = f": {error}" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
+    log.error("An answer failed: %s%s", type(error).__name__, cause)
+    return ApiError(
+        500,
+        "the answer failed, the server goes on; its log says how",
+        type="server_error",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def unavailable(message: str, code: str, seconds: int) -> ApiError:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama.common.printable import printable_line
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
 from llama.server.answering import (
-    QUICK,
     Prepared,
     as_api_error,
-    in_thread,
     respond,
     send_json,
     watched,
@@ -24,6 +23,7 @@ from llama.server.answering import (
 from llama.server.chat_body import parse_chat
 from llama.server.common_body import check_model
 from llama.server.completion_body import parse_completion
+from llama.server.constraints import constraint
 from llama.server.errors import ApiError, error_body
 from llama.server.fields import read_json
 from llama.server.guard import MAX_BODY, DisconnectError, Guard, Receive, Scope, Send, read_body
@@ -33,6 +33,7 @@ from llama.server.replies import ChatReply, CompletionReply
 from llama.server.requests import chat_prompt, chat_requests, completion_requests
 from llama.server.settings import ServerSettings
 from llama.server.static import page_routes
+from llama.server.threads import Threads
 from llama.server.token_bodies import detokenize, parse_detokenize, parse_tokenize, tokenize
 from llama.server.worker import UnavailableError, Worker
 
@@ -42,6 +43,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
 log = logging.getLogger("llama")
+QUICK = 16_384  # bytes of a body that is read at once, without a thread
+SLOW = (b"response_format", b"tool_choice", b"\\u")  # what may ask for a grammar (or spell it)
+PREPARED_WITHIN = 20  # seconds
+Result = TypeVar("Result")
 Handler = Callable[["Service", Scope, Receive, Send], Awaitable[None]]
 
 
@@ -61,6 +66,7 @@ class Service:
     model: str
     facts: dict[str, Any]
     metrics: Metrics
+    threads: Threads
     started: int
 
 
@@ -79,7 +85,14 @@ def make_app(
 
     metrics = Metrics(worker)
     service = Service(
-        worker, settings, defaults or Sampling(), model, facts or {}, metrics, int(time.time())
+        worker=worker,
+        settings=settings,
+        defaults=defaults or Sampling(),
+        model=model,
+        facts=facts or {},
+        metrics=metrics,
+        threads=Threads(),
+        started=int(time.time()),
     )
     handlers: list[tuple[str, str, Handler]] = [
         ("GET", "/health", health),
@@ -163,6 +176,7 @@ def describe_model(service: Service) -> dict[str, Any]:
         "max_model_len": llama.engine.room,
         "defaults": {name: getattr(sampling, name) for name in names},
         "chat": llama.formatter is not None,
+        "stop_tokens": sorted(llama.tokenizer.stop_tokens),
         "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
         **service.facts,
     }
@@ -196,13 +210,29 @@ async def generate(
 
     try:
         async with watched(receive):
-            quick = (
-                len(data) <= QUICK and b'"response_format"' not in data and b'"tools"' not in data
-            )
-            prepared = read() if quick else await in_thread(read)
+            prepared = await run(service, read, data)
             await respond(prepared, service.worker, service.settings.request_timeout, send)
     except DisconnectError:
         pass
+
+
+async def run(service: Service, function: Callable[[], Result], body: bytes) -> Result:
+    """The result of a function that reads a body, in a thread where it may take long.
+
+    Raises:
+        ApiError: it takes too long, or that of the function.
+    """
+    if len(body) <= QUICK and not any(word in body for word in SLOW):
+        return function()
+    try:
+        return await service.threads.run(function, PREPARED_WITHIN)
+    except asyncio.TimeoutError:
+        raise ApiError(
+            400,
+            f"the request was not read within {PREPARED_WITHIN} seconds; make its texts shorter, "
+            "its schema simpler, or try again when the server has less to do",
+            code="too_complex",
+        ) from None
 
 
 def prepare_chat(service: Service, llama: Llama, data: Any) -> Prepared:
@@ -210,7 +240,8 @@ def prepare_chat(service: Service, llama: Llama, data: Any) -> Prepared:
     body = parse_chat(data)
     check_model(body.model, service.model)
     prompt = chat_prompt(llama, body)
-    groups = chat_requests(llama, body, prompt, None, service.defaults)
+    grammar = constraint(llama, body)
+    groups = chat_requests(llama, body, prompt, grammar, service.defaults)
     return Prepared(body, groups, ChatReply(llama.tokenizer, body, groups, service.model))
 
 
@@ -238,7 +269,7 @@ async def convert(
 ) -> None:
     """Text to ids, or ids to text."""
     data, llama = await read_body(scope, receive, MAX_BODY), service.worker.llama
-    await send_json(await in_thread(lambda: reply(llama, parse(read_json(data)))), send)
+    await send_json(await run(service, lambda: reply(llama, parse(read_json(data))), data), send)
 
 
 async def show_openapi(service: Service, scope: Scope, receive: Receive, send: Send) -> None:

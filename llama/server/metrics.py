@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama.server.worker import Worker
 
 if TYPE_CHECKING:
-    from llama.server.worker import Ticket
+    from llama.server.ticket import Ticket
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -37,7 +37,7 @@ class Metrics:
             registry=self._registry,
             buckets=SECONDS,
         )
-        self._registry.register(self)  # type: ignore[arg-type] - has `collect`
+        self._registry.register(self)  # type: ignore[arg-type]  # has `collect`
         worker.on_end = self.count_answers
 
     def counter_of(self, paths: Iterable[str]) -> Callable[[str, int, float], None]:

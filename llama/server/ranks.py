@@ -40,8 +40,10 @@ class LeadingEngine:
         for generation in generations:
             self._engine.check(generation.request)
         with self._lock:
-            if self.waiting + sum(map(len, self._adds)) + len(generations) > self._max_queue:
-                raise QueueFull(f"{self._max_queue} requests wait already")
+            now = self.metrics()
+            left = now.running + now.waiting
+            if left + len(generations) > now.slots + self._max_queue:
+                raise QueueFull(f"{self._max_queue} requests wait already; try again later")
             for generation in generations:
                 self._given += 1
                 generation.id = self._given
@@ -58,25 +60,22 @@ class LeadingEngine:
         """Whether a step has something to do."""
         return bool(self._adds or self._cancels) or self._engine.busy
 
-    @property
-    def waiting(self) -> int:
-        return self._engine.waiting
-
     def metrics(self) -> EngineMetrics:
         """As `Engine.metrics`; what no rank has yet waits."""
-        with self._lock:
-            new = sum(map(len, self._adds))
         found = self._engine.metrics()
-        return replace(found, waiting=found.waiting + new)
+        return replace(found, waiting=found.waiting + sum(map(len, self._adds)))
 
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
         with self._lock:
-            adds, self._adds = self._adds, []
+            adds = list(self._adds)
             cancels, self._cancels = self._cancels, []
         shared = [[shared_fields(g.request) for g in group] for group in adds]
         tensor_parallel.broadcast_json([shared, cancels])
-        return replay(self._engine, adds, cancels)
+        replay(self._engine, adds, cancels)
+        with self._lock:
+            del self._adds[: len(adds)]  # the engine counts them now
+        return self._engine.step() if self._engine.busy else []
 
     def end(self) -> None:
         """Let the other ranks return from `follow`."""
@@ -89,19 +88,20 @@ def follow(engine: Engine) -> None:
         shared, cancels = news
         adds = [[Generation(Request(**request)) for request in group] for group in shared]
         replay(engine, adds, cancels)
+        if engine.busy:
+            engine.step()
 
 
 def replay(
     engine: Engine,
     adds: Sequence[Sequence[Generation]],
     cancels: Sequence[tuple[int, FinishReason]],
-) -> list[Event]:
-    """The calls of every rank between two steps, and the step if there is something to do."""
+) -> None:
+    """What every rank does between two steps."""
     for generations in adds:
         engine.queue_siblings(generations)
     for id, reason in cancels:
         engine.cancel(id, reason)
-    return engine.step() if engine.busy else []
 
 
 def shared_fields(request: Request) -> dict[str, Any]:

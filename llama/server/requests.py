@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llama.engine.grammar import Grammar
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
@@ -22,7 +23,7 @@ def chat_requests(
     llama: Llama,
     body: ChatBody,
     prompt: list[int],
-    grammar: Any,
+    grammar: Grammar | None,
     defaults: Sampling,
     *,
     time_limit: float | None = None,

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, cast
 
 from llama.common.daemon_thread import call_in_daemon
+from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
-from llama.generation import Answer, Llama, Piece
+from llama.generation import Answer, Llama
 from llama.server.ranks import BEAT, LeadingEngine, lead
+from llama.server.ticket import Ticket
 from llama.text.detokenizer import Detokenizer
-
-if TYPE_CHECKING:
-    from llama.engine.engine import Engine
 
 State = Literal["loading", "ready", "stopping", "dead"]
 
@@ -114,14 +113,14 @@ class Worker:
         if self.state != "ready":
             raise UnavailableError(self.reason)
         llama, engine = self.llama, self.engine
-        ticket = Ticket(self, time_limit, whole)
+        ticket = Ticket(time_limit, whole, self._forget)
         try:
             for group in groups:
                 generations = [Generation(request) for request in group]
                 engine.queue_siblings(generations)
                 for generation in generations:
                     detokenizer = Detokenizer(llama.tokenizer.decode_bytes, stop)
-                    ticket.add(Answer(engine, generation, detokenizer))
+                    ticket.add(Answer(cast(Engine, engine), generation, detokenizer))
         except BaseException:
             ticket.close()
             raise
@@ -199,111 +198,10 @@ class Worker:
             ticket.fail(UnavailableError(self.reason))
         self.ended.set()
 
-    def forget(self, ticket: Ticket) -> None:
+    def _forget(self, ticket: Ticket) -> None:
         """Deliver no more to a ticket."""
         if ticket in self._tickets:
             self._tickets.remove(ticket)
             self.on_end(ticket)
         if not self._tickets:
             self._idle.set()
-
-
-class Ticket:
-    """The answers to what was submitted together. `batches` has their pieces.
-
-    Pieces that arrive before a reader asks are merged: a slow reader gets fewer and longer ones.
-
-    Attributes:
-        answers: in the order of the requests.
-    """
-
-    def __init__(self, worker: Worker, time_limit: float, whole: bool = False):
-        self.answers: list[Answer] = []
-        self._worker, self._whole = worker, whole
-        self._pieces: dict[int, Piece] = {}  # unread, by index
-        self._unended: set[int] = set()
-        self._news = asyncio.Event()
-        self._error: Exception | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(time_limit, self._expire)
-
-    def add(self, answer: Answer) -> None:
-        self._unended.add(len(self.answers))
-        self.answers.append(answer)
-
-    def read(self) -> None:
-        """Take what the answers have. Ends those in which a stop string was found."""
-        for index in list(self._unended):
-            answer = self.answers[index]
-            if not answer.unread:
-                continue
-            piece = answer.read()
-            if answer.finish_reason is not None:
-                self._unended.discard(index)
-            if answer.error is not None:
-                self.fail(answer.error)
-                return
-            if piece is not None and (piece.tokens or piece.finish_reason):
-                self._pieces[index] = merge(self._pieces.get(index), piece)
-        if self._pieces and not (self._whole and self._unended):
-            self._news.set()
-        if not self._unended:
-            self._timer.cancel()
-            self._worker.forget(self)
-
-    def fail(self, error: Exception) -> None:
-        """End all answers; the reader gets the error."""
-        self._error = error
-        self.cancel()
-
-    def cancel(self) -> None:
-        """End all answers, and free their slots when the current step ends."""
-        self._timer.cancel()
-        for answer in self.answers:
-            answer.end()
-        self._unended.clear()
-        self._worker.forget(self)
-        self._news.set()
-
-    close = cancel
-
-    def _expire(self) -> None:
-        for index in self._unended:
-            self.answers[index].end("timeout")
-        self.read()
-
-    async def batches(self, beat: float | None = None) -> AsyncIterator[list[tuple[int, Piece]]]:
-        """(index, piece) of what is new, as soon as there is something, until all have ended.
-
-        Args:
-            beat: seconds after which an empty batch comes.
-
-        Raises:
-            Exception: an answer failed.
-        """
-        while self._unended or self._pieces or self._error:
-            timer = beat and self._loop.call_later(beat, self._news.set)
-            try:
-                await self._news.wait()
-            finally:
-                if timer:
-                    timer.cancel()
-            self._news.clear()
-            pieces, self._pieces = self._pieces, {}
-            if pieces or not self._error:
-                yield list(pieces.items())
-            if self._error is not None:
-                raise self._error
-
-
-def merge(first: Piece | None, second: Piece) -> Piece:
-    """Two pieces in a row as one."""
-    if first is None:
-        return second
-    return Piece(
-        first.text + second.text,
-        first.tokens + second.tokens,
-        first.logprobs + second.logprobs,
-        second.finish_reason,
-        first.top_logprobs + second.top_logprobs,
-    )

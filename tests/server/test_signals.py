@@ -37,7 +37,8 @@ class Caller:
     """
 
     def __init__(self, port: int, script: Callable[[httpx.Client], object]):
-        self._script, self._error = script, None  # type: BaseException | None
+        self._script = script
+        self._error: BaseException | None = None
         self.url = f"http://127.0.0.1:{port}"
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -111,7 +112,7 @@ def test_what_outlasts_the_grace_is_cancelled(tiny_llama: Llama, phase: str) -> 
     found: list[str] = []
     prompt = "word " * 400 if phase == "prefill" else "a"
     rows = 4 if phase == "queue" else 0
-    generations = tiny_llama.engine._requests
+    unfinished = tiny_llama.engine._unfinished
 
     def ask(http: httpx.Client, body: dict[str, Any]) -> None:
         with http.stream("POST", "/v1/completions", json=body) as response:
@@ -120,11 +121,11 @@ def test_what_outlasts_the_grace_is_cancelled(tiny_llama: Llama, phase: str) -> 
     def script(http: httpx.Client) -> None:
         body = LONG | {"prompt": prompt, "stream": True}
         threads = [in_thread(lambda: ask(http, LONG | {"stream": True})) for _ in range(rows)]
-        wait_for(lambda: len(generations) == rows)
+        wait_for(lambda: unfinished.left == rows)
         threads.append(in_thread(lambda: ask(http, body)))
-        wait_for(lambda: len(generations) == rows + 1)
+        wait_for(lambda: unfinished.left == rows + 1)
         if phase == "decode":
-            wait_for(lambda: any(g.ids for g in list(generations.values())))
+            wait_for(lambda: any(g.ids for g in unfinished))
         stop()
         for thread in threads:
             thread.join()
