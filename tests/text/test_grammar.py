@@ -77,7 +77,8 @@ def brute_force(tokenizer: Tokenizer, pattern: bytes, text: bytes) -> torch.Tens
 
 def walk(grammar: Grammar, tokenizer: Tokenizer, seed: int, steps: int = 600) -> bytes | None:
     """A text of random tokens; None if it has not ended after `steps`."""
-    random, state, ids = Random(seed), grammar.start(), []
+    ids: list[int] = []
+    random, state = Random(seed), grammar.start()
     for _ in range(steps):
         token = random.choice(state.allowed().nonzero().flatten().tolist())
         state.accept(token)

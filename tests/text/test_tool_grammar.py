@@ -50,7 +50,8 @@ def answers(grammar: Grammar, tokenizer: Tokenizer, count: int) -> list[ToolRepl
     """Parsed texts of random tokens."""
     replies = []
     for seed in range(count):
-        random, state, ids = Random(seed), grammar.start(), []
+        ids: list[int] = []
+        random, state = Random(seed), grammar.start()
         while not set(ids) & set(tokenizer.stop_tokens):
             ids.append(random.choice(state.allowed().nonzero().flatten().tolist()))
             state.accept(ids[-1])
