@@ -176,6 +176,7 @@ def describe_model(service: Service) -> dict[str, Any]:
         "max_model_len": llama.engine.room,
         "defaults": {name: getattr(sampling, name) for name in names},
         "chat": llama.formatter is not None,
+        "stop_tokens": sorted(llama.tokenizer.stop_tokens),
         "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
         **service.facts,
     }
