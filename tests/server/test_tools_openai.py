@@ -187,10 +187,10 @@ def test_helpers_of_the_client(client: openai.OpenAI, say: Say) -> None:
     assert "".join(e.arguments_delta for e in parts) == '{"city":"Bern","days":3}'
 
 
-@pytest.mark.parametrize("demo", [False, True], ids=["llama3.1", "chatml"])
-def test_results_come_back(request: pytest.FixtureRequest, demo: bool) -> None:
+@pytest.mark.parametrize("fixture", ["client", "demo_client"], ids=["llama3.1", "chatml"])
+def test_results_come_back(request: pytest.FixtureRequest, fixture: str) -> None:
     """The client's own message with calls, then their results in any order."""
-    client: openai.OpenAI = request.getfixturevalue("demo_client" if demo else "client")
+    client: openai.OpenAI = request.getfixturevalue(fixture)
     offered = [tool("f")]
     asked = chat(tool_choice="required", parallel_tool_calls=False, tools=offered)
     message = client.chat.completions.create(**asked).choices[0].message
