@@ -54,7 +54,7 @@ def test_stream_of_a_chat(client: openai.OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
     assert (chunks[-1].choices[0].finish_reason, deltas[-1].content) == ("length", None)
     assert all(chunk.usage is None for chunk in chunks)
-    options = {"include_usage": True}
+    options: Any = {"include_usage": True}
     *most, last = client.chat.completions.create(**chat(), stream=True, stream_options=options)
     assert last.choices == [] and last.usage and last.usage.completion_tokens == 6
     assert all(chunk.usage is None for chunk in most)

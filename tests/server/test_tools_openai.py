@@ -17,8 +17,9 @@ from llama import Llama
 from llama.text.tool_parser import PYTHON_TAG
 from llama.text.tool_prompt import TOOL_FORMS
 from tests.server.folding import ask
-from tests.server.running import NAME
+from tests.server.running import NAME, RunningServer
 from tests.server.test_tool_stream import TAG, random_ids
+from tests.test_layers import ROOT
 
 SCHEMA = {
     "type": "object",
@@ -80,8 +81,9 @@ def both(client: openai.OpenAI, request: dict[str, Any]) -> dict[str, Any]:
     """The choice of a reply, which is the same from a stream."""
     whole = ask(client, request, stream=False)
     assert ask(client, request, stream=True) == whole
-    [choice] = whole["choices"]
-    return choice
+    choices: list[dict[str, Any]] = whole["choices"]
+    assert len(choices) == 1
+    return choices[0]
 
 
 @pytest.mark.parametrize("form", TOOL_FORMS)
@@ -209,6 +211,17 @@ def test_results_come_back(request: pytest.FixtureRequest, fixture: str) -> None
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**chat(messages=wrong))
     assert error.value.param == f"messages[{len(wrong) - 1}].tool_call_id"
+
+
+def test_example_of_the_docs(
+    demo_server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It runs as it stands."""
+    page = (ROOT / "docs" / "server.md").read_text("utf-8")
+    example = page.partition("## Tools\n")[2].partition("```python\n")[2].partition("```")[0]
+    assert "tool_call_id" in example
+    exec(example.replace("http://127.0.0.1:8000", demo_server.url), {"__name__": "example"})
+    assert capsys.readouterr().out.strip()
 
 
 def test_ids_of_calls_are_unique(client: openai.OpenAI, say: Say) -> None:
