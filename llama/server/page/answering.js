@@ -5,7 +5,7 @@ import { nextFrame, pause } from "./dom.js";
 import { saveConversation, saveTokens } from "./store.js";
 import { fromCompletion, fromEntry, joined } from "./token.js";
 
-const SLICE = 10; // milliseconds of reading before the browser may draw
+const EVENTS_A_FRAME = 64; // read before the browser may draw: bounds the work of a frame
 const SAVE_EVERY = 1000; // milliseconds
 const ALTERNATIVES = 10;
 const BASE_TOKENS = 256; // of a base model's answer: it rarely ends by itself
@@ -126,13 +126,10 @@ export class Answering {
   }
 
   async read(response) {
-    let slice = performance.now();
+    let count = 0;
     for await (const event of events(response)) {
       this.take(event);
-      if (performance.now() - slice > SLICE) {
-        await nextFrame();
-        slice = performance.now();
-      }
+      if (++count % EVENTS_A_FRAME === 0) await nextFrame();
       if (performance.now() - this.saved > SAVE_EVERY) await this.save();
     }
   }

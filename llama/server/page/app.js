@@ -18,7 +18,7 @@ let current = null;
 
 const server = new Server(serverChanged, dialogs.askKey);
 const isStop = (id) => server.isStop(id);
-const view = new View({ regenerate, goOn, resend, branch, choose, isStop });
+const view = new View({ regenerate, goOn, resend, branch, choose, isStop, drawn: showGauge });
 const sidebar = new Sidebar({ open, rename, remove, exportOne });
 const composer = new Composer({ send, stop, editLast });
 
@@ -107,11 +107,7 @@ async function importFile(file) {
 
 async function answer(conversation, message) {
   if (running.has(conversation)) return;
-  const changed = () => {
-    if (conversation !== current) return;
-    view.changed(message);
-    showGauge();
-  };
+  const changed = () => conversation === current && view.changed(message);
   const answering = new Answering({ server, conversation, message, changed });
   running.set(conversation, answering);
   const kept = keep(conversation);

@@ -3,6 +3,8 @@
 import { byId } from "./dom.js";
 import { remember } from "./store.js";
 
+const NUMBERS = new Intl.NumberFormat("en");
+
 export class Composer {
   /** @param actions what the field does: send, stop, editLast */
   constructor(actions) {
@@ -66,7 +68,7 @@ export class Composer {
   }
 
   gauge(used, room) {
-    const format = (number) => number.toLocaleString("en");
+    const { format } = NUMBERS;
     byId("gauge").max = Math.max(room, 1);
     byId("gauge").high = 0.85 * Math.max(room, 1);
     byId("gauge").value = used;
