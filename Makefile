@@ -7,7 +7,7 @@ PIP_ARGS ?=
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint conformance clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python example_chat_completion.py
@@ -24,6 +24,10 @@ lint: $(VENV)/.dev
 	$(BIN)/codespell
 	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_docs.py
 
+# Public test suites against `llama3 serve`; CONTRIBUTING.md says which.
+conformance: $(VENV)/.dev
+	PIP_ARGS="$(PIP_ARGS)" $(BIN)/python conformance/run.py $(SUITES)
+
 # One stamp for each extra, which is installed again when the requirements change.
 $(VENV)/.demo $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -32,4 +36,4 @@ $(VENV)/.demo $(VENV)/.dev: pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) .cache build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache

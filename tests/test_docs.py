@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from docs import list_fields
 from docs.draw_architecture import PAGE, drawn
 from tests.test_layers import PUBLIC, ROOT, own
 
@@ -25,6 +26,11 @@ def anchor(heading: str) -> str:
 def test_the_drawing_is_that_of_the_table() -> None:
     page = PAGE.read_text("utf-8")
     assert page == drawn(page), "run: python docs/draw_architecture.py"
+
+
+def test_the_tables_of_fields_are_those_of_the_server() -> None:
+    page = list_fields.PAGE.read_text("utf-8")
+    assert page == list_fields.written(page), "run: python docs/list_fields.py"
 
 
 @every_page

@@ -238,9 +238,10 @@ def steered(generations: Sequence[Generation], logits: Tensor) -> tuple[Tensor, 
         generation, steering = generations[i], generations[i].steering
         assert steering is not None
         try:
-            logits[i] = steering.apply(logits[i], generation.tokens, len(generation.request.prompt))
+            steering.apply(logits[i], generation.tokens, len(generation.request.prompt))
         except Exception as e:  # the grammar's: the other rows go on
             steering.error = without_frames(e)
+            logits[i] = 0.0  # so that the others can be drawn
             failed.append(i)
     return logits, failed
 

@@ -34,10 +34,11 @@ class Steering:
         self._counted: set[int] = set()
         self._state: GrammarState | None = None
 
-    def apply(self, logits: Tensor, tokens: Sequence[int], prompt: int) -> Tensor:
-        """(V,) logits to draw the next id from, as new memory.
+    def apply(self, logits: Tensor, tokens: Sequence[int], prompt: int) -> None:
+        """Make the logits those to draw the next id from, in place.
 
         Args:
+            logits: (V,) fp32; after an error they may be anything.
             tokens: the prompt's ids, `prompt` of them, and the generated ones.
 
         Raises:
@@ -50,15 +51,13 @@ class Steering:
             followed = self._start()
         for token in tokens[prompt + followed :]:
             self._follow(token)
-        logits = logits.clone()
         if self._offsets:
             index = torch.tensor(list(self._offsets), device=logits.device)
             offsets = torch.tensor(list(self._offsets.values()), dtype=logits.dtype)
             logits.index_add_(0, index, offsets.to(logits.device))
         if self._state is not None:
-            logits = masked(logits, self._state.allowed())
+            forbid(logits, self._state.allowed())
         self._followed = len(tokens) - prompt
-        return logits
 
     def _start(self) -> int:
         self._offsets, self._counted = dict(self.bias), set()
@@ -75,8 +74,8 @@ class Steering:
             self._state.accept(token)
 
 
-def masked(logits: Tensor, allowed: Tensor) -> Tensor:
-    """(V,) logits, -inf where the (n,) bools are False and from n on.
+def forbid(logits: Tensor, allowed: Tensor) -> None:
+    """Set (V,) logits to -inf where the (n,) bools are False, and from n on.
 
     Raises:
         TypeError: `allowed` has another type or shape.
@@ -85,11 +84,10 @@ def masked(logits: Tensor, allowed: Tensor) -> Tensor:
     if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or allowed.dim() != 1:
         raise TypeError("a grammar's allowed() must return a tensor of one dimension of bools")
     n = min(len(allowed), len(logits))
-    kept = torch.full_like(logits, -math.inf)
-    some = allowed.narrow(0, 0, n).to(logits.device)
-    kept.narrow(0, 0, n).copy_(logits.narrow(0, 0, n).masked_fill(~some, -math.inf))
-    if bool(kept.amax() == -math.inf):
+    forbidden = allowed.narrow(0, 0, n).logical_not().to(logits.device)
+    logits.narrow(0, 0, n).masked_fill_(forbidden, -math.inf)
+    logits.narrow(0, n, len(logits) - n).fill_(-math.inf)
+    if bool(logits.amax() == -math.inf):
         raise ValueError(
             "the grammar allows no token here; where the answer may end it must allow a stop token"
         )
-    return kept

@@ -63,12 +63,10 @@ class Unfinished:
                 )
             if self.left + len(generations) > places:
                 raise QueueFull(f"{most_waiting} requests wait already; try again later")
-        first, last = None, self.added
-        for generation in generations:
-            last += 1
-            generation.begin(last, self.room, first)
-            first = first or generation
-        self.added = last
+        ids = range(self.added + 1, self.added + 1 + len(generations))
+        self.added += len(generations)  # first: after an interrupt no id is given twice
+        for id, generation in zip(ids, generations, strict=True):
+            generation.begin(id, self.room, None if id == ids[0] else generations[0])
         self._requests.update({generation.id: generation for generation in generations})
 
     def sweep(self, release: Callable[[Generation], object]) -> None:

@@ -9,25 +9,23 @@ from typing import Any
 from llama.server.chat_messages import read_messages, read_tool_choice, read_tools
 from llama.server.chat_schemas import MESSAGES_SCHEMA, TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA
 from llama.server.common_body import (
+    IDS,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
-    TOKEN_ID,
     CommonBody,
     check_refused,
 )
 from llama.server.errors import invalid, quoted
-from llama.server.fields import Choice, Custom, Flag, Integer, Items, read_record, wire
+from llama.server.fields import Choice, Custom, Flag, Integer, read_record, wire
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 
 MAX_SCHEMA = 65_536  # characters of a JSON schema
-MAX_CONTINUED = 2**20
 
 REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
     "audio": "the models write text only",
-    "suffix": "the models were not trained to fill in",
 }
 
 
@@ -121,10 +119,12 @@ class ChatBody(CommonBody):
         None,
     )
     response_format: ResponseFormat | None = wire(
-        Custom(_read_format, _FORMAT_SCHEMA), "text, json_object or json_schema.", None
+        Custom(_read_format, _FORMAT_SCHEMA),
+        "text, json_object or json_schema; see Structured output.",
+        None,
     )
     tools: tuple[dict[str, Any], ...] = wire(
-        Custom(read_tools, TOOLS_SCHEMA), "Functions that the model may call.", ()
+        Custom(read_tools, TOOLS_SCHEMA), "Functions that the model may call; see Tools.", ()
     )
     tool_choice: str | None = wire(
         Custom(read_tool_choice, TOOL_CHOICE_SCHEMA),
@@ -139,7 +139,7 @@ class ChatBody(CommonBody):
         "json",
     )
     continue_ids: tuple[int, ...] = wire(
-        Items(TOKEN_ID, 0, MAX_CONTINUED),
+        IDS,
         "Token ids with which the answer begins: the model goes on after them. Not in OpenAI's "
         "API.",
         (),

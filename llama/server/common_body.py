@@ -13,19 +13,26 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 300
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_IDS = 2**20  # in a list; more than fit any model
 TOKEN_ID = Integer(0, 2**31 - 1)
 
-# Fields of OpenAI's API that change nothing here.
-IGNORED = {
-    "user": "",
-    "store": "nothing is stored",
-    "metadata": "",
-    "service_tier": "",
-    "prompt_cache_key": "prefixes are found by their ids",
-    "safety_identifier": "",
-    "reasoning_effort": "",
-    "verbosity": "",
-}
+
+def _read_ids(value: Any, param: str) -> tuple[int, ...]:
+    """Plain integers at once: a list may fill a body of many megabytes."""
+    ids = Items(TOKEN_ID, 0, MAX_IDS)
+    plain = isinstance(value, list) and 0 < len(value) <= MAX_IDS
+    if plain and set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31:
+        return tuple(value)
+    return ids.read(value, param)
+
+
+IDS = Custom(_read_ids, Items(TOKEN_ID, 0, MAX_IDS).schema())
+
+# Fields of OpenAI's API that change nothing here, as any other unknown key.
+IGNORED = (
+    "user", "store", "metadata", "service_tier", "prompt_cache_key", "safety_identifier",
+    "reasoning_effort", "verbosity",
+)  # fmt: skip
 
 
 def _read_stop(value: Any, param: str) -> tuple[str, ...]:
@@ -105,10 +112,14 @@ class CommonBody:
         None,
     )
     presence_penalty: float | None = wire(
-        Number(-2, 2), "Subtracted from the logits of tokens that the answer has already.", None
+        Number(-2, 2),
+        "Subtracted from the logits of tokens that the answer has already. Default: the server's.",
+        None,
     )
     frequency_penalty: float | None = wire(
-        Number(-2, 2), "Subtracted from a token's logit each time that the answer has it.", None
+        Number(-2, 2),
+        "Subtracted from a token's logit each time that the answer has it. Default: the server's.",
+        None,
     )
     logit_bias: dict[int, float] | None = wire(
         BIAS, "Added to the logits of these token ids: {id as text: -100 to 100}.", None
@@ -118,10 +129,17 @@ class CommonBody:
         "The same seed draws the same tokens; answer j of n draws with seed + j.",
         None,
     )
-    stop: tuple[str, ...] = wire(STOP, "The answer ends before the first of these texts.", ())
+    stop: tuple[str, ...] = wire(
+        STOP, "The answer ends before the first of these texts, of up to 256 characters.", ()
+    )
     n: int = wire(Integer(1, MAX_ANSWERS), "Answers to each prompt, which is computed once.", 1)
     stream: bool = wire(Flag(), "Send server-sent events, a chunk for each step.", False)
-    stream_options: StreamOptions | None = wire(Nested(StreamOptions), "Only with stream.", None)
+    stream_options: StreamOptions | None = wire(
+        Nested(StreamOptions),
+        "Only with stream. include_usage: a last chunk has the usage; continuous_usage_stats: each "
+        "chunk has it so far.",
+        None,
+    )
     ignore_eos: bool = wire(
         Flag(),
         "Go on after tokens that end an answer, as load tests need. Not in OpenAI's API.",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama.engine.request import TopLogprobs
 from llama.generation import Piece
 
 LOWEST = -9999.0  # written for -inf and NaN, which JSON lacks
@@ -31,7 +32,7 @@ class ScoredToken:
     id: int
     bytes: bytes
     logprob: float | None
-    top: Sequence[tuple[int, float]]
+    top: TopLogprobs
     start: int
     end: int
 
@@ -50,14 +51,12 @@ class TokenAligner:
         self._released = 0
         self._waiting: deque[ScoredToken] = deque()
 
-    def token(
-        self, id: int, logprob: float | None, top: Sequence[tuple[int, float]] = ()
-    ) -> ScoredToken:
+    def token(self, id: int, logprob: float | None, top: TopLogprobs | None = None) -> ScoredToken:
         """The next token."""
         data, start = self.decode_bytes([id]), self._characters
         self._characters += len(self._utf8.decode(data))
         partial = bool(self._utf8.getstate()[0])
-        return ScoredToken(id, data, logprob, top, start, self._characters + partial)
+        return ScoredToken(id, data, logprob, top or [], start, self._characters + partial)
 
     def feed(self, piece: Piece, stopped: bool) -> list[ScoredToken]:
         """The tokens whose text has been released with this piece.
@@ -65,7 +64,7 @@ class TokenAligner:
         Args:
             stopped: whether a stop string has ended the text; looked at in the last piece.
         """
-        tops = getattr(piece, "top_logprobs", None) or [()] * len(piece.tokens)
+        tops: Sequence[TopLogprobs] = piece.top_logprobs or [[]] * len(piece.tokens)
         for id, logprob, top in zip(piece.tokens, piece.logprobs, tops, strict=True):
             self._waiting.append(self.token(id, logprob, top))
         self._released += len(piece.text)

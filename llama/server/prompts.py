@@ -9,6 +9,7 @@ from llama.server.chat_body import ChatBody
 from llama.server.errors import ApiError, invalid
 from llama.text.messages import Message
 from llama.text.plain_tools import with_plain_tools
+from llama.text.tool_prompt import check_tools
 from llama.tokenizer import ChatFormat
 
 
@@ -33,15 +34,19 @@ def dialog_ids(llama: Llama, body: ChatBody) -> list[int]:
     Raises:
         ApiError: the checkpoint's chat format lacks a role or tools, or there is none.
     """
-    formatter = chat_format(llama)
+    formatter, form = chat_format(llama), body.tool_form
     messages: Sequence[Message] = body.messages
     tools = body.offered_tools
-    if not formatter.takes_tools and (tools or "tool" not in formatter.roles):
-        messages = with_plain_tools(messages, tools, llama.tokenizer.default_system)
-        tools = ()
-    check_roles(formatter, messages)
     try:
-        return formatter.encode_dialog_prompt(messages, tools or None, body.tool_form)
+        check_tools(tools, form)
+    except (ValueError, TypeError) as e:
+        raise invalid("tools", str(e)) from None
+    try:
+        if not formatter.takes_tools and (tools or "tool" not in formatter.roles):
+            messages = with_plain_tools(messages, tools, llama.tokenizer.default_system)
+            tools, form = (), "json"
+        check_roles(formatter, messages)
+        return formatter.encode_dialog_prompt(messages, tools or None, form)
     except (ValueError, TypeError) as e:
         raise invalid("messages", str(e)) from None
 
@@ -72,9 +77,12 @@ def text_prompt(llama: Llama, prompt: str | Sequence[int], param: str = "prompt"
     """The ids of a text to complete, with the begin token; or checked ids."""
     if isinstance(prompt, str):
         try:
-            return llama.tokenizer.encode(prompt, bos=True)
+            ids = llama.tokenizer.encode(prompt, bos=True)
         except ValueError as e:
             raise invalid(param, f"{param}: {e}") from None
+        if not ids:  # a vocabulary without a begin token
+            raise invalid(param, f"{param} is empty; give at least one token")
+        return ids
     check_ids(llama, prompt, param)
     return list(prompt)
 

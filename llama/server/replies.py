@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-from llama.engine.request import FinishReason, Request
+from llama.engine.request import Request
 from llama.generation import Answer, Piece
 from llama.server.chat_body import ChatBody
 from llama.server.completion_body import CompletionBody
 from llama.server.envelope import DONE, Chunk, Envelope, Usage, event, to_json
 from llama.server.logprobs import TokenAligner, chat_entry, completion_lists
+from llama.server.tool_stream import ToolStream
 from llama.tokenizer import Tokenizer
 
-__all__ = ["DONE", "ChatReply", "CompletionReply", "ToolReader", "event", "to_json"]
-
-
-class ToolReader(Protocol):
-    """Finds the tool calls in an answer.
-
-    Attributes:
-        called: how many calls are complete.
-    """
-
-    called: int
-
-    def feed(
-        self, ids: Sequence[int], text: str, reason: FinishReason | None
-    ) -> list[dict[str, Any]]:
-        """Deltas: {"content": ...} or {"tool_calls": [...]}."""
+__all__ = ["DONE", "ChatReply", "CompletionReply", "event", "to_json"]
 
 
 class ChatReply:
@@ -37,7 +23,6 @@ class ChatReply:
     Args:
         groups: as `chat_requests` returned them.
         model: its name.
-        tool_reader: makes the reader of an answer's tool calls; None reads all as content.
     """
 
     def __init__(
@@ -46,14 +31,16 @@ class ChatReply:
         body: ChatBody,
         groups: Sequence[Sequence[Request]],
         model: str,
-        *,
-        tool_reader: Callable[[], ToolReader] | None = None,
     ):
         self.usage = Usage(groups)
         self._envelope = Envelope("chatcmpl", model, body, self.usage)
         self._decode_bytes = tokenizer.decode_bytes
         self._aligners = [TokenAligner(tokenizer.decode_bytes) for _ in range(body.n)]
-        self._readers = [tool_reader() for _ in range(body.n)] if tool_reader else []
+        names = [tool["name"] for tool in body.offered_tools]
+        self._readers = [
+            ToolStream(tokenizer, names, parallel=body.parallel_tool_calls)
+            for _ in range(body.n if names else 0)
+        ]
         self._logprobs = body.logprobs
         self._choices = [_ChatChoice(index) for index in range(body.n)]
 
@@ -205,12 +192,10 @@ class CompletionReply:
         if self._body.logprobs is None:
             return self._chunk(index, text, None)
         aligner = TokenAligner(self._tokenizer.decode_bytes)
-        tops: Sequence[Any] = getattr(answer.generation, "prompt_top_logprobs", None) or ()
-        tops = [*tops, *[()] * (len(ids) - len(tops))]
-        scored = zip(ids, answer.prompt_logprobs, tops, strict=True)
+        tops = answer.generation.prompt_top_logprobs or [None] * len(ids)
         tokens = []
-        for id, logprob, top in scored:
-            tokens.append(aligner.token(id, logprob, top or ()))
+        for id, logprob, top in zip(ids, answer.prompt_logprobs, tops, strict=True):
+            tokens.append(aligner.token(id, logprob, top))
             if isinstance(given, str) and len(tokens) == 1 and id == self._tokenizer.bos_id:
                 aligner = TokenAligner(self._tokenizer.decode_bytes)  # it is not in the text
         lists = completion_lists(tokens, self._tokenizer.decode_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from llama.engine.grammar import Grammar
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
@@ -22,7 +23,7 @@ def chat_requests(
     llama: Llama,
     body: ChatBody,
     prompt: list[int],
-    grammar: Any,
+    grammar: Grammar | None,
     defaults: Sampling,
     *,
     time_limit: float | None = None,
@@ -84,8 +85,6 @@ def _fields(llama: Llama, body: CommonBody, defaults: Sampling) -> dict[str, Any
 
 def _siblings(prompt: list[int], body: CommonBody, fields: dict[str, Any]) -> list[Request]:
     """Requests for the `n` answers; answer j has the seed + j."""
-    known = {field.name for field in dataclasses.fields(Request)}
-    fields = {name: value for name, value in fields.items() if name in known}
     return [
         Request(prompt, seed=None if body.seed is None else body.seed + j, **fields)
         for j in range(body.n)

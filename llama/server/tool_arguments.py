@@ -26,22 +26,20 @@ class ArgumentsReader:
 
     Attributes:
         done: the object is complete.
+        failed: it is no such object.
     """
 
     def __init__(self) -> None:
-        self.done = False
+        self.done = self.failed = False
         self._out: list[str] = []
         self._steps = self._object(MAX_DEPTH, top=True)
         next(self._steps)
 
     def feed(self, characters: Iterable[str]) -> tuple[str, int]:
-        """Read up to the end of the object, or of what is given.
+        """Read up to the end of the object, to where it fails, or to the end of what is given.
 
         Returns:
             (valid JSON text, how many characters were read).
-
-        Raises:
-            ValueError: it is no such object.
         """
         used = 0
         for character in characters:
@@ -50,6 +48,9 @@ class ArgumentsReader:
                 self._steps.send(character)
             except StopIteration:
                 self.done = True
+                break
+            except ValueError:
+                self.failed = True
                 break
         out = "".join(self._out)
         self._out.clear()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llama import Llama
-from llama.engine.request import FinishReason
 from llama.generation import Answer, Piece
 from llama.server.logprobs import TokenAligner, completion_token, finite
 from llama.server.replies import DONE, ChatReply, CompletionReply, event
@@ -26,17 +25,14 @@ from tests.server.wire_cases import (
     chat_reply,
     completion_reply,
     scripted,
-    tiny_llama,
 )
 
 EMOJI = "Tea \U0001f375 for \U0001f468\u200d\U0001f469\u200d\U0001f467, na\u00efve \u4e2d\u6587."
 
 
-@pytest.fixture(scope="module")
-def llama(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> Iterator[Llama]:
-    folder = tiny_checkpoint(dim=16, n_layers=1, use_scaled_rope=True)
-    with tiny_llama(folder, llama3_tokenizer_path) as llama:
-        yield llama
+@pytest.fixture
+def llama(tiny_llama: Llama) -> Llama:
+    return tiny_llama
 
 
 def encoded(llama: Llama, text: str) -> list[int]:
@@ -182,45 +178,36 @@ def test_bytes_that_are_no_text_are_shown(llama: Llama) -> None:
     assert choice["finish_reason"] == "length"
 
 
-class Calls:
-    """Reads any text before a semicolon as content, and what follows as a call's arguments."""
+@pytest.mark.parametrize("content", ["Look:", None])
+def test_tool_calls_are_folded_as_the_client_does(llama: Llama, content: str | None) -> None:
+    text = (content or "") + '<function=get_weather>{"city": "Oslo"}</function>'
+    data = {"messages": HELLO, "tools": [WEATHER], "logprobs": True, "stream": True}
+    reply, requests = chat_reply(llama, data)
+    state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
+    for chunk in answered(llama, reply, requests, text):
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk, strict=True))
+    folded = state.get_final_completion().choices[0]
+    whole = ChatCompletion.model_validate(reply.whole(), strict=True).choices[0]
+    assert whole.message.content == content
+    assert folded.finish_reason == whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls and folded.message.tool_calls
+    [one], [other] = whole.message.tool_calls, folded.message.tool_calls
+    assert one.type == "function" and other.type == "function" and one.id == other.id
+    assert json.loads(one.function.arguments) == {"city": "Oslo"}
+    assert one.function.arguments == other.function.arguments
+    assert whole.logprobs and whole.logprobs.content  # of the whole text, call included
+    assert b"".join(bytes(e.bytes or ()) for e in whole.logprobs.content).decode() == text
 
-    called = 0
 
-    def feed(
-        self, ids: Sequence[int], text: str, reason: FinishReason | None
-    ) -> list[dict[str, Any]]:
-        content, found, arguments = text.partition(";") if not self.called else ("", "", text)
-        deltas: list[dict[str, Any]] = [{"content": content}] if content else []
-        if found:
-            self.called = 1
-            function = {"name": "get_weather", "arguments": ""}
-            call = {"index": 0, "id": "call_1", "type": "function", "function": function}
-            deltas.append({"tool_calls": [call]})
-        if arguments:
-            deltas.append({"tool_calls": [{"index": 0, "function": {"arguments": arguments}}]})
-        return deltas
-
-
-def test_tool_calls_are_folded_as_the_client_does(llama: Llama) -> None:
-    text = 'Look;{"city": "Oslo"}'
-    for content, answer in (("Look", text), (None, text.removeprefix("Look"))):
-        data = {"messages": HELLO, "tools": [WEATHER], "logprobs": True, "stream": True}
-        _, [request] = plain = chat_reply(llama, data)
-        body = plain[0]._envelope.body
-        reply = ChatReply(llama.tokenizer, body, [[request]], "tiny", tool_reader=Calls)  # type: ignore[arg-type]
-        state: ChatCompletionStreamState[None] = ChatCompletionStreamState()
-        for chunk in answered(llama, reply, [request], answer):
-            state.handle_chunk(ChatCompletionChunk.model_validate(chunk, strict=True))
-        folded = state.get_final_completion().choices[0]
-        whole = ChatCompletion.model_validate(reply.whole(), strict=True).choices[0]
-        assert whole.message.content == content
-        assert folded.finish_reason == whole.finish_reason == "tool_calls"
-        assert whole.message.tool_calls and folded.message.tool_calls
-        [one], [other] = whole.message.tool_calls, folded.message.tool_calls
-        assert one.type == "function" and other.type == "function" and one.id == other.id
-        assert json.loads(one.function.arguments) == {"city": "Oslo"}
-        assert one.function.arguments == other.function.arguments
+def test_tools_that_must_not_be_called_are_content(llama: Llama) -> None:
+    text = '{"type": "function", "name": "get_weather", "parameters": {"city": "Oslo"}}'
+    for choice, called in (("none", 0), ("auto", 1)):
+        data = {"messages": HELLO, "tools": [WEATHER], "tool_choice": choice}
+        reply, requests = chat_reply(llama, data)
+        answered(llama, reply, requests, text)
+        [whole] = reply.whole()["choices"]
+        assert len(whole["message"].get("tool_calls", ())) == called
+        assert whole["finish_reason"] == ("tool_calls" if called else "stop")
 
 
 def test_completions_of_two_prompts(llama: Llama) -> None:
@@ -249,23 +236,35 @@ def test_echo_scores_the_prompt(llama: Llama, as_ids: bool) -> None:
     """The tokens are those of the text at their offsets; the first has no log-probability."""
     ids = llama.tokenizer.encode(EMOJI, bos=not as_ids)
     data = {"prompt": ids if as_ids else EMOJI, "echo": True, "logprobs": 2, "max_tokens": 4}
-    reply, [request] = completion_reply(llama, data)
-    assert request.score_from == 0 and list(request.prompt) == ids
-    [generation] = llama.engine.run([request])
-    answer = Answer(llama.engine, generation, Detokenizer(llama.tokenizer.decode_bytes))
-    while (piece := answer.read()) is not None:
-        reply.piece(0, answer, piece)
-    [choice] = reply.whole()["choices"]
-    assert choice["text"] == EMOJI + answer.text
-    lists = choice["logprobs"]
-    assert len({len(values) for values in lists.values()}) == 1
-    assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
-    assert lists["token_logprobs"][1:] == [*generation.prompt_logprobs[1:], *answer.logprobs]
-    for token, offset in list(zip(lists["tokens"], lists["text_offset"], strict=True)):
-        if not token.startswith(("bytes:", "<|begin_of_text|>")):
-            assert choice["text"][offset:].startswith(token)
-    for token, top in zip(lists["tokens"][1:], lists["top_logprobs"][1:], strict=True):
-        assert token in top
+    reply, requests = completion_reply(llama, data | {"n": 2})
+    assert {request.score_from for request in requests} == {0}
+    assert {tuple(request.prompt) for request in requests} == {tuple(ids)}
+    for index, generation in enumerate(llama.engine.run(requests)):
+        answer = Answer(llama.engine, generation, Detokenizer(llama.tokenizer.decode_bytes))
+        while (piece := answer.read()) is not None:
+            reply.piece(index, answer, piece)
+        choice = reply.whole()["choices"][index]
+        assert choice["text"] == EMOJI + answer.text
+        lists = choice["logprobs"]
+        assert len({len(values) for values in lists.values()}) == 1
+        assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
+        expected = [*scores_of_a_forward(llama, ids), *answer.logprobs]
+        assert lists["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        for token, offset in zip(lists["tokens"], lists["text_offset"], strict=True):
+            if not token.startswith(("bytes:", "<|begin_of_text|>")):
+                assert choice["text"][offset:].startswith(token)
+        for i, top in enumerate(lists["top_logprobs"][1:], 1):  # the token's own, and two
+            own = lists["token_logprobs"][i]
+            assert top[lists["tokens"][i]] == own and len(top) in (2, 3)
+            assert sum(value > own for value in top.values()) <= 2
+
+
+def scores_of_a_forward(llama: Llama, ids: list[int]) -> list[float]:
+    """Log-probabilities of a prompt's ids but the first, from the logits of a plain forward."""
+    with torch.inference_mode():
+        logits = llama.model(torch.tensor([ids]))
+    scores = torch.log_softmax(logits[0, :-1], -1)
+    return [float(scores[i, id]) for i, id in enumerate(ids[1:])]
 
 
 def test_echo_alone_generates_nothing(llama: Llama) -> None:

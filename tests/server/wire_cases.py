@@ -1,4 +1,4 @@
-"""What the tests of bodies and replies share: a tiny Llama 3.1, and answers that are scripted."""
+"""What the tests of bodies and replies share: bodies, and answers that are scripted."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ WEATHER: dict[str, Any] = {
 }
 
 
-def tiny_llama(folder: Path, tokenizer: Path) -> Llama:
-    """Llama 3's vocabulary over random weights; 3.1's if the checkpoint is of 3.1."""
+def small_llama(folder: Path, tokenizer: Path) -> Llama:
+    """A checkpoint on the CPU, with another tokenizer."""
     return Llama.build(folder, tokenizer, 256, 2, device="cpu", dtype="fp32")
 
 
@@ -76,7 +76,7 @@ def scripted(
     generation.begin(1, 10**6)
     answer = Answer(cast(Engine, None), generation, Detokenizer(tokenizer.decode_bytes, stop))
     for i, token in enumerate(ids):
-        generation.append(token, -0.5 - i)
+        generation.append(token, -0.5 - i, [(token, -0.5 - i)])
         if i % step == 0 and (piece := answer.read()) is not None:
             yield answer, piece
     generation.finish_reason = generation.finish_reason or reason
