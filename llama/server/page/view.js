@@ -8,7 +8,7 @@ const NEAR_END = 80; // pixels: a reader this near to the end follows a growing 
 
 /** Shows one conversation and follows its changes, at most once a frame. */
 export class View {
-  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose, isStop, drawn */
+  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose, isStop, isBusy, drawn */
   constructor(actions) {
     this.actions = actions;
     this.items = new Map(); // id of a message: its Item
@@ -231,6 +231,7 @@ class Item {
       this.foot.querySelector(".icon-edit").closest("button").focus();
     };
     const send = () => {
+      if (this.view.actions.isBusy()) return;
       close();
       if (area.value.trim()) this.view.actions.resend(this.message, area.value);
     };
@@ -256,7 +257,7 @@ function figuresOf({ figures, status, tokens }) {
     words.unshift(`${((figures.generated - 1) / figures.seconds).toFixed(1)} tokens a second`);
   }
   if (status !== "streaming" && figures.first)
-    words.push(`first after ${figures.first.toFixed(2)} s`);
-  if (figures.cached) words.push(`${figures.cached} of ${figures.prompt} prompt tokens cached`);
+    words.push(`${figures.first.toFixed(2)} s to the first`);
+  if (figures.cached) words.push(`${figures.cached} cached`);
   return words.join(" · ");
 }
