@@ -181,7 +181,7 @@ def describe_model(service: Service) -> dict[str, Any]:
 
 def stored_scheme(llama: Llama) -> str | None:
     """How the weights of the layers are stored: "int8", "int4", or None."""
-    linear = llama.model.layers[0].attention.wq
+    linear = llama.model.get_submodule("layers.0.attention.wq")
     return {Int8Linear: "int8", Int4Linear: "int4"}.get(type(linear))
 
 
