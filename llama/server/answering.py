@@ -18,7 +18,7 @@ from llama.common.errors import QueueFull
 from llama.engine.request import Request
 from llama.generation import Answer, Piece
 from llama.server.common_body import CommonBody
-from llama.server.errors import ApiError, error_object
+from llama.server.errors import ApiError, error_object, unavailable
 from llama.server.guard import DisconnectError, Receive, Send
 from llama.server.replies import DONE, event, to_json
 from llama.server.ticket import Ticket
@@ -121,12 +121,6 @@ def as_api_error(error: Exception) -> Exception:
         type="server_error",
         headers={"x-should-retry": "false"},
     )
-
-
-def unavailable(message: str, code: str, seconds: int) -> ApiError:
-    """A 503 that says when to try again."""
-    headers = {"Retry-After": str(seconds)}
-    return ApiError(503, message, type="server_error", code=code, headers=headers)
 
 
 def timed_out() -> ApiError:
