@@ -212,8 +212,9 @@ async def generate(
         return prepare(service, llama, read_json(data))
 
     try:
-        async with watched(receive):
+        async with watched(receive) as check_client:
             prepared = await run(service, read, data)
+            check_client()
             await respond(prepared, service.worker, service.settings.request_timeout, send)
     except DisconnectError:
         pass
