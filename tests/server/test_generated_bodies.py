@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.server.bodies import Maker, damage, encoded
+from tests.server.running import RunningServer
 
 BODIES = {
     "/v1/chat/completions": "ChatBody",
@@ -70,8 +71,8 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def caller(port: int) -> Iterator[Caller]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)  # also: no hang
+def caller(server: RunningServer) -> Iterator[Caller]:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)  # no hang
     yield Caller(connection)
     connection.close()
 
