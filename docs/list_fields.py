@@ -73,7 +73,7 @@ def words(schema: dict[str, Any]) -> str:
     if kind == "array":
         most = schema.get("maxItems", MANY)
         return "list" if most >= MANY else f"list of up to {most}"
-    return {"string": "text", "boolean": "true, false"}.get(kind, kind)
+    return {"string": "text", "boolean": "true, false"}.get(kind, str(kind))
 
 
 def written(page: str) -> str:

@@ -46,6 +46,7 @@ from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import check_scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
+from llama.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
 
@@ -713,6 +714,23 @@ class Llama:
         """How well the model predicts a text, in windows that advance by `stride` tokens."""
         ids = self.tokenizer.encode(text, bos=True, eos=False)
         return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
+
+    def json_grammar(self, schema: Mapping[str, Any] | bool | None = None) -> Grammar:
+        """A `grammar=` for JSON that a JSON schema accepts; None: any JSON object.
+
+        Compile it once and use it for any number of answers. Needs the extra `serve`.
+
+        Raises:
+            TypeError, ValueError: it is no schema, too large, or has a keyword that is not
+                supported.
+        """
+        if schema is None:
+            return json_object_grammar(self.tokenizer, self.model.vocab_size)
+        return json_schema_grammar(self.tokenizer, schema, self.model.vocab_size)
+
+    def regex_grammar(self, pattern: str) -> Grammar:
+        """A `grammar=` for text that a regular expression matches as a whole, in Rust's syntax."""
+        return regex_grammar(self.tokenizer, pattern, self.model.vocab_size)
 
     def _encode(self, prompts: Sequence[str]) -> list[list[int]]:
         if not is_list(prompts):

@@ -33,7 +33,6 @@ def serve(
         llama3 serve
         llama3 serve -m Meta-Llama-3-8B-Instruct --max_batch_size 16 --quantize int8
         LLAMA3_API_KEY=secret llama3 serve --host 0.0.0.0 --allowed_hosts llama.example.org
-        curl http://127.0.0.1:8000/v1/models
     """
     from llama.server.serve import serve as run_server
 

@@ -16,7 +16,6 @@ OTHER_VERBS = {
     "pull": "type `llama3 download OWNER/NAME`",
     "eval": "type `llama3 perplexity FILE`",
     "finetune": "`llama3 train` trains a new model; there is no fine-tuning yet",
-    "server": "type `llama3 serve`",
     "export": "type `llama3 convert SRC DST --to hf`",
 }  # fmt: skip
 OTHER_VERBS |= {
@@ -31,12 +30,17 @@ OTHER_FLAGS = {
     "max_new_tokens": "max_gen_len",
     "n_predict": "max_gen_len",
     "context": "max_seq_len",
+    "max_model_len": "max_seq_len",
     "ctx_size": "max_seq_len",
     "batch": "max_batch_size",
+    "parallel": "max_batch_size",
+    "max_num_seqs": "max_batch_size",
     "batch_size": "max_batch_size",
     "temp": "temperature",
     "output": "out",
     "quantization": "quantize",
+    "served_model_name": "model_name",
+    "alias": "model_name",
     "system_prompt": "system",
     "file": "prompt_file",
 }

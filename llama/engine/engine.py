@@ -164,7 +164,7 @@ class Engine:
         """What was done so far and what is left, at one moment."""
         with self._turns.changed:
             now, (decode, prefill) = self._unfinished.metrics(), self._seconds
-            return replace(now, steps=self.steps, prefill_seconds=prefill, decode_seconds=decode)
+        return replace(now, steps=self.steps, prefill_seconds=prefill, decode_seconds=decode)
 
     def step(self) -> list[Event]:
         """Advance every request that has a slot; the events, in no particular order.

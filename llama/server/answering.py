@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
 
 from llama.common.errors import QueueFull
 from llama.engine.request import Request
@@ -21,6 +24,7 @@ from llama.server.replies import DONE, event, to_json
 from llama.server.ticket import Ticket
 from llama.server.worker import UnavailableError, Worker
 
+log = logging.getLogger("llama")
 BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -85,11 +89,13 @@ async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: S
 
 @contextlib.contextmanager
 def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Iterator[Ticket]:
-    """A ticket, closed at the end of the block. Its errors are raised as ApiErrors."""
+    """A ticket, closed at the end of the block. Errors leave it as `as_api_error` has them."""
+    body = prepared.body
     try:
-        ticket = worker.submit(
-            prepared.groups, prepared.body.stop, time_limit, whole=not prepared.body.stream
-        )
+        try:
+            ticket = worker.submit(prepared.groups, body.stop, time_limit, whole=not body.stream)
+        except (TypeError, ValueError) as e:
+            raise ApiError(400, str(e)) from None
         try:
             yield ticket
         finally:
@@ -101,13 +107,20 @@ def submitted(prepared: Prepared, worker: Worker, time_limit: float) -> Iterator
 def as_api_error(error: Exception) -> Exception:
     """What a failure of the worker is to the client."""
     if isinstance(error, QueueFull):
-        message = "too many requests wait already; try again later"
-        return unavailable(message, "queue_full", 2)
+        return unavailable("too many requests wait already; try again later", "queue_full", 2)
     if isinstance(error, UnavailableError):
         return unavailable(str(error), "unavailable", 5)
     if isinstance(error, ApiError | DisconnectError):
         return error
-    return ApiError(500, "the answer failed; the server's log says how", type="server_error")
+    # Its message may quote a text; only these cannot.
+    cause = f": {error}" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
+    log.error("An answer failed: %s%s", type(error).__name__, cause)
+    return ApiError(
+        500,
+        "the answer failed, the server goes on; its log says how",
+        type="server_error",
+        headers={"x-should-retry": "false"},
+    )
 
 
 def unavailable(message: str, code: str, seconds: int) -> ApiError:

@@ -35,7 +35,6 @@ from llama.server.settings import ServerSettings
 from llama.server.static import page_routes
 from llama.server.threads import Threads
 from llama.server.token_bodies import detokenize, parse_detokenize, parse_tokenize, tokenize
-from llama.server.tool_stream import ToolStream
 from llama.server.worker import UnavailableError, Worker
 
 if TYPE_CHECKING:
@@ -177,6 +176,7 @@ def describe_model(service: Service) -> dict[str, Any]:
         "max_model_len": llama.engine.room,
         "defaults": {name: getattr(sampling, name) for name in names},
         "chat": llama.formatter is not None,
+        "stop_tokens": sorted(llama.tokenizer.stop_tokens),
         "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
         **service.facts,
     }
@@ -242,13 +242,7 @@ def prepare_chat(service: Service, llama: Llama, data: Any) -> Prepared:
     prompt = chat_prompt(llama, body)
     grammar = constraint(llama, body)
     groups = chat_requests(llama, body, prompt, grammar, service.defaults)
-    reader = None
-    if body.offered_tools:
-        names = [tool["name"] for tool in body.offered_tools]
-        parallel = body.parallel_tool_calls
-        reader = partial(ToolStream, llama.tokenizer, names, parallel=parallel)
-    reply = ChatReply(llama.tokenizer, body, groups, service.model, tool_reader=reader)
-    return Prepared(body, groups, reply)
+    return Prepared(body, groups, ChatReply(llama.tokenizer, body, groups, service.model))
 
 
 def prepare_completion(service: Service, llama: Llama, data: Any) -> Prepared:

@@ -9,19 +9,18 @@ from typing import Any
 from llama.server.chat_messages import read_messages, read_tool_choice, read_tools
 from llama.server.chat_schemas import MESSAGES_SCHEMA, TOOL_CHOICE_SCHEMA, TOOLS_SCHEMA
 from llama.server.common_body import (
+    IDS,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
-    TOKEN_ID,
     CommonBody,
     check_refused,
 )
 from llama.server.errors import invalid, quoted
-from llama.server.fields import Choice, Custom, Flag, Integer, Items, read_record, wire
+from llama.server.fields import Choice, Custom, Flag, Integer, read_record, wire
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 
 MAX_SCHEMA = 65_536  # characters of a JSON schema
-MAX_CONTINUED = 2**20
 
 REFUSED = {
     "functions": "use tools",
@@ -140,7 +139,7 @@ class ChatBody(CommonBody):
         "json",
     )
     continue_ids: tuple[int, ...] = wire(
-        Items(TOKEN_ID, 0, MAX_CONTINUED),
+        IDS,
         "Token ids with which the answer begins: the model goes on after them. Not in OpenAI's "
         "API.",
         (),

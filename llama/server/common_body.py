@@ -13,7 +13,20 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_BIASES = 300
 MAX_TOP_LOGPROBS = 20
 MAX_TOKENS = 2**31 - 1
+MAX_IDS = 2**20  # in a list; more than fit any model
 TOKEN_ID = Integer(0, 2**31 - 1)
+
+
+def _read_ids(value: Any, param: str) -> tuple[int, ...]:
+    """Plain integers at once: a list may fill a body of many megabytes."""
+    ids = Items(TOKEN_ID, 0, MAX_IDS)
+    plain = isinstance(value, list) and 0 < len(value) <= MAX_IDS
+    if plain and set(map(type, value)) == {int} and min(value) >= 0 and max(value) < 2**31:
+        return tuple(value)
+    return ids.read(value, param)
+
+
+IDS = Custom(_read_ids, Items(TOKEN_ID, 0, MAX_IDS).schema())
 
 # Fields of OpenAI's API that change nothing here, as any other unknown key.
 IGNORED = (

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama.server.common_body import (
+    IDS,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
-    TOKEN_ID,
     CommonBody,
     check_refused,
 )
@@ -53,10 +53,11 @@ def _read_ids(value: Any, param: str) -> tuple[int, ...]:
         raise invalid(param, f"{param} must be text or a list of token ids, not {quoted(value)}")
     if not value:
         raise invalid(param, f"{param} is empty; give at least one token id")
-    return tuple(TOKEN_ID.read(item, f"{param}[{i}]") for i, item in enumerate(value))
+    ids: tuple[int, ...] = IDS.read(value, param)
+    return ids
 
 
-_IDS = {"type": "array", "items": TOKEN_ID.schema(), "minItems": 1}
+_IDS = IDS.schema() | {"minItems": 1}
 _ONE = {"anyOf": [{"type": "string"}, _IDS]}
 _MANY = {"type": "array", "items": _ONE, "minItems": 1, "maxItems": MAX_PROMPTS}
 PROMPT = Custom(_read_prompt, {"anyOf": [*_ONE["anyOf"], _MANY]})

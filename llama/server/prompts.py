@@ -77,9 +77,12 @@ def text_prompt(llama: Llama, prompt: str | Sequence[int], param: str = "prompt"
     """The ids of a text to complete, with the begin token; or checked ids."""
     if isinstance(prompt, str):
         try:
-            return llama.tokenizer.encode(prompt, bos=True)
+            ids = llama.tokenizer.encode(prompt, bos=True)
         except ValueError as e:
             raise invalid(param, f"{param}: {e}") from None
+        if not ids:  # a vocabulary without a begin token
+            raise invalid(param, f"{param} is empty; give at least one token")
+        return ids
     check_ids(llama, prompt, param)
     return list(prompt)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llama.common.errors import QueueFull
@@ -39,8 +40,8 @@ class LeadingEngine:
         for generation in generations:
             self._engine.check(generation.request)
         with self._lock:
-            now = self._engine.metrics()
-            left = now.running + now.waiting + sum(map(len, self._adds))
+            now = self.metrics()
+            left = now.running + now.waiting
             if left + len(generations) > now.slots + self._max_queue:
                 raise QueueFull(f"{self._max_queue} requests wait already; try again later")
             for generation in generations:
@@ -60,17 +61,21 @@ class LeadingEngine:
         return bool(self._adds or self._cancels) or self._engine.busy
 
     def metrics(self) -> EngineMetrics:
-        """As `Engine.metrics`."""
-        return self._engine.metrics()
+        """As `Engine.metrics`; what no rank has yet waits."""
+        found = self._engine.metrics()
+        return replace(found, waiting=found.waiting + sum(map(len, self._adds)))
 
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""
         with self._lock:
-            adds, self._adds = self._adds, []
+            adds = list(self._adds)
             cancels, self._cancels = self._cancels, []
         shared = [[shared_fields(g.request) for g in group] for group in adds]
         tensor_parallel.broadcast_json([shared, cancels])
-        return replay(self._engine, adds, cancels)
+        replay(self._engine, adds, cancels)
+        with self._lock:
+            del self._adds[: len(adds)]  # the engine counts them now
+        return self._engine.step() if self._engine.busy else []
 
     def end(self) -> None:
         """Let the other ranks return from `follow`."""
@@ -83,19 +88,20 @@ def follow(engine: Engine) -> None:
         shared, cancels = news
         adds = [[Generation(Request(**request)) for request in group] for group in shared]
         replay(engine, adds, cancels)
+        if engine.busy:
+            engine.step()
 
 
 def replay(
     engine: Engine,
     adds: Sequence[Sequence[Generation]],
     cancels: Sequence[tuple[int, FinishReason]],
-) -> list[Event]:
-    """The calls of every rank between two steps, and the step if there is something to do."""
+) -> None:
+    """What every rank does between two steps."""
     for generations in adds:
         engine.queue_siblings(generations)
     for id, reason in cancels:
         engine.cancel(id, reason)
-    return engine.step() if engine.busy else []
 
 
 def shared_fields(request: Request) -> dict[str, Any]:

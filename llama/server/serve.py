@@ -136,7 +136,7 @@ def http_server(app: Starlette, settings: ServerSettings) -> uvicorn.Server:
         h11_max_incomplete_event_size=MAX_HEAD,
     )
     server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010 - mypy
     return server
 
 

@@ -9,14 +9,12 @@ from llama.generation import Llama
 from llama.server.chat_body import ChatBody
 from llama.server.chat_messages import read_messages, read_tools
 from llama.server.chat_schemas import MESSAGES_SCHEMA, TOOLS_SCHEMA
-from llama.server.common_body import TOKEN_ID
+from llama.server.common_body import IDS
 from llama.server.errors import invalid
-from llama.server.fields import Choice, Custom, Flag, Items, Text, read_record, wire
+from llama.server.fields import Choice, Custom, Flag, Text, read_record, wire
 from llama.server.prompts import dialog_ids
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
-
-MAX_IDS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +48,7 @@ class TokenizeBody:
 
 @dataclass(frozen=True, kw_only=True)
 class DetokenizeBody:
-    tokens: tuple[int, ...] = wire(Items(TOKEN_ID, 0, MAX_IDS), "Token ids.")
+    tokens: tuple[int, ...] = wire(IDS, "Token ids.")
 
 
 def parse_tokenize(data: object) -> TokenizeBody:

@@ -64,6 +64,7 @@ class ToolStream:
         self._tagged = False  # `_text` has a tag before `_first`
         self._functions = False  # `<function=` came first: tags are text
         self._open: re.Match[str] | None = None  # the head of a JSON call that has begun
+        self._closed = False  # the call in `_open` has all its brackets
         self._open_code = False
         self._prefix = ""  # "[" where `_text` begins inside a list of JSON calls
         self._reader = ArgumentsReader()
@@ -128,7 +129,7 @@ class ToolStream:
     def _hold(self, reason: FinishReason | None) -> bool:
         """The whole text decides."""
         if reason is not None:
-            self._finish()
+            self._finish(reason)
         return False
 
     def _prose(self, reason: FinishReason | None) -> bool:
@@ -173,7 +174,7 @@ class ToolStream:
         """The head of a call in JSON."""
         if head[3] not in self._names:
             return self._to(self._content_only)
-        self._open, self._at = head, head.end()
+        self._open, self._closed, self._at = head, False, head.end()
         self._begin(head[3])
         return self._to(self._arguments)
 
@@ -201,6 +202,7 @@ class ToolStream:
             if not close:
                 return self._hold(reason)
             end = close.end()
+        self._closed = True
         separators = SEPARATORS.match(text, end)
         assert separators
         if separators.end() == len(text):
@@ -212,7 +214,7 @@ class ToolStream:
         self._complete("}")
         in_list = (self._prefix or self._open[1]) and "]" not in separators[0]
         self._prefix = "[" if in_list else ""
-        self._text, self._open = text[head.start() :], None
+        self._text, self._open, self._closed = text[head.start() :], None, False
         if not self._parallel:
             return self._to(self._drop)
         head = JSON_HEAD.match(self._text)
@@ -228,7 +230,7 @@ class ToolStream:
     def _function_end(self, reason: FinishReason | None) -> bool:
         """After the arguments of `<function=name>`: `</function>`, which may be missing."""
         rest = self._text[self._at :].lstrip()
-        if reason is None and len(rest) < len(FUNCTION_END) and FUNCTION_END.startswith(rest):
+        if rest != FUNCTION_END and FUNCTION_END.startswith(rest) and reason != "stop":
             return False
         if rest.startswith(FUNCTION_END):
             self._text = self._text[: self._at] + rest.removeprefix(FUNCTION_END)
@@ -264,13 +266,16 @@ class ToolStream:
         self._state = state
         return True
 
-    def _finish(self) -> None:
+    def _finish(self, reason: FinishReason) -> None:
         """The answer has ended while its calls were undecided."""
         guard = "." if self._functions and self._has_content else ""  # keeps spaces after it
         reply = parse_tagged(guard + self._prefix + self._text)
         calls = reply.tool_calls if self._parallel else reply.tool_calls[:1]
         if not calls or any(call["name"] not in self._names for call in calls):
-            self._content(self._text)
+            if reason == "stop" or not self._begun:
+                self._content(self._text)
+            elif self._closed:  # what follows the call was cut off
+                self._complete("}")
             return
         self._content(reply.content.removeprefix(guard))
         if self._open:

@@ -9,17 +9,15 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, cast
 
 from llama.common.daemon_thread import call_in_daemon
+from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.generation import Answer, Llama
 from llama.server.ranks import BEAT, LeadingEngine, lead
 from llama.server.ticket import Ticket
 from llama.text.detokenizer import Detokenizer
-
-if TYPE_CHECKING:
-    from llama.engine.engine import Engine
 
 State = Literal["loading", "ready", "stopping", "dead"]
 
@@ -122,7 +120,7 @@ class Worker:
                 engine.queue_siblings(generations)
                 for generation in generations:
                     detokenizer = Detokenizer(llama.tokenizer.decode_bytes, stop)
-                    ticket.add(Answer(engine, generation, detokenizer))
+                    ticket.add(Answer(cast(Engine, engine), generation, detokenizer))
         except BaseException:
             ticket.close()
             raise

@@ -7,15 +7,16 @@ token which ids may come next. Knows nothing about models and sampling.
 from __future__ import annotations
 
 import json
+import threading
 import weakref
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
-from threading import Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from llama.common.daemon_thread import call_in_daemon
 from llama.common.extras import install_line
 from llama.text.json_schema import checked_schema
 
@@ -41,6 +42,9 @@ _JSON_OPTIONS = {
     "coerce_one_of": False,
     "lenient": False,
 }
+_STACK = 2**27  # the largest schema takes half of it
+_stack_lock = threading.Lock()  # the size is the process's
+Result = TypeVar("Result")
 
 
 class Vocabulary(Protocol):
@@ -68,7 +72,8 @@ class GrammarState:
         self._check()
         if not self._words.any():
             raise ValueError("the vocabulary has no token for the text that the grammar asks for")
-        return _bits_of_bytes()[self._words.view(torch.uint8).int()].flatten()[: self._rows]
+        bits = _bits_of_bytes()[self._words.view(torch.uint8).int()]
+        return bits.view(torch.bool)[: self._rows]
 
     def accept(self, token: int) -> None:
         """Advance by a generated id, which may be a stop token.
@@ -88,21 +93,24 @@ class Grammar:
     """A compiled grammar. It never changes: threads and answers share it."""
 
     def __init__(self, vocabulary: GrammarVocabulary, source: Mapping[str, Any], what: str):
-        llguidance = _llguidance()
         self._rows = vocabulary.rows
-        # Compiling drops the GIL.
-        self._matcher = llguidance.LLMatcher(
+        self._matcher = _on_large_stack(lambda: self._compile(vocabulary, source, what))
+
+    def _compile(self, vocabulary: GrammarVocabulary, source: Mapping[str, Any], what: str) -> Any:
+        llguidance = _llguidance()
+        matcher = llguidance.LLMatcher(  # drops the GIL
             vocabulary.tokenizer,
             json.dumps(source),
             log_level=0,
             limits=llguidance.LLParserLimits(**_LIMITS),
         )
-        if self._matcher.is_error():
-            raise ValueError(f"{what} cannot be used: {_reason(self._matcher.get_error())}")
+        if matcher.is_error():
+            raise ValueError(f"{what} cannot be used: {_reason(matcher.get_error())}")
         try:
-            GrammarState(self._matcher, self._rows).allowed()
+            GrammarState(matcher, self._rows).allowed()
         except ValueError as error:
             raise ValueError(f"{what} allows no text: {error}") from None
+        return matcher
 
     def start(self) -> GrammarState:
         """The state before the first token of an answer."""
@@ -140,7 +148,7 @@ class GrammarVocabulary:
 
 
 _vocabularies: weakref.WeakKeyDictionary[Vocabulary, dict[int, GrammarVocabulary]]
-_vocabularies, _lock = weakref.WeakKeyDictionary(), Lock()
+_vocabularies, _lock = weakref.WeakKeyDictionary(), threading.Lock()
 
 
 def grammar_vocabulary(tokenizer: Vocabulary, rows: int) -> GrammarVocabulary:
@@ -212,10 +220,25 @@ def compiled(
     return Grammar(vocabulary, {"grammars": grammars}, what)
 
 
+def _on_large_stack(function: Callable[[], Result]) -> Result:
+    """Call `function` in a thread of its own with `_STACK` bytes.
+
+    llguidance recurses along the references of a schema, and an overflow would end the process.
+    """
+    with _stack_lock:
+        before = threading.stack_size(_STACK)
+        try:
+            future = call_in_daemon(function)
+        finally:
+            threading.stack_size(before)
+    return future.result()
+
+
 @cache
 def _bits_of_bytes() -> Tensor:
-    """(256, 8) bool: the bits of each byte, the lowest first."""
-    return (torch.arange(256)[:, None] >> torch.arange(8)) % 2 == 1
+    """(256,) int64, each of 8 bools: the bits of each byte, the lowest first."""
+    bits = (torch.arange(256)[:, None] >> torch.arange(8)) % 2 == 1
+    return bits.view(torch.int64).flatten()
 
 
 def _reason(message: str) -> str:

@@ -24,6 +24,7 @@ from llama.commands.run import MISTAKES, error_text
 from llama.common.options import option
 from llama.engine.sampling import Sampling
 from llama.generation import BuildOptions
+from llama.server.settings import ServerSettings
 from llama.train import Settings
 from tests.distributed.test_tensor_parallel import start_torchrun
 
@@ -31,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 ALL = [verb for verbs in VERBS.values() for verb in verbs]
 # Flags for which "1" is no value.
 VALUES = {"dtype": "float32", "parallel": "ddp", "dim": "4", "quantize": "int8", "scheme": "int8"}
+VALUES |= {"cors_origin": "https://a.example"}
 VALUES |= dict.fromkeys(("beta1", "beta2", "val_fraction", "test_fraction"), "0.1")
 DATACLASSES: dict[str, list[Any]] = {
     "complete": [Sampling, CheckpointFlags, BuildOptions],
@@ -38,6 +40,7 @@ DATACLASSES: dict[str, list[Any]] = {
     "perplexity": [CheckpointFlags, BuildOptions],
     "train": [Settings],
     "plan": [PlanOptions],
+    "serve": [ServerSettings, Sampling, CheckpointFlags, BuildOptions],
 }
 
 
@@ -123,8 +126,8 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
     kind: Any
     for kind in DATACLASSES[verb]:
         offered = [field for field in dataclasses.fields(kind) if field.name in found]
-        if verb == "perplexity":  # has a --max_seq_len of its own
-            offered = [field for field in offered if field.name != "max_seq_len"]
+        own = {"perplexity": "max_seq_len", "serve": "max_batch_size"}.get(verb)
+        offered = [field for field in offered if field.name != own]
         assert len(offered) == len(dataclasses.fields(kind)) or kind is BuildOptions
         for field in offered:
             assert found[field.name].default == field.default
@@ -139,7 +142,7 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
     ("words", "message"),
     [
         (["nonsense"], "no verb 'nonsense'; `llama3 --help` lists the verbs"),
-        (["serve"], "there is no server; `llama3 chat`"),
+        (["server"], "Did you mean serve?"),
         (["run"], "type `llama3 chat -m CHECKPOINT`"),
         (["list"], "`llama3 inspect PATH`"),
         (["complete", "Hi", "--max-genlen", "1"], "Did you mean --max_gen_len"),
@@ -165,9 +168,16 @@ def test_defaults_are_those_of_the_dataclass(verb: str) -> None:
         (["complete", "Hi", "--json=True"], "'--json' does not take a value"),
         (["complete", "Hi", "--dtype", "int3"], "unknown dtype 'int3'"),
         (["complete", "Hi", "--device", "abacus"], "unknown device 'abacus'"),
+        (["serve", "--served-model-name", "x"], "Did you mean --model_name"),
+        (["serve", "-m", "a/b", "--port", "0"], "llama3 download a/b"),
         # Before a checkpoint is opened, which is not there.
         (["complete", "Hi", "--max_gen_len", "-1", "--ckpt_dir", "x"], "--max_gen_len must be 0"),
         (["chat", "--max_gen_len", "-1", "--ckpt_dir", "x"], "--max_gen_len must be 0 or more"),
+        (["serve", "--port", "70000", "-m", "x"], "--port must be 0 to 65535, not 70000"),
+        (["serve", "--host", "203.0.113.7", "-m", "x"], "--host 203.0.113.7 is no address of"),
+        (["serve", "--cors-origin", "*", "-m", "x"], "--cors_origin must be an exact origin"),
+        (["serve", "--api-key", "", "-m", "x"], "--api_key must be printable ASCII"),
+        (["serve", "--max-queue", "0", "-m", "x"], "--max_queue must be 1 or more"),
         (["train", "--data", "x", "--out", "y", "--steps", "0"], "steps must be a positive"),
     ],
 )

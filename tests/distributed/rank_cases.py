@@ -25,7 +25,7 @@ from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
-from llama.engine.request import Request
+from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import quantized
@@ -80,7 +80,58 @@ def generate_with(model: Transformer) -> dict[str, Any]:
             engine.cancel(first.id)
         events += [[event.id, event.token] for event in engine.step()]
     [again] = engine.run([Request([*second.tokens, 1], 5, Sampling(0.0))])
-    return found | {"events": events, "reused": again.reused, "again": again.tokens}
+    found |= {"events": events, "reused": again.reused, "again": again.tokens}
+    return found | generate_steered(engine)
+
+
+class Turns:
+    """A grammar: the ids 1, 2, 1, ...; fails after `most`."""
+
+    def __init__(self, most: int):
+        self.most = most
+
+    def start(self) -> TurnsState:
+        return TurnsState(self.most)
+
+
+class TurnsState:
+    def __init__(self, most: int):
+        self.accepted, self.most = 0, most
+
+    def allowed(self) -> Tensor:
+        if self.accepted == self.most:
+            raise OSError("the grammar is at its end")
+        return torch.arange(3) == 1 + self.accepted % 2
+
+    def accept(self, token: int) -> None:
+        self.accepted += 1
+
+
+def generate_steered(engine: Engine) -> dict[str, Any]:
+    """Siblings, bias, penalties, grammars, of which one fails. Only rank 0 has them."""
+    asked: list[dict[str, Any]] = [
+        {"sampling": Sampling(0.0, presence_penalty=1.0, frequency_penalty=0.5)},
+        {"sampling": Sampling(0.0), "logit_bias": {3: 100.0}},
+        {"sampling": Sampling(0.9), "grammar": Turns(9)},
+        {"sampling": Sampling(0.0), "grammar": Turns(2)},
+    ]
+    if tensor_parallel.rank() > 0:
+        asked = [{"sampling": Sampling(0.0)} for _ in asked]
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "score_from": 1, "reuse": False}
+    group = [Generation(Request(SHARED, 6, seed=1, **fields, **options)) for options in asked]
+    engine.queue_siblings(group)
+    engine.wait(lambda: not engine.busy)
+    if tensor_parallel.size() > 1:
+        refused = error_of(lambda: engine.check(Request(SHARED, time_limit=9.0)))
+        assert "time_limit is for one rank" in refused
+    scores = [
+        x for g in group for top in [*g.top_logprobs, *g.prompt_top_logprobs[1:]] for x in top
+    ]
+    return {
+        "steered": [[g.tokens, g.finish_reason, g.reused] for g in group],
+        "finished": engine.metrics().finished,
+        "steered scores": [[score for _, score in scores]],
+    }
 
 
 def gradient(folder: str | Path) -> list[float]:

@@ -127,6 +127,13 @@ def one_rank(folders: list[str]) -> list[dict[str, Any]]:
     return [rank_cases.generate(folder) for folder in folders]
 
 
+STEERED = [
+    [[*rank_cases.SHARED, *[3] * 6], "length", 19],
+    [[*rank_cases.SHARED, 1, 2, 1, 2, 1, 2], "length", 19],
+    [[*rank_cases.SHARED, 1, 2], "error", 19],
+]
+
+
 @pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_generate_the_ids_of_one(
     folders: list[str], one_rank: list[dict[str, Any]], n: int
@@ -136,6 +143,7 @@ def test_ranks_generate_the_ids_of_one(
     args = open_checkpoint(folders[0]).args()
     for result in ranks:
         for got, expected in zip(result["generated"], one_rank, strict=True):
+            assert expected["steered"][1:] == STEERED
             assert_equal(got, expected)
         assert result["gradient"] == pytest.approx(rank_cases.gradient(folders[0]), abs=1e-4)
         # all_reduce: 2 per layer, and the embedding; all_gather: logits; broadcast: sampled ids.

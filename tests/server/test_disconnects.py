@@ -76,7 +76,7 @@ def test_fifty_disconnects_then_a_normal_request(server: RunningServer, tiny_lla
 
 def test_slow_reader_holds_up_nobody(server: RunningServer, tiny_llama: Llama) -> None:
     """It gets longer pieces later; together they are the answer."""
-    body: dict[str, Any] = LONG | {"stream": True, "n": 4, "max_tokens": 40, "logprobs": 5}
+    body: dict[str, Any] = LONG | {"stream": True, "n": 2, "max_tokens": 40, "logprobs": 5}
     with connect(server) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         sock.sendall(post(COMPLETE, body, "Connection: close"))
@@ -87,7 +87,7 @@ def test_slow_reader_holds_up_nobody(server: RunningServer, tiny_llama: Llama) -
             whole = http.post(COMPLETE, json=body | {"stream": False}).json()
         events = [line[6:] for line in read_all(sock).split(b"\n") if line[:6] == b"data: "]
     assert events.pop() == b"[DONE]"
-    texts = ["", "", "", ""]
+    texts = ["", ""]
     for event in events:
         [choice] = json.loads(event)["choices"]
         texts[choice["index"]] += choice["text"]

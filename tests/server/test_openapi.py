@@ -17,6 +17,7 @@ from llama.server.completion_body import parse_completion
 from llama.server.errors import ApiError, error_body
 from llama.server.openapi import openapi
 from llama.server.token_bodies import parse_detokenize, parse_tokenize
+from tests.server.running import RunningServer
 from tests.server.wire_cases import HELLO, WEATHER, asked, chat, result
 
 DOCUMENT = openapi()
@@ -146,3 +147,29 @@ def test_junk_at_any_place_is_read_or_a_400_that_names_a_field(name: str) -> Non
                 assert e.status == 400 and e.param, e
                 validator("Error").validate(json.loads(error_body(e)))
     assert refused > 30
+
+
+def test_what_the_server_sends_is_valid(server: RunningServer) -> None:
+    """Replies and chunks of both endpoints, models, ids, errors."""
+    scored = {"logprobs": True, "top_logprobs": 2, "n": 2, "tools": [WEATHER], "max_tokens": 8}
+    text = {"prompt": ["a", "b"], "echo": True, "logprobs": 1, "max_tokens": 3}
+    usage = {"stream": True, "stream_options": {"include_usage": True}}
+    cases: list[tuple[str, dict[str, Any], str]] = [
+        ("/v1/chat/completions", chat(max_tokens=2), "ChatCompletion"),
+        ("/v1/chat/completions", chat(**scored, tool_choice="required"), "ChatCompletion"),
+        ("/v1/chat/completions", chat(**scored, **usage), "ChatCompletionChunk"),
+        ("/v1/chat/completions", chat(n=99), "Error"),
+        ("/v1/completions", text, "Completion"),
+        ("/v1/completions", text | usage, "CompletionChunk"),
+        ("/tokenize", {"messages": HELLO, "with_pieces": True}, "Tokens"),
+        ("/detokenize", {"tokens": [1, 2]}, "Detokenized"),
+        ("/nowhere", {}, "Error"),
+    ]
+    with server.http() as http:
+        assert http.get("/openapi.json").json() == DOCUMENT
+        validator("Models").validate(http.get("/v1/models").json())
+        for path, data, name in cases:
+            reply = http.post(path, json=data)
+            events = [reply.text] if "stream" not in data else reply.text.split("data: ")[1:-1]
+            for event in events:
+                validator(name).validate(json.loads(event))

@@ -169,7 +169,10 @@ def test_tools_of_a_format_without_them_are_text(llama3: Llama) -> None:
 
 
 def test_a_base_model_completes_only(
-    tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path, tmp_path: Path
+    tiny_checkpoint: Callable[..., Path],
+    byte_tokenizer_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(byte_tokenizer_path.read_bytes())
@@ -179,6 +182,9 @@ def test_a_base_model_completes_only(
             prompt(base)
         assert caught.value.status == 400
         assert completion_requests(base, parse_completion({"prompt": "a"}), Sampling())
+        monkeypatch.setattr(base.tokenizer, "bos_id", -1)
+        with pytest.raises(ApiError, match="prompt is empty"):
+            completion_requests(base, parse_completion({"prompt": ""}), Sampling())
 
 
 def test_requests_have_what_the_body_says(llama: Llama) -> None:

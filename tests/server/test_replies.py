@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
@@ -235,25 +236,35 @@ def test_echo_scores_the_prompt(llama: Llama, as_ids: bool) -> None:
     """The tokens are those of the text at their offsets; the first has no log-probability."""
     ids = llama.tokenizer.encode(EMOJI, bos=not as_ids)
     data = {"prompt": ids if as_ids else EMOJI, "echo": True, "logprobs": 2, "max_tokens": 4}
-    reply, [request] = completion_reply(llama, data)
-    assert request.score_from == 0 and list(request.prompt) == ids
-    [generation] = llama.engine.run([request])
-    answer = Answer(llama.engine, generation, Detokenizer(llama.tokenizer.decode_bytes))
-    while (piece := answer.read()) is not None:
-        reply.piece(0, answer, piece)
-    [choice] = reply.whole()["choices"]
-    assert choice["text"] == EMOJI + answer.text
-    lists = choice["logprobs"]
-    assert len({len(values) for values in lists.values()}) == 1
-    assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
-    assert lists["token_logprobs"][1:] == [*generation.prompt_logprobs[1:], *answer.logprobs]
-    for token, offset in list(zip(lists["tokens"], lists["text_offset"], strict=True)):
-        if not token.startswith(("bytes:", "<|begin_of_text|>")):
-            assert choice["text"][offset:].startswith(token)
-    for i, top in enumerate(lists["top_logprobs"][1:], 1):  # the token's own, and two
-        own = lists["token_logprobs"][i]
-        assert top[lists["tokens"][i]] == own and len(top) in (2, 3)
-        assert sum(value > own for value in top.values()) <= 2
+    reply, requests = completion_reply(llama, data | {"n": 2})
+    assert {request.score_from for request in requests} == {0}
+    assert {tuple(request.prompt) for request in requests} == {tuple(ids)}
+    for index, generation in enumerate(llama.engine.run(requests)):
+        answer = Answer(llama.engine, generation, Detokenizer(llama.tokenizer.decode_bytes))
+        while (piece := answer.read()) is not None:
+            reply.piece(index, answer, piece)
+        choice = reply.whole()["choices"][index]
+        assert choice["text"] == EMOJI + answer.text
+        lists = choice["logprobs"]
+        assert len({len(values) for values in lists.values()}) == 1
+        assert lists["token_logprobs"][0] is None and lists["top_logprobs"][0] is None
+        expected = [*scores_of_a_forward(llama, ids), *answer.logprobs]
+        assert lists["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        for token, offset in zip(lists["tokens"], lists["text_offset"], strict=True):
+            if not token.startswith(("bytes:", "<|begin_of_text|>")):
+                assert choice["text"][offset:].startswith(token)
+        for i, top in enumerate(lists["top_logprobs"][1:], 1):  # the token's own, and two
+            own = lists["token_logprobs"][i]
+            assert top[lists["tokens"][i]] == own and len(top) in (2, 3)
+            assert sum(value > own for value in top.values()) <= 2
+
+
+def scores_of_a_forward(llama: Llama, ids: list[int]) -> list[float]:
+    """Log-probabilities of a prompt's ids but the first, from the logits of a plain forward."""
+    with torch.inference_mode():
+        logits = llama.model(torch.tensor([ids]))
+    scores = torch.log_softmax(logits[0, :-1], -1)
+    return [float(scores[i, id]) for i, id in enumerate(ids[1:])]
 
 
 def test_echo_alone_generates_nothing(llama: Llama) -> None:

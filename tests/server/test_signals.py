@@ -37,7 +37,8 @@ class Caller:
     """
 
     def __init__(self, port: int, script: Callable[[httpx.Client], object]):
-        self._script, self._error = script, None  # type: BaseException | None
+        self._script = script
+        self._error: BaseException | None = None
         self.url = f"http://127.0.0.1:{port}"
         self._thread = threading.Thread(target=self._run)
         self._thread.start()

@@ -231,6 +231,20 @@ def test_cut_by_length(tokenizer: Tokenizer, head: str) -> None:
     assert [call["arguments"] for call in reply.calls] == ['{"a":[1,"xyz']
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ('{"name": "f", "parameters": {}}', '; {"name": "g", "par'),
+        ('[{"name": "f", "parameters": {}}', ', {"name'),
+        ("<function=f>{}</function>", "<function=g"),
+        ("<function=f>{}", "</func"),
+    ],
+)
+def test_second_call_cut_by_length(tokenizer: Tokenizer, first: str, second: str) -> None:
+    reply, _ = check_splits(tokenizer, first + second, random.Random(0), reason="length")
+    assert (reply.content, reply.parsed) == ("", [("f", {})])
+
+
 def test_stop_string_inside_a_tag_and_a_call(tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     text = f'Yes. {TAG}{{"name": "f", "parameters": {{"a": 1}}}}'

@@ -76,6 +76,7 @@ export class Answering {
     for (;;) {
       if (!this.server.model) await Promise.race([this.server.connect(), this.aborted()]);
       this.aborting.signal.throwIfAborted();
+      if (!this.server.model) throw new Refused(401, "The server needs an API key.");
       try {
         const response = await request(this.path, {
           body: this.body(),

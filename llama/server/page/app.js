@@ -3,7 +3,7 @@
 import { Answering } from "./answering.js";
 import { Composer } from "./composer.js";
 import { Conversation, ROOT, titleOf } from "./conversation.js";
-import { byId, drawIcons, make, toast } from "./dom.js";
+import { byId, drawIcons, listenToDialogs, make, toast } from "./dom.js";
 import { exported, imported } from "./imports.js";
 import { listen, showShortcuts } from "./keyboard.js";
 import { Server } from "./server.js";
@@ -210,6 +210,7 @@ async function openSettings() {
 async function start() {
   dialogs.applyTheme();
   drawIcons(document);
+  listenToDialogs();
   if (!(await store.open())) toast("The browser keeps nothing for this page: a reload forgets it.");
   conversations = await store.loadConversations();
   for (const { messages } of conversations)

@@ -20,6 +20,7 @@ export class Composer {
   /** Show the draft of a conversation. */
   open(name) {
     this.name = name;
+    this.field.disabled = false; // only now is what is written kept
     this.field.value = remember.get(`draft.${name}`) ?? "";
     this.fit();
     if (window.matchMedia("(hover: hover)").matches) this.field.focus();

@@ -36,7 +36,7 @@ export function showConsidered(anchor, token, { isStop, branch }) {
     ),
   );
   open(popover, anchor);
-  popover.querySelector("button.row, button").focus();
+  (popover.querySelector("button.row") ?? popover.querySelector("button")).focus();
 }
 
 const isSame = (candidate, token) =>
@@ -53,20 +53,19 @@ function row(candidate, stops, choose) {
   const share = percent(candidate.logprob);
   const bar = make("span", { class: "bar" });
   bar.style.setProperty("--share", probability(candidate.logprob)); // CSSOM: the policy allows it
-  const name = stops
-    ? make("i", {}, "end of the answer")
-    : make("code", {}, visible(candidate.bytes));
-  const cells = [name, bar, make("span", { class: "share" }, share)];
-  const label = `${stops ? "end of the answer" : spoken(candidate.bytes)}, ${share}`;
-  if (!choose) {
-    return make(
-      "div",
-      { class: "row chosen", role: "img", "aria-label": `${label}, in the answer` },
-      ...cells,
-    );
-  }
+  const end = "end of the answer";
+  const cells = [
+    stops ? make("i", {}, end) : make("code", {}, visible(candidate.bytes)),
+    bar,
+    make("span", { class: "share" }, share),
+  ];
+  const label = `${stops ? end : spoken(candidate.bytes)}, ${share}`;
+  const words = choose ? `Branch here with ${label}` : `${label}, in the answer`;
+  const heard = make("span", { class: "visually-hidden" }, words);
+  for (const cell of cells) cell.setAttribute("aria-hidden", "true");
+  if (!choose) return make("div", { class: "row chosen" }, heard, ...cells);
   const attributes = { type: "button", class: "row", title: "Branch here", onclick: choose };
-  return make("button", { ...attributes, "aria-label": `Branch here with ${label}` }, ...cells);
+  return make("button", attributes, heard, ...cells);
 }
 
 function open(popover, anchor) {

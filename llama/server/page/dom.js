@@ -123,6 +123,13 @@ export function ask(id) {
   });
 }
 
+/** Buttons that leave a dialog without its form: Enter must not press them. */
+export function listenToDialogs() {
+  for (const node of document.querySelectorAll("[data-close]")) {
+    node.addEventListener("click", () => node.closest("dialog").close(node.dataset.close));
+  }
+}
+
 export const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 export const nextFrame = () =>
   new Promise((done) => {
