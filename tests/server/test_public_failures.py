@@ -1,29 +1,35 @@
-"""SERVER.md section 2: what goes wrong publicly. The table says where each row is tested; the rows
+"""SERVER.md section 2: what goes wrong publicly. The list says where each row is tested; the rows
 that have no other place are here.
 
-| row | tests |
-|---|---|
-| 1 generates on after a disconnect | test_slot_is_free_after_one_step |
-| 2 a broken pipe kills the server | test_fifty_disconnects_then_a_normal_request |
-| 3 an interruption corrupts the prefix cache | test_fifty_disconnects_then_a_normal_request |
-| 4 events read as Latin-1 | test_04_events_are_ascii_and_say_utf_8, test_events_are_ascii_lines |
-| 5 U+FFFD in log-probabilities | test_bytes_of_logprobs_are_the_text |
-| 6 stop strings leak | test_a_merged_piece_is_read_before_the_stop_string, test_stop_string_inside_a_tag_and_a_call |
-| 7 wrong usage | test_07_usage_is_what_the_engine_counts, test_07_usage_only_where_it_is_asked_for |
-| 8 NaN in JSON | test_08_a_model_of_nans_gives_an_error_and_no_nan, test_numbers_that_json_lacks |
-| 9 no log-probabilities of the prompt | test_09_echo_is_scored_as_the_model_scores, test_echo_scores_the_prompt |
-| 10 special tokens in texts | test_text_never_becomes_a_special_token, test_names_cannot_hold_special_tokens |
-| 11 tool calls lost where a delta holds several tokens | test_random_calls, test_random_text |
-| 12 the queue is unbounded | test_a_burst_never_passes_the_queue, test_a_burst_of_threads_never_passes_the_limit |
-| 13 no deadline for receiving | test_slow_client_is_ended |
-| 14 n, max_tokens, NaN unchecked | test_14_numbers_are_checked, test_a_wrong_chat_body_names_its_field |
-| 15 deep schemas compile for ever | test_15_a_deep_schema_is_refused_and_others_are_served, test_what_takes_long_to_read_is_refused |
-| 16 DNS rebinding | test_foreign_host, test_no_cors_by_default |
-| 17 text/plain, keys | test_content_type, test_api_key |
-| 18 proxies buffer, keep-alive | test_18_proxies_neither_buffer_nor_lose_connections |
-| 19 Ctrl-C hangs | test_running_requests_end_and_new_ones_are_refused, test_the_second_signal_ends_at_once |
-| 20 the generating thread is dead | test_the_engine_breaks |
-| 21 memory lost with each request | test_21_nothing_of_a_request_stays |
+- 1 generates on after a disconnect: test_slot_is_free_after_one_step
+- 2 a broken pipe kills the server: test_fifty_disconnects_then_a_normal_request
+- 3 an interruption corrupts the prefix cache: test_fifty_disconnects_then_a_normal_request
+- 4 events read as Latin-1: test_04_events_are_ascii_and_say_utf_8, test_events_are_ascii_lines
+- 5 U+FFFD in log-probabilities: test_bytes_of_logprobs_are_the_text
+- 6 stop strings leak: test_stop_strings_at_every_split,
+  test_stop_string_inside_a_tag_and_a_call
+- 7 wrong usage: test_07_usage_is_what_the_engine_counts,
+  test_07_usage_only_where_it_is_asked_for
+- 8 NaN in JSON: test_08_a_model_of_nans_gives_an_error_and_no_nan, test_numbers_that_json_lacks
+- 9 no log-probabilities of the prompt: test_09_echo_is_scored_as_the_model_scores,
+  test_echo_scores_the_prompt
+- 10 special tokens in texts: test_text_never_becomes_a_special_token,
+  test_names_cannot_hold_special_tokens
+- 11 tool calls lost where a delta holds several tokens: test_random_calls, test_random_text
+- 12 the queue is unbounded: test_a_burst_never_passes_the_queue,
+  test_a_burst_of_threads_never_passes_the_limit
+- 13 no deadline for receiving: test_slow_client_is_ended
+- 14 n, max_tokens, NaN unchecked: test_14_numbers_are_checked,
+  test_a_wrong_chat_body_names_its_field
+- 15 deep schemas compile for ever: test_15_a_deep_schema_is_refused_and_others_are_served,
+  test_what_takes_long_to_read_is_refused
+- 16 DNS rebinding: test_foreign_host, test_no_cors_by_default
+- 17 text/plain, keys: test_content_type, test_api_key
+- 18 proxies buffer, keep-alive: test_18_proxies_neither_buffer_nor_lose_connections
+- 19 Ctrl-C hangs: test_running_requests_end_and_new_ones_are_refused,
+  test_the_second_signal_ends_at_once
+- 20 the generating thread is dead: test_the_engine_breaks
+- 21 memory lost with each request: test_21_nothing_of_a_request_stays
 """
 
 from __future__ import annotations
@@ -40,8 +46,8 @@ import torch
 
 from llama import Llama
 from llama.engine.request import Generation
-from llama.server.settings import ServerSettings
 from llama.server.serve import http_server
+from llama.server.settings import ServerSettings
 from llama.server.ticket import Ticket
 from tests.server.raw import connect, post
 from tests.server.running import NAME, RunningServer, wait_for
@@ -57,7 +63,7 @@ def events(text: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_the_table_names_tests_that_exist() -> None:
+def test_the_list_names_tests_that_exist() -> None:
     tests = Path(__file__).parents[1]
     sources = "".join(path.read_text("utf-8") for path in tests.rglob("test_*.py"))
     names = re.findall(r"\btest_\w+", __doc__ or "")
@@ -116,9 +122,7 @@ def test_08_a_model_of_nans_gives_an_error_and_no_nan(
     weights = torch.load(folder / "consolidated.00.pth")
     weights["output.weight"] *= 1e38  # logits overflow
     torch.save(weights, folder / "consolidated.00.pth")
-    llama = Llama.build(
-        folder, llama3_tokenizer_path, 128, 2, device="cpu", dtype=torch.float32
-    )
+    llama = Llama.build(folder, llama3_tokenizer_path, 128, 2, device="cpu", dtype=torch.float32)
     server = start_server(lambda: llama).wait_until_ready()
     body = {"prompt": "a", "logprobs": 5, "echo": True, "max_tokens": 3, "temperature": 0}
     with server.http() as http:
@@ -147,7 +151,9 @@ def test_09_echo_is_scored_as_the_model_scores(server: RunningServer, tiny_llama
         scores = reply["choices"][0]["logprobs"]
         assert scores["token_logprobs"][0] is None
         assert scores["token_logprobs"][1:-1] == pytest.approx(scored, abs=1e-4)
-        for logprob, top in zip(scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True):
+        for logprob, top in zip(
+            scores["token_logprobs"][1:], scores["top_logprobs"][1:], strict=True
+        ):
             assert logprob <= max(top.values())
 
 
