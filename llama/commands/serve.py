@@ -42,7 +42,6 @@ def serve(
         lambda: open_model(checkpoint, options),
         sampling,
         settings.model_name or model_name(checkpoint),
-        {"quantize": build.quantize},
     )
 
 

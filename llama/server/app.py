@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llama.common.printable import printable_line
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
+from llama.layers.quantized_linear import Int4Linear, Int8Linear
 from llama.server.answering import (
     Prepared,
     as_api_error,
@@ -57,14 +58,12 @@ class Service:
     Attributes:
         defaults: sampling where a request sets none.
         model: its name in requests.
-        facts: more fields of the model in /v1/models.
     """
 
     worker: Worker
     settings: ServerSettings
     defaults: Sampling
     model: str
-    facts: dict[str, Any]
     metrics: Metrics
     threads: Threads
     started: int
@@ -75,7 +74,6 @@ def make_app(
     settings: ServerSettings,
     defaults: Sampling | None = None,
     model: str = "llama3",
-    facts: dict[str, Any] | None = None,
 ) -> Starlette:
     """The ASGI application; see `Service` for the arguments."""
     from starlette.applications import Starlette
@@ -89,7 +87,6 @@ def make_app(
         settings=settings,
         defaults=defaults or Sampling(),
         model=model,
-        facts=facts or {},
         metrics=metrics,
         threads=Threads(),
         started=int(time.time()),
@@ -178,8 +175,14 @@ def describe_model(service: Service) -> dict[str, Any]:
         "chat": llama.formatter is not None,
         "stop_tokens": sorted(llama.tokenizer.stop_tokens),
         "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
-        **service.facts,
+        "quantize": stored_scheme(llama),
     }
+
+
+def stored_scheme(llama: Llama) -> str | None:
+    """How the weights of the layers are stored: "int8", "int4", or None."""
+    linear = llama.model.get_submodule("layers.0.attention.wq")
+    return {Int8Linear: "int8", Int4Linear: "int4"}.get(type(linear))
 
 
 async def list_models(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
@@ -209,8 +212,9 @@ async def generate(
         return prepare(service, llama, read_json(data))
 
     try:
-        async with watched(receive):
+        async with watched(receive) as check_client:
             prepared = await run(service, read, data)
+            check_client()
             await respond(prepared, service.worker, service.settings.request_timeout, send)
     except DisconnectError:
         pass

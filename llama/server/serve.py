@@ -12,7 +12,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llama.common.extras import install_line
 from llama.distributed import job
@@ -30,6 +30,7 @@ log = logging.getLogger("llama")
 STEP_ENDS_WITHIN = 10.0  # seconds for the last step, after its requests have been cancelled
 CLOSES_WITHIN = 2  # seconds for clients to take the rest of their responses
 FAILURE_SHOWN = 1.0  # seconds in which /health tells of a failed model before the process ends
+MORE_CONNECTIONS = 256  # beside those of requests that wait: running ones, idle browsers
 MAX_HEAD = 65_536  # bytes of a request's line and headers
 
 
@@ -38,13 +39,12 @@ def serve(
     open_llama: Callable[[], Llama],
     defaults: Sampling | None = None,
     model: str = "llama3",
-    facts: dict[str, Any] | None = None,
 ) -> None:
     """Answer requests until SIGINT or SIGTERM. With several ranks, rank 0 listens.
 
     Args:
         open_llama: builds the model, in a thread. Requests are refused until it returns.
-        defaults, model, facts: see `llama.server.app.Service`.
+        defaults, model: see `llama.server.app.Service`.
 
     Raises:
         ValueError: it cannot listen there.
@@ -60,7 +60,7 @@ def serve(
         return
     with bound_socket(settings.host, settings.port) as sock:
         server = _Server(settings, sock, Worker(open_llama, settings.max_queue))
-        asyncio.run(server.run(defaults, model, facts))
+        asyncio.run(server.run(defaults, model))
     error = server.worker.error
     if error is not None:
         raise error
@@ -123,7 +123,12 @@ def http_server(app: Starlette, settings: ServerSettings) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
-        http=partial(TimedConnection, receive_timeout=settings.receive_timeout),  # type: ignore[arg-type]
+        http=partial(  # type: ignore[arg-type]
+            TimedConnection,
+            receive_timeout=settings.receive_timeout,
+            send_timeout=settings.request_timeout,
+            most=settings.max_queue + MORE_CONNECTIONS,
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -147,12 +152,10 @@ class _Server:
         self.settings, self.sock, self.worker = settings, sock, worker
         self._stop = asyncio.Event()
 
-    async def run(
-        self, defaults: Sampling | None, model: str, facts: dict[str, Any] | None
-    ) -> None:
+    async def run(self, defaults: Sampling | None, model: str) -> None:
         from llama.server.app import make_app
 
-        app = make_app(self.worker, self.settings, defaults, model, facts)
+        app = make_app(self.worker, self.settings, defaults, model)
         server = http_server(app, self.settings)
         self._catch_signals()
         self._warn_of_open_door()
@@ -168,6 +171,7 @@ class _Server:
     @property
     def url(self) -> str:
         host, port = self.sock.getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def _announce(self, model: str) -> None:

@@ -55,7 +55,7 @@ class RunningServer:
     async def _serve(self, sock: socket.socket) -> None:
         self.loop = asyncio.get_running_loop()
         self.worker = Worker(self._open, self.settings.max_queue)
-        app = make_app(self.worker, self.settings, self.defaults, NAME, {"quantize": None})
+        app = make_app(self.worker, self.settings, self.defaults, NAME)
         self.server = http_server(app, self.settings)
         self.worker.start()
         self._started.set()
