@@ -1,4 +1,4 @@
-"""An environment for the suites: Python and JavaScript packages, llama.cpp's tests, an export of the
+"""The suites' environment: Python and JavaScript packages, llama.cpp's tests, an export of the
 demo model. Everything is in `.cache/conformance`, made once, and again when the pinned versions
 change.
 """

@@ -40,7 +40,9 @@ def deselect(results: Iterable[Result], deselected: Mapping[str, str]) -> list[R
             result = Result(result.name, "deselected", deselected[pattern])
         marked.append(result)
     for pattern in deselected.keys() - used:
-        marked.append(Result(pattern, "failed", "is in deselected.py, but does not fail: remove it"))
+        marked.append(
+            Result(pattern, "failed", "is in deselected.py, but does not fail: remove it")
+        )
     return marked
 
 

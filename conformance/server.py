@@ -49,9 +49,12 @@ def serving(log: Path, *flags: str) -> Iterator[Server]:
     """
     port = free_port()
     command = [sys.executable, "-m", "llama", "serve", "--port", str(port), *flags]
-    with log.open("w") as f, subprocess.Popen(
-        command, stdout=f, stderr=f, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    ) as process:
+    with (
+        log.open("w") as f,
+        subprocess.Popen(
+            command, stdout=f, stderr=f, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        ) as process,
+    ):
         try:
             wait_until_ready(port, process, log)
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models") as reply:

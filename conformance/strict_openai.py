@@ -195,9 +195,7 @@ def test_completions_stream(client: openai.OpenAI, lenient_client: openai.OpenAI
         model=MODEL, prompt="The sky is", stream=True, temperature=0, max_tokens=6
     )
     text = "".join(chunk.choices[0].text for chunk in stream)
-    whole = client.completions.create(
-        model=MODEL, prompt="The sky is", temperature=0, max_tokens=6
-    )
+    whole = client.completions.create(model=MODEL, prompt="The sky is", temperature=0, max_tokens=6)
     assert text == whole.choices[0].text
 
 

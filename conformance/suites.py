@@ -131,18 +131,25 @@ def provider_check(server: Server) -> list[Result]:
 
 
 def schemathesis(server: Server) -> list[Result]:
-    """Every operation of /openapi.json, by generated requests, right and wrong ones."""
+    """Every operation of /openapi.json, by generated requests, right and wrong ones.
+
+    Right ones may still be refused: a schema does not say that top_logprobs needs logprobs, or
+    which ids the vocabulary has.
+    """
     report = LOGS / "schemathesis.xml"
     execute(
         "schemathesis",
         *(BIN / "schemathesis", "run", f"{server.root}/openapi.json"),
-        *("--checks", "all", "--seed", "1", "--max-examples", "100", "--continue-on-failure"),
+        *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"),
+        *("--max-examples", "100", "--continue-on-failure", "--request-timeout", "60"),
         *("--report", "junit", "--report-junit-path", report),
         cwd=LOGS,
     )
     results = []
     for case in ElementTree.parse(report).iter("testcase"):
-        failure = next((case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None)
+        failure = next(
+            (case.find(tag) for tag in ("failure", "error") if case.find(tag) is not None), None
+        )
         if failure is not None:
             results.append(Result(case.attrib["name"], "failed", failure.attrib.get("message", "")))
         else:
@@ -208,7 +215,9 @@ def compare(ours: Any, theirs: Any) -> tuple[str, str]:
 
 
 def flat(answer: Any) -> list[Any]:
-    return [leaf for part in answer for leaf in flat(part)] if isinstance(answer, list) else [answer]
+    return (
+        [leaf for part in answer for leaf in flat(part)] if isinstance(answer, list) else [answer]
+    )
 
 
 def close(a: Any, b: Any) -> bool:

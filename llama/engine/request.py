@@ -158,7 +158,7 @@ class Generation:
         reused: how many prompt ids were cached already.
         finish_reason: None while it goes on. "stop": a stop token or a stop string; "length":
             max_gen_len, or no room left; "timeout": time_limit; "cancelled"; "error": see `error`.
-        stop_token: the id that ended it.
+        stop_token, stop_score: the id that ended it; its log-probability and top_logprobs.
         error: what ended it.
         queued_at, placed_at, first_id_at, ended_at: when it was queued, got its slot, had its
             first id, and ended, in seconds of `time.monotonic`; None before.
@@ -176,6 +176,7 @@ class Generation:
     reused: int = 0
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
+    stop_score: tuple[float, TopLogprobs] | None = None
     error: Exception | None = None
     queued_at: float | None = None
     placed_at: float | None = None
@@ -234,7 +235,7 @@ class Generation:
         if self.finish_reason is not None:
             return
         if token in self.request.stop_tokens:
-            self.stop_token = token
+            self.stop_token, self.stop_score = token, (logprob, top)
             self.end("stop")
             return
         if n < self.budget:

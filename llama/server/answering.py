@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llama.common.errors import QueueFull
+from llama.common.errors import GrammarError, QueueFull
 from llama.engine.request import Request
 from llama.generation import Answer, Piece
 from llama.server.common_body import CommonBody
@@ -118,6 +118,8 @@ def as_api_error(error: Exception) -> Exception:
         return unavailable(str(error), "unavailable", 5)
     if isinstance(error, ApiError | DisconnectError):
         return error
+    if isinstance(error, GrammarError):
+        return ApiError(400, f"{error}; use a simpler schema")
     # Its message may quote a text; only these cannot.
     cause = f": {error}" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
     log.error("An answer failed: %s%s", type(error).__name__, cause)

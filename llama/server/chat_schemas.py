@@ -80,7 +80,7 @@ _FUNCTION = {
 _TOOL = {
     "type": "object",
     "properties": {"type": {"enum": ["function"]}, "function": _FUNCTION},
-    "required": ["type", "function"],
+    "required": ["function"],
 }
 TOOLS_SCHEMA: dict[str, Any] = {
     "type": "array",
@@ -98,7 +98,7 @@ _NAMED = {
             "required": ["name"],
         },
     },
-    "required": ["type", "function"],
+    "required": ["function"],
 }
 TOOL_CHOICE_SCHEMA: dict[str, Any] = {
     "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, _NAMED]

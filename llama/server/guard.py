@@ -40,7 +40,7 @@ class DisconnectError(Exception):
 
 
 class Guard:
-    """Checks the host, the origin, the key and the type of the body, in this order.
+    """Checks the host and the key, in this order.
 
     Also adds a request id to each response, and writes the access log.
     """
@@ -109,10 +109,6 @@ class Guard:
             )
         if not is_preflight(scope["method"], headers) and not is_public(scope["path"]):
             self._check_key(headers.get(b"authorization", b""))
-        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != b"application/json":
-            # A page of another origin may send other types without asking first.
-            raise ApiError(415, "send the header Content-Type: application/json")
 
     def _is_known(self, host: str) -> bool:
         """Whether a Host header has an allowed name, or an address: no name server rebinds it."""
@@ -191,16 +187,19 @@ async def send_error(error: ApiError, send: Send) -> None:
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    """The body of a request.
+    """The JSON body of a request.
 
     Raises:
-        ApiError: it is longer than `limit`.
+        ApiError: it is longer than `limit`, or has another type.
         DisconnectError: the client disconnected before its end.
     """
+    headers = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+    if kind != b"application/json":  # a page of another origin may send others without asking first
+        raise ApiError(415, "send the header Content-Type: application/json")
     too_long = ApiError(413, f"the body is longer than {limit} bytes; send less")
-    for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit:
-            raise too_long
+    if int(headers.get(b"content-length", 0)) > limit:
+        raise too_long
     body, more = bytearray(), True
     while more:
         message = await receive()

@@ -79,13 +79,20 @@ def _get(summary: str, content: dict[str, Any]) -> dict[str, Any]:
 
 def _post(summary: str, body: str, reply: str, chunk: str | None = None) -> dict[str, Any]:
     content = _json(ref(reply))
-    if chunk is not None:  # of each event's data, but the last, which is [DONE]
-        content["text/event-stream"] = {"schema": {"type": "string", "x-events": ref(chunk)}}
+    if chunk is not None:
+        content["text/event-stream"] = {"schema": _event(chunk)}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": _json(ref(body))},
         "responses": _responses(content, _ERRORS | _BODY_ERRORS),
     }
+
+
+def _event(chunk: str) -> Schema:
+    """Each event of a stream: its data is a chunk, an error, or [DONE]."""
+    data = {"anyOf": [ref(chunk), ref("Error")]}
+    described = {"contentMediaType": "application/json", "contentSchema": data}
+    return {"type": "object", "properties": {"data": TEXT | described}, "required": ["data"]}
 
 
 def _responses(content: dict[str, Any], errors: dict[str, str]) -> dict[str, Any]:

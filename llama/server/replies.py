@@ -10,7 +10,7 @@ from llama.generation import Answer, Piece
 from llama.server.chat_body import ChatBody
 from llama.server.completion_body import CompletionBody
 from llama.server.envelope import DONE, Chunk, Envelope, Usage, event, to_json
-from llama.server.logprobs import TokenAligner, chat_entry, completion_lists
+from llama.server.logprobs import ScoredToken, TokenAligner, chat_entry, completion_lists
 from llama.server.tool_stream import ToolStream
 from llama.tokenizer import Tokenizer
 
@@ -171,8 +171,27 @@ class CompletionReply:
             chunks.append(self._chunk(index, piece.text, lists))
         if piece.finish_reason is not None:
             reason = "length" if piece.finish_reason == "length" else "stop"
-            chunks.append(self._chunk(index, "", None, reason))
+            chunks.append(self._chunk(index, "", self._stop_token(index, answer), reason))
         return chunks
+
+    def _stop_token(self, index: int, answer: Answer) -> dict[str, list[Any]] | None:
+        """With `echo`, the log-probability of the stop token, which the text lacks.
+
+        lm-eval asks for one token, and takes all log-probabilities but the last as the prompt's.
+        """
+        generation, body = answer.generation, self._body
+        if not body.echo or body.logprobs is None or answer.stop_token is None:
+            return None
+        assert generation.stop_score is not None
+        length = self._choices[index].length
+        token = ScoredToken(
+            answer.stop_token,
+            self._tokenizer.decode_bytes([answer.stop_token]),
+            *generation.stop_score,
+            start=length,
+            end=length,
+        )
+        return completion_lists([token], self._tokenizer.decode_bytes)
 
     def end(self) -> list[Chunk]:
         """The chunks after the last piece."""
@@ -221,6 +240,11 @@ class _TextChoice:
         self.text: list[str] = []
         self.logprobs: dict[str, list[Any]] = {}
         self.finish_reason: str | None = None
+
+    @property
+    def length(self) -> int:
+        """Characters of the text so far."""
+        return sum(map(len, self.text))
 
     def fold(self, text: str, logprobs: dict[str, list[Any]] | None, reason: str | None) -> None:
         self.text.append(text)

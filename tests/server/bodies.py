@@ -14,7 +14,7 @@ TEXTS = (
 )  # fmt: skip
 MATCHING = ("get_weather", "f", "7", "300", "000000000")  # for patterns of names and of ids
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, -0.0, 1e308, 3.0, "", "x",
+    None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63) - 1, 10**400, 0.5, 1e308, 3.0, "", "x",
     "\ud800", [], {}, [[]], [None], [{}], {"": None}, {"type": "object"}, "required", [1, "a"],
     {"type": "image_url", "image_url": {"url": "data:,"}},
 )  # fmt: skip

@@ -55,7 +55,7 @@ class Tab:
 
     def send(self, text: str) -> None:
         self.page.fill("#draft", text)
-        self.page.keyboard.press("Enter")
+        self.page.click("#send")
 
     def ask(self, text: str) -> None:
         """Send a message and wait for the end of its answer."""

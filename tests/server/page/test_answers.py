@@ -50,6 +50,18 @@ def test_stop_and_go_on(tab: Tab, server: RunningServer) -> None:
     assert after.startswith(before.rstrip("\N{REPLACEMENT CHARACTER}")) and len(after) > len(before)
 
 
+def test_an_edit_waits_for_the_answer(tab: Tab) -> None:
+    tab.send("One")
+    expect(tab.page.locator(".assistant .body")).not_to_be_empty()
+    tab.page.hover(".user")
+    tab.page.click("[aria-label='Edit and send again']")
+    tab.page.fill(".user textarea", "Two")
+    tab.page.keyboard.press("Enter")
+    expect(tab.page.locator("#toast")).to_have_text("Stop the answer first.")
+    expect(tab.page.locator(".user textarea")).to_have_value("Two")
+    tab.page.click("#stop")
+
+
 def test_another_answer_and_an_edited_question_are_branches(tab: Tab) -> None:
     tab.configure(max_tokens=4, temperature=2)
     tab.ask("One")
@@ -191,5 +203,11 @@ def test_a_base_model_continues_the_text(
             request = {"model": NAME, "prompt": "Once upon", "temperature": 0, "max_tokens": 5}
             reply = http.post("/v1/completions", json=request).json()
         assert tab.contents() == ["Once upon", reply["choices"][0]["text"]]
+        tab.page.click(".foot >> text=Inspect tokens")
+        tab.page.click(".token[data-index='1']")
+        tab.page.click("button.row >> nth=0")
+        tab.wait_until_done()
+        messages = tab.exported()["conversations"][0]["messages"]
+        assert len(messages[2]["tokens"]) == 2 + 5
     finally:
         tiny_llama.formatter = formatter

@@ -80,6 +80,32 @@ COUNT_TOKENS = """() => new Promise((resolve) => {
 })"""
 
 
+def test_an_answer_of_a_deleted_conversation_stays_deleted(tab: Tab) -> None:
+    tab.send("Hello")
+    expect(tab.page.locator(".assistant .body")).not_to_be_empty()
+    menu(tab, "Hello", "Delete")
+    tab.page.click("#confirm-delete >> button:text-is('Delete')")
+    expect(tab.page.locator(".entry")).to_have_count(0)
+    tab.page.wait_for_timeout(300)  # the answer's end is saved, where it may be
+    tab.page.reload()
+    expect(tab.page.locator("#draft")).to_be_enabled()
+    expect(tab.page.locator(".entry")).to_have_count(0)
+    assert tab.page.evaluate(COUNT_TOKENS) == 0
+
+
+def test_two_tabs_show_the_same(two: Tab) -> None:
+    other = two.context.new_page()
+    other.goto(two.page.url)
+    expect(other.locator(".user .body")).to_have_text("Pears")
+    two.page.bring_to_front()
+    two.ask("More pears")
+    expect(other.locator(".user .body")).to_have_text(["Pears", "More pears"])
+    menu(two, "Pears", "Delete")
+    two.page.click("#confirm-delete >> button:text-is('Delete')")
+    expect(other.locator(".entry")).to_have_text(["Apples"])
+    expect(other.locator("#welcome")).to_be_visible()
+
+
 def test_search_looks_into_messages(two: Tab) -> None:
     two.page.fill("#search", "pear")
     expect(two.page.locator(".entry")).to_have_text(["Pears"])

@@ -108,7 +108,7 @@ def test_hostile_text_in_small_pieces(tab: Tab, size: int) -> None:
           document.getElementById("messages").append(target);
           const markdown = new Markdown(target);
           for (let end = 0; end < text.length; end += size) markdown.show(text.slice(0, end));
-          markdown.show(text, true);
+          while (!markdown.show(text, true));
           return target.children.length;
         }""",
         [text, size],
