@@ -104,8 +104,8 @@ def test_answers_cancels_and_the_end(job: Job, folder: str) -> None:
 
 def check_what_rank_0_alone_knows(http: httpx.Client) -> None:
     """Grammars, biases, penalties and seeds."""
-    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}, "required": ["a"]}
-    schema["additionalProperties"] = False
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
     body = {
         "messages": [{"role": "user", "content": "Hello"}],
         "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},

@@ -210,6 +210,15 @@ def test_tools_that_must_not_be_called_are_content(llama: Llama) -> None:
         assert whole["finish_reason"] == ("tool_calls" if called else "stop")
 
 
+def test_an_answer_that_a_format_constrains_is_no_call(llama: Llama) -> None:
+    text = '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
+    data = {"messages": HELLO, "tools": [WEATHER], "response_format": {"type": "json_object"}}
+    reply, requests = chat_reply(llama, data)
+    answered(llama, reply, requests, text)
+    [choice] = reply.whole()["choices"]
+    assert choice["message"]["content"] == text and choice["finish_reason"] == "stop"
+
+
 def test_completions_of_two_prompts(llama: Llama) -> None:
     data = {"prompt": ["One", "Two"], "n": 2, "logprobs": 2, "max_tokens": 40}
     stream = {"stream": True, "stream_options": {"include_usage": True}}

@@ -65,7 +65,7 @@ export class Composer {
     this.isBusy = busy;
     byId("send").hidden = busy;
     byId("stop").hidden = !busy;
-    if (focused) (busy ? byId("stop") : this.field).focus();
+    if (focused && !(TOUCH.matches && !busy)) (busy ? byId("stop") : this.field).focus();
   }
 
   gauge(used, room) {

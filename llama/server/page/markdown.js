@@ -144,9 +144,13 @@ function codeBlock(code, closed) {
   });
   pre.replaceWith(frame);
   frame.append(head, pre);
-  if (closed && hljs.getLanguage(language) && code.textContent.length < LARGEST_HIGHLIGHT) {
-    const { value } = hljs.highlight(code.textContent, { language, ignoreIllegals: true });
-    const only = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
-    code.replaceChildren(globalThis.DOMPurify.sanitize(value, only));
-  }
+  // In a task of its own: with the drawing of a long block it would take too long.
+  if (closed && hljs.getLanguage(language)) setTimeout(() => highlight(code, language));
+}
+
+function highlight(code, language) {
+  if (code.textContent.length > LARGEST_HIGHLIGHT) return;
+  const { value } = hljs.highlight(code.textContent, { language, ignoreIllegals: true });
+  const only = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
+  code.replaceChildren(globalThis.DOMPurify.sanitize(value, only));
 }

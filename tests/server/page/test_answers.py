@@ -19,13 +19,14 @@ def test_an_answer_is_what_the_model_says(tab: Tab, server: RunningServer) -> No
     tab.configure(system="Be short.", temperature=0, max_tokens=20)
     tab.ask("Hello")
     with server.http() as http:
-        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
-        request = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 20}
+        request = question(max_tokens=20)
+        request["messages"].insert(0, {"role": "system", "content": "Be short."})
         reply = http.post("/v1/chat/completions", json=request).json()
     assert tab.contents() == ["Hello", reply["choices"][0]["message"]["content"]]
     expect(tab.page.locator(".figures")).to_contain_text("20 tokens")
-    expect(tab.page.locator("#gauge-text")).to_have_text(f"{reply['usage']['total_tokens']} of 512 tokens")
-    expect(tab.page.locator(".assistant .notice")).to_have_text("The answer reached its limit of tokens.")
+    used = reply["usage"]["total_tokens"]
+    expect(tab.page.locator("#gauge-text")).to_have_text(f"{used} of 512 tokens")
+    expect(tab.page.locator(".assistant .notice")).to_contain_text("limit of tokens")
 
 
 def test_the_servers_defaults_are_shown(tab: Tab) -> None:
@@ -125,7 +126,8 @@ def test_branch_here_continues_from_an_alternative(tab: Tab, server: RunningServ
 
 
 def test_characters_of_several_tokens_are_joined(tab: Tab) -> None:
-    tab.reply_with([b"a ", "\N{GRINNING FACE}".encode()[:3], "\N{GRINNING FACE}".encode()[3:], b"!"])
+    face = "\N{GRINNING FACE}".encode()
+    tab.reply_with([b"a ", face[:3], face[3:], b"!"])
     tab.ask("Hello")
     expect(tab.page.locator(".assistant .body")).to_have_text("a \N{GRINNING FACE}!")
     tab.page.click(".foot >> text=Inspect tokens")
@@ -174,7 +176,10 @@ def percent(logprob: float) -> str:
 
 
 def test_markdown_is_drawn_and_code_is_highlighted(tab: Tab) -> None:
-    text = "# Title\n\n**bold** and `code`\n\n```python\ndef f():\n    return 1\n```\n\n| a | b |\n|--|--:|\n| 1 | 2 |\n"
+    text = (
+        "# Title\n\n**bold** and `code`\n\n```python\ndef f():\n    return 1\n```\n\n"
+        "| a | b |\n|--|--:|\n| 1 | 2 |\n"
+    )
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.reply_with([text[i : i + 3].encode() for i in range(0, len(text), 3)])
     tab.ask("Hello")

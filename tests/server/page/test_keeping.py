@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -124,15 +125,15 @@ def test_a_file_brings_everything_to_another_browser(
     expect(other.page.locator("#toast")).to_have_text("2 conversations imported.")
     got = other.exported()
 
-    def told(data: dict[str, object]) -> list[object]:
-        conversations: list[dict[str, object]] = data["conversations"]  # type: ignore[assignment]
-        return sorted((c["title"], contents(c)) for c in conversations)
-
-    def contents(conversation: dict[str, object]) -> list[object]:
-        messages: list[dict[str, object]] = conversation["messages"]  # type: ignore[assignment]
-        return [(m["role"], m["content"], m["tokens"]) for m in messages]
-
     assert told(got) == told(sent)
+
+
+def told(data: dict[str, Any]) -> list[Any]:
+    """Titles and messages of a file."""
+    return sorted(
+        [c["title"], [(m["role"], m["content"], m["tokens"]) for m in c["messages"]]]
+        for c in data["conversations"]
+    )
 
 
 BROKEN = {

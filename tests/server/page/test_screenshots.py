@@ -75,5 +75,5 @@ def take(tab: Tab, name: str) -> None:
     expect(tab.page.locator("#toast")).to_be_hidden()
     tab.page.wait_for_timeout(400)
     picture = Image.open(io.BytesIO(tab.page.screenshot())).convert("RGB")
-    small = picture.quantize(128, dither=Image.Dither.NONE)
+    small = picture.quantize(256, dither=Image.Dither.NONE)
     small.save(ROOT / "docs" / f"server-page-{name}.png", optimize=True)

@@ -1,4 +1,4 @@
-"""Files of the chat page: vendored libraries, types, entity tags, security headers, no other file."""
+"""Files of the chat page: vendored libraries, types, entity tags, headers, and no other file."""
 
 from __future__ import annotations
 
@@ -39,8 +39,14 @@ def test_vendored_files_are_those_of_their_packages() -> None:
 
 
 def test_every_file_is_served_with_its_type_and_the_policy(client: TestClient) -> None:
-    types = {".js": "text/javascript", ".css": "text/css", ".html": "text/html",
-             ".svg": "image/svg+xml", ".json": "application/json", ".txt": "text/plain"}  # fmt: skip
+    types = {
+        ".js": "text/javascript",
+        ".css": "text/css",
+        ".html": "text/html",
+        ".svg": "image/svg+xml",
+        ".json": "application/json",
+        ".txt": "text/plain",
+    }
     for name in NAMES:
         reply = client.get(f"/page/{name}")
         assert reply.status_code == 200
