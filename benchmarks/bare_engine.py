@@ -36,8 +36,9 @@ class BareEngine:
                 now = time.monotonic()
                 tokens += event.token is not None
                 first.setdefault(event.id, now - queued[event.id])
-                if event.finish_reason and (request := next(waiting, None)) is not None:
-                    queued[engine.add(request).id] = now
+                following = next(waiting, None) if event.finish_reason else None
+                if following is not None:
+                    queued[engine.add(following).id] = now
         return {
             "rate": tokens / (time.monotonic() - start),
             "first": list(first.values()),

@@ -10,7 +10,9 @@ line, which --out saves. docs/server.md says what the parts are.
 from __future__ import annotations
 
 import random
+import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -158,7 +160,7 @@ def prefill(systems: dict[str, System], prompts: Prompts, plan: Plan) -> Iterabl
         yield part, Figure(name, "first token of the long prompt", "ms", first, better="lower")
 
 
-def percentile(values: list[float], percent: float) -> float:
+def percentile(values: list[float], percent: int) -> float:
     """The smallest value that `percent` of the values do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
@@ -209,10 +211,19 @@ def main(
     settings = {"shape": shape, "rounds": rounds, "streams": list(numbers), "prompt": prompt}
     settings |= {"new": new, "rows": rows, "length": length}
     result = make_result(f"server {shape}", settings, [figure for _, figure in found])
+    if llama_server is not None:
+        result["versions"]["llama-server"] = llama_server_version(llama_server)
     for figure, (part, _) in zip(result["figures"], found, strict=True):
         figure["part"] = part
     print("\n".join(tables_by_part([result])))
     finish(result, out, show_table=False)
+
+
+def llama_server_version(binary: str) -> str:
+    """What `llama-server --version` says, such as "0.5.0-dev"."""
+    done = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"version: (\S+)", done.stdout + done.stderr)
+    return found[1] if found else "unknown"
 
 
 def check(shape: str, parts: str, llama_server: str | None) -> list[str]:
