@@ -13,6 +13,10 @@ class QueueFull(RuntimeError):  # noqa: N818 - as asyncio.QueueFull
     """The engine's queue is full: try again when other requests have ended."""
 
 
+class GrammarError(ValueError):
+    """An answer cannot go on: its grammar allows nothing more, or has become too complex."""
+
+
 class Terminated(SystemExit):
     """SIGTERM arrived: torchrun sends it to the remaining ranks when one has ended."""
 

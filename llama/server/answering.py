@@ -8,17 +8,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from llama.common.errors import QueueFull
+from llama.common.errors import GrammarError, QueueFull
 from llama.engine.request import Request
 from llama.generation import Answer, Piece
 from llama.server.common_body import CommonBody
-from llama.server.errors import ApiError, error_object
+from llama.server.errors import ApiError, error_object, unavailable
 from llama.server.guard import DisconnectError, Receive, Send
 from llama.server.replies import DONE, event, to_json
 from llama.server.ticket import Ticket
@@ -52,8 +52,11 @@ class Prepared:
 
 
 @contextlib.asynccontextmanager
-async def watched(receive: Receive) -> AsyncIterator[None]:
-    """A block that a disconnection ends with DisconnectError. The body has been read."""
+async def watched(receive: Receive) -> AsyncIterator[Callable[[], None]]:
+    """A block that a disconnection ends with DisconnectError. The body has been read.
+
+    Yields a check that raises it too: `asyncio.wait_for` may return in spite of a cancellation.
+    """
     task = asyncio.current_task()
     assert task is not None
     gone = False
@@ -65,12 +68,15 @@ async def watched(receive: Receive) -> AsyncIterator[None]:
         gone = True
         task.cancel()
 
+    def check() -> None:
+        if gone:
+            raise DisconnectError
+
     watcher = asyncio.create_task(watch())
     try:
-        yield
+        yield check
     except asyncio.CancelledError:
-        if gone:
-            raise DisconnectError from None
+        check()
         raise
     finally:
         watcher.cancel()
@@ -112,6 +118,8 @@ def as_api_error(error: Exception) -> Exception:
         return unavailable(str(error), "unavailable", 5)
     if isinstance(error, ApiError | DisconnectError):
         return error
+    if isinstance(error, GrammarError):
+        return ApiError(400, f"{error}; use a simpler schema")
     # Its message may quote a text; only these cannot.
     cause = f": {error}" if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
     log.error("An answer failed: %s%s", type(error).__name__, cause)
@@ -121,12 +129,6 @@ def as_api_error(error: Exception) -> Exception:
         type="server_error",
         headers={"x-should-retry": "false"},
     )
-
-
-def unavailable(message: str, code: str, seconds: int) -> ApiError:
-    """A 503 that says when to try again."""
-    headers = {"Retry-After": str(seconds)}
-    return ApiError(503, message, type="server_error", code=code, headers=headers)
 
 
 def timed_out() -> ApiError:

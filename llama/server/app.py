@@ -181,7 +181,7 @@ def describe_model(service: Service) -> dict[str, Any]:
 
 def stored_scheme(llama: Llama) -> str | None:
     """How the weights of the layers are stored: "int8", "int4", or None."""
-    linear = llama.model.layers[0].attention.wq
+    linear = llama.model.get_submodule("layers.0.attention.wq")
     return {Int8Linear: "int8", Int4Linear: "int4"}.get(type(linear))
 
 
@@ -212,8 +212,9 @@ async def generate(
         return prepare(service, llama, read_json(data))
 
     try:
-        async with watched(receive):
+        async with watched(receive) as check_client:
             prepared = await run(service, read, data)
+            check_client()
             await respond(prepared, service.worker, service.settings.request_timeout, send)
     except DisconnectError:
         pass

@@ -41,6 +41,12 @@ def invalid(param: str | None, message: str, code: str | None = None) -> ApiErro
     return ApiError(400, message, param=param or None, code=code)
 
 
+def unavailable(message: str, code: str, seconds: int) -> ApiError:
+    """A 503 that says when to try again."""
+    headers = {"Retry-After": str(seconds)}
+    return ApiError(503, message, type="server_error", code=code, headers=headers)
+
+
 def error_object(error: ApiError) -> dict[str, Any]:
     """{"error": ...}, with bounded texts: a body, or an event of a stream that has begun."""
     return {

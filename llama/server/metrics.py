@@ -37,7 +37,7 @@ class Metrics:
             registry=self._registry,
             buckets=SECONDS,
         )
-        self._registry.register(self)  # type: ignore[arg-type]  # has `collect`
+        self._registry.register(self)
         worker.on_end = self.count_answers
 
     def counter_of(self, paths: Iterable[str]) -> Callable[[str, int, float], None]:

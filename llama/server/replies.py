@@ -36,7 +36,7 @@ class ChatReply:
         self._envelope = Envelope("chatcmpl", model, body, self.usage)
         self._decode_bytes = tokenizer.decode_bytes
         self._aligners = [TokenAligner(tokenizer.decode_bytes) for _ in range(body.n)]
-        names = [tool["name"] for tool in body.offered_tools]
+        names = [] if body.constrained else [tool["name"] for tool in body.offered_tools]
         self._readers = [
             ToolStream(tokenizer, names, parallel=body.parallel_tool_calls)
             for _ in range(body.n if names else 0)

@@ -30,6 +30,7 @@ log = logging.getLogger("llama")
 STEP_ENDS_WITHIN = 10.0  # seconds for the last step, after its requests have been cancelled
 CLOSES_WITHIN = 2  # seconds for clients to take the rest of their responses
 FAILURE_SHOWN = 1.0  # seconds in which /health tells of a failed model before the process ends
+MORE_CONNECTIONS = 256  # beside those of requests that wait: running ones, idle browsers
 MAX_HEAD = 65_536  # bytes of a request's line and headers
 
 
@@ -122,7 +123,12 @@ def http_server(app: Starlette, settings: ServerSettings) -> uvicorn.Server:
 
     config = uvicorn.Config(
         app,
-        http=partial(TimedConnection, receive_timeout=settings.receive_timeout),  # type: ignore[arg-type]
+        http=partial(  # type: ignore[arg-type]
+            TimedConnection,
+            receive_timeout=settings.receive_timeout,
+            send_timeout=settings.request_timeout,
+            most=settings.max_queue + MORE_CONNECTIONS,
+        ),
         ws="none",
         lifespan="off",
         log_config=None,

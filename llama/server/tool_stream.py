@@ -6,13 +6,13 @@ built-in calls and fenced blocks are held until the answer ends.
 
 from __future__ import annotations
 
+import json
 import re
-import secrets
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from llama.engine.request import FinishReason
 from llama.server.tool_arguments import ArgumentsReader
+from llama.server.tool_deltas import Delta, DeltaWriter
 from llama.server.tool_marks import (
     CLOSE,
     CODE,
@@ -32,8 +32,6 @@ from llama.text.detokenizer import overlap
 from llama.text.tool_parser import PYTHON_TAG
 from llama.tokenizer import Tokenizer
 
-Delta = dict[str, Any]
-
 
 class ToolStream:
     """The deltas of one answer; they depend on its text and ids, not on how `feed` gets them.
@@ -46,18 +44,12 @@ class ToolStream:
     Args:
         names: the tools that the request offers.
         parallel: whether there may be several calls; otherwise those after the first are dropped.
-
-    Attributes:
-        called: how many calls are complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, names: Collection[str], *, parallel: bool = True):
-        self.called = 0
         self._names, self._parallel = names, parallel
         self._input = TaggedText(tokenizer)
-        self._deltas: list[Delta] = []
-        self._begun = 0  # calls
-        self._has_content = False
+        self._out = DeltaWriter()
         self._text = ""  # what has become neither content nor a complete call
         self._first = 0  # where in `_text` the calls begin: after spaces and a tag
         self._at = 0  # how much of `_text` has been read
@@ -86,8 +78,12 @@ class ToolStream:
         self._text += self._input.feed(ids, text, last=reason is not None)
         while self._state(reason):
             pass
-        deltas, self._deltas = self._deltas, []
-        return deltas
+        return self._out.take()
+
+    @property
+    def called(self) -> int:
+        """How many calls are complete."""
+        return self._out.called
 
     # The states. Each reads `_text` and returns whether to go on with another state at once.
 
@@ -134,14 +130,14 @@ class ToolStream:
 
     def _prose(self, reason: FinishReason | None) -> bool:
         """Text in which calls may follow. Spaces beside calls are dropped."""
-        if self._begun and not self._has_content:
+        if self._out.begun and not self._out.has_content:
             self._text = self._text.lstrip()
         text = self._text
         found = [text.find(FUNCTION), -1 if self._functions else text.find(TAG)]
         cut = min((at for at in found if at >= 0), default=None)
         if cut is None and reason is not None:
             self._text = ""
-            self._content(text.rstrip() if self._begun else text)
+            self._content(text.rstrip() if self._out.begun else text)
             return False
         end = len(text) - overlap(text, FUNCTION) if cut is None else cut
         length = len(text[:end].rstrip())
@@ -166,7 +162,7 @@ class ToolStream:
         self._first, self._at = self._at, head.end()
         self._begin(head[1])
         if self._text.startswith(FUNCTION_END, self._at):
-            self._send_arguments("{}")
+            self._out.arguments("{}")
             return self._function_complete()
         return self._to(self._arguments)
 
@@ -184,13 +180,13 @@ class ToolStream:
         text, used = self._reader.feed(characters)
         self._at += used
         if not self._reader.done:
-            self._send_arguments(text)
+            self._out.arguments(text)
             broken = self._reader.failed or reason == "stop"
             return broken and self._to(self._content_only)
         if self._functions:
-            self._send_arguments(text)
+            self._out.arguments(text)
             return self._function_complete()
-        self._send_arguments(text[:-1])  # the last bracket, once the call is complete
+        self._out.arguments(text[:-1])  # the last bracket, once the call is complete
         return self._to(self._json_tail)
 
     def _json_tail(self, reason: FinishReason | None) -> bool:
@@ -211,7 +207,7 @@ class ToolStream:
         if not head:
             may_be_call = text[separators.end()] in "[{"
             return self._hold(reason) if may_be_call else self._to(self._content_only)
-        self._complete("}")
+        self._out.complete("}")
         in_list = (self._prefix or self._open[1]) and "]" not in separators[0]
         self._prefix = "[" if in_list else ""
         self._text, self._open, self._closed = text[head.start() :], None, False
@@ -222,7 +218,7 @@ class ToolStream:
         return self._json_call(head)
 
     def _function_complete(self) -> bool:
-        self._complete()
+        self._out.complete()
         before = self._text[: self._first].replace(TAG, "")
         self._text, self._at = before + self._text[self._at :], len(before)
         return self._to(self._function_end if self._parallel else self._drop)
@@ -242,13 +238,13 @@ class ToolStream:
             return self._to(self._content_only)
         if not self._open_code:
             self._open_code = True
-            self._begin(CODE)
-            self._send_arguments('{"code":"')
+            self._out.begin(CODE)
+            self._out.arguments('{"code":"')
             self._text = self._text.partition(TAG)[2]
-        self._send_arguments(dump_arguments(self._text.replace(TAG, PYTHON_TAG))[1:-1])
+        self._out.arguments(dump_arguments(self._text.replace(TAG, PYTHON_TAG))[1:-1])
         self._text = ""
         if reason == "stop":
-            self._complete('"}')
+            self._out.complete('"}')
         return False
 
     def _content_only(self, reason: FinishReason | None) -> bool:
@@ -262,52 +258,36 @@ class ToolStream:
         self._text = ""
         return False
 
+    def _begin(self, name: str) -> None:
+        self._out.begin(name)
+        self._reader = ArgumentsReader()
+
+    def _content(self, text: str) -> None:
+        self._out.content(text.replace(TAG, PYTHON_TAG))
+
     def _to(self, state: Callable[[FinishReason | None], bool]) -> bool:
         self._state = state
         return True
 
     def _finish(self, reason: FinishReason) -> None:
         """The answer has ended while its calls were undecided."""
-        guard = "." if self._functions and self._has_content else ""  # keeps spaces after it
+        guard = "." if self._functions and self._out.has_content else ""  # keeps spaces after it
         reply = parse_tagged(guard + self._prefix + self._text)
         calls = reply.tool_calls if self._parallel else reply.tool_calls[:1]
         if not calls or any(call["name"] not in self._names for call in calls):
-            if reason == "stop" or not self._begun:
+            calls = []
+        if self._open and calls:  # `calls` may differ, by a key after the arguments
+            sent = dump_arguments(json.loads(self._out.sent + "}"))
+            calls = calls if sent == dump_arguments(calls[0]["arguments"]) else []
+        if not calls:
+            if reason == "stop" or not self._out.begun:
                 self._content(self._text)
             elif self._closed:  # what follows the call was cut off
-                self._complete("}")
+                self._out.complete("}")
             return
-        self._content(reply.content.removeprefix(guard))
+        self._out.content(reply.content.removeprefix(guard))
         if self._open:
-            self._complete("}")
+            self._out.complete("}")
         for call in calls[1 if self._open else 0 :]:
-            self._begin(call["name"])
-            self._complete(dump_arguments(call["arguments"]))
-
-    # Deltas.
-
-    def _content(self, text: str) -> None:
-        if not text:
-            return
-        self._has_content = True
-        text = text.replace(TAG, PYTHON_TAG)
-        if self._deltas and "content" in self._deltas[-1]:
-            self._deltas[-1]["content"] += text
-        else:
-            self._deltas.append({"content": text})
-
-    def _begin(self, name: str) -> None:
-        function = {"name": name, "arguments": ""}
-        call = {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
-        self._deltas.append({"tool_calls": [{"index": self._begun} | call]})
-        self._begun += 1
-        self._reader = ArgumentsReader()
-
-    def _send_arguments(self, text: str) -> None:
-        if text:
-            part = {"index": self._begun - 1, "function": {"arguments": text}}
-            self._deltas.append({"tool_calls": [part]})
-
-    def _complete(self, text: str = "") -> None:
-        self._send_arguments(text)
-        self.called += 1
+            self._out.begin(call["name"])
+            self._out.complete(dump_arguments(call["arguments"]))

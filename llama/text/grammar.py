@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llama.common.daemon_thread import call_in_daemon
+from llama.common.errors import GrammarError
 from llama.common.extras import install_line
 from llama.text.json_schema import checked_schema
 
@@ -66,12 +67,12 @@ class GrammarState:
         """(rows,) bool: ids that may come next; stop tokens only where the text may end.
 
         Raises:
-            ValueError: no id may follow, or the grammar became too complex.
+            GrammarError: no id may follow, or the grammar has become too complex.
         """
         self._matcher.unsafe_compute_mask_ptr(self._words.data_ptr(), 4 * len(self._words))
         self._check()
         if not self._words.any():
-            raise ValueError("the vocabulary has no token for the text that the grammar asks for")
+            raise GrammarError("the vocabulary has no token for the text that the grammar asks for")
         bits = _bits_of_bytes()[self._words.view(torch.uint8).int()]
         return bits.view(torch.bool)[: self._rows]
 
@@ -79,14 +80,14 @@ class GrammarState:
         """Advance by a generated id, which may be a stop token.
 
         Raises:
-            ValueError: `allowed` forbids the id.
+            GrammarError: `allowed` forbids the id.
         """
         if not self._matcher.consume_token(token):
             self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ValueError(f"the grammar failed: {_reason(self._matcher.get_error())}")
+            raise GrammarError(f"the grammar failed: {_reason(self._matcher.get_error())}")
 
 
 class Grammar:
@@ -108,7 +109,7 @@ class Grammar:
             raise ValueError(f"{what} cannot be used: {_reason(matcher.get_error())}")
         try:
             GrammarState(matcher, self._rows).allowed()
-        except ValueError as error:
+        except GrammarError as error:
             raise ValueError(f"{what} allows no text: {error}") from None
         return matcher
 
@@ -248,7 +249,7 @@ def _reason(message: str) -> str:
     if "coerce_one_of" in message:
         return "the alternatives of a oneOf may overlap; use anyOf"
     if "NoExtension" in message:
-        return "nothing may follow; does a $ref lead to itself?"
+        return "no token may follow: the vocabulary lacks the text, or a $ref leads to itself"
     first, *rest = message.strip().splitlines()
     errors = [line for line in rest if line.startswith("error: ")]
     return " ".join([first, *errors[:1]])[:300]

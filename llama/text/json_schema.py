@@ -56,15 +56,13 @@ def checked_schema(schema: Mapping[str, Any] | bool, what: str) -> dict[str, Any
 
 def _depths(value: object) -> Iterator[int]:
     """How deep each list and object of a value is. Not recursive."""
-    waiting = [(1, value)]
+    waiting: list[tuple[int, Any]] = [(1, value)]
     while waiting:
         depth, value = waiting.pop()
-        inner = value.values() if isinstance(value, Mapping) else value
-        if isinstance(inner, (list, tuple)) or isinstance(value, Mapping):
+        inner = list(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(inner, (list, tuple)):
             yield depth
-            waiting += [(depth + 1, item) for item in inner]  # type: ignore[union-attr]
-            if depth > MAX_SCHEMA_DEPTH:
-                return
+            waiting += [(depth + 1, item) for item in inner]
 
 
 def _prepared(schema: Any, patterns: _Patterns) -> Any:

@@ -109,7 +109,7 @@ class _Rules:
 
     def python_call(self, name: str, schema: dict[str, Any]) -> None:
         """Arguments in order; optional ones may be left out, so commas depend on what came."""
-        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        shared = {key: value for key, value in schema.items() if key in ("$defs", "definitions")}
         required = schema.get("required", [])
         rule = f"args{len(self._calls)}"
         first, later = f"{rule}_first", f"{rule}_later"

@@ -124,9 +124,8 @@ def generate_steered(engine: Engine) -> dict[str, Any]:
     if tensor_parallel.size() > 1:
         refused = error_of(lambda: engine.check(Request(SHARED, time_limit=9.0)))
         assert "time_limit is for one rank" in refused
-    scores = [
-        x for g in group for top in [*g.top_logprobs, *g.prompt_top_logprobs[1:]] for x in top
-    ]
+    tops = [top for g in group for top in [*g.top_logprobs, *g.prompt_top_logprobs]]
+    scores = [x for top in tops for x in top or []]
     return {
         "steered": [[g.tokens, g.finish_reason, g.reused] for g in group],
         "finished": engine.metrics().finished,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from llama.engine.compiled_step import CompiledStep
 from llama.engine.drawing_step import Row, draw_rows
+from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.engine.sampling import Sampling, sample, sample_rows, uniform_of
 from llama.layers.optimize import optimize
 from llama.model import KVCache, ModelArgs, Transformer, TransformerBlock
+from tests.engine.test_steering import Cycle
 
 SETTINGS = [
     Sampling(0.0),
@@ -137,3 +142,38 @@ def test_ids_without_a_token_are_not_drawn() -> None:
     [drawn] = draw_rows(step, [row])
     assert drawn.token == second
     assert drawn.logprob == pytest.approx(float(logits.log_softmax(-1)[second]), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampling": Sampling(0.0, frequency_penalty=1.5)},
+        {"logit_bias": {7: 9.0}},
+        {"top_logprobs": 3},
+        {"grammar": Cycle(5)},
+    ],
+)
+def test_steered_rows_are_drawn_plainly(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Beside plain rows, in an engine whose plain steps are graphs from ids to ids."""
+    torch.manual_seed(0)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=50, max_seq_len=64)
+    model = Transformer(replace(args, max_batch_size=2)).requires_grad_(False)
+    optimize(model)
+    fields: dict[str, Any] = {"sampling": Sampling(0.8), "seed": 4, "logprobs": True} | options
+    requests = [Request([1, 2, 3], 5, Sampling(0.0)), Request([3, 4], 12, **fields)]
+    want = Engine(model).run(requests)
+    engine = Engine(model)
+    engine.compiled = step = CompiledStep(model, engine.cache)
+    step.block, step.graphed = TransformerBlock.forward, True
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr("llama.engine.compiled_step.Graph", lambda run, *_: run)
+    for request, drawn in zip(requests, (True, False), strict=True):
+        step.graphs.clear()
+        engine.run([request])
+        assert any(key[0] == "draw" for key in step.graphs) is drawn  # type: ignore[index]
+    found = engine.run(requests)
+    assert [g.ids for g in found] == [g.ids for g in want]
+    assert found[1].generated_logprobs == pytest.approx(want[1].generated_logprobs, abs=1e-4)
+    assert len(found[1].top_logprobs) == (12 if "top_logprobs" in options else 0)

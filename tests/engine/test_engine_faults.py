@@ -158,13 +158,13 @@ def test_an_interrupt_while_rows_change_places(
     assert_as_alone(model, after)
 
 
-def interrupted_at(line: int) -> Callable[..., Any]:
-    """A trace function that raises KeyboardInterrupt at the nth line run in llama/engine."""
+def interrupted_at(line: int, where: str = "llama/engine/") -> Callable[..., Any]:
+    """A trace function that raises KeyboardInterrupt at the nth line run in a folder or file."""
     left = line
 
     def trace(frame: Any, event: str, arg: object) -> Any:
         nonlocal left
-        if "llama/engine/" not in frame.f_code.co_filename.replace("\\", "/"):
+        if where not in frame.f_code.co_filename.replace("\\", "/"):
             return None
         if event == "line":
             left -= 1

@@ -28,7 +28,8 @@ HOW = Sampling(0.9, 0.95)
 
 
 def siblings(n: int, prompt: list[int] = SHARED, **options: Any) -> list[Generation]:
-    fields = {"max_gen_len": 6, "sampling": HOW, "logprobs": True, "reuse": False} | options
+    fields: dict[str, Any] = {"max_gen_len": 6, "sampling": HOW, "logprobs": True, "reuse": False}
+    fields |= options
     return [Generation(Request(prompt, seed=j, **fields)) for j in range(n)]
 
 
@@ -146,14 +147,15 @@ def test_all_or_none(model: Transformer) -> None:
     assert engine.metrics().requests == 4
 
 
-@pytest.mark.parametrize("first", range(1, 4))
-def test_an_interrupt_at_any_line(model: Transformer, first: int) -> None:
+@pytest.mark.parametrize("file", ["unfinished", "admission", "slots"])
+def test_an_interrupt_at_any_line(model: Transformer, file: str) -> None:
     """All siblings are queued or none; those that go on get their ids; the counts agree."""
-    interrupts = 0
-    for line in range(first, 900, 29):
-        engine, group = Engine(model, prefill_chunk=8), siblings(4, max_gen_len=2, reuse=True)
+    interrupts, line = 0, 0
+    while interrupts == line:
+        line += 1
+        engine, group = Engine(model, prefill_chunk=16), siblings(4, max_gen_len=1, sampling=GREEDY)
         before = sys.gettrace()
-        sys.settrace(interrupted_at(line))
+        sys.settrace(interrupted_at(line, f"engine/{file}.py"))
         try:
             engine.queue_siblings(group)
             while engine.busy:
@@ -166,9 +168,9 @@ def test_an_interrupt_at_any_line(model: Transformer, first: int) -> None:
             engine.step()
         engine.step()
         queued = [g for g in group if g.finish_reason is not None]
-        assert len(queued) in (0, 4)
+        assert len(queued) in (0, 4), line
         assert_as_alone(model, *(g for g in queued if g.error is None))
         now = engine.metrics()
-        assert now.requests == sum(now.finished.values()) == len(queued)
+        assert now.requests == sum(now.finished.values()) == len(queued), line
         assert now.generated_tokens == sum(len(g.ids) for g in group if g in queued)
-    assert interrupts > 15
+    assert interrupts > 50

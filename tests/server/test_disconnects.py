@@ -6,6 +6,7 @@ import json
 import random
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -92,3 +93,15 @@ def test_slow_reader_holds_up_nobody(server: RunningServer, tiny_llama: Llama) -
         [choice] = json.loads(event)["choices"]
         texts[choice["index"]] += choice["text"]
     assert texts == [choice["text"] for choice in whole["choices"]]
+
+
+def test_a_client_that_takes_nothing_is_disconnected(
+    start_server: Callable[..., RunningServer],
+) -> None:
+    """After the time that an answer may take; what it is sent is not kept for ever."""
+    server = start_server(request_timeout=0.5).wait_until_ready()
+    with connect(server) as sock:
+        get = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        sock.sendall(get * 2000)
+        wait_for(lambda: server.server.server_state.connections)
+        wait_for(lambda: not server.server.server_state.connections)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from llama.server import serve
 from llama.server.settings import MAX_BODY, ServerSettings
 from tests.server.raw import connect, post, read_all
 from tests.server.running import RunningServer
@@ -156,6 +157,20 @@ def test_what_is_not_http(server: RunningServer, junk: bytes) -> None:
         sock.sendall(junk + b"\r\n\r\n")
         response = read_all(sock)
     assert response.startswith(b"HTTP/1.1 400 ") and b'"error"' in response
+
+
+def test_too_many_connections(
+    start_server: Callable[..., RunningServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last one is refused at once; those that are open go on."""
+    monkeypatch.setattr(serve, "MORE_CONNECTIONS", 2)
+    server = start_server(max_queue=1).wait_until_ready()
+    with server.http() as http:
+        assert http.get("/health").status_code == 200
+        with connect(server), connect(server), connect(server) as fourth:
+            response = read_all(fourth)
+            assert response.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: 5" in response
+            assert http.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("where", ["head", "body", "second request"])

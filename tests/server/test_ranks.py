@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -54,7 +55,11 @@ class Job:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write(tmp_path_factory.mktemp("ranks") / "model", vocab_size=261)
+    folder = Path(write(tmp_path_factory.mktemp("ranks") / "model", vocab_size=261))
+    sidecar = folder / "tokenizer.model.json"
+    spec = json.loads(sidecar.read_text()) | {"stop_tokens": ["<|im_end|>"]}  # grammars need one
+    sidecar.write_text(json.dumps(spec))
+    return str(folder)
 
 
 @pytest.fixture
@@ -91,9 +96,34 @@ def test_answers_cancels_and_the_end(job: Job, folder: str) -> None:
     assert stopped["text"] == whole[: whole.index(whole[40:50])]
     assert http.post(COMPLETE, json=LONG | {"prompt": [999]}).status_code == 400
     assert http.post(COMPLETE, json=LONG).json()["choices"][0]["text"] == whole
+    check_what_rank_0_alone_knows(http)
     for rank in job.ranks:
         rank.send_signal(signal.SIGTERM)
     assert [code for code, _ in job.end()] == [0, 0]
+
+
+def check_what_rank_0_alone_knows(http: httpx.Client) -> None:
+    """Grammars, biases, penalties and seeds."""
+    schema: dict[str, Any] = {"type": "object", "properties": {"a": {"enum": ["x", "yz"]}}}
+    schema |= {"required": ["a"], "additionalProperties": False}
+    body = {
+        "messages": [{"role": "user", "content": "Hello"}],
+        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+        "frequency_penalty": 1.5,
+        "temperature": 1.0,
+        "seed": 7,
+        "n": 2,
+        "logprobs": True,
+        "top_logprobs": 3,
+    }
+    one, other = (http.post("/v1/chat/completions", json=body).json() for _ in range(2))
+    messages = [[choice["message"] for choice in reply["choices"]] for reply in (one, other)]
+    assert messages[0] == messages[1]
+    for choice in one["choices"]:
+        assert json.loads(choice["message"]["content"])["a"] in ("x", "yz")
+        assert all(len(entry["top_logprobs"]) == 3 for entry in choice["logprobs"]["content"])
+    biased = LONG | {"max_tokens": 5, "logit_bias": {"65": 100}}
+    assert http.post(COMPLETE, json=biased).json()["choices"][0]["text"] == "AAAAA"
 
 
 @pytest.mark.slow

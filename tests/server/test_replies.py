@@ -210,6 +210,15 @@ def test_tools_that_must_not_be_called_are_content(llama: Llama) -> None:
         assert whole["finish_reason"] == ("tool_calls" if called else "stop")
 
 
+def test_an_answer_that_a_format_constrains_is_no_call(llama: Llama) -> None:
+    text = '{"name": "get_weather", "parameters": {"city": "Oslo"}}'
+    data = {"messages": HELLO, "tools": [WEATHER], "response_format": {"type": "json_object"}}
+    reply, requests = chat_reply(llama, data)
+    answered(llama, reply, requests, text)
+    [choice] = reply.whole()["choices"]
+    assert choice["message"]["content"] == text and choice["finish_reason"] == "stop"
+
+
 def test_completions_of_two_prompts(llama: Llama) -> None:
     data = {"prompt": ["One", "Two"], "n": 2, "logprobs": 2, "max_tokens": 40}
     stream = {"stream": True, "stream_options": {"include_usage": True}}
@@ -284,3 +293,23 @@ def test_numbers_that_json_lacks() -> None:
 def test_events_are_ascii_lines() -> None:
     data = event({"text": "\u2028\u00e9\n\r"})
     assert data == b'data: {"text":"\\u2028\\u00e9\\n\\r"}\n\n' and DONE == b"data: [DONE]\n\n"
+
+
+def test_cached_prompt_tokens_are_the_engines(llama: Llama) -> None:
+    """Of the first answer to each prompt: its siblings copy what it has."""
+    llama.engine.forget()
+    data = {"prompt": ["One two three four", "Five six"], "n": 2, "max_tokens": 2}
+    cached = []
+    for _ in range(2):
+        reply, requests = completion_reply(llama, data)
+        generations = llama.engine.run(requests)
+        for index, generation in enumerate(generations):
+            answer = Answer(llama.engine, generation, Detokenizer(llama.tokenizer.decode_bytes))
+            while (piece := answer.read()) is not None:
+                reply.piece(index, answer, piece)
+        usage = reply.whole()["usage"]
+        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
+        assert cached[-1] == sum(generation.reused for generation in generations[::2])
+        assert usage["prompt_tokens"] == sum(len(request.prompt) for request in requests[::2])
+        assert usage["completion_tokens"] == sum(len(generation.ids) for generation in generations)
+    assert cached[0] <= 1 and cached[1] == usage["prompt_tokens"] - 2  # all but the last of each

@@ -188,6 +188,12 @@ def test_random_text(tokenizer: Tokenizer) -> None:
         ('{"name": "f", "parameters": {"a": 1}} I hope this helps.', None, [("f", '{"a":1')]),
         ('{"name": "f", "parameters": {"a": 1, "b": oh}}', None, [("f", '{"a":1,"b":')]),
         ('{"name": "f", "parameters": {"a": "x', None, [("f", '{"a":"x')]),
+        ('{"name": "f", "parameters": {"a": 1}, "id": "x"}', "", [("f", '{"a":1}')]),
+        (
+            '{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 2}}',
+            None,
+            [("f", '{"a":1')],
+        ),
         ('<function=f>{"a": 1, "a": 2}', None, [("f", '{"a":1,"a"')]),
     ],
 )

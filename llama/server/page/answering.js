@@ -1,11 +1,11 @@
 // Fills one answer from the server's stream, and says how it ended. Knows nothing of the page.
 
 import { ConnectionLost, Refused, events, request } from "./api.js";
-import { nextFrame, pause } from "./dom.js";
+import { nextFrame, pause, sentence } from "./dom.js";
 import { saveConversation, saveTokens } from "./store.js";
 import { fromCompletion, fromEntry, joined } from "./token.js";
 
-const SLICE = 10; // milliseconds of reading before the browser may draw
+const EVENTS_A_FRAME = 64; // read before the browser may draw: bounds the work of a frame
 const SAVE_EVERY = 1000; // milliseconds
 const ALTERNATIVES = 10;
 const BASE_TOKENS = 256; // of a base model's answer: it rarely ends by itself
@@ -58,13 +58,14 @@ export class Answering {
 
   fail(error) {
     const { message } = this;
+    if (message.status !== "streaming") return; // it was complete already
     if (error.name === "AbortError") {
       Object.assign(message, { status: "stopped", note: "Stopped." });
     } else if (error instanceof ConnectionLost) {
-      Object.assign(message, { status: "broken", note: error.message });
+      Object.assign(message, { status: "broken", note: sentence(error.message) });
       this.server.connect();
     } else if (error instanceof Refused) {
-      Object.assign(message, { status: "failed", note: error.message });
+      Object.assign(message, { status: "failed", note: sentence(error.message) });
     } else {
       Object.assign(message, { status: "failed", note: "The server sent something else." });
       console.warn(error);
@@ -86,6 +87,11 @@ export class Answering {
         return response;
       } catch (error) {
         if (error.status === 401 && (await this.server.askKey(error.message))) continue;
+        if (error.code === "model_not_found" && !this.renamed) {
+          this.renamed = true; // the server has another model than before
+          await this.server.connect();
+          continue;
+        }
         if (error.status !== 503) throw error;
         await Promise.race([pause(1000 * this.server.wait(error)), this.aborted()]);
       }
@@ -126,13 +132,10 @@ export class Answering {
   }
 
   async read(response) {
-    let slice = performance.now();
+    let count = 0;
     for await (const event of events(response)) {
       this.take(event);
-      if (performance.now() - slice > SLICE) {
-        await nextFrame();
-        slice = performance.now();
-      }
+      if (++count % EVENTS_A_FRAME === 0) await nextFrame();
       if (performance.now() - this.saved > SAVE_EVERY) await this.save();
     }
   }

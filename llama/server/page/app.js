@@ -18,7 +18,16 @@ let current = null;
 
 const server = new Server(serverChanged, dialogs.askKey);
 const isStop = (id) => server.isStop(id);
-const view = new View({ regenerate, goOn, resend, branch, choose, isStop });
+const view = new View({
+  regenerate,
+  goOn,
+  resend,
+  branch,
+  choose,
+  isStop,
+  isBusy,
+  drawn: showGauge,
+});
 const sidebar = new Sidebar({ open, rename, remove, exportOne });
 const composer = new Composer({ send, stop, editLast });
 
@@ -75,6 +84,20 @@ async function remove(conversation) {
   else showState();
 }
 
+/** Another tab has changed a conversation: take over what it stored when its answer is complete. */
+async function takeOver(id) {
+  const fresh = await store.loadConversation(id);
+  const old = conversations.find((one) => one.id === id);
+  const writing = [...(fresh?.messages.values() ?? [])].some(
+    ({ status }) => status === "streaming",
+  );
+  if (writing || running.has(old)) return;
+  const others = conversations.filter((one) => one !== old);
+  conversations = (fresh ? [fresh, ...others] : others).sort((a, b) => b.updated - a.updated);
+  if (old && old === current) await open(fresh ?? blank());
+  else showState();
+}
+
 async function download(list, name) {
   for (const one of list) await store.loadTokens([...one.messages.values()]);
   const file = new Blob([exported(list)], { type: "application/json" });
@@ -107,11 +130,7 @@ async function importFile(file) {
 
 async function answer(conversation, message) {
   if (running.has(conversation)) return;
-  const changed = () => {
-    if (conversation !== current) return;
-    view.changed(message);
-    showGauge();
-  };
+  const changed = () => conversation === current && view.changed(message);
   const answering = new Answering({ server, conversation, message, changed });
   running.set(conversation, answering);
   const kept = keep(conversation);
@@ -136,8 +155,14 @@ function stop() {
   running.get(current)?.stop();
 }
 
+/** Whether an answer is being written, which has to end first. */
+function isBusy() {
+  if (running.has(current)) toast("Stop the answer first.");
+  return running.has(current);
+}
+
 function regenerate(message) {
-  if (running.has(current)) return;
+  if (isBusy()) return;
   answer(current, current.add(message.parent, { role: "assistant", status: "streaming" }));
 }
 
@@ -149,14 +174,13 @@ function goOn(message) {
 }
 
 function resend(message, text) {
-  if (running.has(current)) return;
   const question = current.add(message.parent, { role: "user", content: text });
   answer(current, current.add(question.id, { role: "assistant", status: "streaming" }));
 }
 
 /** Another answer that begins as this one did, up to a token, and goes on with an alternative. */
 function branch(message, index, candidate) {
-  if (running.has(current)) return toast("Stop the answer before you branch.");
+  if (isBusy()) return;
   const { top } = message.tokens[index];
   const tokens = [...message.tokens.slice(0, index), { ...candidate, top }];
   const fields = { role: "assistant", status: "streaming", tokens, forkedAt: index };
@@ -215,6 +239,7 @@ async function start() {
   conversations = await store.loadConversations();
   for (const { messages } of conversations)
     for (const one of messages.values()) markUnfinished(one);
+  store.listenToOtherTabs(takeOver);
   const here = () => conversations.find(({ id }) => `#${id}` === location.hash);
   window.addEventListener("hashchange", () => here() && open(here()));
   byId("new").addEventListener("click", () => open(blank()));

@@ -3,6 +3,9 @@
 import { byId } from "./dom.js";
 import { remember } from "./store.js";
 
+const TOUCH = window.matchMedia("(hover: none)"); // the Enter key of a screen starts a line
+const NUMBERS = new Intl.NumberFormat("en");
+
 export class Composer {
   /** @param actions what the field does: send, stop, editLast */
   constructor(actions) {
@@ -23,7 +26,7 @@ export class Composer {
     this.field.disabled = false; // only now is what is written kept
     this.field.value = remember.get(`draft.${name}`) ?? "";
     this.fit();
-    if (window.matchMedia("(hover: hover)").matches) this.field.focus();
+    if (!TOUCH.matches) this.field.focus();
   }
 
   changed() {
@@ -39,7 +42,7 @@ export class Composer {
 
   key(event) {
     if (event.isComposing) return; // Enter ends the input of a character, not the message
-    if (event.key === "Enter" && !event.shiftKey && !event.altKey) {
+    if (event.key === "Enter" && !event.shiftKey && !event.altKey && !TOUCH.matches) {
       event.preventDefault();
       this.send();
     } else if (event.key === "ArrowUp" && this.field.value === "") {
@@ -62,11 +65,11 @@ export class Composer {
     this.isBusy = busy;
     byId("send").hidden = busy;
     byId("stop").hidden = !busy;
-    if (focused) (busy ? byId("stop") : this.field).focus();
+    if (focused && !(TOUCH.matches && !busy)) (busy ? byId("stop") : this.field).focus();
   }
 
   gauge(used, room) {
-    const format = (number) => number.toLocaleString("en");
+    const { format } = NUMBERS;
     byId("gauge").max = Math.max(room, 1);
     byId("gauge").high = 0.85 * Math.max(room, 1);
     byId("gauge").value = used;

@@ -130,6 +130,12 @@ export function listenToDialogs() {
   }
 }
 
+/** A message of the server as a sentence. */
+export function sentence(text) {
+  const words = text.trim();
+  return words.charAt(0).toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
+}
+
 export const pause = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
 export const nextFrame = () =>
   new Promise((done) => {

@@ -6,6 +6,8 @@ import { make } from "./dom.js";
 import { remember } from "./store.js";
 import { STEPS, STEP_NAMES, hex, joined, ownText, percent, spoken, surprise } from "./token.js";
 
+const TOKENS_A_FRAME = 500; // bounds the work of one frame
+
 /** The tokens of one answer, each a button. */
 export class Tokens {
   /**
@@ -29,12 +31,14 @@ export class Tokens {
     this.show();
   }
 
-  /** Add the tokens that came since the last call. */
+  /** Add tokens that came since the last call; false if the next frame has to go on. */
   show() {
     const { tokens } = this.message;
-    const nodes = tokens.slice(this.shown).map((token, i) => this.token(token, this.shown + i));
-    this.shown = tokens.length;
-    this.list.append(...nodes);
+    const from = this.shown;
+    this.shown = Math.min(tokens.length, from + TOKENS_A_FRAME);
+    const added = tokens.slice(from, this.shown).map((token, i) => this.token(token, from + i));
+    this.list.append(...added);
+    return this.shown === tokens.length;
   }
 
   token(token, index) {

@@ -6,6 +6,7 @@ import "./vendor/purify.js";
 import hljs from "./vendor/highlight.js";
 import { button, copy, make } from "./dom.js";
 
+const BLOCKS_A_FRAME = 60; // bounds the work of one frame
 const LARGEST_HIGHLIGHT = 30000; // characters; beyond, code stays plain
 const PLAIN_TAG = /^<\/?(br|sub|sup|kbd|mark|u)\s*\/?>$/i; // markup that models use inside text
 const ALLOWED = {
@@ -51,48 +52,59 @@ export class Markdown {
    */
   constructor(target, closed = () => {}) {
     Object.assign(this, { target, closed });
-    this.links = {}; // definitions of links count for later blocks as well
+    this.links = {}; // definitions of links, in closed blocks
     this.done = 0; // characters of the text that are in closed blocks
     this.parsed = 0; // characters parsed so far, for tests
     this.open = [];
   }
 
-  /** Show `text`, which begins with the text of the last call. `end`: nothing will follow. */
+  /**
+   * Show `text`, which begins with the text of the last call. `end`: nothing will follow.
+   * Returns false if there is more to draw: call again in the next frame.
+   */
   show(text, end = false) {
+    const complete = this.draw(text.replace(/\r\n?/g, "\n"), end);
+    if (!complete || !end || this.redrawn || Object.keys(this.links).length === 0) return complete;
+    // A link may come before its definition: draw all again, now that all are known.
+    Object.assign(this, { redrawn: true, done: 0, open: [], closed: () => {} });
+    this.target.replaceChildren();
+    return false;
+  }
+
+  draw(text, end) {
     for (const node of this.open) node.remove();
     this.open = [];
-    const blocks = this.blocks(text.replace(/\r\n?/g, "\n").slice(this.done));
-    let at = this.done;
+    const blocks = this.blocks(text.slice(this.done));
     let closing = true;
-    blocks.forEach((block, i) => {
-      at += block.raw.length;
+    for (const [i, block] of blocks.entries()) {
+      if (i >= BLOCKS_A_FRAME && closing) return false;
       // A block is closed by its fence, or by a whole line of another block after it.
       closing &&= end || fenced(block) || blocks.slice(i + 1).some(isWhole);
-      if (closing) this.done = at;
-      if (block.type === "space" || block.type === "def") return;
-      const nodes = render(block, this.links, closing);
+      if (closing) this.done += block.raw.length;
+      if (closing && block.type === "def") this.links[block.tag] ??= block;
+      if (block.type === "space" || block.type === "def") continue;
+      const nodes = render(block, closing);
       this.target.append(...nodes);
       if (closing) nodes.forEach((node) => this.closed(node));
       else this.open.push(...nodes);
-    });
+    }
+    return true;
   }
 
   blocks(text) {
     this.parsed += text.length;
     const lexer = new Lexer(marked.defaults);
     Object.assign(lexer.tokens.links, this.links);
-    const blocks = lexer.lex(text);
-    this.links = blocks.links;
-    return [...blocks];
+    return lexer.lex(text);
   }
 }
 
 const isWhole = (block) => block.type !== "space" && block.raw.includes("\n");
-const FENCED = /^ {0,3}(`{3,}|~{3,})[^\n]*\n(?:[^]*\n)? {0,3}\1[`~]*[ \t]*\n$/;
+const FENCED = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))[^\n]*\n(?:[^]*\n)? {0,3}\1[`~]*[ \t]*\n$/;
 const fenced = (block) => block.type === "code" && FENCED.test(block.raw);
 
-function render(block, links, closed) {
-  const html = marked.parser(Object.assign([block], { links }));
+function render(block, closed) {
+  const html = marked.parser([block]);
   const fragment = globalThis.DOMPurify.sanitize(html, ALLOWED);
   for (const link of fragment.querySelectorAll("a")) {
     link.target = "_blank";
@@ -132,9 +144,13 @@ function codeBlock(code, closed) {
   });
   pre.replaceWith(frame);
   frame.append(head, pre);
-  if (closed && hljs.getLanguage(language) && code.textContent.length < LARGEST_HIGHLIGHT) {
-    const { value } = hljs.highlight(code.textContent, { language, ignoreIllegals: true });
-    const only = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
-    code.replaceChildren(globalThis.DOMPurify.sanitize(value, only));
-  }
+  // In a task of its own: with the drawing of a long block it would take too long.
+  if (closed && hljs.getLanguage(language)) setTimeout(() => highlight(code, language));
+}
+
+function highlight(code, language) {
+  if (code.textContent.length > LARGEST_HIGHLIGHT) return;
+  const { value } = hljs.highlight(code.textContent, { language, ignoreIllegals: true });
+  const only = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
+  code.replaceChildren(globalThis.DOMPurify.sanitize(value, only));
 }

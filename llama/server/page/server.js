@@ -2,7 +2,7 @@
 // Knows nothing of conversations.
 
 import { ConnectionLost, Refused, request } from "./api.js";
-import { pause } from "./dom.js";
+import { pause, sentence } from "./dom.js";
 
 const PATIENCE = 2; // seconds between two tries
 
@@ -48,9 +48,9 @@ export class Server {
     if (error instanceof ConnectionLost) {
       this.say("The server does not answer. Trying again; what you wrote stays here.");
     } else if (error instanceof Refused && error.status === 503) {
-      this.say(`${error.message} Waiting for it.`);
+      this.say(`${sentence(error.message)} Waiting.`);
     } else {
-      this.say(`${error.message} Trying again.`);
+      this.say(`${sentence(error.message)} Trying again.`);
     }
     return error.retryAfter ?? PATIENCE;
   }

@@ -6,6 +6,7 @@
 import { Conversation } from "./conversation.js";
 
 const NAME = "llama3";
+const channel = "BroadcastChannel" in window ? new BroadcastChannel(NAME) : null; // of all tabs
 let database = null; // null: nothing is kept, because the browser has no storage for this page
 
 /** Open the database; false where the browser refuses one. */
@@ -48,12 +49,25 @@ export async function loadConversations() {
     .sort((one, other) => other.updated - one.updated);
 }
 
-/** Store a conversation. */
+/** One conversation as it is stored, or null. */
+export async function loadConversation(id) {
+  const store = database?.transaction("conversations").objectStore("conversations");
+  const record = store && (await result(store.get(id)));
+  return record ? new Conversation(record) : null;
+}
+
+/** Have `changed` called with the id of each conversation that another tab stores or deletes. */
+export function listenToOtherTabs(changed) {
+  channel?.addEventListener("message", ({ data }) => changed(data));
+}
+
+/** Store a conversation, unless it was deleted meanwhile. */
 export async function saveConversation(conversation) {
-  if (!database) return;
+  if (!database || conversation.deleted) return;
   const transaction = database.transaction("conversations", "readwrite");
   transaction.objectStore("conversations").put(conversation.record());
   await finished(transaction);
+  channel?.postMessage(conversation.id);
 }
 
 const partsOf = (message) => IDBKeyRange.bound([message.id, 0], [message.id, Infinity]);
@@ -62,7 +76,7 @@ const partsOf = (message) => IDBKeyRange.bound([message.id, 0], [message.id, Inf
 export async function saveTokens(message) {
   const tokens = message.tokens ?? [];
   const stored = message.storedTokens ?? 0;
-  if (!database || tokens.length === stored) return;
+  if (!database || message.deleted || tokens.length === stored) return;
   const transaction = database.transaction("tokens", "readwrite");
   const json = JSON.stringify(tokens.slice(stored));
   transaction.objectStore("tokens").put({ message: message.id, part: stored, json });
@@ -86,6 +100,7 @@ export async function loadTokens(messages) {
 
 /** Forget a conversation and its tokens. */
 export async function deleteConversation(conversation) {
+  for (const one of [conversation, ...conversation.messages.values()]) one.deleted = true;
   if (!database) return;
   const transaction = database.transaction(["conversations", "tokens"], "readwrite");
   transaction.objectStore("conversations").delete(conversation.id);
@@ -93,6 +108,7 @@ export async function deleteConversation(conversation) {
     transaction.objectStore("tokens").delete(partsOf(message));
   }
   await finished(transaction);
+  channel?.postMessage(conversation.id);
 }
 
 /** Small things that a reload must find again: drafts, the theme. Null removes one. */

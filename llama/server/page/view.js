@@ -8,7 +8,7 @@ const NEAR_END = 80; // pixels: a reader this near to the end follows a growing 
 
 /** Shows one conversation and follows its changes, at most once a frame. */
 export class View {
-  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose, isStop */
+  /** @param actions what the buttons do: regenerate, goOn, resend, branch, choose, isStop, isBusy, drawn */
   constructor(actions) {
     this.actions = actions;
     this.items = new Map(); // id of a message: its Item
@@ -28,7 +28,10 @@ export class View {
       kept.set(message.id, this.items.get(message.id) ?? new Item(message, this));
     }
     this.items = kept;
-    byId("messages").replaceChildren(...[...kept.values()].map(({ node }) => node));
+    const nodes = [...kept.values()].map(({ node }) => node);
+    const list = byId("messages");
+    const same = nodes.length === list.children.length && nodes.every((node) => node.isConnected);
+    if (!same) list.replaceChildren(...nodes);
     for (const item of kept.values()) item.refresh();
     byId("welcome").hidden = path.length > 0;
     this.showJump();
@@ -46,7 +49,8 @@ export class View {
       const follow = this.nearEnd;
       for (const one of this.items.values()) if (one.stale) one.refresh();
       if (follow) this.toEnd();
-      this.showJump();
+      this.showJump(follow);
+      this.actions.drawn();
     });
   }
 
@@ -59,8 +63,8 @@ export class View {
     this.scroller.scrollTop = this.scroller.scrollHeight;
   }
 
-  showJump() {
-    byId("jump").hidden = this.nearEnd;
+  showJump(atEnd = this.nearEnd) {
+    byId("jump").hidden = atEnd;
   }
 
   /** Show the tokens of a message that was just started. */
@@ -133,15 +137,22 @@ class Item {
     this.streamed ||= this.streaming;
     this.node.classList.toggle("streaming", this.streaming);
     this.body.setAttribute("aria-busy", this.streaming);
-    if (this.tokens) this.tokens.show();
-    else if (this.drawn !== message.content.length + message.status) {
-      this.markdown.show(message.content, !this.streaming);
-      this.drawn = message.content.length + message.status;
-    }
+    if (!this.draw()) return this.view.changed(message);
     if (this.streamed && !this.streaming) {
       announce(message.note || "Answer complete.");
       this.streamed = false;
     }
+  }
+
+  /** Draw the text or the tokens; false if the next frame has to go on. */
+  draw() {
+    const { message } = this;
+    if (this.tokens) return this.tokens.show();
+    const state = `${message.content.length} ${message.status}`;
+    if (this.drawn === state) return true;
+    const complete = this.markdown.show(message.content, !this.streaming);
+    if (complete) this.drawn = state;
+    return complete;
   }
 
   buttons() {
@@ -220,6 +231,7 @@ class Item {
       this.foot.querySelector(".icon-edit").closest("button").focus();
     };
     const send = () => {
+      if (this.view.actions.isBusy()) return;
       close();
       if (area.value.trim()) this.view.actions.resend(this.message, area.value);
     };
@@ -245,7 +257,7 @@ function figuresOf({ figures, status, tokens }) {
     words.unshift(`${((figures.generated - 1) / figures.seconds).toFixed(1)} tokens a second`);
   }
   if (status !== "streaming" && figures.first)
-    words.push(`first after ${figures.first.toFixed(2)} s`);
-  if (figures.cached) words.push(`${figures.cached} of ${figures.prompt} prompt tokens cached`);
+    words.push(`${figures.first.toFixed(2)} s to the first`);
+  if (figures.cached) words.push(`${figures.cached} cached`);
   return words.join(" · ");
 }

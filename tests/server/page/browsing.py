@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Dialog, Page, Route, expect
+from playwright.sync_api import Browser, Dialog, Route, expect
 
 REPORT_VIOLATIONS = """
 document.addEventListener("securitypolicyviolation", (event) =>
@@ -55,7 +55,7 @@ class Tab:
 
     def send(self, text: str) -> None:
         self.page.fill("#draft", text)
-        self.page.keyboard.press("Enter")
+        self.page.click("#send")
 
     def ask(self, text: str) -> None:
         """Send a message and wait for the end of its answer."""
@@ -63,7 +63,7 @@ class Tab:
         self.wait_until_done()
 
     def wait_until_done(self) -> None:
-        expect(self.page.locator("#stop")).to_be_hidden(timeout=30_000)
+        expect(self.page.locator("#stop")).to_be_hidden(timeout=120_000)
         expect(self.page.locator(".message.streaming")).to_have_count(0)
 
     def configure(self, **values: object) -> None:
@@ -96,7 +96,7 @@ class Tab:
         bodies: list[dict[str, Any]] = []
 
         def answer(route: Route) -> None:
-            bodies.append(route.request.post_data_json)
+            bodies.append(json.loads(route.request.post_data or "null"))
             body = stream(tokens, **changes)
             route.fulfill(status=200, content_type="text/event-stream; charset=utf-8", body=body)
 

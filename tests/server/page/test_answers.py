@@ -19,13 +19,14 @@ def test_an_answer_is_what_the_model_says(tab: Tab, server: RunningServer) -> No
     tab.configure(system="Be short.", temperature=0, max_tokens=20)
     tab.ask("Hello")
     with server.http() as http:
-        messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
-        request = {"model": NAME, "messages": messages, "temperature": 0, "max_tokens": 20}
+        request = question(max_tokens=20)
+        request["messages"].insert(0, {"role": "system", "content": "Be short."})
         reply = http.post("/v1/chat/completions", json=request).json()
     assert tab.contents() == ["Hello", reply["choices"][0]["message"]["content"]]
     expect(tab.page.locator(".figures")).to_contain_text("20 tokens")
-    expect(tab.page.locator("#gauge-text")).to_have_text(f"{reply['usage']['total_tokens']} of 512 tokens")
-    expect(tab.page.locator(".assistant .notice")).to_have_text("The answer reached its limit of tokens.")
+    used = reply["usage"]["total_tokens"]
+    expect(tab.page.locator("#gauge-text")).to_have_text(f"{used} of 512 tokens")
+    expect(tab.page.locator(".assistant .notice")).to_contain_text("limit of tokens")
 
 
 def test_the_servers_defaults_are_shown(tab: Tab) -> None:
@@ -48,6 +49,18 @@ def test_stop_and_go_on(tab: Tab, server: RunningServer) -> None:
     tab.wait_until_done()
     after = tab.contents()[1]
     assert after.startswith(before.rstrip("\N{REPLACEMENT CHARACTER}")) and len(after) > len(before)
+
+
+def test_an_edit_waits_for_the_answer(tab: Tab) -> None:
+    tab.send("One")
+    expect(tab.page.locator(".assistant .body")).not_to_be_empty()
+    tab.page.hover(".user")
+    tab.page.click("[aria-label='Edit and send again']")
+    tab.page.fill(".user textarea", "Two")
+    tab.page.keyboard.press("Enter")
+    expect(tab.page.locator("#toast")).to_have_text("Stop the answer first.")
+    expect(tab.page.locator(".user textarea")).to_have_value("Two")
+    tab.page.click("#stop")
 
 
 def test_another_answer_and_an_edited_question_are_branches(tab: Tab) -> None:
@@ -113,7 +126,8 @@ def test_branch_here_continues_from_an_alternative(tab: Tab, server: RunningServ
 
 
 def test_characters_of_several_tokens_are_joined(tab: Tab) -> None:
-    tab.reply_with([b"a ", "\N{GRINNING FACE}".encode()[:3], "\N{GRINNING FACE}".encode()[3:], b"!"])
+    face = "\N{GRINNING FACE}".encode()
+    tab.reply_with([b"a ", face[:3], face[3:], b"!"])
     tab.ask("Hello")
     expect(tab.page.locator(".assistant .body")).to_have_text("a \N{GRINNING FACE}!")
     tab.page.click(".foot >> text=Inspect tokens")
@@ -162,7 +176,10 @@ def percent(logprob: float) -> str:
 
 
 def test_markdown_is_drawn_and_code_is_highlighted(tab: Tab) -> None:
-    text = "# Title\n\n**bold** and `code`\n\n```python\ndef f():\n    return 1\n```\n\n| a | b |\n|--|--:|\n| 1 | 2 |\n"
+    text = (
+        "# Title\n\n**bold** and `code`\n\n```python\ndef f():\n    return 1\n```\n\n"
+        "| a | b |\n|--|--:|\n| 1 | 2 |\n"
+    )
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.reply_with([text[i : i + 3].encode() for i in range(0, len(text), 3)])
     tab.ask("Hello")
@@ -191,5 +208,11 @@ def test_a_base_model_continues_the_text(
             request = {"model": NAME, "prompt": "Once upon", "temperature": 0, "max_tokens": 5}
             reply = http.post("/v1/completions", json=request).json()
         assert tab.contents() == ["Once upon", reply["choices"][0]["text"]]
+        tab.page.click(".foot >> text=Inspect tokens")
+        tab.page.click(".token[data-index='1']")
+        tab.page.click("button.row >> nth=0")
+        tab.wait_until_done()
+        messages = tab.exported()["conversations"][0]["messages"]
+        assert len(messages[2]["tokens"]) == 2 + 5
     finally:
         tiny_llama.formatter = formatter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,32 @@ COUNT_TOKENS = """() => new Promise((resolve) => {
 })"""
 
 
+def test_an_answer_of_a_deleted_conversation_stays_deleted(tab: Tab) -> None:
+    tab.send("Hello")
+    expect(tab.page.locator(".assistant .body")).not_to_be_empty()
+    menu(tab, "Hello", "Delete")
+    tab.page.click("#confirm-delete >> button:text-is('Delete')")
+    expect(tab.page.locator(".entry")).to_have_count(0)
+    tab.page.wait_for_timeout(300)  # the answer's end is saved, where it may be
+    tab.page.reload()
+    expect(tab.page.locator("#draft")).to_be_enabled()
+    expect(tab.page.locator(".entry")).to_have_count(0)
+    assert tab.page.evaluate(COUNT_TOKENS) == 0
+
+
+def test_two_tabs_show_the_same(two: Tab) -> None:
+    other = two.context.new_page()
+    other.goto(two.page.url)
+    expect(other.locator(".user .body")).to_have_text("Pears")
+    two.page.bring_to_front()
+    two.ask("More pears")
+    expect(other.locator(".user .body")).to_have_text(["Pears", "More pears"])
+    menu(two, "Pears", "Delete")
+    two.page.click("#confirm-delete >> button:text-is('Delete')")
+    expect(other.locator(".entry")).to_have_text(["Apples"])
+    expect(other.locator("#welcome")).to_be_visible()
+
+
 def test_search_looks_into_messages(two: Tab) -> None:
     two.page.fill("#search", "pear")
     expect(two.page.locator(".entry")).to_have_text(["Pears"])
@@ -98,15 +125,15 @@ def test_a_file_brings_everything_to_another_browser(
     expect(other.page.locator("#toast")).to_have_text("2 conversations imported.")
     got = other.exported()
 
-    def told(data: dict[str, object]) -> list[object]:
-        conversations: list[dict[str, object]] = data["conversations"]  # type: ignore[assignment]
-        return sorted((c["title"], contents(c)) for c in conversations)
-
-    def contents(conversation: dict[str, object]) -> list[object]:
-        messages: list[dict[str, object]] = conversation["messages"]  # type: ignore[assignment]
-        return [(m["role"], m["content"], m["tokens"]) for m in messages]
-
     assert told(got) == told(sent)
+
+
+def told(data: dict[str, Any]) -> list[Any]:
+    """Titles and messages of a file."""
+    return sorted(
+        [c["title"], [(m["role"], m["content"], m["tokens"]) for m in c["messages"]]]
+        for c in data["conversations"]
+    )
 
 
 BROKEN = {

@@ -39,7 +39,7 @@ PAYLOADS = [
     "<noscript><p title='</noscript><img src=x onerror=hit()>'>",
     "<form id=settings><input name=parentNode><b id=draft>clobbered</b></form>",
     "```html\n<script>hit()</script>\n```",
-    "```\"><img src=x onerror=hit()>\ncode\n```",
+    '```"><img src=x onerror=hit()>\ncode\n```',
     "`<img src=x onerror=hit()>`",
     "| a |\n|--|\n| <img src=x onerror=hit()> |",
     "[x]: javascript:hit()\n\n[x]",
@@ -49,12 +49,12 @@ PAYLOADS = [
     "<video><source onerror=hit()></video>",
     "</div></article></li><h1 id=title>gone</h1>",
     "<!--><img src=x onerror=hit()>-->",
-    "<https://evil.example/\"onmouseover=\"hit()>",
+    '<https://evil.example/"onmouseover="hit()>',
 ]
-ALLOWED_TAGS = set(
-    "P BR HR STRONG EM DEL U SUB SUP KBD MARK H1 H2 H3 H4 H5 H6 UL OL LI BLOCKQUOTE PRE CODE A TABLE "
-    "THEAD TBODY TR TH TD SPAN DIV BUTTON svg path".split()
-)
+FORBIDDEN_TAGS = [
+    "script", "style", "link", "meta", "base", "iframe", "object", "embed", "form", "input", "img",
+    "video", "audio", "source", "math", "template", "noscript", "details", "foreignObject", "use",
+]  # fmt: skip
 INSPECT = """(body) => [...body.querySelectorAll("*")].flatMap((node) => [
   ["tag", node.tagName],
   ...[...node.attributes].map(({ name, value }) => [name, value]),
@@ -71,7 +71,7 @@ def check(tab: Tab, selector: str) -> None:
     for body in tab.page.locator(selector).all():
         for name, value in body.evaluate(INSPECT):
             if name == "tag":
-                assert value in ALLOWED_TAGS, value
+                assert value.lower() not in FORBIDDEN_TAGS, value
             assert not name.startswith("on") and name not in ("style", "id", "name", "src"), name
             if name == "href":
                 assert value.startswith(("https://", "http://", "mailto:")), value
@@ -108,7 +108,7 @@ def test_hostile_text_in_small_pieces(tab: Tab, size: int) -> None:
           document.getElementById("messages").append(target);
           const markdown = new Markdown(target);
           for (let end = 0; end < text.length; end += size) markdown.show(text.slice(0, end));
-          markdown.show(text, true);
+          while (!markdown.show(text, true));
           return target.children.length;
         }""",
         [text, size],
@@ -134,7 +134,7 @@ def test_hostile_files_and_titles(tab: Tab) -> None:
         {"id": f"{role}{i}", "parent": parent, "role": role, "content": payload, "note": payload,
          "status": "broken", "tokens": [token(payload)] if role == "assistant" else []}
         for i, payload in enumerate(PAYLOADS)
-        for role, parent in [("user", f"assistant{i - 1}" if i else "root"), ("assistant", f"user{i}")]
+        for role, parent in [("user", above(i)), ("assistant", f"user{i}")]
     ]  # fmt: skip
     conversation = {"title": PAYLOADS[1], "system": PAYLOADS[0], "messages": messages}
     data = {"format": "llama3-conversations", "version": 1, "conversations": [conversation]}
@@ -152,6 +152,10 @@ def test_hostile_files_and_titles(tab: Tab) -> None:
     tab.page.click(".token")
     expect(tab.page.locator("#considered code").first).to_contain_text("img")
     assert tab.page.evaluate("window.wasHit") is None
+
+
+def above(i: int) -> str:
+    return f"assistant{i - 1}" if i else "root"
 
 
 def token(text: str) -> dict[str, object]:

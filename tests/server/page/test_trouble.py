@@ -213,7 +213,8 @@ def test_an_error_in_the_stream_is_shown_as_text(tab: Tab) -> None:
     tab.page.route("**/v1/chat/completions", answer)
     tab.ask("Hello")
     expect(tab.page.locator(".assistant .body")).to_have_text("Some text")
-    expect(tab.page.locator(".assistant .notice")).to_have_text("<img src=x onerror=alert(1)> failed")
+    text = "<img src=x onerror=alert(1)> failed."
+    expect(tab.page.locator(".assistant .notice")).to_have_text(text)
     expect(tab.page.locator("text=Go on")).to_be_visible()
 
 
