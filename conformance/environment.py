@@ -5,7 +5,6 @@ change.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ ROOT = HERE.parent
 CACHE = ROOT / ".cache" / "conformance"
 PYTHON = CACHE / "python" / "bin" / "python"
 NODE = CACHE / "node"
+NODE_PACKAGES = ("openai@6.48.0", "compatcanary@0.2.2")  # without dependencies of their own
 LLAMA_CPP_PYTHON = "llama_cpp_python-0.3.36"
 LLAMA_CPP_TESTS = (
     CACHE / "llama.cpp" / LLAMA_CPP_PYTHON / "vendor" / "llama.cpp" / "tools" / "server" / "tests"
@@ -43,9 +43,7 @@ def python_packages() -> None:
 
 
 def node_packages() -> None:
-    """Two packages without dependencies, so their versions pin everything."""
-    packages = ("openai@6.48.0", "compatcanary@0.2.2")
-    run("npm", "install", "--no-audit", "--no-fund", "--prefix", NODE, *packages)
+    run("npm", "install", "--no-audit", "--no-fund", "--prefix", NODE, *NODE_PACKAGES)
 
 
 def llama_cpp_tests() -> None:
@@ -68,13 +66,12 @@ def hf_export() -> None:
     run(*llama3, "--to", "hf", str(ensure_demo_model()), HF_EXPORT)
 
 
-def once(name: str, make: Callable[[], None], *depends: Path) -> None:
-    """Call `make`, unless it was called before with the same contents of `depends`."""
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in depends)).hexdigest()
+def once(name: str, make: Callable[[], None], key: str) -> None:
+    """Call `make`, unless it was called before with the same `key`."""
     stamp = CACHE / f"{name}.stamp"
-    if not stamp.is_file() or stamp.read_text() != digest:
+    if not stamp.is_file() or stamp.read_text() != key:
         make()
-        stamp.write_text(digest)
+        stamp.write_text(key)
 
 
 def prepare() -> None:
@@ -88,7 +85,8 @@ def prepare() -> None:
     if sys.version_info < (3, 11):
         raise RuntimeError("trustedrouter-provider-check needs Python 3.11 or newer")
     CACHE.mkdir(parents=True, exist_ok=True)
-    once("python", python_packages, HERE / "requirements.txt", ROOT / "constraints.txt")
-    once("node", node_packages, Path(__file__))
-    once("llama.cpp", llama_cpp_tests, Path(__file__))
-    once("demo-hf", hf_export, ROOT / "llama" / "checkpoints" / "formats" / "hf_export.py")
+    pins = (HERE / "requirements.txt").read_text() + (ROOT / "constraints.txt").read_text()
+    once("python", python_packages, pins)
+    once("node", node_packages, " ".join(NODE_PACKAGES))
+    once("llama.cpp", llama_cpp_tests, LLAMA_CPP_PYTHON)
+    once("demo-hf", hf_export, (ROOT / "llama/checkpoints/formats/hf_export.py").read_text())

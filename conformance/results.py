@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ class Result:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """A pattern is a check's name, a test function's, a class's or a file's."""
-    return name == pattern or name.startswith((f"{pattern}[", f"{pattern}::"))
+    """A pattern is a check's name, a test function's, a class's or a file's; `*` is anything."""
+    wanted = ".*".join(map(re.escape, pattern.split("*")))
+    return re.fullmatch(rf"{wanted}(\[.*|::.*)?", name, re.DOTALL) is not None
 
 
 def read_results(path: Path) -> list[Result]:

@@ -30,7 +30,10 @@ def main() -> int:
         with serving(LOGS / f"server-{number}.log", *flags) as server:
             for suite in group:
                 print(f"+ {suite.name}", flush=True)
-                outcomes[suite.name] = suite.run(server)
+                try:
+                    outcomes[suite.name] = suite.run(server)
+                except Exception as e:  # the other suites still run
+                    outcomes[suite.name] = [Result(suite.name, "failed", repr(e))]
     print(table(outcomes))
     failures = [
         (name, result)
