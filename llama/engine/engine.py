@@ -253,8 +253,7 @@ class Engine:
     def _step(self) -> list[Event]:
         self._check_open()
         events = [] if self._arranged else self._start_over()
-        with self._turns.changed:
-            events += admit(self._unfinished, self._slots)
+        events += admit(self._unfinished, self._slots, self._turns.changed)
         self._arranged = False  # in case an interrupt comes while rows change places
         decoding, prefilling = self._slots.arrange()
         self._arranged = True
