@@ -99,9 +99,8 @@ def openai_javascript(server: Server) -> list[Result]:
 
 def langchain(server: Server) -> list[Result]:
     # One event loop for all tests: the openai client keeps its connections.
-    loop = ("asyncio_mode=auto", "asyncio_default_test_loop_scope=session")
-    options = (option for setting in loop for option in ("-o", setting))
-    arguments = (HERE / "langchain_suite.py", "--benchmark-disable", *options)
+    loop = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session")
+    arguments = (HERE / "langchain_suite.py", "--benchmark-disable", *loop)
     return with_pytest("langchain", server, *arguments, variables={"LANGSMITH_TRACING": "false"})
 
 
