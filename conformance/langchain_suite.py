@@ -15,6 +15,7 @@ PARAMS = {
     "api_key": "none",
     "max_retries": 0,
     "timeout": 300,
+    "temperature": 0,
     "stream_usage": True,  # off by default where the server is not OpenAI's
 }
 
