@@ -15,7 +15,8 @@ PARAMS = {
     "api_key": "none",
     "max_retries": 0,
     "timeout": 300,
-    "temperature": 0,
+    "seed": 1,
+    "max_tokens": 300,  # the demo model does not always come to an end
     "stream_usage": True,  # off by default where the server is not OpenAI's
 }
 
