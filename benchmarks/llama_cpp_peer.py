@@ -6,7 +6,9 @@ Knows its file format and its C interface. Shapes: B rows, T ids in a row, V voc
 from __future__ import annotations
 
 import ctypes
+import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,29 +16,38 @@ import torch
 from torch import Tensor
 
 from llama.checkpoints.formats.gguf import GGUF_NAMES, ROPE_FREQS
+from llama.checkpoints.formats.hf_tokenizer_export import write_tokenizer
 from llama.checkpoints.source import Source
 from llama.distributed.sharding import weight_shapes
 from llama.model import ModelArgs, apply_scaling
+from llama.tokenizer import Tokenizer
 
+CONTEXT = 131072  # positions that a file claims to be trained for
 BATCH = 512  # ids that one call computes at most; llama.cpp's own default
 # ggml's names of dtypes and of the schemes with as many bits.
 KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 SCHEMES = {"int8": "Q8_0", "int4": "Q4_0"}
 
 
-def write_gguf(source: Source, path: Path, dtype: str) -> None:
-    """Write a GGUF file without a vocabulary. One tensor at a time is in memory.
+def write_gguf(source: Source, path: Path, dtype: str, tokenizer: Tokenizer | None = None) -> None:
+    """Write a GGUF file. One tensor at a time is in memory.
 
     Matrices are stored in `dtype`, norms in fp32 as llama.cpp requires. Rows of queries and keys
     keep Meta's order, which its architecture `llama` uses too.
+
+    Args:
+        tokenizer: of the vocabulary, which a server needs; None writes none.
     """
     import gguf
 
     args, kind = source.args(), gguf.GGMLQuantizationType[KINDS[dtype]]
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("no_vocab")
+    if tokenizer is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        _add_vocabulary(writer, tokenizer)
     writer.add_vocab_size(args.vocab_size)
-    writer.add_context_length(131072)
+    writer.add_context_length(CONTEXT)
     writer.add_block_count(args.n_layers)
     writer.add_embedding_length(args.dim)
     writer.add_feed_forward_length(args.hidden_dim)
@@ -67,6 +78,31 @@ def write_gguf(source: Source, path: Path, dtype: str) -> None:
         w = w.to(torch.float32 if w.dim() == 1 else getattr(torch, dtype)).contiguous()
         writer.write_tensor_data(w.view(torch.uint8).numpy())
     writer.close()
+
+
+def _add_vocabulary(writer: Any, tokenizer: Tokenizer) -> None:
+    """Tokens, merges, special tokens and the chat template, from the tokenizer.json of an export.
+
+    llama.cpp splits texts by the rules of Llama 3. Where the model has others, prompts of ids
+    avoid the difference.
+    """
+    import gguf
+
+    with TemporaryDirectory() as folder:
+        write_tokenizer(tokenizer, Path(folder), CONTEXT)
+        stored = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=tokenizer.n_words)
+    tokens = {i: text for text, i in stored["model"]["vocab"].items()}
+    control = {token["id"]: token["content"] for token in stored["added_tokens"]}
+    tokens |= control
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([tokens[i] for i in range(tokenizer.n_words)])
+    kinds = gguf.TokenType
+    writer.add_token_types(
+        [kinds.CONTROL if i in control else kinds.NORMAL for i in range(tokenizer.n_words)]
+    )
+    special.add_to_gguf(writer)
 
 
 def _names(source: Source) -> dict[str, str]:

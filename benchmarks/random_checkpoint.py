@@ -11,6 +11,7 @@ import base64
 import itertools
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +71,16 @@ class RandomSource(Source):
         return whole[start:stop] if dim == 0 else whole[:, start:stop]
 
 
-def write_rank_file(path: Path, vocab_size: int) -> None:
+def write_rank_file(path: Path, vocab_size: int, letters: Sequence[int] = range(256)) -> None:
     """Write a tokenizer.model of `vocab_size` tokens, special ones included, that mean nothing.
 
-    Its tokens are all byte strings, the shortest first.
+    Its tokens are all bytes, then all strings of letters, the shortest first.
+
+    Args:
+        letters: bytes; with those of ASCII almost every token is a text of its own.
     """
-    lengths = (itertools.product(range(256), repeat=n) for n in itertools.count(1))
+    longer = (itertools.product(letters, repeat=n) for n in itertools.count(2))
+    lengths = itertools.chain([itertools.product(range(256))], longer)
     tokens = itertools.islice(itertools.chain.from_iterable(lengths), vocab_size - SPECIAL_TOKENS)
     lines = (f"{base64.b64encode(bytes(t)).decode()} {rank}\n" for rank, t in enumerate(tokens))
     path.write_text("".join(lines), encoding="ascii")

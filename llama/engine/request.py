@@ -88,11 +88,12 @@ class Request:
         prompt = self.prompt
         if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
             raise TypeError(f"{self.name} must be a list of token ids, not {type(prompt)}")
-        for token in prompt:
-            if not isinstance(token, Integral) or isinstance(token, bool):
-                raise TypeError(f"{self.name} holds {token!r}, which is not a token id")
+        if set(map(type, prompt)) != {int}:  # in most prompts no id needs a look of its own
+            for token in prompt:
+                if not isinstance(token, Integral) or isinstance(token, bool):
+                    raise TypeError(f"{self.name} holds {token!r}, which is not a token id")
         # Copies: the caller's lists may change.
-        object.__setattr__(self, "prompt", tuple(int(token) for token in prompt))
+        object.__setattr__(self, "prompt", tuple(map(int, prompt)))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         bias = {int(token): float(value) for token, value in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
@@ -116,16 +117,12 @@ class Request:
                 f"{name} has {len(prompt)} tokens, more than max_seq_len {room}; "
                 "shorten it or build with a larger max_seq_len"
             )
-        for token in prompt:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"{name} holds the token id {token}; ids are 0 to {vocab_size - 1}"
-                )
-        for token in self.logit_bias:
-            if not 0 <= token < vocab_size:
-                raise ValueError(
-                    f"logit_bias holds the token id {token}; ids are 0 to {vocab_size - 1}"
-                )
+        for what, ids in ((name, prompt), ("logit_bias", self.logit_bias)):
+            for token in (min(ids), max(ids)) if ids else ():
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{what} holds the token id {token}; ids are 0 to {vocab_size - 1}"
+                    )
 
     def shared_fields(self) -> dict[str, Any]:
         """Fields that must match on all ranks. Sampling settings come from rank 0."""

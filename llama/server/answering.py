@@ -21,10 +21,12 @@ from llama.server.common_body import CommonBody
 from llama.server.errors import ApiError, error_object, unavailable
 from llama.server.guard import DisconnectError, Receive, Send
 from llama.server.replies import DONE, event, to_json
+from llama.server.threads import Threads
 from llama.server.ticket import Ticket
 from llama.server.worker import UnavailableError, Worker
 
 log = logging.getLogger("llama")
+QUICK_SCORES = 200  # log-probabilities that are written in the event loop
 BEAT = 15.0  # seconds after which a waiting client gets a comment: proxies end silent connections
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -82,15 +84,22 @@ async def watched(receive: Receive) -> AsyncIterator[Callable[[], None]]:
         watcher.cancel()
 
 
-async def respond(prepared: Prepared, worker: Worker, time_limit: float, send: Send) -> None:
+async def respond(
+    prepared: Prepared, worker: Worker, threads: Threads, send: Send, *, time_limit: float
+) -> None:
     """Run a request and send its reply.
+
+    Args:
+        threads: build the parts of the reply that take long.
+        time_limit: seconds for the answers.
 
     Raises:
         ApiError: nothing has been sent yet.
     """
     stream = prepared.body.stream
     with submitted(prepared, worker, time_limit) as ticket:
-        await (_stream if stream else _whole)(prepared.reply, ticket, send)
+        builder = _Builder(prepared.reply, ticket, threads)
+        await (_stream if stream else _whole)(builder, send)
 
 
 @contextlib.contextmanager
@@ -142,17 +151,47 @@ def timed_out() -> ApiError:
     )
 
 
-async def _whole(reply: Reply, ticket: Ticket, send: Send) -> None:
+@dataclass(frozen=True)
+class _Builder:
+    """Makes the chunks of a reply from the pieces of a ticket."""
+
+    reply: Reply
+    ticket: Ticket
+    threads: Threads
+
+    async def chunks(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
+        if any(piece.finish_reason == "timeout" for _, piece in pieces):
+            raise timed_out()
+        if self._scored(pieces) <= QUICK_SCORES:
+            return self._build(pieces)
+        return await self.threads.run(lambda: self._build(pieces), None)
+
+    def _build(self, pieces: Sequence[tuple[int, Piece]]) -> list[dict[str, Any]]:
+        answers = self.ticket.answers
+        return [chunk for i, piece in pieces for chunk in self.reply.piece(i, answers[i], piece)]
+
+    def _scored(self, pieces: Sequence[tuple[int, Piece]]) -> int:
+        """At most how many tokens get log-probabilities, with `echo` also those of prompts."""
+        count = 0
+        for index, piece in pieces:
+            request = self.ticket.answers[index].generation.request
+            count += len(piece.logprobs)
+            count += 0 if request.score_from is None else len(request.prompt)
+        return count
+
+
+async def _whole(builder: _Builder, send: Send) -> None:
+    reply = builder.reply
     reply.first()
-    async for pieces in ticket.batches():
-        _chunks(reply, ticket, pieces)
+    async for pieces in builder.ticket.batches():
+        await builder.chunks(pieces)
     reply.end()
     await send_json(reply.whole(), send)
 
 
-async def _stream(reply: Reply, ticket: Ticket, send: Send) -> None:
+async def _stream(builder: _Builder, send: Send) -> None:
     """Send chunks. The head waits for the first of them, so that an error can have a status."""
-    begun = False
+    reply, begun = builder.reply, False
 
     async def write(data: bytes, more: bool = True) -> None:
         nonlocal begun
@@ -163,10 +202,10 @@ async def _stream(reply: Reply, ticket: Ticket, send: Send) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": more})
 
     try:
-        async for pieces in ticket.batches(BEAT):
+        async for pieces in builder.ticket.batches(BEAT):
             if not pieces:
                 await write(b": the answer is not ready yet\n\n")
-            elif chunks := _chunks(reply, ticket, pieces):
+            elif chunks := await builder.chunks(pieces):
                 await write(b"".join(map(event, chunks)))
         await write(b"".join(map(event, reply.end())) + DONE, more=False)
     except Exception as e:
@@ -174,18 +213,6 @@ async def _stream(reply: Reply, ticket: Ticket, send: Send) -> None:
         if not begun or not isinstance(error, ApiError):
             raise
         await write(event(error_object(error)), more=False)
-
-
-def _chunks(
-    reply: Reply, ticket: Ticket, pieces: Sequence[tuple[int, Piece]]
-) -> list[dict[str, Any]]:
-    if any(piece.finish_reason == "timeout" for _, piece in pieces):
-        raise timed_out()
-    return [
-        chunk
-        for index, piece in pieces
-        for chunk in reply.piece(index, ticket.answers[index], piece)
-    ]
 
 
 async def send_json(value: Any, send: Send, status: int = 200) -> None:

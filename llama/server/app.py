@@ -27,7 +27,7 @@ from llama.server.completion_body import parse_completion
 from llama.server.constraints import constraint
 from llama.server.errors import ApiError, error_body
 from llama.server.fields import read_json
-from llama.server.guard import MAX_BODY, DisconnectError, Guard, Receive, Scope, Send, read_body
+from llama.server.guard import MAX_BODY, Guard, Receive, Scope, Send, read_body
 from llama.server.metrics import Metrics
 from llama.server.openapi import openapi
 from llama.server.replies import ChatReply, CompletionReply
@@ -211,13 +211,16 @@ async def generate(
     def read() -> Prepared:
         return prepare(service, llama, read_json(data))
 
-    try:
-        async with watched(receive) as check_client:
-            prepared = await run(service, read, data)
-            check_client()
-            await respond(prepared, service.worker, service.settings.request_timeout, send)
-    except DisconnectError:
-        pass
+    async with watched(receive) as check_client:
+        prepared = await run(service, read, data)
+        check_client()
+        await respond(
+            prepared,
+            service.worker,
+            service.threads,
+            send,
+            time_limit=service.settings.request_timeout,
+        )
 
 
 async def run(service: Service, function: Callable[[], Result], body: bytes) -> Result:

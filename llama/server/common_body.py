@@ -142,7 +142,8 @@ class CommonBody:
     )
     ignore_eos: bool = wire(
         Flag(),
-        "Go on after tokens that end an answer, as load tests need. Not in OpenAI's API.",
+        "Go on after tokens that end an answer, as load tests need; not after what a grammar asks "
+        "for. Not in OpenAI's API.",
         False,
     )
 

@@ -30,6 +30,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Count = Callable[[str, int, float], None]
 
 HOST = re.compile(r"(\[[0-9a-f:.]*\]|[^:\[\]]*)(?::\d*)?")  # name or address, port
+NAMES = re.compile(rb"[\w-]+(?: ?, ?[\w-]+)*")  # of headers
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 PUBLIC = ("/", "/health", "/openapi.json", "/favicon.ico")  # need no key
 GONE = 499  # status in the log of a request whose client went away before an answer began
@@ -73,7 +74,7 @@ class Guard:
         try:
             self._check(scope, headers)
             if self._origins and is_preflight(scope["method"], headers):
-                await send_preflight(send_more)
+                await send_preflight(headers, send_more)
             else:
                 await self.app(scope, receive, send_more)
         except DisconnectError:
@@ -99,6 +100,12 @@ class Guard:
 
     def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
         """Raise an ApiError for a request that is not to be answered."""
+        if b"transfer-encoding" in headers and b"content-length" in headers:
+            raise ApiError(  # a proxy might see another request in it (RFC 9112, 6.1)
+                400,
+                "a request has Content-Length or Transfer-Encoding, not both",
+                headers={"Connection": "close"},
+            )
         host = headers.get(b"host", b"").decode("latin-1")
         if "*" not in self._hosts and not self._is_known(host):
             raise ApiError(
@@ -166,14 +173,19 @@ def is_address(name: str) -> bool:
     return True
 
 
-async def send_preflight(send: Send) -> None:
-    """The answer to a browser that asks whether it may send a request."""
-    headers = [
+async def send_preflight(headers: dict[bytes, bytes], send: Send) -> None:
+    """The answer to a browser that asks whether it may send a request.
+
+    With any headers: OpenAI's client sends a dozen of its own.
+    """
+    names = headers.get(b"access-control-request-headers", b"")
+    allowed = names if NAMES.fullmatch(names) else b"authorization, content-type"
+    answer = [
         (b"access-control-allow-methods", b"GET, POST"),
-        (b"access-control-allow-headers", b"authorization, content-type, x-request-id"),
+        (b"access-control-allow-headers", allowed),
         (b"access-control-max-age", b"600"),
     ]
-    await send({"type": "http.response.start", "status": 204, "headers": headers})
+    await send({"type": "http.response.start", "status": 204, "headers": answer})
     await send({"type": "http.response.body", "body": b""})
 
 

@@ -33,7 +33,7 @@ class LeadingEngine:
         self._lock = threading.Lock()
         self._adds: list[Sequence[Generation]] = []
         self._cancels: list[tuple[int, FinishReason]] = []
-        self._given = 0  # ids so far
+        self._given = engine.metrics().requests  # ids so far
 
     def queue_siblings(self, generations: Sequence[Generation]) -> None:
         """As `Engine.queue_siblings`, from the next step on."""
@@ -62,8 +62,10 @@ class LeadingEngine:
 
     def metrics(self) -> EngineMetrics:
         """As `Engine.metrics`; what no rank has yet waits."""
+        # First: those that the engine begins meanwhile are counted twice, rather than not at all.
+        new = sum(g.queued_at is None for group in list(self._adds) for g in group)
         found = self._engine.metrics()
-        return replace(found, waiting=found.waiting + sum(map(len, self._adds)))
+        return replace(found, waiting=found.waiting + new)
 
     def step(self) -> list[Event]:
         """Tell the other ranks what is new, and step with them."""

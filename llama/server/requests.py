@@ -25,8 +25,6 @@ def chat_requests(
     prompt: list[int],
     grammar: Grammar | None,
     defaults: Sampling,
-    *,
-    time_limit: float | None = None,
 ) -> list[list[Request]]:
     """One group of siblings: the `n` answers to a dialog.
 
@@ -34,20 +32,20 @@ def chat_requests(
         prompt: see `chat_prompt`.
         grammar: that the answers must match, or None.
         defaults: sampling where the body sets none.
-        time_limit: seconds from queueing.
     """
     fields = _fields(llama, body, defaults) | {
         "max_gen_len": body.most_tokens,
         "logprobs": body.logprobs,
         "top_logprobs": body.top_logprobs or 0,
         "grammar": grammar,
-        "time_limit": time_limit,
     }
+    if grammar is not None:  # which says where the answer ends, also with `ignore_eos`
+        fields["stop_tokens"] = llama.tokenizer.stop_tokens
     return [_siblings(prompt, body, fields | {"name": "the dialog"})]
 
 
 def completion_requests(
-    llama: Llama, body: CompletionBody, defaults: Sampling, *, time_limit: float | None = None
+    llama: Llama, body: CompletionBody, defaults: Sampling
 ) -> list[list[Request]]:
     """A group of siblings for each prompt, in order. May take long for long texts.
 
@@ -59,7 +57,6 @@ def completion_requests(
         "logprobs": body.logprobs is not None,
         "top_logprobs": body.logprobs or 0,
         "score_from": 0 if body.echo and body.logprobs is not None else None,
-        "time_limit": time_limit,
     }
     groups = []
     for i, given in enumerate(body.prompt):

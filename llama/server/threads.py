@@ -22,11 +22,11 @@ class Threads:
     def __init__(self, most: int = 4):
         self._free = asyncio.Semaphore(most)
 
-    async def run(self, function: Callable[[], Result], seconds: float) -> Result:
+    async def run(self, function: Callable[[], Result], seconds: float | None) -> Result:
         """The result of a function.
 
         Raises:
-            asyncio.TimeoutError: there was none within so many seconds.
+            asyncio.TimeoutError: there was none within so many seconds; never where they are None.
             Exception: that of the function.
         """
         return await asyncio.wait_for(self._run(function), seconds)
@@ -43,7 +43,11 @@ class Threads:
                 loop.call_soon_threadsafe(end)
 
         await self._free.acquire()
-        future = call_in_daemon(function)
+        try:
+            future = call_in_daemon(function)
+        except BaseException:  # the system gives no more threads
+            self._free.release()
+            raise
         future.add_done_callback(post)
         await done.wait()
         return future.result()

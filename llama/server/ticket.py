@@ -47,12 +47,23 @@ class Ticket:
                 self.fail(answer.error)
                 return
             if piece is not None and (piece.tokens or piece.finish_reason):
-                self._pieces[index] = merge(self._pieces.get(index), piece)
+                self._add(index, piece)
         if self._pieces and not (self._whole and self._unended):
             self._news.set()
         if not self._unended:
             self._timer.cancel()
             self._on_end(self)
+
+    def _add(self, index: int, piece: Piece) -> None:
+        """Append to what is unread, in place: an answer has thousands of pieces."""
+        unread = self._pieces.setdefault(index, piece)
+        if unread is piece:
+            return
+        unread.text += piece.text
+        unread.tokens += piece.tokens
+        unread.logprobs += piece.logprobs
+        unread.top_logprobs += piece.top_logprobs
+        unread.finish_reason = piece.finish_reason
 
     def fail(self, error: Exception) -> None:
         """End all answers; the reader gets the error."""
@@ -97,16 +108,3 @@ class Ticket:
                 yield list(pieces.items())
             if self._error is not None:
                 raise self._error
-
-
-def merge(first: Piece | None, second: Piece) -> Piece:
-    """Two pieces in a row as one."""
-    if first is None:
-        return second
-    return Piece(
-        first.text + second.text,
-        first.tokens + second.tokens,
-        first.logprobs + second.logprobs,
-        second.finish_reason,
-        first.top_logprobs + second.top_logprobs,
-    )

@@ -113,6 +113,12 @@ class Worker:
         if self.state != "ready":
             raise UnavailableError(self.reason)
         llama, engine = self.llama, self.engine
+        wanted, places = sum(map(len, groups)), llama.model.params.max_batch_size + self._max_queue
+        if wanted > places:
+            raise ValueError(
+                f"{wanted} answers were asked for, and only {places} may run and wait; ask for "
+                "fewer at once, or start the server with a larger --max_queue"
+            )
         ticket = Ticket(time_limit, whole, self._forget)
         try:
             for group in groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 import socket
 import time
@@ -73,6 +74,17 @@ def test_fifty_disconnects_then_a_normal_request(server: RunningServer, tiny_lla
             [oracle] = tiny_llama.text_completion([prompt], temperature=0, max_gen_len=16)
             assert answer == oracle["generation"]
     assert server.worker.running == 0
+
+
+def test_the_log_says_who_went_away(
+    server: RunningServer, tiny_llama: Llama, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with slowed(tiny_llama, 0.02), connect(server) as sock:
+        sock.sendall(post(COMPLETE, LONG))
+        wait_for(lambda: generations(server))
+    wait_for(lambda: any(COMPLETE in record.getMessage() for record in caplog.records))
+    assert f"POST {COMPLETE} 499 " in caplog.text
 
 
 def test_slow_reader_holds_up_nobody(server: RunningServer, tiny_llama: Llama) -> None:

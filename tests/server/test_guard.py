@@ -83,6 +83,18 @@ def test_cors_for_exact_origins(start_server: Callable[..., RunningServer]) -> N
             assert response.headers["vary"] == "Origin"
 
 
+def test_cors_for_the_official_client(start_server: Callable[..., RunningServer]) -> None:
+    """In a browser openai's client sends headers of its own, which a preflight asks for."""
+    server = start_server(cors_origin=["https://a.example"]).wait_until_ready()
+    usual = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
+    ask = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    with server.http() as http:
+        for names, allowed in ((usual, usual), ("a, b", "a, b"), ("a: b", None), (",", None)):
+            asked = http.options(CHAT, headers=ask | {"Access-Control-Request-Headers": names})
+            found = asked.headers["access-control-allow-headers"]
+            assert found == (allowed or "authorization, content-type")
+
+
 @pytest.mark.parametrize(
     ("kind", "status"),
     [
@@ -157,6 +169,14 @@ def test_what_is_not_http(server: RunningServer, junk: bytes) -> None:
         sock.sendall(junk + b"\r\n\r\n")
         response = read_all(sock)
     assert response.startswith(b"HTTP/1.1 400 ") and b'"error"' in response
+
+
+def test_two_lengths_of_one_body(server: RunningServer) -> None:
+    """A proxy might see two requests where the server sees one."""
+    with connect(server) as sock:
+        sock.sendall(post("/tokenize", b"0\r\n\r\n", "Transfer-Encoding: chunked") * 2)
+        response = read_all(sock)
+    assert response.startswith(b"HTTP/1.1 400 ") and response.count(b"HTTP/1.1") == 1
 
 
 def test_too_many_connections(

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,9 @@ import httpx
 import pytest
 
 from llama import Llama
+from llama.common.errors import QueueFull
+from llama.engine.request import Generation, Request
+from llama.server.ranks import LeadingEngine
 from tests.distributed.test_tensor_parallel import free_port, write
 from tests.server.raw import post
 from tests.server.running import wait_for
@@ -70,6 +73,37 @@ def job(folder: str) -> Iterator[Job]:
     for rank in running.ranks:
         rank.kill()
         rank.communicate()
+
+
+def test_requests_that_the_engine_begins_count_once(
+    folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their ids are those of the engine, which may have had requests before."""
+    with Llama.build(folder, None, 200, 1, device="cpu", dtype="fp32") as llama:
+        llama.text_completion(["a"], max_gen_len=1)
+        engine = llama.engine
+        leading, queue, counts = LeadingEngine(engine, 3), engine.queue_siblings, list[int]()
+
+        def count(generations: Sequence[Generation]) -> None:
+            queue(generations)
+            now = leading.metrics()
+            counts.append(now.waiting + now.running)
+
+        monkeypatch.setattr(engine, "queue_siblings", count)
+        groups = [[Generation(Request([1, 2], 2))] for _ in range(4)]
+        for group in groups:
+            leading.queue_siblings(group)
+        with pytest.raises(QueueFull):
+            leading.queue_siblings([Generation(Request([1, 2], 2))])
+        given = [generation.id for [generation] in groups]
+        leading.step()
+        assert counts == [4] * 4
+        assert given == [generation.id for [generation] in groups] == [2, 3, 4, 5]
+        leading.cancel(given[-1])
+        while leading.busy:
+            leading.step()
+        reasons = [generation.finish_reason for [generation] in groups]
+        assert reasons == ["length"] * 3 + ["cancelled"]
 
 
 def streamed(http: httpx.Client, body: dict[str, Any]) -> str:

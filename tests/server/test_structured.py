@@ -201,3 +201,14 @@ def test_what_a_body_demands(tiny_llama: Llama) -> None:
     assert caught.value.param == "response_format.json_schema.schema"
     with pytest.raises(ApiError, match="cannot be used"):
         grammar(response_format={"type": "json_schema", "json_schema": {"schema": False}})
+
+
+def test_ignore_eos_does_not_go_on_after_the_grammar(server: RunningServer) -> None:
+    """Load generators send it with every request."""
+    schema_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": OBJECT}}
+    body = {"messages": HELLO, "ignore_eos": True, "max_tokens": 100, "n": 2, "seed": 3}
+    with server.http() as http:
+        reply = http.post("/v1/chat/completions", json=body | {"response_format": schema_format})
+    for choice in reply.json()["choices"]:
+        jsonschema.validate(json.loads(choice["message"]["content"]), OBJECT)
+        assert choice["finish_reason"] == "stop"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
 
 from llama import Llama
 from llama.server import app
+from llama.server.replies import CompletionReply
+from llama.server.threads import Threads
 from tests.server.running import RunningServer, generations, slowed, wait_for
 
 COMPLETE = "/v1/completions"
@@ -35,6 +39,17 @@ def test_a_burst_never_passes_the_queue(
     assert all(response.headers["retry-after"] == "2" for response in refused)
     assert refused[0].json()["error"]["code"] == "queue_full"
     assert {r.json()["usage"]["completion_tokens"] for r in found if r.status_code == 200} == {20}
+
+
+def test_more_prompts_than_may_ever_wait(start_server: Callable[..., RunningServer]) -> None:
+    """A 400: to try again, as after a 503, would not help."""
+    server = start_server(max_queue=3).wait_until_ready()
+    with server.http() as http:
+        for body in ({"prompt": ["a"] * 8}, {"prompt": ["a"] * 4, "n": 2}, {"prompt": "a", "n": 8}):
+            refused = http.post(COMPLETE, json=LONG | {"max_tokens": 1} | body)
+            assert refused.status_code == 400, refused.text
+            assert "only 7 may run and wait" in refused.json()["error"]["message"]
+        assert http.post(COMPLETE, json={"prompt": ["a"] * 7, "max_tokens": 1}).status_code == 200
 
 
 def test_while_loading(start_server: Callable[..., RunningServer], tiny_llama: Llama) -> None:
@@ -109,6 +124,54 @@ def test_megabytes_of_text_do_not_delay_others(server: RunningServer) -> None:
             time.sleep(0.01)
         assert long.result().json()["error"]["code"] == "context_length_exceeded"
         assert answered > 3
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "a " * 300, "echo": True, "max_tokens": 1},
+        {"prompt": "a " * 300, "echo": True, "max_tokens": 1, "stream": True},
+        {"max_tokens": 300},
+    ],
+    ids=["echo", "streamed echo", "long"],
+)
+def test_many_log_probabilities_do_not_delay_others(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch, body: dict[str, object]
+) -> None:
+    """They are written in a thread."""
+    piece, entered, answered = CompletionReply.piece, threading.Event(), threading.Event()
+    waited: list[bool] = []
+
+    def slow(*arguments: Any) -> Any:
+        entered.set()
+        waited.append(answered.wait(5))
+        return piece(*arguments)
+
+    monkeypatch.setattr(CompletionReply, "piece", slow)
+    with server.http() as http, ThreadPoolExecutor(1) as pool:
+        long = pool.submit(http.post, COMPLETE, json=LONG | {"logprobs": 2} | body)
+        assert entered.wait(60)
+        assert http.get("/health").status_code == 200
+        answered.set()
+        assert long.result().status_code == 200
+    assert waited and all(waited)
+
+
+def test_threads_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts only while it runs."""
+
+    async def calls() -> None:
+        threads = Threads(most=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse_to_start)
+            with pytest.raises(RuntimeError, match="no more threads"):
+                await threads.run(lambda: 1, 5)
+        assert await threads.run(lambda: 2, 5) == 2
+
+    def refuse_to_start(_: object) -> None:
+        raise RuntimeError("no more threads")
+
+    asyncio.run(calls())
 
 
 def test_what_takes_long_to_read_is_refused(

@@ -55,21 +55,23 @@ def test_take_pictures(
     tab.page.emulate_media(color_scheme="dark")
     take(tab, "dark")
     tab.page.emulate_media(color_scheme="light")
-    tab.page.click("[aria-label='Another answer']")
-    tab.wait_until_done()
-    tab.page.click(".foot >> text=Inspect tokens")
-    tab.page.evaluate("document.getElementById('scroller').scrollTop = 60")
-    tab.page.locator(".token:is(.s2, .s3)").nth(2).click()
-    take(tab, "inspect")
-    tab.page.keyboard.press("Escape")
-    tab.page.click(".foot >> text=Inspect tokens")
     tab.page.set_viewport_size({"width": 360, "height": 740})
     tab.page.evaluate("document.getElementById('scroller').scrollTop = 0")
     take(tab, "phone")
+    tab.page.set_viewport_size(WIDE)  # type: ignore[arg-type]
+    tab.page.click("#new")
+    tab.configure(temperature=0.9, seed=1, max_tokens=80)
+    tab.ask("Tell me about llamas in two sentences.")
+    tab.page.click(".foot >> text=Inspect tokens")
+    tab.page.locator(".token:is(.s2, .s3)").nth(3).click()
+    tab.page.click("button.row >> nth=1")
+    tab.wait_until_done()
+    tab.page.locator(".token:is(.s2, .s3)").nth(8).click()
+    take(tab, "inspect")
 
 
 def take(tab: Tab, name: str) -> None:
-    """Save a picture with few colours: screens of text need no more."""
+    """Save a picture with 256 colours: screens of text need no more."""
     from PIL import Image
 
     expect(tab.page.locator("#toast")).to_be_hidden()

@@ -25,12 +25,11 @@ from tests.server.page.browsing import Tab, stream
 SERVE = """
 import sys, torch
 from llama import Llama
-from llama.engine.sampling import Sampling
 from llama.server.serve import serve
 from llama.server.settings import ServerSettings
 checkpoint, tokenizer, port = sys.argv[1:]
 build = lambda: Llama.build(checkpoint, tokenizer, 512, 4, device="cpu", dtype=torch.float32)
-serve(ServerSettings(port=int(port)), build, Sampling(), "tiny", {})
+serve(ServerSettings(port=int(port)), build, model="tiny")
 """
 
 
@@ -80,7 +79,9 @@ class KilledServer:
 
     def start(self) -> None:
         self.process = subprocess.Popen([sys.executable, "-c", SERVE, *self.arguments])
-        wait_for(lambda: is_healthy(f"http://127.0.0.1:{self.port}"))
+        url = f"http://127.0.0.1:{self.port}"
+        wait_for(lambda: is_healthy(url) or self.process.poll() is not None)
+        assert is_healthy(url)
 
     def kill(self) -> None:
         self.process.kill()
