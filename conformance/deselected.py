@@ -116,6 +116,10 @@ DESELECTED: dict[str, dict[str, str]] = {
         "chat.pong": CAPABLE,
     },
     "langchain": {
+        "*::test_agent_loop": CAPABLE,
+        "*::test_json_mode": CAPABLE,
+        "*::test_unicode_tool_call_integration": CAPABLE,
+        "*::test_structured_output_pydantic_2_v1": CAPABLE,  # adds a permitted key
         "conformance/langchain_suite.py::TestUnit::test_serdes": "a snapshot of LangChain's",
     },
     "llama.cpp": {
