@@ -81,7 +81,10 @@ class Request:
         if self.seed is not None:
             check_seed(self.seed)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise TypeError(f"grammar must have a method start(), not be {self.grammar!r}")
+            raise TypeError(
+                "grammar must have a method start(), as what json_grammar() returns, not be "
+                f"{self.grammar!r}"
+            )
         check_top_logprobs(self.top_logprobs)
         check_time_limit(self.time_limit)
         check_bias(self.logit_bias)
