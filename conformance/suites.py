@@ -157,6 +157,7 @@ def schemathesis(server: Server) -> list[Result]:
         *(BIN / "schemathesis", "run", f"{server.root}/openapi.json"),
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"),
         *("--max-examples", "100", "--continue-on-failure", "--request-timeout", "60"),
+        *("--max-response-time", "60"),
         *("--report", "junit", "--report-junit-path", report),
         cwd=LOGS,
     )
