@@ -102,7 +102,8 @@ class ServerClients:
             await asyncio.sleep(0.01)
         body = completion_body(model, long, 1)
         last = await client.request("POST", PATH, body)
-        while not all(reply.received[-1][0] > last.received[-1][0] for _, reply in replies):
+        end = last.received[-1][0]
+        while not all(reply.whole or reply.received[-1][0] > end for _, reply in replies):
             await asyncio.sleep(0.01)
         for connection, _ in replies:
             connection.abort()

@@ -121,7 +121,7 @@ class Request:
                 "shorten it or build with a larger max_seq_len"
             )
         for what, ids in ((name, prompt), ("logit_bias", self.logit_bias)):
-            for token in (min(ids), max(ids)) if ids else ():
+            for token in ids:
                 if not 0 <= token < vocab_size:
                     raise ValueError(
                         f"{what} holds the token id {token}; ids are 0 to {vocab_size - 1}"
