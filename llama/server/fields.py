@@ -59,7 +59,8 @@ class Integer:
         right = isinstance(value, int) and not isinstance(value, bool)
         right = right or (isinstance(value, float) and value.is_integer())  # as in JSON schema
         if not right or not self.low <= value <= self.high:
-            span = f"an integer from {self.low} to {self.high}" if self.low < self.high else self.low
+            one = self.low == self.high
+            span = self.low if one else f"an integer from {self.low} to {self.high}"
             raise invalid(param, f"{param} must be {span}, not {quoted(value)}")
         return int(value)
 
