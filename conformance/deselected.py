@@ -63,7 +63,7 @@ LLAMA_CPP_TESTS = {
         "test_completion_with_grammar": OWN_FIELD,
         "test_completion_with_invalid_grammar": OWN_FIELD,
         "test_completion_with_response_format[response_format0*": OWN_FIELD,
-        "test_invalid_chat_completion_req[messages7]": "two answers in a row may follow one another",
+        "test_invalid_chat_completion_req[messages7]": "two answers in a row are taken",
         "test_chat_completion_with_timings_per_token": OWN_FIELD,
         "test_logprobs_stream": FIRST_DELTA,
         "test_context_size_exceeded": OWN_FIELD,
@@ -115,7 +115,13 @@ DESELECTED: dict[str, dict[str, str]] = {
     "provider-check": {
         "chat.pong": CAPABLE,
     },
-    "langchain": {},
+    "langchain": {
+        "*::test_agent_loop": CAPABLE,
+        "*::test_json_mode": CAPABLE,
+        "*::test_unicode_tool_call_integration": CAPABLE,
+        "*::test_structured_output_pydantic_2_v1": CAPABLE,  # adds a permitted key
+        "conformance/langchain_suite.py::TestUnit::test_serdes": "a snapshot of LangChain's",
+    },
     "llama.cpp": {
         **{f"unit/test_{file}.py": reason for file, reason in LLAMA_CPP_FILES.items()},
         **{

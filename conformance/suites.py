@@ -31,14 +31,19 @@ class Suite:
     flags: tuple[str, ...]
 
 
-def execute(name: str, *command: str | Path, cwd: Path = ROOT, **variables: str) -> str:
+def execute(
+    name: str,
+    *command: str | Path,
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
+) -> str:
     """Run a suite's command and keep what it prints as a log; its standard output."""
     log = LOGS / f"{name}.log"
     with log.open("w") as errors:
         process = subprocess.run(
             command,
             cwd=cwd,
-            env={**os.environ, **variables},
+            env={**os.environ, **(variables or {})},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -48,21 +53,29 @@ def execute(name: str, *command: str | Path, cwd: Path = ROOT, **variables: str)
     return process.stdout
 
 
-def with_pytest(name: str, server: Server, *arguments: str | Path, **options: Any) -> list[Result]:
+def with_pytest(
+    name: str,
+    server: Server,
+    *arguments: str | Path,
+    cwd: Path = ROOT,
+    variables: Mapping[str, str] | None = None,
+) -> list[Result]:
     """Run tests with the plugin that deselects and reports."""
     report = LOGS / f"{name}.jsonl"
     report.unlink(missing_ok=True)
-    path = [str(HERE), *options.pop("path", [])]
+    plugins = ("-p", "no:cacheprovider", "-p", "pytest_report")
+    ours = {
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, cwd))),
+        "CONFORMANCE_REPORT": str(report),
+        "CONFORMANCE_DESELECT": json.dumps(DESELECTED.get(name, {})),
+        "CONFORMANCE_URL": server.v1,
+        "CONFORMANCE_MODEL": server.model,
+    }
     execute(
         name,
-        *(PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "pytest_report"),
-        *arguments,
-        PYTHONPATH=os.pathsep.join(path),
-        CONFORMANCE_REPORT=str(report),
-        CONFORMANCE_DESELECT=json.dumps(DESELECTED.get(name, {})),
-        CONFORMANCE_URL=server.v1,
-        CONFORMANCE_MODEL=server.model,
-        **options,
+        *(PYTHON, "-m", "pytest", "-q", *plugins, *arguments),
+        cwd=cwd,
+        variables={**ours, **(variables or {})},
     )
     return read_results(report) if report.is_file() else [Result(name, "failed", "did not run")]
 
@@ -85,8 +98,10 @@ def openai_javascript(server: Server) -> list[Result]:
 
 
 def langchain(server: Server) -> list[Result]:
-    arguments = (HERE / "langchain_suite.py", "-o", "asyncio_mode=auto", "--benchmark-disable")
-    return with_pytest("langchain", server, *arguments, LANGSMITH_TRACING="false")
+    # One event loop for all tests: the openai client keeps its connections.
+    loop = ("-o", "asyncio_mode=auto", "-o", "asyncio_default_test_loop_scope=session")
+    arguments = (HERE / "langchain_suite.py", "--benchmark-disable", *loop)
+    return with_pytest("langchain", server, *arguments, variables={"LANGSMITH_TRACING": "false"})
 
 
 def llm_comply(server: Server) -> list[Result]:
@@ -142,6 +157,7 @@ def schemathesis(server: Server) -> list[Result]:
         *(BIN / "schemathesis", "run", f"{server.root}/openapi.json"),
         *("--checks", "all", "--exclude-checks", "positive_data_acceptance", "--seed", "1"),
         *("--max-examples", "100", "--continue-on-failure", "--request-timeout", "60"),
+        *("--max-response-time", "60"),
         *("--report", "junit", "--report-junit-path", report),
         cwd=LOGS,
     )
@@ -159,15 +175,9 @@ def schemathesis(server: Server) -> list[Result]:
 
 
 def llama_cpp(server: Server) -> list[Result]:
-    return with_pytest(
-        "llama.cpp",
-        server,
-        *("-p", "llama_cpp_plugin", "unit"),
-        cwd=LLAMA_CPP_TESTS,
-        path=[str(LLAMA_CPP_TESTS)],
-        DEBUG_EXTERNAL="1",
-        PORT=str(server.port),
-    )
+    variables = {"DEBUG_EXTERNAL": "1", "PORT": str(server.port)}
+    arguments = ("-p", "llama_cpp_plugin", "unit")
+    return with_pytest("llama.cpp", server, *arguments, cwd=LLAMA_CPP_TESTS, variables=variables)
 
 
 def lm_eval(server: Server) -> list[Result]:
@@ -187,7 +197,7 @@ def lm_eval(server: Server) -> list[Result]:
             *(BIN / "lm-eval", "run", "--model", kind, "--model_args", arguments),
             *("--include_path", HERE / "lm_eval_tasks", "--tasks", "choices,texts,answers"),
             *("--device", "cpu", "--batch_size", "1", "--log_samples", "--output_path", folder),
-            **offline,
+            variables=offline,
         )
         items[kind] = samples(folder)
     results = [

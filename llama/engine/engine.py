@@ -56,10 +56,9 @@ class Engine:
             prefill_chunk = 2048 if model.norm.weight.is_cuda else 512
         if type(prefill_chunk) is not int or prefill_chunk < 1:
             raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
-        self.model, self.max_queue = model, max_queue
         if max_queue is not None:
             check_count("max_queue", max_queue)
-        self.prefill_chunk = prefill_chunk
+        self.model, self.max_queue, self.prefill_chunk = model, max_queue, prefill_chunk
         self.room = model.params.max_seq_len if max_seq_len is None else max_seq_len
         self.cache = model.new_cache(model.params.max_batch_size, self.room)
         self.compiled: CompiledStep | None = None
@@ -199,12 +198,7 @@ class Engine:
         generations = [Generation(request) for request in requests]
         try:
             for i in range(0, len(generations), siblings):
-                group = generations[i : i + siblings]
-                try:
-                    self.queue_siblings(group)
-                except ValueError as e:
-                    for generation in group:
-                        generation.fail(e)
+                self._queue_or_fail(generations[i : i + siblings])
             while not all(g.finish_reason for g in generations):
                 self._wait_for_step(generations)
                 if after_step is not None:
@@ -214,6 +208,13 @@ class Engine:
                 if generation.id:
                     self.cancel(generation.id)
         return generations
+
+    def _queue_or_fail(self, siblings: Sequence[Generation]) -> None:
+        try:
+            self.queue_siblings(siblings)
+        except ValueError as e:
+            for generation in siblings:
+                generation.fail(e)
 
     def _wait_for_step(self, generations: Sequence[Generation]) -> None:
         """Make a step, or wait for another thread's, unless all of these have ended."""
@@ -253,8 +254,7 @@ class Engine:
     def _step(self) -> list[Event]:
         self._check_open()
         events = [] if self._arranged else self._start_over()
-        with self._turns.changed:
-            events += admit(self._unfinished, self._slots)
+        events += admit(self._unfinished, self._slots, self._turns.changed)
         self._arranged = False  # in case an interrupt comes while rows change places
         decoding, prefilling = self._slots.arrange()
         self._arranged = True

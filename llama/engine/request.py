@@ -81,7 +81,10 @@ class Request:
         if self.seed is not None:
             check_seed(self.seed)
         if self.grammar is not None and not isinstance(self.grammar, Grammar):
-            raise TypeError(f"grammar must have a method start(), not be {self.grammar!r}")
+            raise TypeError(
+                "grammar must have a method start(), as what json_grammar() returns, not be "
+                f"{self.grammar!r}"
+            )
         check_top_logprobs(self.top_logprobs)
         check_time_limit(self.time_limit)
         check_bias(self.logit_bias)
@@ -118,7 +121,7 @@ class Request:
                 "shorten it or build with a larger max_seq_len"
             )
         for what, ids in ((name, prompt), ("logit_bias", self.logit_bias)):
-            for token in (min(ids), max(ids)) if ids else ():
+            for token in ids:
                 if not 0 <= token < vocab_size:
                     raise ValueError(
                         f"{what} holds the token id {token}; ids are 0 to {vocab_size - 1}"

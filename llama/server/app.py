@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -108,24 +108,26 @@ def make_app(
     ]
     paths = {path for _, path, _ in handlers}
     guard = Middleware(Guard, settings=settings, count=metrics.counter_of(paths))
-    return Starlette(
+    app = Starlette(
         routes=routes + page_routes(),
         middleware=[guard],
         exception_handlers={HTTPException: no_such_path},
     )
+    app.router.redirect_slashes = False  # behind a proxy with TLS it would name an http:// URL
+    return app
 
 
 def no_such_path(request: Request, error: Exception) -> Response:
     """The answer of Starlette's router to an unknown path or method."""
     from starlette.responses import Response
 
-    status = getattr(error, "status_code", 404)
+    status, headers = getattr(error, "status_code", 404), getattr(error, "headers", None)
+    allowed = (headers or {}).get("Allow")
     message = {
         404: "there is nothing at this path; GET /openapi.json lists those that there are",
-        405: "this path takes another method; see the header Allow",
+        405: f"this path does not take {request.method}; use {allowed}",
     }.get(status, "this request cannot be answered")
     body = error_body(ApiError(status, message))
-    headers = getattr(error, "headers", None)
     return Response(body, status, headers, "application/json")
 
 
@@ -164,14 +166,13 @@ async def show_metrics(service: Service, scope: Scope, receive: Receive, send: S
 def describe_model(service: Service) -> dict[str, Any]:
     """The model's entry in /v1/models."""
     llama, sampling = service.worker.llama, service.defaults
-    names = ("temperature", "top_p", "top_k", "min_p")
     return {
         "id": service.model,
         "object": "model",
         "created": service.started,
         "owned_by": "llama3",
         "max_model_len": llama.engine.room,
-        "defaults": {name: getattr(sampling, name) for name in names},
+        "defaults": asdict(sampling),
         "chat": llama.formatter is not None,
         "stop_tokens": sorted(llama.tokenizer.stop_tokens),
         "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),

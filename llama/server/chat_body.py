@@ -16,7 +16,7 @@ from llama.server.common_body import (
     check_refused,
 )
 from llama.server.errors import invalid, quoted
-from llama.server.fields import Choice, Custom, Flag, Integer, read_record, wire
+from llama.server.fields import Choice, Custom, Flag, Integer, Text, read_record, wire
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 
@@ -53,6 +53,10 @@ def _read_format(value: Any, param: str) -> ResponseFormat:
         raise invalid(
             f"{param}.json_schema", f'{param}.json_schema must be {{"name": ..., "schema": ...}}'
         )
+    if outer.get("strict") is not None:
+        Flag().read(outer["strict"], f"{param}.json_schema.strict")
+    if "name" in outer:
+        Text().read(outer["name"], f"{param}.json_schema.name")
     schema = outer.get("schema")
     where = f"{param}.json_schema.schema"
     if not isinstance(schema, (dict, bool)):

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from llama.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
 from llama.server.errors import ApiError, invalid, quoted
-from llama.server.fields import MAX_DEPTH, Text
+from llama.server.fields import MAX_DEPTH, Flag, Text
 from llama.text.messages import Message
 from llama.text.tool_prompt import ToolCall, check_call, check_tools
 
@@ -194,6 +194,8 @@ def _definition(function: dict[str, Any], path: str) -> dict[str, Any]:
     parameters = function.get("parameters")
     if not isinstance(parameters, (dict, type(None))):
         raise _not_an_object(f"{path}.parameters", parameters)
+    if function.get("strict") is not None:
+        Flag().read(function["strict"], f"{path}.strict")
     return {
         "name": function["name"],
         "description": Text().read(description or "", f"{path}.description"),

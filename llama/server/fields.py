@@ -59,10 +59,9 @@ class Integer:
         right = isinstance(value, int) and not isinstance(value, bool)
         right = right or (isinstance(value, float) and value.is_integer())  # as in JSON schema
         if not right or not self.low <= value <= self.high:
-            raise invalid(
-                param,
-                f"{param} must be an integer from {self.low} to {self.high}, not {quoted(value)}",
-            )
+            one = self.low == self.high
+            span = self.low if one else f"an integer from {self.low} to {self.high}"
+            raise invalid(param, f"{param} must be {span}, not {quoted(value)}")
         return int(value)
 
     def schema(self) -> dict[str, Any]:

@@ -56,9 +56,8 @@ def chat_format(llama: Llama) -> ChatFormat:
     try:
         return llama.formatter or ChatFormat(llama.tokenizer)
     except ValueError as e:
-        raise invalid(
-            "messages", f"{e}; this model has no chat format: use /v1/completions"
-        ) from None
+        why = str(e).partition(":")[0]
+        raise invalid("messages", f"{why}; use /v1/completions") from None
 
 
 def check_roles(formatter: ChatFormat, messages: Sequence[Message]) -> None:

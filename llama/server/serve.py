@@ -212,7 +212,7 @@ class _Server:
         worker.refuse()
         if worker.running:
             log.info(
-                "Stopping: %d requests have %g s to end; another signal ends them now",
+                "Stopping; %d running, which have %g s to end; another signal ends them now",
                 worker.running,
                 self.settings.grace,
             )

@@ -188,9 +188,12 @@ def regex_grammar(tokenizer: Vocabulary, pattern: str, rows: int) -> Grammar:
     """Text that a regular expression matches as a whole, in the syntax of Rust's `regex`.
 
     Raises:
+        TypeError: it is no text.
         ValueError: the expression is broken or too large.
         ImportError: llguidance is not installed.
     """
+    if not isinstance(pattern, str):
+        raise TypeError(f"a regular expression must be text, not {type(pattern).__name__}")
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise ValueError(
             f"a regular expression of {len(pattern)} characters; use at most {MAX_PATTERN_LENGTH}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from functools import partial
+from threading import Event
 from time import monotonic, sleep
 from typing import Any
 
@@ -172,3 +173,31 @@ def test_a_burst_of_threads_never_passes_the_limit(model: Transformer, seed: int
     assert now.cached_tokens == sum(g.reused for g in placed)
     assert_as_alone(model, *(g for g in accepted if g.finish_reason in ("length", "stop")))
     assert refused[0]
+
+
+def test_a_row_is_copied_without_the_lock(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long one takes a while, and a server queues and cancels in its event loop."""
+    engine, copied, done, waited = Engine(model), Event(), Event(), list[bool]()
+    group = [Generation(Request(SHARED, 3, GREEDY)) for _ in range(3)]
+    copy_row = engine.cache[0].copy_row
+
+    def slow_copy(source: int, target: int, length: int) -> None:
+        copied.set()
+        waited.append(done.wait(5))
+        copy_row(source, target, length)
+
+    def ask() -> None:
+        assert copied.wait(60)
+        engine.cancel(group[2].id)
+        engine.cancel(engine.add(Request([1], 2)).id)
+        assert engine.metrics().finished == {"cancelled": 2}
+        done.set()
+
+    monkeypatch.setattr(engine.cache[0], "copy_row", slow_copy)
+    engine.queue_siblings(group)
+    in_threads([lambda: engine.wait(lambda: not engine.busy), ask])
+    assert waited and all(waited)
+    assert engine.metrics().finished == {"length": 2, "cancelled": 2}
+    assert_as_alone(model, *group[:2])

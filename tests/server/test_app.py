@@ -46,7 +46,8 @@ def test_what_models_tells(server: RunningServer) -> None:
     with server.http() as http:
         [model] = http.get("/v1/models").json()["data"]
     assert model["max_model_len"] == 512 and model["chat"] and model["dtype"] == "float32"
-    assert model["defaults"] == {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0}
+    draws = {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0}
+    assert model["defaults"] == draws | {"presence_penalty": 0.0, "frequency_penalty": 0.0}
     assert model["quantize"] is None
 
 

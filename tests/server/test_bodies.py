@@ -216,7 +216,7 @@ def test_a_wrong_chat_body_names_its_field(data: Any, param: str | None, words: 
         ({"prompt": "a", "logprobs": True}, "logprobs", "integer"),
         ({"prompt": "a", "logprobs": 21}, "logprobs", "from 0 to 20"),
         ({"prompt": "a", "echo": 1}, "echo", "true or false"),
-        ({"prompt": "a", "best_of": 2}, "best_of", "from 1 to 1"),
+        ({"prompt": "a", "best_of": 2}, "best_of", "must be 1, not 2"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "not supported"),
         ({"prompt": "a", "stream_options": {}}, "stream_options", "stream: true"),
     ],

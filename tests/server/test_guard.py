@@ -268,7 +268,9 @@ def test_other_methods(server: RunningServer) -> None:
         assert head.status_code == 200 and head.content == b""
         for method in ("PUT", "DELETE", "PATCH", "OPTIONS"):
             refused(http.request(method, "/v1/models"), 405)
+        assert "GET" in http.post("/v1/models", json={}).json()["error"]["message"]
         refused(http.get("/v1/embeddings"), 404)
+        refused(http.post(CHAT + "/", json=BODY), 404)  # behind TLS a redirect would leave it
 
 
 @pytest.mark.parametrize(

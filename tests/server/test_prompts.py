@@ -178,7 +178,7 @@ def test_a_base_model_completes_only(
     path.write_bytes(byte_tokenizer_path.read_bytes())
     (tmp_path / "tokenizer.model.json").write_text('{"chat_format": null}')
     with small_llama(tiny_checkpoint(vocab_size=512), path) as base:
-        with pytest.raises(ApiError, match="use /v1/completions") as caught:
+        with pytest.raises(ApiError, match=r"format; use /v1/completions$") as caught:
             prompt(base)
         assert caught.value.status == 400
         assert completion_requests(base, parse_completion({"prompt": "a"}), Sampling())

@@ -266,6 +266,7 @@ def test_accepted_fields(server: RunningServer, path: str) -> None:
         (CHAT, {"tools": []}, "tools"),
         (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}},
          "tool_choice"),
+        (CHAT, {"tools": [{"function": {"name": "f", "strict": 1}}]}, "tools[0].function.strict"),
         (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
         (COMPLETE, {"suffix": "x"}, "suffix"),
         (COMPLETE, {"best_of": 2}, "best_of"),

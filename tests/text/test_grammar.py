@@ -198,6 +198,12 @@ def test_what_is_no_schema(odd: Tokenizer, schema: Any) -> None:
         json_schema_grammar(odd, schema, rows_of(odd))
 
 
+def test_what_is_no_pattern(odd: Tokenizer) -> None:
+    pattern: Any = 3
+    with pytest.raises(TypeError, match="must be text, not int"):
+        regex_grammar(odd, pattern, rows_of(odd))
+
+
 @pytest.mark.parametrize("name", HARD)
 def test_a_hard_schema_ends_or_fails_its_own_answer(odd: Tokenizer, name: str) -> None:
     """No hang and no crash: of the compiler, of a step, of another thread with a small stack."""
