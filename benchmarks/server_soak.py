@@ -1,7 +1,7 @@
 """`llama3 serve` under clients of which a third disconnect: nothing is lost, memory stays flat.
 
     python -m benchmarks.server_soak
-    python -m benchmarks.server_soak --requests 200 --clients 4
+    python -m benchmarks.server_soak --requests 200 --clients 4 --varied False
 
 Each client sends one request after another: streams and whole replies, chats and texts, some with
 the same beginning. A third is left at a random moment, also before its first byte. At the end every
@@ -46,6 +46,7 @@ class Soak:
     port: int
     model: str
     requests: int
+    varied: bool
     server: ServerProcess
     done: int = 0
     left: int = 0
@@ -60,7 +61,7 @@ class Soak:
     async def _client(self, numbers: Any) -> None:
         client = Client(self.port)
         for number in numbers:
-            path, body, tokens = random_request(self.model, number)
+            path, body, tokens = random_request(self.model, number, self.varied)
             seconds = leaves_after(number)
             if seconds is None:
                 reply = await client.request("POST", path, body)
@@ -95,12 +96,12 @@ def leaves_after(number: int) -> float | None:
     return rng.uniform(0, LEAVES_WITHIN) if rng.random() < 1 / 3 else None
 
 
-def random_request(model: str, number: int) -> tuple[str, dict[str, Any], int]:
+def random_request(model: str, number: int, varied: bool) -> tuple[str, dict[str, Any], int]:
     """(path, body, tokens that it generates) of a request, which depends on its number only."""
     rng = random.Random(number)
     tokens = rng.randint(4, 32)
-    text = " ".join(rng.choices(WORDS, k=rng.randint(3, 40)))
-    if rng.random() < 0.3:
+    text = " ".join(rng.choices(WORDS, k=rng.randint(3, 40)) if varied else WORDS)
+    if varied and rng.random() < 0.3:
         text = " ".join(WORDS * 3) + " " + text
     body: dict[str, Any] = {"model": model, "max_tokens": tokens, "ignore_eos": True}
     body |= {"temperature": rng.choice([0, 1]), "stream": rng.random() < 0.7}
@@ -137,11 +138,17 @@ async def final_metrics(port: int) -> dict[str, float]:
 
 
 def main(
-    requests: int = 2000, clients: int = 16, ckpt_dir: str | None = None, out: str | None = None
+    requests: int = 2000,
+    clients: int = 16,
+    varied: bool = True,
+    ckpt_dir: str | None = None,
+    out: str | None = None,
 ) -> None:
     """Run, check and print. The exit code is 1 if anything was lost.
 
     Args:
+        varied: prompts of many lengths. In bf16 on a CPU, oneDNN compiles and keeps kernels for
+            each new number of rows; with one prompt for all, memory shows the server alone.
         ckpt_dir: of an instruct model; default: the demo model.
         requests: how many, of all clients together; at least 4.
         clients: how many at a time.
@@ -157,7 +164,7 @@ def main(
         TemporaryDirectory(prefix="benchmark-") as folder,
         ServerProcess("llama3 serve", command, port, Path(folder) / "log") as server,
     ):
-        metrics, soak = asyncio.run(drive(server, requests, clients))
+        metrics, soak = asyncio.run(drive(server, requests, clients, varied))
     lost = soak.wrong + [
         f"{name}: {metrics[name]:g} at the end" for name in ("running", "waiting") if metrics[name]
     ]
@@ -172,20 +179,21 @@ def main(
     for i, mib in enumerate(soak.rss):
         row = f"resident memory after {requests * (i + 1) // 4} requests"
         figures.append(Figure(row, "value", "MiB", [round(mib, 1)], better="lower"))
-    settings = {"requests": requests, "clients": clients, "rows": ROWS, "length": LENGTH}
+    settings = {"requests": requests, "clients": clients, "varied": varied}
+    settings |= {"rows": ROWS, "length": LENGTH}
     finish(make_result("server_soak", settings, figures), out)
     if lost:
         raise SystemExit("\n".join(lost[:20]))
 
 
 async def drive(
-    server: ServerProcess, requests: int, clients: int
+    server: ServerProcess, requests: int, clients: int, varied: bool
 ) -> tuple[dict[str, float], Soak]:
     """Run the clients; returns the server's figures at the end, and what the clients saw."""
     client = Client(server.port)
     models = json.loads((await client.request("GET", "/v1/models")).body())
     client.close()
-    soak = Soak(server.port, models["data"][0]["id"], requests, server)
+    soak = Soak(server.port, models["data"][0]["id"], requests, varied, server)
     await soak.run(clients)
     return await final_metrics(server.port), soak
 
