@@ -19,7 +19,7 @@ from llama.engine.request import Request
 from llama.generation import Answer, Piece
 from llama.server.common_body import CommonBody
 from llama.server.errors import ApiError, error_object, unavailable
-from llama.server.guard import DisconnectError, Receive, Send
+from llama.server.guard import DisconnectError, Receive, Send, send_bytes
 from llama.server.replies import DONE, event, to_json
 from llama.server.threads import Threads
 from llama.server.ticket import Ticket
@@ -217,7 +217,4 @@ async def _stream(builder: _Builder, send: Send) -> None:
 
 async def send_json(value: Any, send: Send, status: int = 200) -> None:
     """Send JSON."""
-    body = to_json(value)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_bytes(to_json(value), send, status)

@@ -27,7 +27,7 @@ from llama.server.completion_body import parse_completion
 from llama.server.constraints import constraint
 from llama.server.errors import ApiError, error_body
 from llama.server.fields import read_json
-from llama.server.guard import MAX_BODY, Guard, Receive, Scope, Send, read_body
+from llama.server.guard import MAX_BODY, Guard, Receive, Scope, Send, read_body, send_bytes
 from llama.server.metrics import Metrics
 from llama.server.openapi import openapi
 from llama.server.replies import ChatReply, CompletionReply
@@ -156,11 +156,8 @@ async def health(service: Service, scope: Scope, receive: Receive, send: Send) -
 
 async def show_metrics(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
     """Figures in the text format of Prometheus."""
-    body = service.metrics.text()
     kind = b"text/plain; version=0.0.4; charset=utf-8"
-    headers = [(b"content-type", kind), (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send_bytes(service.metrics.text(), send, kind=kind)
 
 
 def describe_model(service: Service) -> dict[str, Any]:

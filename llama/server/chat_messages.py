@@ -6,7 +6,7 @@ import json
 from typing import Any, cast
 
 from llama.server.chat_schemas import MAX_MESSAGES, MAX_TOOLS
-from llama.server.errors import ApiError, invalid, quoted
+from llama.server.errors import invalid, quoted
 from llama.server.fields import MAX_DEPTH, Flag, Text
 from llama.text.messages import Message
 from llama.text.tool_prompt import ToolCall, check_call, check_tools
@@ -193,7 +193,10 @@ def _definition(function: dict[str, Any], path: str) -> dict[str, Any]:
     description = function.get("description")
     parameters = function.get("parameters")
     if not isinstance(parameters, (dict, type(None))):
-        raise _not_an_object(f"{path}.parameters", parameters)
+        where = f"{path}.parameters"
+        raise invalid(
+            where, f"{where} must be a JSON schema of an object, not {quoted(parameters)}"
+        )
     if function.get("strict") is not None:
         Flag().read(function["strict"], f"{path}.strict")
     return {
@@ -201,10 +204,6 @@ def _definition(function: dict[str, Any], path: str) -> dict[str, Any]:
         "description": Text().read(description or "", f"{path}.description"),
         "parameters": {"type": "object", "properties": {}} | (parameters or {}),
     }
-
-
-def _not_an_object(param: str, value: object) -> ApiError:
-    return invalid(param, f"{param} must be a JSON schema of an object, not {quoted(value)}")
 
 
 def read_tool_choice(value: Any, param: str) -> str:

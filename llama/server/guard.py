@@ -12,7 +12,7 @@ import re
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from hashlib import sha256
 from typing import Any
 
@@ -191,10 +191,20 @@ async def send_preflight(headers: dict[bytes, bytes], send: Send) -> None:
 
 async def send_error(error: ApiError, send: Send) -> None:
     """Send an error's body."""
-    body = error_body(error)
-    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-    headers += [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    more = [(k.lower().encode(), v.encode("latin-1")) for k, v in error.headers.items()]
+    await send_bytes(error_body(error), send, error.status, headers=more)
+
+
+async def send_bytes(
+    body: bytes,
+    send: Send,
+    status: int = 200,
+    kind: bytes = b"application/json",
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
+    """Send a whole response; `kind` is its Content-Type."""
+    head = [(b"content-type", kind), (b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
     await send({"type": "http.response.body", "body": body})
 
 
