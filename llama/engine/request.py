@@ -26,6 +26,8 @@ from llama.engine.steering import Steering
 
 log = logging.getLogger("llama")
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
+# Fields of a request that must match on all ranks, beside the prompt.
+SHARED = ("max_gen_len", "score_from", "stop_tokens", "logprobs", "top_logprobs", "reuse")
 TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, the most probable first
 
 
@@ -130,15 +132,9 @@ class Request:
     def shared_fields(self) -> dict[str, Any]:
         """Fields that must match on all ranks. Sampling settings come from rank 0."""
         checksum = zlib.crc32(repr(list(self.prompt)).encode())
-        return {
-            "the prompt": f"{len(self.prompt)} tokens ({checksum:08x})",
-            "max_gen_len": self.max_gen_len,
-            "score_from": self.score_from,
-            "stop_tokens": sorted(int(token) for token in self.stop_tokens),
-            "logprobs": self.logprobs,
-            "top_logprobs": self.top_logprobs,
-            "reuse": self.reuse,
-        }
+        fields = {name: getattr(self, name) for name in SHARED}
+        fields["stop_tokens"] = sorted(int(token) for token in self.stop_tokens)
+        return {"the prompt": f"{len(self.prompt)} tokens ({checksum:08x})", **fields}
 
 
 @dataclass(eq=False)

@@ -48,7 +48,8 @@ class Steering:
         # Where an interrupt comes below, the next call starts over.
         followed, self._followed = self._followed, None
         if followed is None:
-            followed = self._start()
+            followed = 0
+            self._start()
         for token in tokens[prompt + followed :]:
             self._follow(token)
         if self._offsets:
@@ -59,10 +60,9 @@ class Steering:
             forbid(logits, self._state.allowed())
         self._followed = len(tokens) - prompt
 
-    def _start(self) -> int:
+    def _start(self) -> None:
         self._offsets, self._counted = dict(self.bias), set()
         self._state = None if self.grammar is None else self.grammar.start()
-        return 0
 
     def _follow(self, token: int) -> None:
         how = self.sampling

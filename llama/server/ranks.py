@@ -15,11 +15,9 @@ from llama.common.errors import QueueFull
 from llama.distributed import tensor_parallel
 from llama.engine.engine import Engine
 from llama.engine.metrics import EngineMetrics
-from llama.engine.request import Event, FinishReason, Generation, Request
+from llama.engine.request import SHARED, Event, FinishReason, Generation, Request
 
 BEAT = 2.0  # seconds between broadcasts where there is nothing to do: a lost rank is noticed then
-# The fields of a request that the other ranks need; rank 0 draws for all.
-SHARED = ("prompt", "max_gen_len", "stop_tokens", "logprobs", "score_from", "reuse", "top_logprobs")
 
 
 class LeadingEngine:
@@ -107,7 +105,7 @@ def replay(
 
 
 def shared_fields(request: Request) -> dict[str, Any]:
-    """A request in JSON, as far as the other ranks need it."""
+    """A request in JSON, as far as the other ranks need it: rank 0 draws for all."""
     values = {name: getattr(request, name) for name in SHARED}
     return values | {"stop_tokens": sorted(request.stop_tokens), "prompt": list(request.prompt)}
 
