@@ -17,10 +17,10 @@ from llama.server.common_body import (
 )
 from llama.server.errors import invalid, quoted
 from llama.server.fields import Choice, Custom, Flag, Integer, Text, read_record, wire
+from llama.text.json_schema import MAX_SCHEMA_BYTES
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 
-MAX_SCHEMA = 65_536  # characters of a JSON schema
 
 REFUSED = {
     "functions": "use tools",
@@ -61,8 +61,10 @@ def _read_format(value: Any, param: str) -> ResponseFormat:
     where = f"{param}.json_schema.schema"
     if not isinstance(schema, (dict, bool)):
         raise invalid(where, f"{where} must be a JSON schema, not {quoted(schema)}")
-    if len(json.dumps(schema)) > MAX_SCHEMA:
-        raise invalid(where, f"{where} has more than {MAX_SCHEMA} characters; make it smaller")
+    if len(json.dumps(schema)) > MAX_SCHEMA_BYTES:
+        raise invalid(
+            where, f"{where} has more than {MAX_SCHEMA_BYTES} characters; make it smaller"
+        )
     return ResponseFormat(kind, schema)
 
 

@@ -45,8 +45,9 @@ def checked_schema(schema: Mapping[str, Any] | bool, what: str) -> dict[str, Any
         raise ValueError(f"{what} is not JSON: {error}") from None
     if len(text) > MAX_SCHEMA_BYTES:
         raise ValueError(f"{what} has {len(text)} bytes of JSON; use at most {MAX_SCHEMA_BYTES}")
+    copy = json.loads(text)
     try:
-        prepared: dict[str, Any] = _prepared(json.loads(text), _Patterns(json.loads(text)))
+        prepared: dict[str, Any] = _prepared(copy, _Patterns(copy))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
     except RecursionError:
