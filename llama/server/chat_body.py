@@ -21,7 +21,6 @@ from llama.text.json_schema import MAX_SCHEMA_BYTES
 from llama.text.messages import Message
 from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 
-
 REFUSED = {
     "functions": "use tools",
     "function_call": "use tool_choice",
