@@ -35,6 +35,7 @@ class Tab:
         self.page.on("console", lambda message: self._console(message.type, message.text))
         self.page.on("request", lambda request: self._request(request.url))
         self.page.goto(url)
+        expect(self.page.locator("#draft")).to_be_enabled()  # its handlers are there
 
     def _dialog(self, dialog: Dialog) -> None:
         self.problems.append(f"dialog: {dialog.message}")
