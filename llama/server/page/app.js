@@ -191,9 +191,10 @@ function branch(message, index, candidate) {
 
 async function choose(message) {
   current.choose(message);
+  const saved = store.saveConversation(current); // begun before anything is awaited
   await store.loadTokens(current.path());
   view.show(current);
-  await store.saveConversation(current);
+  await saved;
 }
 
 function editLast() {

@@ -66,6 +66,7 @@ export async function saveConversation(conversation) {
   if (!database || conversation.deleted) return;
   const transaction = database.transaction("conversations", "readwrite");
   transaction.objectStore("conversations").put(conversation.record());
+  transaction.commit(); // else a reload that comes at once would abort it
   await finished(transaction);
   channel?.postMessage(conversation.id);
 }

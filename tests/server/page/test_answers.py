@@ -121,6 +121,7 @@ def test_branch_here_continues_from_an_alternative(tab: Tab, server: RunningServ
     expect(tab.page.locator(".assistant .count")).to_have_text("2 / 2")
     expect(tab.page.locator(".token.forked")).to_have_attribute("data-index", "3")
     tab.page.click("[aria-label='Previous version']")
+    expect(tab.page.locator(".assistant .count")).to_have_text("1 / 2")
     tab.page.reload()
     expect(tab.page.locator(".assistant .count")).to_have_text("1 / 2")
 
