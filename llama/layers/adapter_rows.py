@@ -50,11 +50,6 @@ class AdapterRows:
         self._count = 0  # rows that were selected
         self._norm = model.norm  # on the device of the rows
 
-    def check(self, name: str | None) -> None:
-        """Raise a ValueError unless it is None or the name of an adapter."""
-        if name is not None and name not in self.names:
-            raise ValueError(f"there is no adapter {name!r}; use one of {', '.join(self.names)}")
-
     def select(self, rows: Sequence[str | None]) -> None:
         """The adapter of each row from now on; None is the base. No rows: the base for any batch.
 
@@ -63,7 +58,9 @@ class AdapterRows:
         """
         found: dict[str, list[int]] = {}
         for i, name in enumerate(rows):
-            self.check(name)
+            if name is not None and name not in self.names:
+                known = ", ".join(self.names)
+                raise ValueError(f"there is no adapter {name!r}; use one of {known}, or None")
             if name is not None:
                 found.setdefault(name, []).append(i)
         device = self._norm.weight.device
@@ -72,15 +69,6 @@ class AdapterRows:
             index = None if len(mine) == len(rows) else torch.tensor(mine, device=device)
             groups.append(Group(str(self.names.index(name)), index))
         self.groups, self._count = groups, len(rows)
-
-    @contextmanager
-    def selected(self, rows: Sequence[str | None]) -> Iterator[None]:
-        """`select` for the forwards in this block."""
-        self.select(rows)
-        try:
-            yield
-        finally:
-            self.select(())
 
     def check_rows(self, count: int) -> None:
         """Raise a ValueError if adapters were selected for another number of rows."""
@@ -149,6 +137,26 @@ def adapters_of(model: nn.Module) -> AdapterRows | None:
     """What `add_adapters` made of this model; None if it has no adapters."""
     found: AdapterRows | None = getattr(model, "adapters", None)
     return found
+
+
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's adapters."""
+    chosen = adapters_of(model)
+    return () if chosen is None else chosen.names
+
+
+@contextmanager
+def selected(model: nn.Module, rows: Sequence[str | None]) -> Iterator[None]:
+    """A block in which each row of a batch has an adapter of the model, or None."""
+    chosen = adapters_of(model)
+    if chosen is None:
+        yield
+        return
+    chosen.select(rows)
+    try:
+        yield
+    finally:
+        chosen.select(())
 
 
 @torch.no_grad()

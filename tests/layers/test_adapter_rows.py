@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.layers.adapter_rows import MultiLoRALinear, add_adapters
+from llama.layers.adapter_rows import MultiLoRALinear, add_adapters, selected
 from llama.layers.lora import LoRAConfig
 from llama.layers.optimize import FAST, REFERENCE
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
@@ -35,9 +35,9 @@ def base() -> Transformer:
 def wants(weights: dict[str, torch.Tensor]) -> dict[str | None, torch.Tensor]:
     """Logits of TOKENS by the model with each adapter merged into these weights."""
     wanted: dict[str | None, torch.Tensor] = {}
-    named: dict[str | None, Adapter | None] = {None: None, **ADAPTERS}
     with torch.no_grad():
-        for name, adapter in named.items():
+        for name in (None, *ADAPTERS):
+            adapter = None if name is None else ADAPTERS[name]
             wanted[name] = merged_model(ARGS, weights, adapter)(TOKENS)
     return wanted
 
@@ -45,15 +45,16 @@ def wants(weights: dict[str, torch.Tensor]) -> dict[str | None, torch.Tensor]:
 @pytest.mark.parametrize("table", [{}, REFERENCE, FAST], ids=["plain", "exact", "fast"])
 def test_each_row_has_its_own_adapter(table: Any) -> None:
     model, wanted = base(), wants(WEIGHTS)
-    chosen = add_adapters(model, ADAPTERS)
+    add_adapters(model, ADAPTERS)
     replace_modules(model, table)
-    for rows in (
+    batches: tuple[tuple[str | None, ...], ...] = (
         ("all", None, "dora", "v1.0 of q, o"),
         ("dora", "all", "dora", "all"),
         ("all",) * 4,
         (None,) * 4,
-    ):
-        with torch.no_grad(), chosen.selected(rows):
+    )
+    for rows in batches:
+        with torch.no_grad(), selected(model, rows):
             logits = model(TOKENS)
         for i, name in enumerate(rows):
             torch.testing.assert_close(logits[i], wanted[name][i], rtol=0, atol=2e-4)
@@ -62,8 +63,8 @@ def test_each_row_has_its_own_adapter(table: Any) -> None:
 
 def test_rows_without_an_adapter_are_the_base_bitwise() -> None:
     plain, model = base(), base()
-    chosen = add_adapters(model, ADAPTERS)
-    with torch.no_grad(), chosen.selected(["all", None, "dora", None]):
+    add_adapters(model, ADAPTERS)
+    with torch.no_grad(), selected(model, ["all", None, "dora", None]):
         mixed = model(TOKENS)
     with torch.no_grad():
         want, alone = plain(TOKENS), model(TOKENS)
@@ -82,11 +83,12 @@ def test_quantized_bases(scheme: str, kind: type) -> None:
         if isinstance(linear, (Int8Linear, Int4Linear)):  # each column by a unit vector
             K = WEIGHTS[name].shape[1]
             dequantized[name] = linear(torch.eye(K)).T.contiguous()
-    chosen, wanted = add_adapters(model, ADAPTERS), wants(dequantized)
+    add_adapters(model, ADAPTERS)
+    wanted = wants(dequantized)
     layer = model.layers[0].get_submodule("attention.wq")
     assert isinstance(layer, MultiLoRALinear) and type(layer.base) is kind
     rows: list[str | None] = ["all", None, "dora", "v1.0 of q, o"]
-    with torch.no_grad(), chosen.selected(rows):
+    with torch.no_grad(), selected(model, rows):
         logits = model(TOKENS)
     for i, name in enumerate(rows):
         torch.testing.assert_close(logits[i], wanted[name][i], rtol=0, atol=5e-4)
