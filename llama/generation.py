@@ -185,6 +185,7 @@ class MoreOptions(TypedDict, total=False):
     top_logprobs: int
     grammar: Grammar | None
     time_limit: float | None
+    adapter: str | None
 
 
 class StreamOptions(MoreOptions, total=False):
@@ -209,7 +210,8 @@ class GenerationOptions:
             earlier call. Without it a call gives the same result whatever was called before.
         n: answers to each prompt, which is computed once: rows 0 to n - 1 are those to the first
             prompt. With a seed, answer j draws with seed + j. Not for streams.
-        logit_bias, top_logprobs, grammar, time_limit: see `Request`. top_logprobs needs logprobs.
+        logit_bias, top_logprobs, grammar, time_limit, adapter: see `Request`. top_logprobs needs
+            logprobs.
 
     Raises:
         TypeError, ValueError: n is not a positive integer. Other options are checked later.
@@ -227,6 +229,7 @@ class GenerationOptions:
     top_logprobs: int = 0
     grammar: Grammar | None = None
     time_limit: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if check_count("n", self.n) == 0:
@@ -690,10 +693,15 @@ class Llama:
         """Answer one dialog, piece by piece, for asyncio. As `text_stream_async`."""
         return read_in_thread(lambda: self.chat_stream(dialog, tools, tool_form, **options))
 
-    def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
+    def score(
+        self, prompts: Sequence[str], adapter: str | None = None
+    ) -> list[CompletionPrediction]:
         """Log-probability of each token of each text given those before it.
 
         In a text longer than max_seq_len each token sees at least half of max_seq_len before it.
+
+        Args:
+            adapter: see `Request`.
 
         Returns:
             what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
@@ -705,16 +713,19 @@ class Llama:
             {
                 "generation": self.tokenizer.decode(ids),
                 "tokens": [self.tokenizer.decode([i]) for i in ids],
-                "logprobs": score_ids(self.engine, ids, self.tokenizer.bos_id),
+                "logprobs": score_ids(self.engine, ids, self.tokenizer.bos_id, adapter=adapter),
                 "finish_reason": "length",
             }
             for ids in rows
         ]
 
-    def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
+    def perplexity(
+        self, text: str, stride: int | None = None, adapter: str | None = None
+    ) -> Perplexity:
         """How well the model predicts a text, in windows that advance by `stride` tokens."""
         ids = self.tokenizer.encode(text, bos=True, eos=False)
-        return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
+        size, bos = len(text.encode()), self.tokenizer.bos_id
+        return perplexity(self.engine, ids, size, bos_id=bos, stride=stride, adapter=adapter)
 
     def json_grammar(self, schema: Mapping[str, Any] | bool | None = None) -> Grammar:
         """A `grammar=` for JSON that a JSON schema accepts; None: any JSON object.
@@ -768,7 +779,7 @@ class Llama:
         if options.top_logprobs and not fields["logprobs"]:
             raise ValueError("top_logprobs needs logprobs=True")
         fields |= {"stop_tokens": self.tokenizer.stop_tokens, "reuse": options.reuse_prefix}
-        for name in ("logit_bias", "top_logprobs", "grammar", "time_limit"):
+        for name in ("logit_bias", "top_logprobs", "grammar", "time_limit", "adapter"):
             fields[name] = getattr(options, name)
         for seed in seeds:
             if seed is not None:
