@@ -42,7 +42,7 @@ from llama.engine.request import FinishReason, Generation, Request, TopLogprobs
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
 from llama.layers import cuda_ops, kernels
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
@@ -485,7 +485,8 @@ class Llama:
         with tensor_parallel.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
         with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
-            optimize(model, None if source.quantization else options.quantize, options.exact)
+            quantize_model(model, None if source.quantization else options.quantize)
+            optimize(model, options.exact)
         with tensor_parallel.fails_on_all_ranks():
             llama = Llama(model, tokenizer)
         if job.is_leader():
