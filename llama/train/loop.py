@@ -105,6 +105,7 @@ class Trainer:
         if compute_dtype(task.settings.dtype, ranks.device) == torch.bfloat16:
             self.autocast = torch.autocast(ranks.device.type, torch.bfloat16)
         self.objective = task.objective(ranks)
+        self.objective.train()
         self.wrapped = ranks.wrap(self.objective)
         self.optimizer = make_optimizer(task.parameter_groups(self.objective), task.settings)
         self.result = Result()
