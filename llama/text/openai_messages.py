@@ -144,7 +144,7 @@ class MessageReader:
         if not isinstance(call.get("id"), str) and not self.lenient:
             raise FieldError(f"{path}.id", f"{path}.id must be text, not {quoted(call.get('id'))}")
         where = f"{path}.{'function.' if function is not call else ''}arguments"
-        given = function.get("arguments")
+        given: Any = function.get("arguments")
         is_object = self.lenient and isinstance(given, dict)
         if not isinstance(given, str) and not is_object:
             raise FieldError(
