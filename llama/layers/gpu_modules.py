@@ -208,6 +208,14 @@ class TinygemmLinear(nn.Module):
         apply_to_codes(self, fn, recurse)
         return self
 
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+    @property
+    def in_features(self) -> int:
+        return self.scales_and_zeros.shape[0] * self.group
+
     def dequantized(self) -> Tensor:
         """(N, K) bf16."""
         from llama.layers.triton_kernels import unpack_tinygemm
