@@ -20,6 +20,7 @@ from llama.checkpoints.formats.peft import (
     WEIGHTS_FILE,
     PeftConfig,
     adapter_shapes,
+    in_meta_order,
     read_peft_config,
     read_tensors,
     write_peft,
@@ -123,9 +124,10 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
     with damage(folder, remedy):
         peft = read_peft_config(folder / CONFIG_FILE)
         args = source.args()
-        tensors = read_tensors(folder / WEIGHTS_FILE, args)
+        stored = read_tensors(folder / WEIGHTS_FILE)
+        _check_tensors(folder, peft, stored, args)
+        tensors = in_meta_order(stored, args.head_dim)
         whole = {name: w for name, w in tensors.items() if name in VOCABULARY}
-        _check_tensors(folder, peft, tensors, args)
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
