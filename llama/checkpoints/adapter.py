@@ -29,8 +29,7 @@ from llama.checkpoints.source import Source, check_shapes
 from llama.common.files import damage, read_json, write_json
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import VOCABULARY, rank_part, weight_shapes
-from llama.layers import lora
-from llama.layers.lora import LoRAConfig
+from llama.layers.lora import LoRAConfig, add_lora
 from llama.model import ModelArgs, Transformer
 from llama.text.rank_file import read_sidecar
 
@@ -60,11 +59,20 @@ class Adapter:
     vocabulary: Vocabulary | None = None
 
 
+def describe_adapter(adapter: Adapter) -> str:
+    """One line: method, rank, targets, number of parameters."""
+    config, tensors = adapter.config, (adapter.weights | adapter.whole).values()
+    whole = "".join(f", {name.removesuffix('.weight')} whole" for name in adapter.whole)
+    return (
+        f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, alpha {config.alpha:g}, on "
+        f"{', '.join(config.targets)}{whole}: {sum(w.numel() for w in tensors):,} parameters"
+    )
+
+
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is a folder with an adapter and no checkpoint."""
     folder = Path(path)
-    checkpoint = any((folder / name).is_file() for name in ("params.json", "config.json"))
-    return (folder / CONFIG_FILE).is_file() and not checkpoint
+    return (folder / CONFIG_FILE).is_file() and not _is_checkpoint(folder)
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -233,12 +241,13 @@ def attach_adapter(model: Transformer, adapter: Adapter) -> None:
     The weights that were trained whole come with `AdaptedSource`.
     """
     rank, size = tensor_parallel.rank(), tensor_parallel.size()
-    lora.add_lora(model, adapter.config)
+    # DoRA's magnitudes stay in fp32.
+    dtype = torch.float32 if adapter.config.dora else model.norm.weight.dtype
+    add_lora(model, adapter.config, dtype)
     state = dict(model.named_parameters())
-    for name, w in adapter.weights.items():
-        part = rank_adapter_part(name, w, model.params, rank, size)
-        with torch.no_grad():
-            state[name].copy_(part)
+    with torch.no_grad():
+        for name, w in adapter.weights.items():
+            state[name].copy_(rank_adapter_part(name, w, model.params, rank, size))
     model.eval()
 
 

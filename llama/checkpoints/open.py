@@ -104,6 +104,8 @@ def _stored_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:
     """`find_vocabulary` without what the chat template says."""
     from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file
 
+    if source.replaces_vocabulary:
+        return source.vocabulary()
     folder = source.path if source.path.is_dir() else source.path.parent
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if source.path.is_dir() and path.is_file():
