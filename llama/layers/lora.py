@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -137,6 +137,11 @@ class LoRALinear(nn.Module):
             squares = reduce_from_ranks(squares)
         return squares.clamp(min=TINY).sqrt()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        self._base_squares = self._ratio = None  # of another device or dtype
+        super()._apply(fn, recurse)
+        return self
+
     def train(self, mode: bool = True) -> LoRALinear:
         self._ratio = None
         return super().train(mode)
@@ -221,6 +226,7 @@ def initialize_lora(model: nn.Module, seed: int) -> None:
         fill(module.lora_a, a.uniform_(-bound, bound, generator=generator))
         module.lora_b.zero_()
         if module.lora_magnitude is not None:
+            module._base_squares = None
             fill(module.lora_magnitude, module._norms())
 
 
