@@ -188,9 +188,7 @@ def test_bf16_gradients_are_close_to_fp32() -> None:
 
 
 def test_dropout_follows_from_the_key() -> None:
-    linear = LoRALinear.from_base(
-        torch.nn.Linear(1000, 2, bias=False), LoRAConfig(2, dropout=0.3), "wq"
-    )
+    linear = LoRALinear(torch.nn.Linear(1000, 2, bias=False), LoRAConfig(2, dropout=0.3), "wq")
     x = torch.ones(50, 1000)
     with pytest.raises(ValueError, match="set_dropout_key"):
         linear(x)
@@ -210,9 +208,7 @@ def test_dropout_follows_from_the_key() -> None:
 
 
 def test_dropout_scales_what_it_keeps_and_only_in_training() -> None:
-    linear = LoRALinear.from_base(
-        torch.nn.Linear(64, 8, bias=False), LoRAConfig(4, dropout=0.25), "wq"
-    )
+    linear = LoRALinear(torch.nn.Linear(64, 8, bias=False), LoRAConfig(4, dropout=0.25), "wq")
     randomize(linear)
     x = torch.randn(6, 64)
     set_dropout_key(linear, 1, 2, 3)
