@@ -91,8 +91,8 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
         )
     if (bias := config.get("bias", "none")) != "none":
         raise ValueError(f"bias is {bias!r}; only adapters without biases ('none') can be loaded")
-    known = READ | WITHOUT_EFFECT
-    if unknown := [f"{k} ({v!r})" for k, v in config.items() if k not in known and v]:
+    others = config.keys() - READ - WITHOUT_EFFECT
+    if unknown := [f"{k} ({config[k]!r})" for k in sorted(others) if _is_set(config[k])]:
         raise ValueError(
             f"it sets {listing(unknown, 3)}, which this library does not compute; train without "
             "this option, or merge the adapter with PEFT (merge_and_unload) and convert the result"
@@ -118,6 +118,11 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
         config.get("ensure_weight_tying", False),
         base if isinstance(base, str) and base else None,
     )
+
+
+def _is_set(value: object) -> bool:
+    """Whether an option has an effect. 0 does: it may be a layer."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _targets(modules: object) -> tuple[str, ...]:
