@@ -34,7 +34,7 @@ VERBS = {
         "demo": "checkpoints",
         "plan": "plan",
     },
-    "Train": {"train": "train"},
+    "Train": {"train": "train", "finetune": "finetune"},
     "About": {"version": "version"},
 }
 ABOUT = """\
