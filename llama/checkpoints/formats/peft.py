@@ -24,6 +24,7 @@ from llama.distributed.sharding import VOCABULARY, weight_shapes
 from llama.layers.lora import LoRAConfig
 from llama.model import ModelArgs
 
+MEMORY = torch.contiguous_format
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT's name of a linear: Meta's.
@@ -283,10 +284,8 @@ def write_peft(
             "bias": "none",
         },
     )
-    written = {
-        peft_name(name): _reordered(name, w.detach().cpu(), head_dim, halve).clone().contiguous()
-        for name, w in tensors.items()
-    }
+    ordered = {n: _reordered(n, w.detach().cpu(), head_dim, halve) for n, w in tensors.items()}
+    written = {peft_name(n): w.clone(memory_format=MEMORY) for n, w in ordered.items()}
     path = folder / WEIGHTS_FILE
     try:
         save_file(written, path, metadata={"format": "pt"})
