@@ -59,21 +59,46 @@ def convert(
     chosen = chosen or default_dtype(source)
     if force and os.path.lexists(dst) and not is_checkpoint_folder(dst):
         raise FileExistsError(f"{dst} is not a folder of checkpoint files only; it is not replaced")
+    write_checkpoint(source, dst, to=to, mp=mp, dtype=chosen, force=force)
+    return dst
+
+
+def write_checkpoint(
+    source: Source,
+    dst: Path,
+    *,
+    to: str,
+    vocabulary: tuple[bytes, dict[str, Any]] | None = None,
+    mp: int | None = None,
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> None:
+    """Write an open checkpoint as the folder `dst`.
+
+    Args:
+        to, mp, force: see `convert`.
+        vocabulary: content of tokenizer.model and its sidecar; None: that of `source`.
+        dtype: of all weights; None: the stored dtypes.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError, ImportError, OSError: as `convert`.
+    """
     with new_folder(dst, replace=force) as folder:
         # While a shard of Meta's layout is written, it is on the disk twice.
         shards = (mp or source.n_shards) if to == "meta" else 0
         needed = 0
         for name, shape in weight_shapes(source.args()).items():
             if not (name == "output.weight" and source.tied):
-                needed += torch.Size(shape).numel() * (chosen or source.dtype(name)).itemsize
+                needed += torch.Size(shape).numel() * (dtype or source.dtype(name)).itemsize
         check_free_space(dst, int(needed * (1 + 1 / shards if shards else 1)))
         if to == "meta":
-            write_meta(source, checked_vocabulary(source), folder, dtype=chosen, mp=shards)
+            vocabulary = vocabulary or checked_vocabulary(source)
+            write_meta(source, vocabulary, folder, dtype=dtype, mp=shards)
         else:
             from llama.checkpoints.formats.hf_export import write_hf
 
-            write_hf(source, open_tokenizer(source), folder, chosen)
-    return dst
+            tokenizer = tokenizer_of(source, vocabulary) if vocabulary else open_tokenizer(source)
+            write_hf(source, tokenizer, folder, dtype)
 
 
 def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = None) -> Path:
