@@ -56,33 +56,30 @@ def convert(
     chosen = check_options(to, mp, dtype, force)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
-    chosen = chosen or default_dtype(source)
-    if force and os.path.lexists(dst) and not is_checkpoint_folder(dst):
-        raise FileExistsError(f"{dst} is not a folder of checkpoint files only; it is not replaced")
-    write_checkpoint(source, dst, to=to, mp=mp, dtype=chosen, force=force)
+    write_checkpoint(source, dst, to, chosen or default_dtype(source), mp=mp, force=force)
     return dst
 
 
 def write_checkpoint(
     source: Source,
     dst: Path,
-    *,
     to: str,
-    vocabulary: tuple[bytes, dict[str, Any]] | None = None,
+    dtype: torch.dtype | None,
+    *,
     mp: int | None = None,
-    dtype: torch.dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Write an open checkpoint as the folder `dst`.
+    """Write an open checkpoint as the folder `dst`, which appears when it is complete.
 
     Args:
         to, mp, force: see `convert`.
-        vocabulary: content of tokenizer.model and its sidecar; None: that of `source`.
         dtype: of all weights; None: the stored dtypes.
 
     Raises:
-        FileExistsError, FileNotFoundError, ValueError, ImportError, OSError: as `convert`.
+        FileExistsError, ValueError, ImportError, OSError: see `convert`.
     """
+    if force and os.path.lexists(dst) and not is_checkpoint_folder(dst):
+        raise FileExistsError(f"{dst} is not a folder of checkpoint files only; it is not replaced")
     with new_folder(dst, replace=force) as folder:
         # While a shard of Meta's layout is written, it is on the disk twice.
         shards = (mp or source.n_shards) if to == "meta" else 0
@@ -92,13 +89,11 @@ def write_checkpoint(
                 needed += torch.Size(shape).numel() * (dtype or source.dtype(name)).itemsize
         check_free_space(dst, int(needed * (1 + 1 / shards if shards else 1)))
         if to == "meta":
-            vocabulary = vocabulary or checked_vocabulary(source)
-            write_meta(source, vocabulary, folder, dtype=dtype, mp=shards)
+            write_meta(source, checked_vocabulary(source), folder, dtype=dtype, mp=shards)
         else:
             from llama.checkpoints.formats.hf_export import write_hf
 
-            tokenizer = tokenizer_of(source, vocabulary) if vocabulary else open_tokenizer(source)
-            write_hf(source, tokenizer, folder, dtype)
+            write_hf(source, open_tokenizer(source), folder, dtype)
 
 
 def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = None) -> Path:

@@ -23,19 +23,23 @@ ROWS = 8192  # of a weight that are added at a time
 
 
 class ExtendedSource(Source):
-    """`base` with `rows` rows of the embedding and of the output.
+    """`base` with `tokens`, which are not its own yet.
 
     Args:
-        rows: at least as many as `base` has.
-        unused: ids of old rows without a token, which the mean leaves out.
+        tokens: {bytes: id}; the ids are consecutive and begin with `first_new_id`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `open_tokenizer`.
     """
 
-    def __init__(self, base: Source, rows: int, unused: Set[int]):
-        self.base, self.unused = base, unused
+    replaces_vocabulary = True
+
+    def __init__(self, base: Source, tokens: dict[bytes, int]):
+        self.base, self.tokens = base, tokens
         self.path, self.layout, self.n_shards = base.path, base.layout, base.n_shards
         self.tied, self.quantization = base.tied, base.quantization
-        self.old_rows: int = base.params["vocab_size"]
-        self.params = base.params | {"vocab_size": rows}
+        self.params = base.params | {"vocab_size": max(tokens.values()) + 1}
+        self._tokenizer = open_tokenizer(base)
         self._means: dict[str, Tensor] = {}
 
     @property
@@ -57,7 +61,7 @@ class ExtendedSource(Source):
             return self.base.read(name, dim, start, stop)
         old = self.base.read(name)
         if name not in self._means:
-            self._means[name] = mean_row(old, self.unused)
+            self._means[name] = mean_row(old, self._tokenizer.unused_ids)
         added = self.params["vocab_size"] - len(old)
         new = self._means[name].to(old.dtype).expand(added, -1)
         whole = torch.cat([old, new])
@@ -68,6 +72,18 @@ class ExtendedSource(Source):
 
     def stop_ids(self) -> list[int]:
         return self.base.stop_ids()
+
+    def vocabulary(self) -> tuple[bytes, dict[str, Any]]:
+        """See `Source.vocabulary`. All that follows from the old ranks is in the sidecar."""
+        found = find_vocabulary(self.base)
+        assert found is not None  # otherwise it could not be opened
+        ranks, sidecar = found
+        tokenizer = self._tokenizer
+        used = {*tokenizer.ranks.values(), *tokenizer.special_tokens.values()}
+        spec = explicit_spec(self.base, ranks, sidecar)
+        spec["unused_ids"] = [i for i in range(min(self.tokens.values())) if i not in used]
+        lines = (base64.b64encode(token) + b" %d\n" % i for token, i in self.tokens.items())
+        return ranks.rstrip(b"\r\n") + b"\n" + b"".join(lines), spec
 
 
 def mean_row(w: Tensor, unused: Set[int]) -> Tensor:
@@ -89,23 +105,3 @@ def mean_row(w: Tensor, unused: Set[int]) -> Tensor:
 def first_new_id(source: Source, tokenizer: Tokenizer) -> int:
     """The lowest id above all rows and all tokens of a checkpoint."""
     return max(int(source.params["vocab_size"]), tokenizer.n_words)
-
-
-def extended_vocabulary(source: Source, new: dict[bytes, int]) -> tuple[bytes, dict[str, Any]]:
-    """(rank file, sidecar) of a checkpoint with the tokens `new` too.
-
-    Everything that follows from the highest rank of the old file is explicit in the sidecar.
-
-    Raises:
-        FileNotFoundError, ValueError: see `open_tokenizer`.
-    """
-    tokenizer = open_tokenizer(source)  # raises if there is none
-    vocabulary = find_vocabulary(source)
-    assert vocabulary is not None
-    ranks, sidecar = vocabulary
-    first = first_new_id(source, tokenizer)
-    used = {*tokenizer.ranks.values(), *tokenizer.special_tokens.values()}
-    spec = explicit_spec(source, ranks, sidecar)
-    spec["unused_ids"] = [i for i in range(first) if i not in used]
-    lines = (base64.b64encode(token) + b" %d\n" % i for token, i in new.items())
-    return ranks.rstrip(b"\r\n") + b"\n" + b"".join(lines), spec

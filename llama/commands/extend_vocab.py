@@ -20,7 +20,9 @@ def extend_vocab(
         "scripts of the new tokens, such as Han,Hangul, or all; by default all but Latin, so that "
         "English and code keep their tokens",
     ] = None,
-    to: Annotated[str, "meta (the official layout) or hf (Hugging Face)"] = "meta",
+    to: Annotated[
+        str | None, "meta (the official layout) or hf (Hugging Face); by default like BASE"
+    ] = None,
 ) -> None:
     """Add tokens, learned from a text, to a checkpoint's vocabulary.
 

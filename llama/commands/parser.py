@@ -29,11 +29,12 @@ VERBS = {
         "verify": "checkpoints",
         "convert": "checkpoints",
         "quantize": "checkpoints",
+        "merge": "merge",
         "download": "checkpoints",
         "demo": "checkpoints",
         "plan": "plan",
     },
-    "Train": {"train": "train", "extend-vocab": "extend_vocab"},
+    "Train": {"train": "train", "finetune": "finetune", "extend-vocab": "extend_vocab"},
     "About": {"version": "version"},
 }
 ABOUT = """\

@@ -24,6 +24,7 @@ class Slot:
         used: number of the last request placed here; the smallest is the least recently used.
         stale: no later request may build upon `cached`.
         group: of the last request placed here: its siblings may always build upon `cached`.
+        adapter: of the last request placed here, with which `cached` was computed.
     """
 
     generation: Generation | None = None
@@ -32,6 +33,7 @@ class Slot:
     used: int = 0
     stale: bool = False
     group: int = 0
+    adapter: str | None = None
 
     @property
     def running(self) -> Generation:
@@ -93,7 +95,13 @@ class Slots:
         if request.score_from is not None and not generation.take_scores():
             return []  # every id of the prompt is to be scored
         reuse = request.reuse and request.score_from is None
-        return [s for s in self.rows if not s.stale and (reuse or s.group == generation.group)]
+        return [
+            slot
+            for slot in self.rows
+            if not slot.stale
+            and slot.adapter == request.adapter
+            and (reuse or slot.group == generation.group)
+        ]
 
     def place(self, generation: Generation) -> None:
         """Give a free slot to a generation, with as much of its prompt as any slot has cached."""
@@ -107,6 +115,7 @@ class Slots:
         if source.generation is None and 2 * kept >= len(source.cached):
             target = source  # most of its cached ids stay in use
         target.cached = []  # in case an interrupt comes, or memory runs out
+        target.adapter = generation.request.adapter
         if target is not source:
             kept = kept if kept >= WORTH_COPYING else 0
             for cache in self.cache:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.checkpoints.convert import default_dtype, open_for_conversion, write_checkpoint
-from llama.checkpoints.extended import ExtendedSource, extended_vocabulary, first_new_id
+from llama.checkpoints.extended import ExtendedSource, first_new_id
 from llama.checkpoints.locate import expand
-from llama.checkpoints.open import open_tokenizer, tokenizer_of
+from llama.checkpoints.open import open_tokenizer
 from llama.text.scripts import Scripts
 from llama.train.continued_merges import learn_tokens
 from llama.train.data import Corpus
@@ -40,7 +40,7 @@ def extend_vocabulary(
     n: int,
     *,
     scripts: Collection[str] | None = None,
-    to: str = "meta",
+    to: str | None = None,
 ) -> Extension:
     """Write the checkpoint `base` with `n` more tokens as the folder `out`, see `learn_tokens`.
 
@@ -50,7 +50,7 @@ def extend_vocabulary(
         base: a checkpoint of any layout, not quantized.
         data: a text file, or a folder of .txt and .md files.
         scripts: see `Scripts`.
-        to: "meta" or "hf": the layout of `out`.
+        to: "meta" or "hf": the layout of `out`; None: Hugging Face's for a base in it, else Meta's.
 
     Raises:
         FileExistsError: `out` exists.
@@ -58,7 +58,7 @@ def extend_vocabulary(
         ValueError: damaged or unfit files, unknown scripts, or the text yields fewer tokens.
         OSError: the disk is full.
     """
-    if to not in ("meta", "hf"):
+    if to not in ("meta", "hf", None):
         raise ValueError(f"cannot write {to!r}; use 'meta' or 'hf'")
     if type(n) is not int or n < 1:
         raise ValueError(f"tokens must be 1 or more, not {n!r}")
@@ -67,6 +67,7 @@ def extend_vocabulary(
     source = open_for_conversion(base, out)
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists already; remove it or choose another folder")
+    to = to or ("hf" if source.layout == "hf" else "meta")
     tokenizer = open_tokenizer(source)
     first_id = first_new_id(source, tokenizer)
     if to == "meta" and (first_id + n) % source.n_shards:
@@ -77,9 +78,8 @@ def extend_vocabulary(
     texts = list(Corpus(data, 0, 0).texts())
     before = sum(len(tokenizer.encode(text, bos=False)) for text in texts)
     tokens = learn_tokens(tokenizer, texts, n, chosen, first_id=first_id)
-    vocabulary = extended_vocabulary(source, tokens)
-    extended = ExtendedSource(source, first_id + n, tokenizer.unused_ids)
-    longer = tokenizer_of(extended, vocabulary)
-    write_checkpoint(extended, out, to=to, vocabulary=vocabulary, dtype=default_dtype(source))
+    extended = ExtendedSource(source, tokens)
+    longer = open_tokenizer(extended)
+    write_checkpoint(extended, out, to, default_dtype(source))
     after = sum(len(longer.encode(text, bos=False)) for text in texts)
     return Extension(out, tokens, sum(map(len, texts)), before, after)
