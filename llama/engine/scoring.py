@@ -127,7 +127,7 @@ def score_ids(
         window = list(ids[begin:end])
         if begin and ids[0] == bos_id:
             window[0] = bos_id
-        return Request(window, 0, score_from=scored - begin)
+        return Request(window, 0, score_from=scored - begin, reuse=False)
 
     scores: list[float | None] = []
     spans = windows(len(ids), context, stride)
