@@ -18,7 +18,7 @@ from llama.distributed.device import pick_device
 from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 
 GREEDY = Sampling(0.0)
 
@@ -44,7 +44,8 @@ def build(
     """
     args = source.args(max_seq_len=length, max_batch_size=rows)
     model = load_model(source, args, pick_device(device), getattr(torch, dtype))
-    optimize(model, quantize, exact)
+    quantize_model(model, quantize)
+    optimize(model, exact)
     if quantize is not None:  # copy, to release the mapped file that parameters are views of
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()

@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 import torch
 from typing_extensions import Unpack
 
+from llama.checkpoints.adapted import Adapters, open_adapted
 from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.memory import check_memory
-from llama.checkpoints.open import open_checkpoint, open_tokenizer
+from llama.checkpoints.open import open_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.async_reader import read_in_thread
 from llama.common.dtypes import parse_dtype
@@ -42,7 +43,7 @@ from llama.engine.request import FinishReason, Generation, Request, TopLogprobs
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
 from llama.layers import cuda_ops, kernels
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
@@ -103,6 +104,8 @@ class MoreBuildOptions(TypedDict, total=False):
     quantize: str | None
     exact: bool
     compile: bool
+    adapter: str | Path | None
+    adapters: Mapping[str, str | Path] | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,8 @@ class BuildOptions:
         quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
         exact: the reference's arithmetic, bit-identical to Meta's code, instead of the fastest.
         compile: decode by a compiled step, on one rank. Without a compiler: a warning, and eager.
+        adapter: the folder of an adapter in PEFT's format that all requests use; None: the base.
+        adapters: {name: folder} of adapters that each request chooses from; low-rank only.
 
     Raises:
         TypeError, ValueError: an option is of another type or out of range, or two exclude each
@@ -148,6 +153,12 @@ class BuildOptions:
     )
     exact: bool = option(False, "the reference's arithmetic, bit-identical to Meta's code")
     compile: bool = option(False, "decode by a compiled step")
+    adapter: str | Path | None = option(
+        None, "the folder of an adapter of this model, as finetune and PEFT write it"
+    )
+    adapters: Mapping[str, str | Path] | None = option(
+        None, "folders of adapters by the names that requests choose them by"
+    )
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -168,6 +179,8 @@ class BuildOptions:
             raise ValueError(
                 "a compiled step runs on one rank; leave compile out, or run one process"
             )
+        if self.adapter is not None and self.adapters:
+            raise ValueError("adapter and adapters exclude each other: give all of them a name")
 
 
 class MoreOptions(TypedDict, total=False):
@@ -185,6 +198,7 @@ class MoreOptions(TypedDict, total=False):
     top_logprobs: int
     grammar: Grammar | None
     time_limit: float | None
+    adapter: str | None
 
 
 class StreamOptions(MoreOptions, total=False):
@@ -209,7 +223,8 @@ class GenerationOptions:
             earlier call. Without it a call gives the same result whatever was called before.
         n: answers to each prompt, which is computed once: rows 0 to n - 1 are those to the first
             prompt. With a seed, answer j draws with seed + j. Not for streams.
-        logit_bias, top_logprobs, grammar, time_limit: see `Request`. top_logprobs needs logprobs.
+        logit_bias, top_logprobs, grammar, time_limit, adapter: see `Request`. top_logprobs needs
+            logprobs.
 
     Raises:
         TypeError, ValueError: n is not a positive integer. Other options are checked later.
@@ -227,6 +242,7 @@ class GenerationOptions:
     top_logprobs: int = 0
     grammar: Grammar | None = None
     time_limit: float | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         if check_count("n", self.n) == 0:
@@ -461,7 +477,8 @@ class Llama:
                 Face's (`config.json`, `*.safetensors`), or a GGUF file.
             tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
             max_seq_len, max_batch_size, model_parallel_size, seed: see `BuildOptions`.
-            more: `device`, `dtype`, `quantize`, `exact`, `compile`; see `BuildOptions`.
+            more: `device`, `dtype`, `quantize`, `exact`, `compile`, `adapter`, `adapters`; see
+                `BuildOptions`.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to do.
@@ -473,23 +490,28 @@ class Llama:
         dtype = pick_dtype(options.dtype, device)
         prepare_process(device, options)
         with tensor_parallel.fails_on_all_ranks():
-            source = open_checkpoint(ckpt_dir)
+            source, adapters = open_adapted(ckpt_dir, options.adapter, options.adapters)
             if max_seq_len is None:
                 max_seq_len = min(source.context, DEFAULT_CONTEXT)
             args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
             check_quantize(source, args, options.quantize)
             check_memory(source, args, device, dtype, options.quantize)
             tokenizer = open_tokenizer(source, tokenizer_path)
-        check_same_build(source, tokenizer, args, options, device, dtype)
+        check_same_build(
+            source, adapters, tokenizer, args, options=options, device=device, dtype=dtype
+        )
         torch.manual_seed(seed)
         with tensor_parallel.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
         with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
-            optimize(model, None if source.quantization else options.quantize, options.exact)
+            quantize_model(model, None if source.quantization else options.quantize)
+            adapters.attach(model)
+            optimize(model, options.exact)
         with tensor_parallel.fails_on_all_ranks():
             llama = Llama(model, tokenizer)
         if job.is_leader():
             log.info(summary(source, model, time.time() - start, options.quantize))
+            adapters.log()
             log.info(chat_summary(llama))
         if options.compile:
             llama.engine.compile()
@@ -689,10 +711,15 @@ class Llama:
         """Answer one dialog, piece by piece, for asyncio. As `text_stream_async`."""
         return read_in_thread(lambda: self.chat_stream(dialog, tools, tool_form, **options))
 
-    def score(self, prompts: Sequence[str]) -> list[CompletionPrediction]:
+    def score(
+        self, prompts: Sequence[str], adapter: str | None = None
+    ) -> list[CompletionPrediction]:
         """Log-probability of each token of each text given those before it.
 
         In a text longer than max_seq_len each token sees at least half of max_seq_len before it.
+
+        Args:
+            adapter: see `Request`.
 
         Returns:
             what `text_completion(prompts, max_gen_len=0, logprobs=True, echo=True)` does.
@@ -704,16 +731,19 @@ class Llama:
             {
                 "generation": self.tokenizer.decode(ids),
                 "tokens": [self.tokenizer.decode([i]) for i in ids],
-                "logprobs": score_ids(self.engine, ids, self.tokenizer.bos_id),
+                "logprobs": score_ids(self.engine, ids, self.tokenizer.bos_id, adapter=adapter),
                 "finish_reason": "length",
             }
             for ids in rows
         ]
 
-    def perplexity(self, text: str, stride: int | None = None) -> Perplexity:
+    def perplexity(
+        self, text: str, stride: int | None = None, adapter: str | None = None
+    ) -> Perplexity:
         """How well the model predicts a text, in windows that advance by `stride` tokens."""
         ids = self.tokenizer.encode(text, bos=True, eos=False)
-        return perplexity(self.engine, ids, len(text.encode()), self.tokenizer.bos_id, stride)
+        size, bos = len(text.encode()), self.tokenizer.bos_id
+        return perplexity(self.engine, ids, size, bos_id=bos, stride=stride, adapter=adapter)
 
     def json_grammar(self, schema: Mapping[str, Any] | bool | None = None) -> Grammar:
         """A `grammar=` for JSON that a JSON schema accepts; None: any JSON object.
@@ -767,7 +797,7 @@ class Llama:
         if options.top_logprobs and not fields["logprobs"]:
             raise ValueError("top_logprobs needs logprobs=True")
         fields |= {"stop_tokens": self.tokenizer.stop_tokens, "reuse": options.reuse_prefix}
-        for name in ("logit_bias", "top_logprobs", "grammar", "time_limit"):
+        for name in ("logit_bias", "top_logprobs", "grammar", "time_limit", "adapter"):
             fields[name] = getattr(options, name)
         for seed in seeds:
             if seed is not None:
@@ -882,8 +912,10 @@ def prepare_process(device: torch.device, options: BuildOptions) -> None:
 
 def check_same_build(
     source: Source,
+    adapters: Adapters,
     tokenizer: Tokenizer,
     args: ModelArgs,
+    *,
     options: BuildOptions,
     device: torch.device,
     dtype: torch.dtype,
@@ -897,7 +929,7 @@ def check_same_build(
     }
     fields |= {"device": device.type, "dtype": str(dtype), "quantize": options.quantize}
     fields |= {"exact": options.exact, "the tokenizer": fingerprint(tokenizer)}
-    tensor_parallel.check_same_on_ranks(fields | source.fingerprints())
+    tensor_parallel.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
 
 
 def chat_summary(llama: Llama) -> str:

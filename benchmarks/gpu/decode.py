@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import host_seconds, replays_seen, seconds_of, wait
 from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.model import Transformer
 
 QUANTIZE = {"bf16": None, "int8": "int8", "int4": "int4"}
@@ -34,7 +34,8 @@ def run(run: Run, scheme: str) -> None:
     start = time.perf_counter()
     model = random_model(sizes.shape, max(sizes.rows), room, device)
     made = time.perf_counter() - start
-    optimize(model, QUANTIZE[scheme])
+    quantize_model(model, QUANTIZE[scheme])
+    optimize(model)
     wait(device)
     run.figure(scheme, "make weights", "s", [made], "lower")
     run.figure(scheme, "optimize", "s", [time.perf_counter() - start - made], "lower")

@@ -17,7 +17,7 @@ from benchmarks.gpu.decode import QUANTIZE
 from benchmarks.gpu.models import random_model
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.timing import graphed, seconds_of
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.model import Transformer
 
 # Those that a model has: replaced modules may have joined some.
@@ -32,7 +32,8 @@ def run(run: Run) -> None:
     shape = sizes.shape | {"n_layers": sizes.copies}
     for scheme, quantize in QUANTIZE.items():
         model = random_model(shape, max(sizes.rows), max(sizes.contexts), run.device)
-        optimize(model, quantize)
+        quantize_model(model, quantize)
+        optimize(model)
         run.attempt(scheme, linears, run, scheme, model, ceiling)
         if quantize is None:
             run.attempt("attention", attention, run, model, ceiling)

@@ -13,7 +13,7 @@ from benchmarks.gpu.timing import wait
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 
 RUNS = 3
 
@@ -24,7 +24,8 @@ def run(run: Run, scheme: str) -> None:
     longest = max(sizes.prompts)
     model = random_model(sizes.shape, 1, longest + 8, device)
     parameters, args = layer_parameters(model), model.params
-    optimize(model, QUANTIZE[scheme])
+    quantize_model(model, QUANTIZE[scheme])
+    optimize(model)
     wait(device)
     ceiling = matmul_ceiling(run, scheme)
 

@@ -42,6 +42,7 @@ class Source(ABC):
         tied: the output's weights are those of the embedding.
         quantization: (scheme, group) of the linears' weights, as in
             `llama.layers.quantized_linear`; None: not quantized.
+        replaces_vocabulary: `vocabulary` decides, whatever tokenizer lies beside the weights.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Source(ABC):
     n_shards: int = 1
     tied: bool = False
     quantization: tuple[str, int] | None = None
+    replaces_vocabulary: bool = False
 
     @property
     def context(self) -> int:

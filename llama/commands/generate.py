@@ -120,7 +120,9 @@ def perplexity(
     ] = None,
     json: Annotated[bool, "print one JSON object"] = False,
     checkpoint: CheckpointFlags,
-    build: Annotated[BuildOptions, Only("max_batch_size", "quantize", "device", "dtype")],
+    build: Annotated[
+        BuildOptions, Only("max_batch_size", "quantize", "device", "dtype", "adapter")
+    ],
 ) -> None:
     """Measure how well a model predicts a text.
 

@@ -41,7 +41,8 @@ class CheckpointFlags:
 
 # The build options of a verb that generates.
 BuildFlags = Annotated[
-    BuildOptions, Only("max_seq_len", "seed", "quantize", "compile", "device", "dtype")
+    BuildOptions,
+    Only("max_seq_len", "seed", "quantize", "compile", "device", "dtype", "adapter"),
 ]
 
 

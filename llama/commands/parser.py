@@ -30,11 +30,12 @@ VERBS = {
         "verify": "checkpoints",
         "convert": "checkpoints",
         "quantize": "checkpoints",
+        "merge": "merge",
         "download": "checkpoints",
         "demo": "checkpoints",
         "plan": "plan",
     },
-    "Train": {"train": "train"},
+    "Train": {"train": "train", "finetune": "finetune"},
     "About": {"version": "version"},
 }
 ABOUT = """\

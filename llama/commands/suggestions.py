@@ -15,11 +15,12 @@ OTHER_VERBS = {
     "show": "type `llama3 inspect PATH`",
     "pull": "type `llama3 download OWNER/NAME`",
     "evaluate": "type `llama3 eval --tasks TASK`",
-    "finetune": "`llama3 train` trains a new model; there is no fine-tuning yet",
+    "sft": "type `llama3 finetune --data FILE --out DIR`",
     "export": "type `llama3 convert SRC DST --to hf`",
 }  # fmt: skip
 OTHER_VERBS |= {
-    word: OTHER_VERBS[verb] for word, verb in {"ls": "list", "get": "pull", "fetch": "pull"}.items()
+    word: OTHER_VERBS[verb]
+    for word, verb in {"ls": "list", "get": "pull", "fetch": "pull", "lora": "sft"}.items()
 }
 # Flags of other programs and of earlier versions.
 OTHER_FLAGS = {
@@ -43,6 +44,40 @@ OTHER_FLAGS = {
     "alias": "model_name",
     "system_prompt": "system",
     "file": "prompt_file",
+    "learning_rate": "lr",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target": "targets",
+    "target_modules": "targets",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_steps": "steps",
+    "iters": "steps",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulate",
+    "grad_accumulation_steps": "accumulate",
+    "gradient_checkpointing": "recompute",
+    "grad_checkpoint": "recompute",
+    "warmup_steps": "warmup",
+    "packing": "pack",
+    "cutoff_len": "max_seq_len",
+    "max_length": "max_seq_len",
+    "max_seq_length": "max_seq_len",
+    "model_max_length": "max_seq_len",
+    "block_size": "block",
+    "load_in_4bit": "quantize",
+    "load_in_8bit": "quantize",
+    "fine_tune_type": "method",
+    "train_data": "data",
+    "train_file": "data",
+    "dataset": "data",
+    "validation_file": "val_data",
+    "output_dir": "out",
+    "eval_steps": "eval_every",
 }
 
 

@@ -45,3 +45,13 @@ def end_at_once(unfinished: Unfinished) -> list[Event]:
             generation.end("length")
             events.append(generation.event())
     return events
+
+
+def fail_running(slots: Slots, reason: str) -> list[Event]:
+    """End all requests that have a slot with an error."""
+    events = []
+    for slot in slots.rows:
+        if slot.generation is not None and slot.generation.finish_reason is None:
+            slot.generation.fail(RuntimeError(reason))
+            events.append(slot.generation.event())
+    return events

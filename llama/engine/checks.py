@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 
 MOST_TOP_LOGPROBS = 20
@@ -55,3 +55,25 @@ def check_bias(bias: object) -> None:
             raise TypeError(f"logit_bias holds {token!r}, which is not a token id")
         if not -100 <= check_number(f"logit_bias of token {token}", value) <= 100:
             raise ValueError(f"logit_bias of token {token} must lie between -100 and 100")
+
+
+def check_prompt(name: str, prompt: object) -> None:
+    """Raise a TypeError unless `prompt` is a sequence of integers."""
+    if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
+        raise TypeError(f"{name} must be a list of token ids, not {type(prompt)}")
+    if set(map(type, prompt)) != {int}:  # in most prompts no id needs a look of its own
+        for token in prompt:
+            if not isinstance(token, Integral) or isinstance(token, bool):
+                raise TypeError(f"{name} holds {token!r}, which is not a token id")
+
+
+def check_adapter(name: str | None, known: Sequence[str]) -> None:
+    """Raise a ValueError unless `name` is None or one of the model's adapters."""
+    if name is None or name in known:
+        return
+    if not known:
+        raise ValueError(
+            f"there is no adapter {name!r}: this model has none; leave adapter out, or build with "
+            "adapters={name: folder}"
+        )
+    raise ValueError(f"there is no adapter {name!r}; use one of {', '.join(known)}, or None")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llama.common.files import check_writable
+from llama.layers.adapter_rows import adapter_names
 from llama.model import KVCache, Transformer, TransformerBlock
 
 log = logging.getLogger("llama")
@@ -163,7 +164,16 @@ def check_cache() -> None:
 
 
 def compile_step(model: Transformer, cache: Sequence[KVCache]) -> CompiledStep | None:
-    """A compiled step over an empty cache; None, with a warning, where compiling is impossible."""
+    """A compiled step over an empty cache; None, with a warning, where compiling is impossible.
+
+    Raises:
+        ValueError: the model has adapters that are chosen per request.
+    """
+    if adapter_names(model):
+        raise ValueError(
+            "a compiled step has the same weights for every request: leave compile out, build with "
+            "one adapter=, or merge it first: llama3 merge"
+        )
     log.info("compiling a block for decoding (up to a minute, then cached)")
     start, step = time.time(), CompiledStep(model, cache)
     try:

@@ -16,7 +16,7 @@ import torch
 
 from llama.common.errors import refuse_copies
 from llama.distributed import tensor_parallel
-from llama.engine.admission import admit
+from llama.engine.admission import admit, fail_running
 from llama.engine.checks import check_count
 from llama.engine.compiled_step import CompiledStep, compile_step
 from llama.engine.forward import Chunk, compute
@@ -26,6 +26,7 @@ from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.engine.turns import Turns
 from llama.engine.unfinished import Unfinished, check_siblings
+from llama.layers.adapter_rows import adapter_names
 from llama.model import Transformer
 
 
@@ -73,7 +74,10 @@ class Engine:
     __reduce_ex__ = refuse_copies
 
     def compile(self) -> bool:
-        """Decode by a compiled step from now on; False, with a warning, where that fails."""
+        """Decode by a compiled step from now on; False, with a warning, where that fails.
+
+        Errors: see `compile_step`.
+        """
         if self._unfinished.added:
             raise RuntimeError("compile before the first request: compiling uses the cache")
         self.compiled = compile_step(self.model, self.cache)
@@ -117,7 +121,7 @@ class Engine:
             raise TypeError(f"add takes a Request, not {type(request)}")
         with self._turns.changed:
             self._check_open()
-            request.check(self.model.params.vocab_size, self.room)
+            request.check(self.model.params.vocab_size, self.room, adapter_names(self.model))
         if request.time_limit is not None and tensor_parallel.size() > 1:
             raise ValueError(
                 "time_limit is for one rank: several have clocks that differ; "
@@ -274,11 +278,7 @@ class Engine:
 
     def _start_over(self) -> list[Event]:
         """New slots, after an interrupt has left the cache's rows in an unknown order."""
-        events = []
-        for slot in self._slots.rows:
-            if slot.generation is not None and slot.generation.finish_reason is None:
-                slot.generation.fail(RuntimeError("an interrupt lost this request's cache"))
-                events.append(slot.generation.event())
+        events = fail_running(self._slots, "an interrupt lost this request's cache")
         self._slots = Slots(self.cache)
         return events
 

@@ -18,6 +18,7 @@ from llama.engine.drawing_step import Row, draw_rows
 from llama.engine.forks import check_not_forked
 from llama.engine.request import Generation, TopLogprobs
 from llama.engine.sampling import Sampling, sample, top_logprobs, without
+from llama.layers.adapter_rows import selected
 from llama.model import KVCache, Transformer
 
 # Prompt positions whose logits are held at once when a prompt is scored: 128 x 128,256 x 4 bytes.
@@ -97,7 +98,8 @@ def compute(
     if compiled is not None and graphed and first_row == 0 and all(map(decodes, chunks)):
         return 1, [Scores([], []) for _ in chunks], drawn_by_graph(compiled, chunks)
     ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
-    h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
+    with selected(model, [chunk.generation.request.adapter for chunk in chunks]):
+        h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]
     scores = [
         score_prompt(model, chunk.generation, h[i], chunk.start, len(chunk.ids))

@@ -6,7 +6,6 @@ import logging
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 from time import monotonic
 from typing import Any, Literal
 
@@ -14,8 +13,10 @@ import torch
 
 from llama.common.errors import without_frames
 from llama.engine.checks import (
+    check_adapter,
     check_bias,
     check_count,
+    check_prompt,
     check_seed,
     check_time_limit,
     check_top_logprobs,
@@ -27,7 +28,9 @@ from llama.engine.steering import Steering
 log = logging.getLogger("llama")
 FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 # Fields of a request that must match on all ranks, beside the prompt.
-SHARED = ("max_gen_len", "score_from", "stop_tokens", "logprobs", "top_logprobs", "reuse")
+SHARED = (
+    "max_gen_len", "score_from", "stop_tokens", "logprobs", "top_logprobs", "reuse", "adapter",
+)  # fmt: skip
 TopLogprobs = list[tuple[int, float]]  # ids and log-probabilities, the most probable first
 
 
@@ -51,6 +54,7 @@ class Request:
             `prompt_top_logprobs` if score_from is not None.
         grammar: what the answer must follow. With several ranks, rank 0's.
         time_limit: seconds after which it ends, counted from when it is queued. On one rank only.
+        adapter: name of the adapter that answers; None is the base.
         name: what messages call it.
 
     Raises:
@@ -69,6 +73,7 @@ class Request:
     top_logprobs: int = 0
     grammar: Grammar | None = None
     time_limit: float | None = None
+    adapter: str | None = None
     name: str = "the prompt"
 
     def __post_init__(self) -> None:
@@ -90,15 +95,11 @@ class Request:
         check_top_logprobs(self.top_logprobs)
         check_time_limit(self.time_limit)
         check_bias(self.logit_bias)
-        prompt = self.prompt
-        if isinstance(prompt, (str, bytes)) or not isinstance(prompt, Sequence):
-            raise TypeError(f"{self.name} must be a list of token ids, not {type(prompt)}")
-        if set(map(type, prompt)) != {int}:  # in most prompts no id needs a look of its own
-            for token in prompt:
-                if not isinstance(token, Integral) or isinstance(token, bool):
-                    raise TypeError(f"{self.name} holds {token!r}, which is not a token id")
+        check_prompt(self.name, self.prompt)
+        if self.adapter is not None and not isinstance(self.adapter, str):
+            raise TypeError(f"adapter must be the name of an adapter, not {self.adapter!r}")
         # Copies: the caller's lists may change.
-        object.__setattr__(self, "prompt", tuple(map(int, prompt)))
+        object.__setattr__(self, "prompt", tuple(map(int, self.prompt)))
         object.__setattr__(self, "stop_tokens", frozenset(self.stop_tokens))
         bias = {int(token): float(value) for token, value in self.logit_bias.items()}
         object.__setattr__(self, "logit_bias", bias)
@@ -108,13 +109,15 @@ class Request:
         """Whether ids are drawn from other logits than the model's."""
         return bool(self.logit_bias) or self.grammar is not None or self.sampling.penalized
 
-    def check(self, vocab_size: int, room: int) -> None:
+    def check(self, vocab_size: int, room: int, adapters: Sequence[str] = ()) -> None:
         """Raise a ValueError for a prompt that a model cannot run, saying what to do.
 
         Args:
             room: positions of a cache row.
+            adapters: names of the model's adapters.
         """
         prompt, name = self.prompt, self.name
+        check_adapter(self.adapter, adapters)
         if not prompt:
             raise ValueError(f"{name} is empty; give at least one token")
         if len(prompt) > room:

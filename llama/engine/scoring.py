@@ -107,6 +107,7 @@ def score_ids(
     bos_id: int = -1,
     stride: int | None = None,
     show: bool = False,
+    adapter: str | None = None,
 ) -> list[float | None]:
     """Log-probability of each id given those before it in its window; None for the first id.
 
@@ -114,6 +115,7 @@ def score_ids(
         bos_id: if `ids` begin with it, every window begins with it.
         stride: ids that each window of max_seq_len adds to the one before; None: max_seq_len / 2.
         show: show a progress bar after two seconds.
+        adapter: see `Request`.
 
     Raises:
         ValueError: `ids` is empty, or the stride is out of range.
@@ -127,7 +129,7 @@ def score_ids(
         window = list(ids[begin:end])
         if begin and ids[0] == bos_id:
             window[0] = bos_id
-        return Request(window, 0, score_from=scored - begin, reuse=False)
+        return Request(window, 0, score_from=scored - begin, reuse=False, adapter=adapter)
 
     scores: list[float | None] = []
     spans = windows(len(ids), context, stride)
@@ -142,11 +144,16 @@ def score_ids(
 
 
 def perplexity(
-    engine: Engine, ids: Sequence[int], size: int, bos_id: int = -1, stride: int | None = None
+    engine: Engine,
+    ids: Sequence[int],
+    size: int,
+    bos_id: int = -1,
+    stride: int | None = None,
+    adapter: str | None = None,
 ) -> Perplexity:
     """The perplexity of `ids`, the tokens of a text of `size` bytes. See `score_ids`."""
     start = time.perf_counter()
-    scores = score_ids(engine, ids, bos_id, stride, show=True)
+    scores = score_ids(engine, ids, bos_id, stride, show=True, adapter=adapter)
     known = [score for score in scores if score is not None]
     if not known:
         raise ValueError("the text is too short: it needs two tokens or more")

@@ -24,6 +24,7 @@ class Slot:
         used: number of the last request placed here; the smallest is the least recently used.
         stale: no later request may build upon `cached`.
         group: of the last request placed here: its siblings may always build upon `cached`.
+        adapter: of the last request placed here, with which `cached` was computed.
     """
 
     generation: Generation | None = None
@@ -32,6 +33,7 @@ class Slot:
     used: int = 0
     stale: bool = False
     group: int = 0
+    adapter: str | None = None
 
     @property
     def running(self) -> Generation:
@@ -89,8 +91,14 @@ class Slots:
 
     def sources(self, generation: Generation) -> list[Slot]:
         """Slots upon whose cached ids a generation may build."""
-        reuse = generation.request.reuse
-        return [s for s in self.rows if not s.stale and (reuse or s.group == generation.group)]
+        request = generation.request
+        return [
+            slot
+            for slot in self.rows
+            if not slot.stale
+            and slot.adapter == request.adapter
+            and (request.reuse or slot.group == generation.group)
+        ]
 
     @staticmethod
     def reusable(generation: Generation) -> int:
@@ -112,6 +120,7 @@ class Slots:
         if source.generation is None and 2 * kept >= len(source.cached):
             target = source  # most of its cached ids stay in use
         target.cached = []  # in case an interrupt comes, or memory runs out
+        target.adapter = generation.request.adapter
         if target is not source:
             kept = kept if kept >= WORTH_COPYING else 0
             for cache in self.cache:

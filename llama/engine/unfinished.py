@@ -91,6 +91,6 @@ class Unfinished:
 
 def check_siblings(one: Request, other: Request) -> None:
     """Raise a ValueError unless the prompt of both can be computed and scored at once."""
-    for name in ("prompt", "score_from", "top_logprobs"):
+    for name in ("prompt", "adapter", "score_from", "top_logprobs"):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(f"siblings must have the same {name}; queue others by themselves")

@@ -5,47 +5,295 @@ Shapes: N outputs and K inputs of a linear, r rank.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
-TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama.distributed.sharding import Sizes, rank_part, shard_dim
+from llama.distributed.tensor_parallel import reduce_from_ranks
+from llama.layers import kernels
+from llama.layers.lora_config import TARGETS as TARGETS
+from llama.layers.lora_config import LoRAConfig as LoRAConfig
+from llama.layers.quantized_linear import row_squares
+from llama.layers.replace import replace_modules
+
+TINY = torch.finfo(torch.float32).tiny  # the least norm of a row: none is divided by 0
+PARTS = ("lora_a", "lora_b", "lora_magnitude")  # parameters of a `LoRALinear`
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Which linears of every layer are adapted, and how: y = W x + scale * B A dropout(x).
+class LoRALinear(nn.Module):
+    """A linear of any kind with a low-rank update of its weight.
+
+    In training mode the inputs of A are dropped by a mask that follows from the key alone, so a
+    forward pass that is repeated (recomputation, a resumed run) repeats it; see `set_dropout_key`.
 
     Attributes:
-        rank: r, rows of A (r, K) and columns of B (N, r).
-        alpha: numerator of the scale.
-        dropout: share of the inputs of A that training sets to 0.
-        targets: names of TARGETS.
-        rslora: scale = alpha / sqrt(rank), arXiv:2312.03732, instead of alpha / rank.
-        dora: W' = m V / |V| for each row of V = W + scale * B A, arXiv:2402.09353.
-
-    Raises:
-        ValueError: a value is out of range, or a target is unknown.
+        base: the linear, plain or quantized; it may be replaced by a faster one.
+        lora_a, lora_b, lora_magnitude: (r, K), (N, r), and with DoRA (N,).
+        enabled: if False, the module computes what `base` computes.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = TARGETS
-    rslora: bool = False
-    dora: bool = False
+    lora_magnitude: nn.Parameter | None
 
-    def __post_init__(self) -> None:
-        if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer, not {self.rank!r}")
-        if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, not {self.alpha!r}")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a number from 0 to below 1, not {self.dropout!r}")
-        unknown = [target for target in self.targets if target not in TARGETS]
-        if unknown or not self.targets:
-            raise ValueError(f"targets must be some of {', '.join(TARGETS)}, not {unknown}")
+    def __init__(
+        self,
+        base: nn.Module,
+        config: LoRAConfig,
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        self.base, self.config, self.name, self.enabled = base, config, name, True
+        N, K = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
+        device = next(chain(base.parameters(), base.buffers())).device
+        options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.lora_a = nn.Parameter(torch.zeros(config.rank, K, **options))
+        self.lora_b = nn.Parameter(torch.zeros(N, config.rank, **options))
+        magnitude = nn.Parameter(torch.ones(N, **options)) if config.dora else None
+        self.register_parameter("lora_magnitude", magnitude)
+        self._dropout_seed: int | None = None
+        self._base_squares: Tensor | None = None  # |W|^2 of each row
+        self._ratio: Tensor | None = None  # of evaluation mode
 
-    @property
-    def scale(self) -> float:
-        """What B A x is multiplied by."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    @classmethod
+    def from_base(
+        cls,
+        base: nn.Module,
+        config: LoRAConfig,
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
+    ) -> LoRALinear:
+        """Wrap a linear. A and B are 0, on its device.
+
+        Args:
+            name: as in the state dict. It says how several ranks split the weight, and which masks
+                dropout draws.
+            dtype: of A and B: fp32 for training. Matmuls are in the dtype of the base's outputs.
+        """
+        return cls(base, config, name, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapt(self.base(x), x)
+
+    def adapt(self, y: Tensor, x: Tensor) -> Tensor:
+        """The outputs (..., N) for inputs x (..., K), given the base's outputs y."""
+        if not self.enabled:
+            return y
+        scale = self.config.scale
+        inputs = x
+        if self.training and self.config.dropout:
+            inputs = x * self._kept(x)
+            scale /= 1 - self.config.dropout
+        y = add_low_rank(y, inputs, self.lora_a, self.lora_b, scale)
+        if self.lora_magnitude is not None:
+            y = (y * self._magnitude_ratio(x.dtype)).to(y.dtype)
+        return y
+
+    def _kept(self, x: Tensor) -> Tensor:
+        """Booleans like x: the inputs that dropout keeps."""
+        if self._dropout_seed is None:
+            raise ValueError("dropout needs a key; call set_dropout_key before each batch")
+        generator = torch.Generator(x.device).manual_seed(self._dropout_seed)
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return kept.bernoulli_(1 - self.config.dropout, generator=generator)
+
+    def _magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
+        """m / |V| of each row, (N,); in evaluation mode computed once."""
+        assert self.lora_magnitude is not None
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.lora_magnitude / self.row_norms(dtype)
+        if self._ratio is None:
+            self._ratio = self.lora_magnitude / self.row_norms(dtype)
+        return self._ratio
+
+    @torch.no_grad()
+    def row_norms(self, dtype: torch.dtype) -> Tensor:
+        """|V| of each row of V = W + scale * B A, (N,) fp32, without computing V.
+
+        |V|^2 = |W|^2 + sum of (2 scale W A^T + scale^2 B A A^T) * B over the columns. On several
+        ranks that split the columns, all must call this at the same time.
+
+        Args:
+            dtype: of the inputs that the base takes.
+        """
+        a, b, scale = self.lora_a.float(), self.lora_b.float(), self.config.scale
+        products = self.base(a.to(dtype)).float().t()  # W A^T, (N, r)
+        change = ((2 * products + scale * (b @ (a @ a.t()))) * b).sum(dim=1)
+        return self._norms(scale * change)
+
+    def _norms(self, change: Tensor | float = 0.0) -> Tensor:
+        """Norms of the weight's rows whose squares are those of the base plus `change`."""
+        if self._base_squares is None:
+            self._base_squares = row_squares(self.base)
+        squares = self._base_squares + change
+        if shard_dim(f"{self.name}.weight") == 1:
+            squares = reduce_from_ranks(squares)
+        return squares.clamp(min=TINY).sqrt()
+
+    def train(self, mode: bool = True) -> LoRALinear:
+        self._ratio = None
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.config.rank}, scale={self.config.scale:g}"
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * x A^T B^T, in y's dtype. Without gradients, y itself is changed.
+
+    Args:
+        y, x, a, b: (..., N), (..., K), (r, K), (N, r).
+    """
+    x = x.to(y.dtype)
+    h = _matmul(x, a)  # (..., r)
+    if kernels.is_fastest_with(h, b) and not torch.is_grad_enabled():
+        return y.add_(kernels.linear(h, b), alpha=scale)
+    rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+    weight = b.to(y.dtype).t()
+    if torch.is_grad_enabled():
+        return torch.addmm(rows, h, weight, alpha=scale).view(y.shape)
+    return rows.addmm_(h, weight, alpha=scale).view(y.shape)
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """F.linear(x, w) in x's dtype; the CPU kernel takes w as it is."""
+    if kernels.is_fastest_with(x, w):
+        y: Tensor = torch.ops.llama3.linear(x, w)
+        return y
+    return F.linear(x, w.to(x.dtype))
+
+
+def lora_modules(model: nn.Module) -> Iterator[LoRALinear]:
+    """The adapted linears of a model."""
+    return (module for module in model.modules() if isinstance(module, LoRALinear))
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.float32) -> None:
+    """Replace the targets of every layer by `LoRALinear`, after quantizing, before `optimize`.
+
+    Weights get other names: layers.0.attention.wq.weight becomes layers.0.attention.wq.base.weight.
+    A, B and magnitudes are parameters beside it; see `initialize_lora`.
+
+    Args:
+        dtype: of A and B.
+
+    Raises:
+        ValueError: the model has adapters, or no such linears any more.
+    """
+    if next(lora_modules(model), None) is not None:
+        raise ValueError("this model has an adapter already; build it anew from its checkpoint")
+    modules = {name: m for name, m in model.named_modules() if leaf(name) in config.targets}
+    missing = set(config.targets) - {leaf(name) for name in modules}
+    if missing:
+        raise ValueError(f"the model has no linears {sorted(missing)}; add adapters to it first")
+
+    def wrapped(name: str, module: nn.Module) -> nn.Module:
+        if leaf(name) not in config.targets:
+            return module
+        return LoRALinear.from_base(module, config, name, dtype)
+
+    replace_modules(model, {type(module): wrapped for module in modules.values()})
+
+
+def leaf(name: str) -> str:
+    """The last part of a module's name: "wq" of "layers.0.attention.wq"."""
+    return name.rpartition(".")[2]
+
+
+@torch.no_grad()
+def initialize_lora(model: nn.Module, seed: int) -> None:
+    """Draw A; set B to 0, and DoRA's magnitudes to the norms of the base's rows.
+
+    A is uniform in +-1 / sqrt(K), as peft's, and follows from the seed and the module's name alone.
+    With FSDP, all ranks must call this.
+    """
+    for module in lora_modules(model):
+        a = torch.empty(module.lora_a.shape, dtype=torch.float32, device="cpu")
+        generator = torch.Generator().manual_seed(seed_of(seed, module.name))
+        bound = 1 / math.sqrt(a.shape[1])
+        fill(module.lora_a, a.uniform_(-bound, bound, generator=generator))
+        module.lora_b.zero_()
+        if module.lora_magnitude is not None:
+            fill(module.lora_magnitude, module._norms())
+
+
+def fill(parameter: nn.Parameter, values: Tensor) -> None:
+    """Copy the values of a whole tensor into a parameter, of which FSDP may keep a shard."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    values = values.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        values = distribute_tensor(values, parameter.device_mesh, parameter.placements)
+    parameter.copy_(values)
+
+
+def lora_state(model: nn.Module) -> dict[str, Tensor]:
+    """{"layers.0.attention.wq.lora_a": ...}: the parameters of a model's adapter, not copied."""
+    weights = model.named_parameters()
+    return {name: weight.detach() for name, weight in weights if leaf(name) in PARTS}
+
+
+def lora_part(name: str, whole: Tensor, args: Sizes, rank: int, size: int) -> Tensor:
+    """The part of a parameter of an adapter for rank `rank` of `size`; a view.
+
+    B and magnitudes are split as the rows of the weight, A as its columns.
+    """
+    module, _, kind = name.rpartition(".")
+    part = rank_part(f"{module}.weight", args, rank, size) if size > 1 else None
+    if part is None or (part[0] == 1) != (kind == "lora_a"):
+        return whole
+    dim, start, stop = part
+    return whole.narrow(dim, start, stop - start)
+
+
+def set_dropout_key(model: nn.Module, seed: int, step: int, part: int) -> None:
+    """Choose the masks of dropout until the next call.
+
+    Args:
+        step: the update.
+        part: the micro-batch, counted over the accumulation and the ranks of an update.
+    """
+    for module in lora_modules(model):
+        module._dropout_seed = seed_of(seed, step, part, module.name)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed of a generator that follows from numbers and names."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@contextmanager
+def without_adapter(model: nn.Module) -> Iterator[None]:
+    """A block in which the model computes what it would without its adapter."""
+    modules = list(lora_modules(model))
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = True
+
+
+def delta(a: Tensor, b: Tensor, config: LoRAConfig) -> Tensor:
+    """scale * B A, (N, K) fp32."""
+    return config.scale * (b.float() @ a.float())
+
+
+def merged(
+    weight: Tensor, a: Tensor, b: Tensor, config: LoRAConfig, magnitude: Tensor | None = None
+) -> Tensor:
+    """The weight (N, K) with its update, fp32: W + scale * B A; with DoRA m V / |V|."""
+    whole = weight.float() + delta(a, b, config)
+    if magnitude is None:
+        return whole
+    norms = torch.linalg.vector_norm(whole, dim=1).clamp(min=TINY)
+    return whole * (magnitude.float() / norms).unsqueeze(1)

@@ -22,6 +22,7 @@ from llama.layers.gpu_modules import (
     triton_works,
 )
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
+from llama.layers.lora import lora_modules
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
 from llama.layers.replace import Factory, factory_of, replace_modules
 from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
@@ -46,22 +47,34 @@ GPU: Table = {RMSNorm: factory_of(FusedRMSNorm)}
 TRITON: Table = {nn.Linear: factory_of(TritonLinear), Int8Linear: triton_int8_or_same}
 
 
-def optimize(model: Transformer, quantize: str | None = None, exact: bool = False) -> None:
-    """Replace modules of a loaded model by faster or smaller ones.
+def quantize_model(model: Transformer, scheme: str | None) -> None:
+    """Store the linears of a loaded model in 8 or 4 bits; see `quantized`.
+
+    All ranks of the model must call this at the same time.
 
     Args:
-        quantize: "int8", "int4" or None; see `quantized`.
-        exact: the reference's arithmetic in everything but quantized linears.
+        scheme: "int8", "int4", or None, which changes nothing.
 
     Raises:
         ValueError: the model cannot be quantized this way.
     """
-    if quantize is not None:
-        check_ranks(model.params, quantize)
-        if not isinstance(model.output, nn.Linear):
-            raise ValueError("this model is quantized already; build it anew from its checkpoint")
-        sharded = tensor_parallel.size() > 1
-        replace_modules(model, {nn.Linear: quantized(quantize, sharded=sharded)})
+    if scheme is None:
+        return
+    check_ranks(model.params, scheme)
+    if not isinstance(model.output, nn.Linear):
+        raise ValueError("this model is quantized already; build it anew from its checkpoint")
+    if next(lora_modules(model), None) is not None:
+        raise ValueError("quantize a model before an adapter is added to it")
+    sharded = tensor_parallel.size() > 1
+    replace_modules(model, {nn.Linear: quantized(scheme, sharded=sharded)})
+
+
+def optimize(model: Transformer, exact: bool = False) -> None:
+    """Replace modules of a loaded model by faster ones, after `quantize_model` and `add_lora`.
+
+    Args:
+        exact: the reference's arithmetic in everything but quantized linears.
+    """
     if exact:
         replace_modules(model, REFERENCE)
         return

@@ -5,7 +5,7 @@ Shapes: N rows (outputs) and K columns of a weight matrix, T tiles of 16 rows, G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -184,10 +184,15 @@ def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) 
         return y
     if (wide := _fp16_to_fp32(x)) is not x:
         return linear_int4(wide, packed, scale, zero, n).to(x.dtype)
-    parts = zip(*(t.split(BLOCK // TILE) for t in (packed, scale, zero)), strict=True)
-    rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
-    weights = (unpack_int4(x, p, s, z, m) for (p, s, z), m in zip(parts, rows, strict=True))
+    weights = (unpack_int4(x, *tiles, m) for tiles, m in blocks_int4(n, packed, scale, zero))
     return torch.cat([F.linear(x, w) for w in weights], dim=-1)
+
+
+def blocks_int4(n: int, *parts: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int]]:
+    """Tiled codes, scales and zeros of n rows, in blocks of rows: [(parts, rows of the block)]."""
+    rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
+    tiles = zip(*(t.split(BLOCK // TILE) for t in parts), strict=True)
+    return zip(tiles, rows, strict=True)
 
 
 def unpack_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:

@@ -1,25 +1,31 @@
 """Replacements of a linear that store its weight in 8 or 4 bits. Imports no model.
 
-Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's dtype.
+Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's dtype. x gets a
+gradient, the codes none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import Sizes, rank_counts, shard_dim
 from llama.layers.quantization import (
+    blocks_int4,
+    dequantize_int4,
+    dequantize_int8,
     linear_int4,
     linear_int8,
     quantize_int4,
     quantize_int8,
     row_largest,
 )
+from llama.layers.quantized_grad import frozen_linear, multiply_back_int4, multiply_back_int8
 from llama.layers.replace import Factory
-from llama.layers.schemes import GROUPS, undivided
+from llama.layers.schemes import BLOCK, GROUPS, undivided
 from llama.layers.schemes import check_scheme as check_scheme
 from llama.layers.schemes import possible_ranks as possible_ranks
 
@@ -42,7 +48,26 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+    def multiply(self, x: Tensor) -> Tensor:
         return linear_int8(x, self.q, self.scale)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return multiply_back_int8(grad, self.q, self.scale)
+
+    @property
+    def out_features(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.q.shape[1]
+
+    def blocks(self) -> Iterator[Tensor]:
+        """See `weight_blocks`."""
+        parts = zip(self.q.split(BLOCK), self.scale.split(BLOCK), strict=True)
+        return (dequantize_int8(*part) for part in parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:
         apply_to_codes(self, fn, recurse)
@@ -70,11 +95,45 @@ class Int4Linear(nn.Module):
         self.register_buffer("zero", zero)
 
     def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+    def multiply(self, x: Tensor) -> Tensor:
         return linear_int4(x, self.packed, self.scale, self.zero, self.n)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return multiply_back_int4(grad, self.packed, self.scale, self.zero, self.n)
+
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+    @property
+    def in_features(self) -> int:
+        return self.packed.shape[1] * 8
+
+    def blocks(self) -> Iterator[Tensor]:
+        """See `weight_blocks`."""
+        for tiles, n in blocks_int4(self.n, self.packed, self.scale, self.zero):
+            yield dequantize_int4(*tiles, n)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         apply_to_codes(self, fn, recurse)
         return self
+
+
+def weight_blocks(linear: nn.Module) -> Iterator[Tensor]:
+    """The weight of a linear of any kind, dequantized, in blocks of rows (N', K), fp32."""
+    if isinstance(linear, nn.Linear):
+        weight = linear.weight.detach()
+        weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP's shards
+        return (rows.float() for rows in weight.split(BLOCK))
+    blocks: Iterator[Tensor] = linear.blocks()  # type: ignore[operator]
+    return blocks
+
+
+def row_squares(linear: nn.Module) -> Tensor:
+    """The sum of squares of each row of a linear's weight, (N,) fp32."""
+    return torch.cat([rows.square().sum(dim=1) for rows in weight_blocks(linear)])
 
 
 def apply_to_codes(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool) -> None:

@@ -139,10 +139,14 @@ class UncutEncoder:
 
     @functools.cached_property
     def _one_piece(self) -> tiktoken.Encoding:
-        """An encoding that takes any text as one piece; made late: it is slow, and rarely used."""
-        return tiktoken.Encoding(
-            name="one piece", pat_str=r"[\s\S]+", mergeable_ranks=self.ranks, special_tokens={}
-        )
+        return one_piece_encoding(self.ranks)  # made late: it is slow, and rarely used
+
+
+def one_piece_encoding(ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """An encoding that takes any text as one piece."""
+    return tiktoken.Encoding(
+        name="one piece", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}
+    )
 
 
 def has_long_whitespace(s: str) -> bool:

@@ -20,7 +20,7 @@ from llama.engine.engine import Engine
 from llama.engine.forward import draw_at
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import possible_ranks
 from tests.checkpoints import eight_ranks
 from tests.checkpoints.eight_ranks import BATCH, CONTEXT, SHAPES, cases, storage_bytes
@@ -57,7 +57,8 @@ def test_bytes_are_those_of_models_on_1_to_8_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_weights_by_kind(scheme: str | None) -> None:
     model = Transformer(ModelArgs(**SHAPES[0]))
-    optimize(model, scheme, exact=True)
+    quantize_model(model, scheme)
+    optimize(model, exact=True)
     names = {
         "embedding": "tok_embeddings", "attention": ".attention.", "feed_forward": "feed_forward",
         "norms": "norm.", "output": "output",
@@ -119,7 +120,8 @@ def test_activations_are_close_to_torchs_peak(dtype: str, scheme: str | None) ->
     batch, context = 8, 1024
     args = ModelArgs(256, 2, 8, 2, vocab_size=3000, max_seq_len=context, max_batch_size=batch)
     model = Transformer(args).to(parse_dtype(dtype)).eval()
-    optimize(model, scheme)
+    quantize_model(model, scheme)
+    optimize(model)
     cache = model.new_cache(batch, context)
     request = Request([1], max_gen_len=1, sampling=Sampling(0.6, 1.0))
     generations = [Generation(request, id) for id in range(batch)]

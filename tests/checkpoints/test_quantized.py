@@ -24,7 +24,7 @@ from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
 from llama.distributed import tensor_parallel
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantization import quantize_int4, quantize_int8
 from llama.layers.quantized_linear import quantized
 from tests.checkpoints import gguf_files
@@ -95,7 +95,8 @@ def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tenso
     """Logits of a prefill and of one decode step."""
     source = open_checkpoint(path)
     model = load_model(source, source.args(max_seq_len=32), CPU, dtype)
-    optimize(model, quantize)
+    quantize_model(model, quantize)
+    optimize(model)
     return torch.cat([model(TOKENS, 0), model(TOKENS[:, :1], 20)], dim=1)
 
 

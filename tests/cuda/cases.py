@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llama import Engine, Generation, ModelArgs, Request, Sampling, Transformer
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from tests.models import random_weights
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +58,8 @@ def make_engine(
 ) -> Engine:
     """An engine on the GPU."""
     model = make_model(shape, DEVICE, dtype, **sizes)
-    optimize(model, quantize)
+    quantize_model(model, quantize)
+    optimize(model)
     engine = Engine(model, prefill_chunk)
     if compile:
         assert engine.compile()

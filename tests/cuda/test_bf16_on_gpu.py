@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llama import Engine, Generation
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from tests.cuda.cases import greedy, make_engine, make_model, prompt
 
 pytestmark = pytest.mark.cuda
@@ -39,7 +39,8 @@ def way(request: pytest.FixtureRequest) -> Way:
 def oracle(quantize: str | None) -> Engine:
     """In fp32 on the CPU, with the weights that bf16 or the quantization of bf16 leaves."""
     model = make_model("heads of 64", torch.device("cpu"), torch.bfloat16)
-    optimize(model, quantize, exact=True)
+    quantize_model(model, quantize)
+    optimize(model, exact=True)
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False)]:
             module.register_parameter(name, torch.nn.Parameter(tensor.detach().float()))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from llama import ModelArgs, Transformer
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantization import dequantize_int4, dequantize_int8
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import replace_modules
@@ -57,7 +57,8 @@ def pair(
     found, wanted = models
     replace_modules(wanted, {nn.Linear: partial(plain_linear, scheme)})
     found.to(device)
-    optimize(found, scheme)
+    quantize_model(found, scheme)
+    optimize(found)
     return found, wanted.float()
 
 

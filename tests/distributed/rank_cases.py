@@ -27,10 +27,12 @@ from llama.distributed import job, tensor_parallel
 from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
+from llama.layers.adapter_rows import add_adapters
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import quantized
 from llama.layers.replace import replace_modules
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
+from tests.adapters import Adapter, random_adapter
 
 CPU = torch.device("cpu")
 SHARED = [0, 3, 2, 1, 4, 2, 3, 1, 0, 4, 1, 1, 2, 3, 4, 0, 2, 2, 3, 1]
@@ -306,10 +308,42 @@ def stored(folder: str) -> dict[str, Any]:
     return generate(folder) | {"drawn": drawn}
 
 
+def adapted(*folders: str) -> dict[str, Any]:
+    """Adapters per request, of plain and of quantized models."""
+    tensor_parallel.initialize(None, CPU)
+    return {"generated": [generate_adapted(f, s) for f in folders for s in (None, "int8")]}
+
+
+def generate_adapted(folder: str, scheme: str | None = None) -> dict[str, Any]:
+    """Greedy answers of the base and of two adapters, in one batch; scores of the prompts."""
+    source = open_checkpoint(folder)
+    args = source.args(max_seq_len=48, max_batch_size=3)
+    model = load_model(source, args, CPU, torch.float32)
+    if scheme is not None:
+        replace_modules(model, {nn.Linear: quantized(scheme, sharded=tensor_parallel.size() > 1)})
+    add_adapters(model, adapters_for(args))
+    optimize(model)
+    names = [None, "plain", "dora"] * 2
+    requests = [
+        Request(p, 9, Sampling(0.0), logprobs=True, score_from=0, adapter=name)
+        for p, name in zip([*PROMPTS, *PROMPTS], names, strict=False)
+    ]
+    generations = Engine(model, prefill_chunk=7).run(requests)
+    scores = [[*g.prompt_logprobs[1:], *g.generated_logprobs] for g in generations]
+    return {"adapted": [g.tokens for g in generations], "adapted scores": scores}
+
+
+def adapters_for(args: ModelArgs) -> dict[str, Adapter]:
+    return {
+        "plain": random_adapter(1, args, rank=2, alpha=4.0),
+        "dora": random_adapter(2, args, rank=3, alpha=3.0, dora=True),
+    }
+
+
 if __name__ == "__main__":
     modes: dict[str, Callable[..., dict[str, Any]]] = {
         "cases": cases, "demo": demo, "one": one, "replicas": replicas,
-        "quantized": quantized_models, "stored": stored,
+        "quantized": quantized_models, "stored": stored, "adapted": adapted,
     }  # fmt: skip
     mode = modes[sys.argv[1]]
     result = {"rank": int(os.environ["RANK"])} | mode(*sys.argv[2:])

@@ -15,7 +15,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.layers import kernels
 from llama.layers.gpu_modules import TinygemmLinear, tinygemm_or_same
 from llama.layers.kernel_modules import KernelLinear
-from llama.layers.optimize import optimize
+from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantization import (
     codes_int4,
     dequantize_int4,
@@ -60,7 +60,8 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
 @torch.inference_mode()
 def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
     model = make_model()
-    optimize(model, scheme)
+    quantize_model(model, scheme)
+    optimize(model)
     plain, untouched = with_dequantized_weights(model), make_model()
     for tokens in (TOKENS, TOKENS[:1, :3]):  # more rows than is fastest by kernels, and fewer
         want = plain(tokens)
@@ -75,7 +76,8 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
 def test_quantized_weights_are_close(scheme: str, most: float) -> None:
     model = make_model()
-    optimize(model, scheme)
+    quantize_model(model, scheme)
+    optimize(model)
     found = dict(with_dequantized_weights(model).named_parameters())
     for name, w in make_model().named_parameters():
         if "norm" not in name:
@@ -165,9 +167,9 @@ def test_bad_quantization(
     with pytest.raises(ValueError, match=r"layers.0.attention.wq: groups of 32 do not divide 48"):
         Llama.build(odd, byte_tokenizer_path, 8, 1, device="cpu", quantize="int4")
     model = make_model()
-    optimize(model, "int8")
+    quantize_model(model, "int8")
     with pytest.raises(ValueError, match="quantized already"):
-        optimize(model, "int8")
+        quantize_model(model, "int8")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""A base and its adapters, opened to build a model.
+
+`AdaptedSource` is a base with the weights and the vocabulary that come with an adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llama.checkpoints.adapter import Adapter, attach_adapter, describe_adapter, read_adapter
+from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
+from llama.checkpoints.formats.quantized import quantize_weight
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import Source, same_weights, sample
+from llama.distributed.sharding import VOCABULARY
+from llama.layers.adapter_rows import add_adapters
+from llama.model import ModelArgs, Transformer
+
+log = logging.getLogger("llama")
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """The adapters that a model is built with.
+
+    Attributes:
+        only: the one that all requests use.
+        named: those that requests choose from, by name.
+    """
+
+    only: Adapter | None
+    named: dict[str, Adapter]
+
+    def attach(self, model: Transformer) -> None:
+        """Add the adapters to a loaded model. All ranks call it at the same time."""
+        if self.only is not None:
+            attach_adapter(model, self.only)
+        elif self.named:
+            add_adapters(model, {name: (a.config, a.weights) for name, a in self.named.items()})
+
+    def fingerprints(self) -> dict[str, str]:
+        """What ranks compare to detect different adapters, see `Source.fingerprints`."""
+        found = {f"the adapter {name}": fingerprint(a) for name, a in self.named.items()}
+        return found if self.only is None else found | {"the adapter": fingerprint(self.only)}
+
+    def log(self) -> None:
+        """A line for each adapter."""
+        if self.only is not None:
+            log.info("With the adapter %s: %s", self.only.path, describe_adapter(self.only))
+        for name, adapter in self.named.items():
+            log.info("With the adapter %s, %s: %s", name, adapter.path, describe_adapter(adapter))
+
+
+def open_adapted(
+    path: str | Path, adapter: str | Path | None, adapters: Mapping[str, str | Path] | None
+) -> tuple[Source, Adapters]:
+    """The checkpoint at `path` with its adapters, see `BuildOptions`.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError, ImportError: see `open_checkpoint` and
+            `read_adapter`; or a named adapter that is more than low-rank.
+    """
+    source = open_checkpoint(path)
+    if adapter is not None:
+        only = read_adapter(adapter, source)
+        return AdaptedSource(source, only), Adapters(only, {})
+    named = {name: read_adapter(folder, source) for name, folder in (adapters or {}).items()}
+    for name, found in named.items():
+        if found.whole:
+            raise ValueError(
+                f"adapter {name}: {found.path} has {' and '.join(found.whole)} of its own, which "
+                "requests cannot choose; build with this adapter alone, or merge it into a "
+                "checkpoint: llama3 merge"
+            )
+    return source, Adapters(None, named)
+
+
+class AdaptedSource(Source):
+    """The base of an adapter, with the embedding and the output that were trained whole.
+
+    Linears are the base's: `attach_adapter` adds A and B to the model. The output of a quantized
+    base is quantized in the same way.
+    """
+
+    def __init__(self, base: Source, adapter: Adapter):
+        self.base, self.adapter = base, adapter
+        self.path, self.layout, self.n_shards = base.path, base.layout, base.n_shards
+        self.quantization = base.quantization
+        self.replaces_vocabulary = adapter.vocabulary is not None or base.replaces_vocabulary
+        rows = {len(w) for w in adapter.whole.values()} or {base.params["vocab_size"]}
+        self.params = base.params | {"vocab_size": max(rows)}
+        self.tied = base.tied and _equal_halves(adapter)
+        self._whole: dict[str, Tensor] = {}
+        for name, w in adapter.whole.items():
+            scheme = base.quantization
+            self._whole |= quantize_weight(name, w.float(), *scheme) if scheme else {name: w}
+
+    @property
+    def context(self) -> int:
+        return self.base.context
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.base.shapes() | {name: tuple(w.shape) for name, w in self._whole.items()}
+
+    def args(self, **build: int) -> ModelArgs:
+        """See `Source.args`. The adapter was checked when it was read."""
+        return replace(self.base.args(**build), vocab_size=self.params["vocab_size"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._whole[name].dtype if name in self._whole else self.base.dtype(name)
+
+    def read(self, name: str, dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        if name not in self._whole:
+            return self.base.read(name, dim, start, stop)
+        w = self._whole[name]
+        return w.narrow(dim, start, (w.shape[dim] if stop is None else stop) - start)
+
+    def read_slice(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        if name not in self._whole:
+            return self.base.read_slice(name, dim, start, stop)
+        return self._whole[name].narrow(dim, start, stop - start)  # rows, also of codes and scales
+
+    def read_replicated(self, name: str, rank: int, size: int) -> Tensor:
+        return self.base.read_replicated(name, rank, size)
+
+    def vocabulary(self) -> tuple[bytes, dict[str, Any]] | None:
+        return self.adapter.vocabulary or self.base.vocabulary()
+
+    def stop_ids(self) -> list[int]:
+        return self.base.stop_ids()
+
+    def chat_templates(self) -> StoredTemplates:
+        """The adapter's, if it has any."""
+        stored = read_hf_templates(self.adapter.path)
+        return stored if stored.sources else self.base.chat_templates()
+
+    def sample(self, name: str) -> bytes:
+        return sample(self._whole[name]) if name in self._whole else self.base.sample(name)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Those of the base; `Adapters` has the adapter's."""
+        return self.base.fingerprints()
+
+
+def _equal_halves(adapter: Adapter) -> bool:
+    """Whether an embedding and an output that are tied in the base still are."""
+    if not adapter.whole:
+        return True
+    halves = [adapter.whole.get(name) for name in VOCABULARY]
+    return halves[0] is not None and halves[1] is not None and same_weights(halves[0], halves[1])
+
+
+def fingerprint(adapter: Adapter) -> str:
+    """A short text that differs for adapters with different options or weights."""
+    digest = hashlib.sha256(repr(adapter.config).encode())
+    for name, w in sorted((adapter.weights | adapter.whole).items()):
+        part = sample(w) if name in VOCABULARY else w.contiguous().view(torch.uint8).numpy()
+        digest.update(name.encode() + bytes(part))
+    return digest.hexdigest()[:8]
