@@ -141,6 +141,6 @@ def _split(hint: Any) -> tuple[Any, list[Any]]:
 def _text_or_itself(kind: Any) -> Any:
     """`str | None` for `str | torch.device | None`: the command line gives text."""
     kinds = get_args(kind)
-    if str in kinds:
+    if str in kinds and get_origin(kind) is not list:
         return str | None if NoneType in kinds else str
     return kind
