@@ -20,6 +20,7 @@ from llama.checkpoints.formats.peft import (
     WEIGHTS_FILE,
     PeftConfig,
     adapter_shapes,
+    in_meta_order,
     read_peft_config,
     read_tensors,
     write_peft,
@@ -28,8 +29,8 @@ from llama.checkpoints.locate import checkpoint_folder, expand
 from llama.checkpoints.source import Source, check_shapes
 from llama.common.files import damage, read_json, write_json
 from llama.distributed import tensor_parallel
-from llama.distributed.sharding import VOCABULARY, rank_part, weight_shapes
-from llama.layers.lora import LoRAConfig, add_lora
+from llama.distributed.sharding import VOCABULARY, weight_shapes
+from llama.layers.lora import LoRAConfig, add_lora, lora_part
 from llama.model import ModelArgs, Transformer
 from llama.text.rank_file import read_sidecar
 
@@ -123,9 +124,10 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
     with damage(folder, remedy):
         peft = read_peft_config(folder / CONFIG_FILE)
         args = source.args()
-        tensors = read_tensors(folder / WEIGHTS_FILE, args)
+        stored = read_tensors(folder / WEIGHTS_FILE)
+        _check_tensors(folder, peft, stored, args)
+        tensors = in_meta_order(stored, args.head_dim)
         whole = {name: w for name, w in tensors.items() if name in VOCABULARY}
-        _check_tensors(folder, peft, tensors, args)
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
@@ -247,20 +249,5 @@ def attach_adapter(model: Transformer, adapter: Adapter) -> None:
     state = dict(model.named_parameters())
     with torch.no_grad():
         for name, w in adapter.weights.items():
-            state[name].copy_(rank_adapter_part(name, w, model.params, rank, size))
+            state[name].copy_(lora_part(name, w, model.params, rank, size))
     model.eval()
-
-
-def rank_adapter_part(name: str, w: Tensor, args: ModelArgs, rank: int, size: int) -> Tensor:
-    """The part of an adapter's tensor for rank `rank` of `size`.
-
-    Of a linear that is split by outputs, B and the magnitude are split; by inputs, A is.
-    """
-    linear, _, kind = name.rpartition(".")
-    part = rank_part(f"{linear}.weight", args, rank, size) if size > 1 else None
-    if part is None:
-        return w
-    dim, start, stop = part
-    if dim == 0:
-        return w if kind == "lora_a" else w[start:stop]
-    return w[:, start:stop] if kind == "lora_a" else w

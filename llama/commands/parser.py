@@ -29,6 +29,7 @@ VERBS = {
         "verify": "checkpoints",
         "convert": "checkpoints",
         "quantize": "checkpoints",
+        "merge": "merge",
         "download": "checkpoints",
         "demo": "checkpoints",
         "plan": "plan",

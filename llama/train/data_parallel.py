@@ -70,7 +70,9 @@ class DataParallel:
         if self.kind != "ddp":
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        return nn.parallel.DistributedDataParallel(
+            module, device_ids=devices, broadcast_buffers=False
+        )
 
     def set_gradient_sync(self, wrapped: nn.Module, enabled: bool) -> None:
         """Whether the next backward pass averages gradients over the ranks.

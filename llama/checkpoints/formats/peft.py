@@ -167,8 +167,8 @@ def adapter_shapes(
     return shapes
 
 
-def read_tensors(path: Path, args: ModelArgs) -> dict[str, Tensor]:
-    """{Meta's name: tensor} of an adapter_model.safetensors, rows in Meta's order.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{Meta's name: tensor} of an adapter_model.safetensors, rows in Hugging Face's order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +196,12 @@ def read_tensors(path: Path, args: ModelArgs) -> dict[str, Tensor]:
     for name, w in tensors.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{path}: {name} has NaN or infinite numbers; train the adapter again")
-    return {name: _reordered(name, w, args.head_dim, interleave) for name, w in tensors.items()}
+    return tensors
+
+
+def in_meta_order(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """The tensors of `read_tensors` with rows in Meta's order. Their shapes must be right."""
+    return {name: _reordered(name, w, head_dim, interleave) for name, w in tensors.items()}
 
 
 def adapter_name(key: str) -> str | None:
@@ -226,7 +231,7 @@ def peft_name(name: str) -> str:
 def _reordered(name: str, w: Tensor, head_dim: int, reorder: Any) -> Tensor:
     """`w` with the rows of B and of the magnitude of wq and wk moved by `interleave` or `halve`."""
     linear, _, part = name.rpartition(".")
-    if linear.rpartition(".")[2] not in ("wq", "wk") or part == "lora_a" or len(w) % head_dim:
+    if linear.rpartition(".")[2] not in ("wq", "wk") or part == "lora_a":
         return w
     columns = w.unsqueeze(1) if w.dim() == 1 else w
     return reorder(columns, head_dim).view(w.shape)  # type: ignore[no-any-return]
