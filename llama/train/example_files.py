@@ -96,8 +96,8 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
         if found not in (name, None) and not set(KEYS[name]) <= set(row):
             key = KEYS[str(found)][0]
             raise ValueError(
-                f"{where}: key {key!r} of the format {found} in a file of the format {name}; "
-                f"use one format a file. Formats and their keys: {KNOWN}"
+                f"{where}: key {key!r} of the format {found}, but the file's format is {name}; "
+                f"put rows of one format into a file. Formats and their keys: {KNOWN}"
             )
         try:
             example = read_row(row, name, where)
@@ -105,7 +105,8 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
             counts[str(e)] += 1
             continue
         except FieldError as e:
-            raise ValueError(f"{where}: {e}. Formats and their keys: {KNOWN}") from None
+            at = "" if e.path in str(e) else f"{e.path}: "
+            raise ValueError(f"{where}: {at}{e}") from None
         if isinstance(example, Conversation) and example.dropped_turns:
             counts["turns before the first user's"] += example.dropped_turns
         examples.append(example)
