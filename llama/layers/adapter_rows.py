@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_part, shard_dim, weight_shapes
-from llama.layers import kernels
-from llama.layers.lora import LoRAConfig
-from llama.layers.quantization import dequantize_int4, dequantize_int8
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
+from llama.layers.lora import TINY, LoRAConfig, add_low_rank
+from llama.layers.quantized_linear import weight_blocks
 from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
 
@@ -82,7 +80,7 @@ class LowRank(nn.Module):
     """One adapter of one linear: this rank's part of A (r, K) and B (N, r).
 
     Args:
-        factor: (N,) m / |V| of DoRA, arXiv:2402.09353; None without.
+        factor: (N,) m / |V| of DoRA, arXiv:2402.09353, in fp32; None without.
     """
 
     a: Tensor
@@ -95,16 +93,10 @@ class LowRank(nn.Module):
         for name, value in (("a", a), ("b", b), ("factor", factor)):
             self.register_buffer(name, value, persistent=False)
 
-    def add_to(self, y: Tensor, x: Tensor, rows: Tensor | None) -> None:
-        """Change the rows of y (B, T, N), the base's output for x (B, T, K), to the adapter's."""
-        some = x if rows is None else x.index_select(0, rows)
-        delta = kernels.linear(kernels.linear(some, self.a), self.b)
-        mine = y if rows is None else y.index_select(0, rows)
-        mine.add_(delta, alpha=self.scale)
-        if self.factor is not None:
-            mine.mul_(self.factor)
-        if rows is not None:
-            y.index_copy_(0, rows, mine)
+    def adapt(self, y: Tensor, x: Tensor) -> Tensor:
+        """The outputs (B, T, N) for inputs x (B, T, K), given the base's outputs y."""
+        y = add_low_rank(y, x, self.a, self.b, self.scale)
+        return y if self.factor is None else (y * self.factor).to(y.dtype)
 
 
 class MultiLoRALinear(nn.Module):
@@ -126,10 +118,14 @@ class MultiLoRALinear(nn.Module):
         y: Tensor = self.base(x)
         self.chosen.check_rows(len(x))
         for key, rows in self.chosen.groups:
-            if key in self.parts:
-                part = self.parts[key]
-                assert isinstance(part, LowRank)
-                part.add_to(y, x, rows)
+            if key not in self.parts:
+                continue
+            part = self.parts[key]
+            assert isinstance(part, LowRank)
+            if rows is None:
+                return part.adapt(y, x)
+            mine = part.adapt(y.index_select(0, rows), x.index_select(0, rows))
+            y.index_copy_(0, rows, mine)
         return y
 
 
@@ -260,21 +256,20 @@ def low_rank(
     a, b = (t.to(weight.device, torch.float32) for t in (a, b))
     factor = None
     if m is not None:
-        squares = (weight_of(base).float() + config.scale * (b @ a)).square().sum(1)
+        squares = adapted_squares(base, config.scale, a, b)
         if dim == 1:  # each rank has some columns of every row
             squares = tensor_parallel.reduce_from_ranks(squares)
-        factor = (m.to(weight.device, torch.float32) / squares.sqrt()).to(weight.dtype)
+        factor = m.to(weight.device, torch.float32) / squares.clamp(min=TINY).sqrt()
     # Clones: a view would keep the whole tensors.
     a, b = (x.to(weight.dtype).clone(memory_format=torch.contiguous_format) for x in (a, b))
     return LowRank(a, b, config.scale, factor)
 
 
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight (N, K) that a linear multiplies by, dequantized in fp32 if it is quantized."""
-    if isinstance(linear, Int8Linear):
-        return dequantize_int8(linear.q, linear.scale)
-    if isinstance(linear, Int4Linear):
-        return dequantize_int4(linear.packed, linear.scale, linear.zero, linear.n)
-    if not isinstance(linear, nn.Linear):
-        raise ValueError(f"DoRA cannot read the weight of {type(linear)}; add adapters before it")
-    return linear.weight
+def adapted_squares(base: nn.Module, scale: float, a: Tensor, b: Tensor) -> Tensor:
+    """|V|^2 of each row of V = W + scale * B A: (N,) fp32."""
+    found, start = [], 0
+    for rows in weight_blocks(base):
+        part = b[start : start + len(rows)]
+        found.append((rows + scale * (part @ a)).square().sum(1))
+        start += len(rows)
+    return torch.cat(found)

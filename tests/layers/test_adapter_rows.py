@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.layers.adapter_rows import MultiLoRALinear, add_adapters, selected
+from llama.layers.adapter_rows import LowRank, MultiLoRALinear, add_adapters, selected
 from llama.layers.lora import LoRAConfig
 from llama.layers.optimize import FAST, REFERENCE
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
@@ -97,8 +97,8 @@ def test_quantized_bases(scheme: str, kind: type) -> None:
 def test_parts_have_the_models_dtype() -> None:
     model = base().to(torch.bfloat16)
     add_adapters(model, ADAPTERS)
-    parts = [x for m in model.modules() if isinstance(m, MultiLoRALinear) for x in m.buffers()]
-    assert {x.dtype for x in parts} == {torch.bfloat16}
+    parts = [m for m in model.modules() if isinstance(m, LowRank)]
+    assert {x.dtype for m in parts for x in (m.a, m.b)} == {torch.bfloat16}
 
 
 def test_what_does_not_fit_is_refused() -> None:
