@@ -5,8 +5,7 @@ Shapes: B rows, T positions. A row of T + 1 ids has T inputs and T targets.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,30 +25,6 @@ class Row(NamedTuple):
 
     ids: np.ndarray
     trained: np.ndarray
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What rows were made of.
-
-    Attributes:
-        rows, tokens, targets: how many rows and ids, and how many ids are trained.
-        cut: rows that were cut at `max_seq_len`.
-        left_out: {reason: how many}.
-    """
-
-    rows: int
-    tokens: int
-    targets: int
-    cut: int
-    left_out: Mapping[str, int]
-
-    def __str__(self) -> str:
-        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.targets:,} of them trained"
-        if self.cut:
-            text += f"; {self.cut:,} cut at max_seq_len"
-        reasons = ", ".join(f"{n:,} with {reason}" for reason, n in self.left_out.items() if n)
-        return f"{text}; left out: {reasons}" if reasons else text
 
 
 class Rows:
@@ -119,13 +94,6 @@ class Rows:
     def __len__(self) -> int:
         """How many rows batches are made of: samples, or with `pack` joined ones."""
         return len(self.rows) if self._bins is None else len(self._bins)
-
-    def summary(self, left_out: Mapping[str, int] | None = None) -> Summary:
-        """Counts of these rows; `left_out` has those of `read_examples`."""
-        reasons = dict(left_out or {})
-        if self.dropped:
-            reasons["no answer within max_seq_len"] = self.dropped
-        return Summary(len(self.rows), self.tokens, self.targets, self.cut, reasons)
 
     def steps_per_epoch(self, ranks: int = 1) -> int:
         """How many updates see every row once."""

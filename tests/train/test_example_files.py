@@ -51,7 +51,7 @@ def contents(example: Example) -> list[tuple[str, str]]:
 def test_formats_are_recognised_by_content(tmp_path: Path, as_list: bool, bom: str) -> None:
     extra = {"id": 7, "source": None}
     preference = {"prompt": "Hi", "chosen": "Hello", "rejected": "No"}
-    kinds = {
+    kinds: dict[type, dict[str, Any]] = {
         Conversation: MESSAGES, Instruction: ALPACA, Document: {"text": "Hi"},
         Preference: preference,
     }  # fmt: skip
