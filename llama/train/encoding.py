@@ -210,11 +210,11 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, block:
 
 def _document_ids(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
     for document in progress(documents, "encoding", len(documents), "document"):
-        end = 0
+        end, size = 0, len(document.text)
         try:
             for passage in passages(document.text, PASSAGE):
-                bos, end = end == 0, end + len(passage)
-                yield tokenizer.encode(passage, bos=bos, eos=end == len(document.text))
+                bos, end = document.begins and end == 0, end + len(passage)
+                yield tokenizer.encode(passage, bos=bos, eos=document.ends and end == size)
         except ValueError as e:
             raise ValueError(f"{document.where}: {e}") from None
 

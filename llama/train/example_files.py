@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.common.printable import printable_line
+from llama.common.printable import printable_line, quoted
 from llama.common.progress import progress
 from llama.text.openai_messages import FieldError
 from llama.train.data import SUFFIXES, read_text, text_files
@@ -64,6 +64,10 @@ def read_examples(
 def _files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a data file, or a folder of texts"
+            )
         found += text_files(path)
     return list(dict.fromkeys(found))
 
@@ -114,10 +118,10 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
 
 
 def _unknown(row: Any) -> str:
-    has = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else "no keys"
-    return (
-        f"unknown format: this row has {printable_line(has)[:300]}. Formats and their keys: {KNOWN}"
-    )
+    if not isinstance(row, dict):
+        return f"a row must be an object, not {quoted(row)}"
+    keys = printable_line(", ".join(map(repr, row)))[:300]
+    return f"no known format has the keys {keys}; rename them. Formats and their keys: {KNOWN}"
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -337,7 +337,8 @@ def test_kinds_that_do_not_mix(llama3: Tokenizer) -> None:
         encode_examples([conversation(*TURNS), Document("line 2", "x")], llama3)
 
 
-def test_shown_rows(llama3: Tokenizer) -> None:
+def test_shown_rows(llama3: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
     asked: Message = {"role": "user", "content": "a\x1b[31mb\u202e"}
     answer: Message = {"role": "assistant", "content": "c\rd"}
     rows = encode_example(conversation(asked, answer), llama3)
@@ -347,4 +348,6 @@ def test_shown_rows(llama3: Tokenizer) -> None:
     assert f"{len(rows[0].ids)} tokens, 4 trained" in shown
     colored = show(rows, llama3, color=True)
     assert colored.endswith("\x1b[32mc\\x0dd<|eot_id|>\x1b[0m") and colored.count("\x1b") == 2
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert show(rows, llama3, color=True) == shown
     assert json.dumps(show(rows * 5, llama3, n=2)).count("Row ") == 2

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llama.text.openai_messages import FieldError
 from llama.tokenizer import Tokenizer
-from llama.train.encoding import encode_examples
+from llama.train.encoding import encode_documents, encode_examples
 from llama.train.example_files import read_examples
+from llama.train.example_formats import KEYS, NoAnswerError, read_row
 from llama.train.examples import (
     Conversation,
     Document,
@@ -22,6 +28,7 @@ from llama.train.examples import (
     Preference,
     split_examples,
 )
+from tests.chat_models import vocabulary
 
 ASKED, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 MESSAGES = {"messages": [ASKED, ANSWER]}
@@ -203,7 +210,7 @@ def test_rows_without_an_answer_are_counted(tmp_path: Path) -> None:
 
 
 BAD: list[tuple[str, Any, str]] = [
-    ("auto", {"question": "a"}, "unknown format: this row has the keys 'question'. Formats and "
+    ("auto", {"question": "a"}, "no known format has the keys 'question'; rename them. Formats and "
      "their keys: text: \"text\"; alpaca:"),
     ("messages", 3, "a row must be an object, not 3"),
     ("auto", ALPACA, "key 'instruction' of the format alpaca, but the file's format is messages"),
@@ -290,7 +297,7 @@ def test_several_files(tmp_path: Path) -> None:
         read_examples([messages, alpaca, text])
     with pytest.raises(ValueError, match="unknown format 'csv'; use one of auto, preference"):
         read_examples([messages], "csv")
-    with pytest.raises(FileNotFoundError, match="none"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist; give a data file"):
         read_examples([tmp_path / "none.json"])
 
 
@@ -320,6 +327,45 @@ def test_the_end_of_each_of_a_few_texts_is_held_out() -> None:
     train, held = split_examples(documents, 0.1)
     assert [e.text for e in train if isinstance(e, Document)] == ["x" * 90, "z" * 9]
     assert [e.text for e in held if isinstance(e, Document)] == ["y" * 10, "w"]
+    t = Tokenizer.from_vocabulary(*vocabulary(), "bytes")
+    ids = [[i for row in encode_documents([d], t, 1000) for i in row.ids] for d in (*train, *held)]  # type: ignore[list-item]
+    ends = [(i[0] == t.bos_id, i[-1] == t.eos_id) for i in ids]
+    assert ends == [(True, False), (True, False), (False, True), (False, True)]
     many = [Document(str(i), f"{i}") for i in range(40)]
     train, held = split_examples(many, 0.1)
     assert len(held) == 4 and set(train) | set(held) == set(many)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+ROWS: dict[str, dict[str, Any]] = {
+    "alpaca": ALPACA,
+    "sharegpt": SHAREGPT | {"tools": "[]", "system": "x"},
+    "messages": {
+        "messages": [ASKED, {"role": "assistant", "tool_calls": [CALL | {"id": "a"}], "weight": 1},
+                     {"role": "tool", "tool_call_id": "a", "content": "1"}, ANSWER],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+    },
+    "text": {"text": "a"},
+    "preference": {"prompt": "Hi", "chosen": [ASKED, ANSWER], "rejected": "c"},
+}  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(sorted(KEYS)), JSON, st.randoms(use_true_random=False))
+def test_any_value_in_any_place(name: str, value: Any, rng: random.Random) -> None:
+    """It is taken, left out, or refused with its path."""
+    row = json.loads(json.dumps(ROWS[name]))
+    read_row(row, name, "line 1")
+    place: Any = row
+    while True:
+        key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if not isinstance(place[key], (dict, list)) or not place[key] or rng.random() < 0.4:
+            break
+        place = place[key]
+    place[key] = value
+    with suppress(NoAnswerError, FieldError):
+        read_row(row, name, "line 1")
