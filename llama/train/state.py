@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llama.common.files import read_json, replacing_file
 from llama.common.torch_file import is_disk_error, load_torch
@@ -167,13 +168,16 @@ def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) 
 
 
 def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Unsharded trained weights by name, on the CPU of rank 0.
+    """Unsharded trained weights by name, on the CPU of rank 0. All ranks must call this.
 
-    The other ranks get an empty dict under FSDP.
+    A weight with two names has the first one. The other ranks get an empty dict under FSDP.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    weights: dict[str, Any] = get_model_state_dict(module, options=_options(cpu_offload=True))
+    weights: dict[str, Tensor] = {}
+    for name, w in module.named_parameters():
+        if w.requires_grad:
+            whole = w.detach().full_tensor() if isinstance(w, DTensor) else w.detach()
+            if not isinstance(w, DTensor) or w.device_mesh.get_rank() == 0:
+                weights[name] = whole.cpu()
     return weights
 
 
@@ -182,10 +186,11 @@ def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
     The other ranks get empty dicts under FSDP.
     """
-    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    weights, moments = get_state_dict(module, optimizer, options=_options(cpu_offload=True))
-    return {"weights": weights, "optimizer": moments}
+    options = _options(cpu_offload=True)
+    moments = get_optimizer_state_dict(module, optimizer, options=options)
+    return {"weights": gather_weights(module), "optimizer": moments}
 
 
 def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
