@@ -1,4 +1,4 @@
-"""Tokens that a base model has never seen. Knows nothing about text.
+"""Special tokens of the rows that a base model was never trained on. Knows no files.
 
 Shapes: V vocabulary, D width.
 """
@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from llama.tokenizer import Tokenizer
+from llama.train.rows import Row
 
 SMALL = 1e-3  # of the median row's largest value
 
@@ -33,3 +36,26 @@ def untrained_tokens(weight: Tensor, ids: Sequence[int]) -> list[int]:
         if same or float(largest[token]) <= limit:
             found.append(token)
     return found
+
+
+def untrained_warning(
+    rows: Sequence[Row], tokenizer: Tokenizer, weights: Sequence[Tensor]
+) -> str | None:
+    """A warning if the rows have special tokens that the base was never trained on.
+
+    Args:
+        weights: (V, D) each: the base's embedding, and its output if that is another matrix.
+    """
+    names = {token: text for text, token in tokenizer.special_tokens.items()}
+    used: set[int] = set()
+    for row in rows:
+        used |= names.keys() & set(row.ids.tolist())
+    found = {token for weight in weights for token in untrained_tokens(weight, sorted(used))}
+    if not found:
+        return None
+    texts = ", ".join(names[token] for token in sorted(found))
+    return (
+        f"the base was never trained on {texts}, so it may not learn to write or to end an answer "
+        "with them; train their rows too (--train-embeddings, or --method full), use another "
+        "template (--template alpaca), or begin with an instruct model"
+    )

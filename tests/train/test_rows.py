@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llama.tokenizer import Tokenizer
 from llama.train.batch import IGNORED, Batch
 from llama.train.packing import first_fit_decreasing
 from llama.train.rows import Row, Rows
-from llama.train.untrained_tokens import untrained_tokens
+from llama.train.untrained_tokens import untrained_tokens, untrained_warning
+from tests.chat_models import vocabulary
 
 
 def row(prompt: int, answer: int, first: int = 0) -> Row:
@@ -198,3 +200,15 @@ def test_tokens_that_a_base_model_has_never_seen() -> None:
     weight[50] = weight[51] * 2  # not the same
     assert untrained_tokens(weight, [3, 7, 40, 50, 7]) == [7, 40]
     assert untrained_tokens(weight.bfloat16(), range(100)) == [7, 40, 41]
+
+
+def test_warning_of_special_tokens_that_a_base_model_has_never_seen() -> None:
+    t = Tokenizer.from_vocabulary(*vocabulary(), "bytes")
+    eot, end = t.eot_id, t.special_tokens["<|end_of_text|>"]
+    rows = [Row(np.array([9, 8, eot], np.int32), np.array([False, True, True]))]
+    embedding = torch.randn(t.n_words, 8, generator=torch.Generator().manual_seed(0))
+    output = embedding.clone()
+    output[[9, eot, end]] = 0  # 9 is no special token, and no row has the end of a text
+    assert untrained_warning(rows, t, [embedding]) is None
+    warning = untrained_warning(rows, t, [embedding, output])
+    assert warning is not None and warning.startswith("the base was never trained on <|eot_id|>, ")
