@@ -64,7 +64,9 @@ def is_file(name: str) -> bool:
 def unknown(name: str, known: Sequence[str]) -> str:
     """What to say about a name that lm-eval does not know."""
     close = get_close_matches(name, known, 3)
-    hint = f"did you mean {' or '.join(close)}" if close else "did you mean one of `lm-eval ls tasks`"
+    hint = (
+        f"did you mean {' or '.join(close)}" if close else "did you mean one of `lm-eval ls tasks`"
+    )
     return f"lm-eval has no task {name!r}; {hint}, or a task file of yours, {name}.yaml?"
 
 
