@@ -127,7 +127,7 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
         stored = read_tensors(folder / WEIGHTS_FILE)
         _check_tensors(folder, peft, stored, args)
         tensors = in_meta_order(stored, args.head_dim)
-        whole = {name: w for name, w in tensors.items() if name in VOCABULARY}
+        whole = {name: tensors[name] for name in VOCABULARY if name in tensors}
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
@@ -235,7 +235,7 @@ def write_adapter(
     for name, w in tensors.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has NaN or infinite numbers; the adapter is not written")
-    write_peft(folder, config, tensors, args.head_dim, str(source.path))
+    write_peft(folder, config, tensors, args.head_dim, str(source.path.absolute()))
     write_json(folder / BASE_FILE, {NORMS: base_digests(source)})
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
