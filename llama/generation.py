@@ -181,6 +181,11 @@ class BuildOptions:
             )
         if self.adapter is not None and self.adapters:
             raise ValueError("adapter and adapters exclude each other: give all of them a name")
+        if self.adapters and self.compile:
+            raise ValueError(
+                "a compiled step has the same weights for every request; leave compile out, or "
+                "build with one adapter="
+            )
 
 
 class MoreOptions(TypedDict, total=False):
