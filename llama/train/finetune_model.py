@@ -26,7 +26,11 @@ from llama.layers.lora import (
     set_dropout_key,
 )
 from llama.layers.quantized_linear import (
-    Int4Linear, Int8Linear, in_features, out_features, quantized,
+    Int4Linear,
+    Int8Linear,
+    in_features,
+    out_features,
+    quantized,
 )
 from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
