@@ -176,14 +176,19 @@ def read_adapter_vocabulary(folder: Path) -> Vocabulary | None:
     return read_vocabulary(folder)
 
 
-def base_digest(source: Source) -> str:
-    """A hash of a base's norms in bf16, which all layouts and quantizations of a model share."""
-    digest = hashlib.sha256()
+def base_digests(source: Source) -> list[str]:
+    """Hashes of a base's norms, of which all layouts and quantizations of a model share one.
+
+    Rounded to bf16, and to fp16 and bf16: a copy of an fp32 model may be in either.
+    """
+    digests = hashlib.sha256(), hashlib.sha256()
     for name, shape in weight_shapes(source.args()).items():
         if len(shape) == 1:
-            norm = source.read(name).to(torch.bfloat16).contiguous()
-            digest.update(norm.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            norm = source.read(name)
+            for digest, w in zip(digests, (norm, norm.half()), strict=True):
+                rounded = w.to(torch.bfloat16).contiguous()
+                digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
 def check_base(folder: Path, source: Source) -> None:
@@ -193,7 +198,8 @@ def check_base(folder: Path, source: Source) -> None:
         ValueError: it was trained on a model with other norms.
     """
     path = folder / BASE_FILE
-    if path.is_file() and read_json(path).get(NORMS) not in (None, base_digest(source)):
+    known = read_json(path).get(NORMS) if path.is_file() else None
+    if isinstance(known, list) and not set(map(str, known)) & set(base_digests(source)):
         base = read_peft_config(folder / CONFIG_FILE).base
         raise ValueError(
             f"{folder} was trained on another model than {source.path} (their norms differ); give "
@@ -230,7 +236,7 @@ def write_adapter(
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has NaN or infinite numbers; the adapter is not written")
     write_peft(folder, config, tensors, args.head_dim, str(source.path))
-    write_json(folder / BASE_FILE, {NORMS: base_digest(source)})
+    write_json(folder / BASE_FILE, {NORMS: base_digests(source)})
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
         if vocabulary[1]:

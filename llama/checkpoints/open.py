@@ -100,11 +100,14 @@ def with_chat(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict
     stored = source.chat_templates()
     if "chat_templates" in sidecar or not (stored.sources or stored.add_bos):
         return sidecar
-    spec = sidecar
-    if "special_tokens" not in spec:
-        first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
-        spec = default_spec(_release(source), first_id) | sidecar
+    spec = sidecar if "special_tokens" in sidecar else explicit_spec(source, rank_file, sidecar)
     return sidecar | chat_settings(stored, spec)
+
+
+def explicit_spec(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """`sidecar` with the values of all keys that it lacks, see `Tokenizer`."""
+    first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
+    return default_spec(_release(source), first_id) | sidecar
 
 
 def _stored_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:

@@ -3,7 +3,8 @@
 A verb is a plain function. What its parameters become:
 
 - a positional parameter, `prompt: Annotated[str, "help"]`: an argument, `PROMPT`;
-- a keyword-only parameter, `json: Annotated[bool, "help"] = False`: a flag, `--json`;
+- a keyword-only parameter, `json: Annotated[bool, "help"] = False`: a flag, `--json`; a list of
+  texts is a flag that may be repeated;
 - a frozen dataclass, `sampling: Sampling`: one flag for each of its fields, which are declared with
   `llama.common.options.option`. `Annotated[BuildOptions, Only("seed")]` offers some of them, and
   the others keep their defaults.

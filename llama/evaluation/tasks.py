@@ -13,8 +13,8 @@ from typing import Any
 
 import jinja2
 import lm_eval
-import yaml
-from datasets.exceptions import DatasetsError
+import yaml  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 

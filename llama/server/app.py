@@ -6,14 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama.common.printable import printable_line
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
 from llama.server.answering import (
     Prepared,
     as_api_error,
@@ -22,13 +21,13 @@ from llama.server.answering import (
     watched,
 )
 from llama.server.chat_body import parse_chat
-from llama.server.common_body import check_model
 from llama.server.completion_body import parse_completion
 from llama.server.constraints import constraint
 from llama.server.errors import ApiError, error_body
 from llama.server.fields import read_json
 from llama.server.guard import MAX_BODY, Guard, Receive, Scope, Send, read_body, send_bytes
 from llama.server.metrics import Metrics
+from llama.server.models import check_model, describe_model, served_names
 from llama.server.openapi import openapi
 from llama.server.replies import ChatReply, CompletionReply
 from llama.server.requests import chat_prompt, chat_requests, completion_requests
@@ -57,7 +56,7 @@ class Service:
 
     Attributes:
         defaults: sampling where a request sets none.
-        model: its name in requests.
+        model: the name of the base in requests; adapters have their own.
     """
 
     worker: Worker
@@ -160,36 +159,25 @@ async def show_metrics(service: Service, scope: Scope, receive: Receive, send: S
     await send_bytes(service.metrics.text(), send, kind=kind)
 
 
-def describe_model(service: Service) -> dict[str, Any]:
-    """The model's entry in /v1/models."""
-    llama, sampling = service.worker.llama, service.defaults
-    return {
-        "id": service.model,
-        "object": "model",
-        "created": service.started,
-        "owned_by": "llama3",
-        "max_model_len": llama.engine.room,
-        "defaults": asdict(sampling),
-        "chat": llama.formatter is not None,
-        "stop_tokens": sorted(llama.tokenizer.stop_tokens),
-        "dtype": str(llama.model.norm.weight.dtype).removeprefix("torch."),
-        "quantize": stored_scheme(llama),
-    }
-
-
-def stored_scheme(llama: Llama) -> str | None:
-    """How the weights of the layers are stored: "int8", "int4", or None."""
-    linear = llama.model.get_submodule("layers.0.attention.wq")
-    return {Int8Linear: "int8", Int4Linear: "int4"}.get(type(linear))
-
-
 async def list_models(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-    await send_json({"object": "list", "data": [describe_model(service)]}, send)
+    names = served_names(service.worker.llama, service.model)
+    await send_json({"object": "list", "data": [describe(service, name) for name in names]}, send)
 
 
 async def show_model(service: Service, scope: Scope, receive: Receive, send: Send) -> None:
-    check_model(scope["path_params"]["name"], service.model)
-    await send_json(describe_model(service), send)
+    name = check_model(scope["path_params"]["name"], service.worker.llama, service.model)
+    await send_json(describe(service, name), send)
+
+
+def describe(service: Service, name: str) -> dict[str, Any]:
+    """The entry of a model in /v1/models."""
+    return describe_model(
+        service.worker.llama,
+        name,
+        service.model,
+        started=service.started,
+        defaults=service.defaults,
+    )
 
 
 async def generate(
@@ -243,19 +231,19 @@ async def run(service: Service, function: Callable[[], Result], body: bytes) -> 
 def prepare_chat(service: Service, llama: Llama, data: Any) -> Prepared:
     """A chat request, ready to be queued. May take long."""
     body = parse_chat(data)
-    check_model(body.model, service.model)
+    model = check_model(body.model, llama, service.model)
     prompt = chat_prompt(llama, body)
     grammar = constraint(llama, body)
     groups = chat_requests(llama, body, prompt, grammar, service.defaults)
-    return Prepared(body, groups, ChatReply(llama.tokenizer, body, groups, service.model))
+    return Prepared(body, groups, ChatReply(llama.tokenizer, body, groups, model))
 
 
 def prepare_completion(service: Service, llama: Llama, data: Any) -> Prepared:
     """A completion request, ready to be queued. May take long."""
     body = parse_completion(data)
-    check_model(body.model, service.model)
+    model = check_model(body.model, llama, service.model)
     groups = completion_requests(llama, body, service.defaults)
-    return Prepared(body, groups, CompletionReply(llama.tokenizer, body, groups, service.model))
+    return Prepared(body, groups, CompletionReply(llama.tokenizer, body, groups, model))
 
 
 def log_body(data: bytes) -> None:
@@ -272,9 +260,15 @@ async def convert(
     parse: Callable[[object], Any],
     reply: Callable[[Llama, Any], Any],
 ) -> None:
-    """Text to ids, or ids to text."""
+    """Text to ids, or ids to text, which all models of a server share."""
     data, llama = await read_body(scope, receive, MAX_BODY), service.worker.llama
-    await send_json(await run(service, lambda: reply(llama, parse(read_json(data))), data), send)
+
+    def read() -> Any:
+        body = parse(read_json(data))
+        check_model(body.model, llama, service.model)
+        return reply(llama, body)
+
+    await send_json(await run(service, read, data), send)
 
 
 async def show_openapi(service: Service, scope: Scope, receive: Receive, send: Send) -> None:

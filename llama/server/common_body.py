@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llama.server.errors import ApiError, invalid, quoted
+from llama.server.errors import invalid, quoted
 from llama.server.fields import Custom, Flag, Integer, Items, Nested, Number, Text, wire
 
 MAX_ANSWERS = 16  # n
@@ -27,6 +27,8 @@ def _read_ids(value: Any, param: str) -> tuple[int, ...]:
 
 
 IDS = Custom(_read_ids, Items(TOKEN_ID, 0, MAX_IDS).schema())
+
+MODEL = Text(0, 1000)
 
 # Fields of OpenAI's API that change nothing here, as any other unknown key.
 IGNORED = (
@@ -87,9 +89,7 @@ class StreamOptions:
 class CommonBody:
     """Declared in the order in which the documentation lists them."""
 
-    model: str | None = wire(
-        Text(0, 1000), "Name of the served model; another name is a 404.", None
-    )
+    model: str | None = wire(MODEL, "The base or an adapter, as /v1/models lists them.", None)
     temperature: float | None = wire(
         Number(0, 2), "Randomness; 0 takes the most probable token. Default: the server's.", None
     )
@@ -170,14 +170,3 @@ def check_refused(data: object, refused: dict[str, str]) -> None:
     for name, reason in refused.items():
         if data.get(name) not in (None, ""):
             raise invalid(name, f"{name} is not supported: {reason}")
-
-
-def check_model(model: str | None, served: str) -> None:
-    """Raise an ApiError (404) if a request names another model than the served one."""
-    if model is not None and model != served:
-        raise ApiError(
-            404,
-            f"the model {quoted(model)} is not served here; use {quoted(served)}",
-            param="model",
-            code="model_not_found",
-        )

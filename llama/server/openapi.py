@@ -39,7 +39,7 @@ def openapi() -> dict[str, Any]:
         "info": {
             "title": "llama3 serve",
             "version": __version__,
-            "description": "OpenAI's API for one model. Unknown fields are ignored.",
+            "description": "OpenAI's API for a model and its adapters. Unknown fields are ignored.",
         },
         "paths": _paths(),
         "components": {
@@ -61,9 +61,9 @@ def _paths() -> dict[str, Any]:
         "/v1/completions": {
             "post": _post("Continue texts", "CompletionBody", "Completion", "CompletionChunk")
         },
-        "/v1/models": {"get": _get("The served model", _json(ref("Models")))},
+        "/v1/models": {"get": _get("The served model and its adapters", _json(ref("Models")))},
         "/v1/models/{model}": {
-            "get": _get("The served model", _json(ref("Model"))) | {"parameters": [name]}
+            "get": _get("One of them", _json(ref("Model"))) | {"parameters": [name]}
         },
         "/tokenize": {"post": _post("Token ids of a text or a dialog", "TokenizeBody", "Tokens")},
         "/detokenize": {"post": _post("Text of token ids", "DetokenizeBody", "Detokenized")},

@@ -9,6 +9,7 @@ from llama.engine.grammar import Grammar
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
+from llama.layers.adapter_rows import adapter_names
 from llama.server.chat_body import ChatBody
 from llama.server.common_body import CommonBody
 from llama.server.completion_body import CompletionBody
@@ -77,6 +78,7 @@ def _fields(llama: Llama, body: CommonBody, defaults: Sampling) -> dict[str, Any
         "sampling": dataclasses.replace(defaults, **given),
         "logit_bias": body.logit_bias or {},
         "stop_tokens": () if body.ignore_eos else llama.tokenizer.stop_tokens,
+        "adapter": body.model if body.model in adapter_names(llama.model) else None,
     }
 
 

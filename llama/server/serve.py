@@ -18,6 +18,7 @@ from llama.common.extras import install_line
 from llama.distributed import job
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
+from llama.server.models import served_names
 from llama.server.ranks import follow
 from llama.server.settings import KEEP_ALIVE, KEY_VARIABLE, ServerSettings
 from llama.server.worker import Worker
@@ -176,7 +177,9 @@ class _Server:
 
     async def _announce(self, model: str) -> None:
         await self.worker.loaded.wait()
-        print(f"{model} answers at {self.url} (OpenAI clients: {self.url}/v1)", flush=True)
+        names = served_names(self.worker.llama, model)
+        who = f"{', '.join(names)} answer{'s' * (len(names) == 1)}"
+        print(f"{who} at {self.url} (OpenAI clients: {self.url}/v1)", flush=True)
 
     def _warn_of_open_door(self) -> None:
         if self.settings.is_open_to_others:

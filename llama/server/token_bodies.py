@@ -9,7 +9,7 @@ from llama.generation import Llama
 from llama.server.chat_body import ChatBody
 from llama.server.chat_messages import read_messages, read_tools
 from llama.server.chat_schemas import MESSAGES_SCHEMA, TOOLS_SCHEMA
-from llama.server.common_body import IDS
+from llama.server.common_body import IDS, MODEL
 from llama.server.errors import invalid
 from llama.server.fields import Choice, Custom, Flag, Text, read_record, wire
 from llama.server.prompts import dialog_ids
@@ -21,6 +21,7 @@ from llama.text.tool_prompt import TOOL_FORMS, ToolForm
 class TokenizeBody:
     """One of `prompt`, `content` and `messages`."""
 
+    model: str | None = wire(MODEL, "A served model; all have the same tokens.", None)
     prompt: str | None = wire(Text(), "A text to complete.", None)
     content: str | None = wire(Text(), "As prompt, without the begin token by default.", None)
     messages: tuple[Message, ...] = wire(
@@ -48,6 +49,7 @@ class TokenizeBody:
 
 @dataclass(frozen=True, kw_only=True)
 class DetokenizeBody:
+    model: str | None = wire(MODEL, "A served model; all have the same tokens.", None)
     tokens: tuple[int, ...] = wire(IDS, "Token ids.")
 
 

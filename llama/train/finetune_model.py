@@ -25,13 +25,7 @@ from llama.layers.lora import (
     lora_modules,
     set_dropout_key,
 )
-from llama.layers.quantized_linear import (
-    Int4Linear,
-    Int8Linear,
-    in_features,
-    out_features,
-    quantized,
-)
+from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
 from llama.train.data_parallel import DataParallel
@@ -112,7 +106,7 @@ def trained_share(model: Transformer, settings: FinetuneSettings) -> tuple[int, 
     trained = sum(n for name, n in counts.items() if is_trained(name, settings))
     for module in model.modules():
         if isinstance(module, (Int8Linear, Int4Linear)):
-            counts[str(id(module))] = out_features(module) * in_features(module)
+            counts[str(id(module))] = module.out_features * module.in_features
     return trained, sum(counts.values())
 
 

@@ -45,6 +45,7 @@ from llama.train.loop import Result, run_task
 from llama.train.objective import Objective, compute_dtype
 from llama.train.optimizer import parameter_groups
 from llama.train.report import check_tensorboard
+from llama.train.show_rows import show
 from llama.train.state import check_resumable, record_settings, refuse_existing
 
 SAMPLE_LENGTH = 256  # most tokens of an answer that is printed
@@ -109,6 +110,26 @@ def finetune(
         if not is_out_of_memory(e):
             raise
         raise MemoryError(f"{ranks.device} has too little memory; {task.remedy()}") from None
+
+
+def show_rows(
+    ckpt_dir: str | Path,
+    data: Sequence[str | Path],
+    settings: FinetuneSettings,
+    count: int,
+    *,
+    tokenizer_path: str | Path | None = None,
+    color: bool = False,
+) -> str:
+    """The summary of the samples, and the first `count` rows with what is trained marked.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `finetune`.
+    """
+    base = open_base(ckpt_dir, tokenizer_path)
+    samples = load_samples(data, settings, base.tokenizer, base.source.context)
+    rows = show(samples.train.rows, base.tokenizer, count, color=color)
+    return "\n".join([*samples.summary(), "", rows])
 
 
 def is_out_of_memory(e: RuntimeError) -> bool:

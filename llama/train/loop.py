@@ -105,6 +105,7 @@ class Trainer:
         if compute_dtype(task.settings.dtype, ranks.device) == torch.bfloat16:
             self.autocast = torch.autocast(ranks.device.type, torch.bfloat16)
         self.objective = task.objective(ranks)
+        self.objective.train()
         self.wrapped = ranks.wrap(self.objective)
         self.optimizer = make_optimizer(task.parameter_groups(self.objective), task.settings)
         self.result = Result()
@@ -155,7 +156,7 @@ class Trainer:
     def evaluate_first(self, report: Report | None) -> None:
         """Report the loss and a sample before the first update."""
         line = {"step": 0} | self.evaluate()
-        weights = gather_weights(self.objective)
+        weights = gather_weights(self.objective, keep=report is not None)
         if report is not None:
             report.write(line)
             self.tell(line, weights, "")
@@ -219,6 +220,7 @@ class Trainer:
                 if has_batch:
                     nats, count = nats + part, count + self.objective.count(batch)
         self.objective.train()
+        ranks.reshard(self.objective)
         nats, total = ranks.sum_over_ranks(nats, count)
         loss = nats / total
         if not math.isfinite(loss):
@@ -229,7 +231,7 @@ class Trainer:
         """Save the training state and, if this step was `evaluated` and is the best, the model."""
         result = self.result
         loss = line.get("val_loss", line["train_loss"])
-        state = gather_state(self.objective, self.optimizer)
+        state = gather_state(self.objective, self.optimizer, keep=self.ranks.rank == 0)
         best = evaluated and (loss < result.best_loss or "val_loss" not in line)
         if best:
             result.best_step, result.best_loss = result.step, loss

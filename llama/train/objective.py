@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama.distributed.device import pick_dtype
+from llama.layers.lora import set_dropout_key
 from llama.layers.replace import factory_of, replace_modules
 from llama.model import DotProductAttention, Transformer, TransformerBlock
 from llama.train.batch import Batch
@@ -65,6 +66,7 @@ class Objective(nn.Module):
 
     def begin(self, step: int, part: int) -> None:
         """Called before each micro-batch. `part`: its number among those of all ranks."""
+        set_dropout_key(self.model, self.seed, step, part)
 
     def count(self, batch: Batch) -> int:
         """What a batch adds to the divisor of the loss: its targets."""

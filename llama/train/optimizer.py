@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llama.layers.lora import fill
 from llama.model import Transformer
 from llama.train.settings import TrainerSettings
 
@@ -33,11 +33,7 @@ def initialize(model: Transformer, seed: int) -> None:
         if kind in ("wo", "w2"):
             std /= math.sqrt(2 * model.n_layers)
         values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-        values.normal_(0.0, std, generator=generator)
-        values = values.to(weight.device)
-        if isinstance(weight, DTensor):
-            values = distribute_tensor(values, weight.device_mesh, weight.placements)
-        weight.copy_(values)
+        fill(weight, values.normal_(0.0, std, generator=generator))
 
 
 def parameter_groups(

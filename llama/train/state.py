@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llama.common.files import read_json, replacing_file
 from llama.common.torch_file import is_disk_error, load_torch
+from llama.layers.lora import fill
 from llama.train.settings import TrainerSettings
 
 
@@ -130,7 +132,7 @@ def check_state(state: Any, module: nn.Module) -> None:
         ValueError: the first difference.
         KeyError, TypeError, AttributeError: the state lacks a part.
     """
-    parameters = {name: w for name, w in module.named_parameters() if w.requires_grad}
+    parameters = trained(module)
     step, moments = state["result"]["step"], state["optimizer"]["state"]
     if type(step) is not int or step < 1:
         raise ValueError(f"the step {step!r} is no number of updates")
@@ -166,51 +168,47 @@ def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) 
         raise ValueError(f"{name} has a number that is not finite")
 
 
-def gather_weights(module: nn.Module) -> dict[str, Tensor]:
-    """Unsharded trained weights by name, on the CPU of rank 0.
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name; a shared one has its first name."""
+    return {name: w for name, w in module.named_parameters() if w.requires_grad}
 
-    The other ranks get an empty dict under FSDP.
+
+def gather_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Unsharded trained weights by name, on the CPU. Every rank must call this.
+
+    Args:
+        keep: if False, return an empty dict.
     """
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict
-
-    weights: dict[str, Any] = get_model_state_dict(module, options=_options(cpu_offload=True))
-    return weights
+    return _whole(trained(module), keep)
 
 
-def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Unsharded trained weights and optimizer state by name, on the CPU of rank 0.
-
-    The other ranks get empty dicts under FSDP.
-    """
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
-    weights, moments = get_state_dict(module, optimizer, options=_options(cpu_offload=True))
-    return {"weights": weights, "optimizer": moments}
+def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """Unsharded trained weights and moments by name, on the CPU. See `gather_weights`."""
+    parameters = trained(module)
+    moments = {name: _whole(optimizer.state[w], keep) for name, w in parameters.items()}
+    return {"weights": _whole(parameters, keep), "optimizer": {"state": moments}}
 
 
+def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, x in tensors.items():
+        x = x.detach()
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        if keep:
+            found[name] = x.cpu()
+    return found
+
+
+@torch.no_grad()
 def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what `gather_state` returned on rank 0; every rank passes the same `state`.
 
     The options of the optimizer stay as they are: only its moments are loaded.
     """
-    from torch.distributed.checkpoint.state_dict import set_state_dict
-
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = [
-        group | {"params": [names[id(p)] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    set_state_dict(
-        module,
-        optimizer,
-        model_state_dict=state["weights"],
-        optim_state_dict={"state": state["optimizer"]["state"], "param_groups": groups},
-        options=_options(),
-    )
-
-
-def _options(**more: Any) -> Any:
-    """Whole tensors of the trained parameters."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=True, ignore_frozen_params=True, **more)
+    for name, w in trained(module).items():
+        fill(w, state["weights"][name])
+        moments = {"step": state["optimizer"]["state"][name]["step"].to(w.device)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            moments[moment] = torch.zeros_like(w)
+            fill(moments[moment], state["optimizer"]["state"][name][moment])
+        optimizer.state[w] = moments
