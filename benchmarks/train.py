@@ -29,7 +29,7 @@ from llama.distributed.device import pick_device
 from llama.layers.optimize import optimize
 from llama.model import Transformer
 from llama.train.objective import Objective
-from llama.train.optimizer import initialize, make_optimizer
+from llama.train.optimizer import initialize, make_optimizer, parameter_groups
 from llama.train.settings import Settings
 
 VOCABULARY = 68  # Tiny Shakespeare's characters, and three special tokens
@@ -43,7 +43,7 @@ def updates(
     module: nn.Module, loss_of: Callable[[Tensor], Tensor], settings: Settings, device: torch.device
 ) -> Update:
     """A function: (B, T + 1) ids -> the loss on them, after which the weights are updated."""
-    optimizer = make_optimizer(module, settings)
+    optimizer = make_optimizer(parameter_groups(module, settings), settings)
     bf16 = settings.dtype == "bfloat16"
 
     def update(ids: Tensor) -> float:
@@ -73,7 +73,7 @@ def systems(settings: Settings, vocab_size: int, device: torch.device) -> dict[s
         return loss
 
     def our_loss(ids: Tensor) -> Tensor:
-        loss: Tensor = ours(ids[:, :-1], ids[:, 1:])
+        loss: Tensor = ours(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
         return loss
 
     return {

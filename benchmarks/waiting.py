@@ -58,13 +58,13 @@ def trained_tokens() -> Iterator[int]:
 
     from llama.model import Transformer
     from llama.train.objective import Objective
-    from llama.train.optimizer import initialize, make_optimizer
+    from llama.train.optimizer import initialize, make_optimizer, parameter_groups
     from llama.train.settings import Settings
 
     settings = Settings()
     objective = Objective(Transformer(settings.model_args(68)))
     initialize(objective.model, settings.seed)
-    optimizer = make_optimizer(objective, settings)
+    optimizer = make_optimizer(parameter_groups(objective, settings), settings)
     ids = torch.randint(0, 68, (settings.batch_size, settings.max_seq_len + 1))
     while True:
         torch.autograd.backward(objective(ids[:, :-1], ids[:, 1:]))

@@ -31,9 +31,10 @@ class Room:
 # From top to bottom. "llama" is the package itself: __init__.py and __main__.py.
 ROOMS = {
     "llama": Room("the public names", ("commands",)),
-    "commands": Room("the verbs of llama3", ("server", "train")),
+    "commands": Room("the verbs of llama3", ("server", "train", "evaluation")),
     "server": Room("OpenAI-compatible HTTP, the chat page", ("generation",)),
     "train": Room("data, optimizer, training loop", ("generation",)),
+    "evaluation": Room("lm-eval's tasks", ("generation",)),
     "generation": Room("class Llama: text in, text out", ("engine", "checkpoints")),
     "engine": Room("requests of ids in, ids out", ("layers",)),
     "checkpoints": Room("files to weights and back", ("layers", "tokenizer")),

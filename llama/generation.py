@@ -482,8 +482,7 @@ class Llama:
                 Face's (`config.json`, `*.safetensors`), or a GGUF file.
             tokenizer_path: the checkpoint's `tokenizer.model`; None takes the one beside or in it.
             max_seq_len, max_batch_size, model_parallel_size, seed: see `BuildOptions`.
-            more: `device`, `dtype`, `quantize`, `exact`, `compile`, `adapter`, `adapters`; see
-                `BuildOptions`.
+            more: the other fields of `BuildOptions`, such as `device`, `dtype` and `adapter`.
 
         Raises:
             FileNotFoundError, ValueError, TypeError: saying what to do.
@@ -496,15 +495,11 @@ class Llama:
         prepare_process(device, options)
         with tensor_parallel.fails_on_all_ranks():
             source, adapters = open_adapted(ckpt_dir, options.adapter, options.adapters)
-            if max_seq_len is None:
-                max_seq_len = min(source.context, DEFAULT_CONTEXT)
-            args = source.args(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
+            args = sizes_to_build(source, options)
             check_quantize(source, args, options.quantize)
             check_memory(source, args, device, dtype, options.quantize)
             tokenizer = open_tokenizer(source, tokenizer_path)
-        check_same_build(
-            source, adapters, tokenizer, args, options=options, device=device, dtype=dtype
-        )
+        check_same_build(source, adapters, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
         with tensor_parallel.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
@@ -515,9 +510,9 @@ class Llama:
         with tensor_parallel.fails_on_all_ranks():
             llama = Llama(model, tokenizer)
         if job.is_leader():
-            log.info(summary(source, model, time.time() - start, options.quantize))
-            adapters.log()
-            log.info(chat_summary(llama))
+            loaded = summary(source, model, time.time() - start, options.quantize)
+            for line in (loaded, *adapters.lines(), chat_summary(llama)):
+                log.info(line)
         if options.compile:
             llama.engine.compile()
         return llama
@@ -915,12 +910,19 @@ def prepare_process(device: torch.device, options: BuildOptions) -> None:
     tensor_parallel.initialize(options.model_parallel_size, device)
 
 
+def sizes_to_build(source: Source, options: BuildOptions) -> ModelArgs:
+    """The sizes of a checkpoint's model and of its KV cache."""
+    max_seq_len = options.max_seq_len
+    if max_seq_len is None:
+        max_seq_len = min(source.context, DEFAULT_CONTEXT)
+    return source.args(max_seq_len=max_seq_len, max_batch_size=options.max_batch_size)
+
+
 def check_same_build(
     source: Source,
     adapters: Adapters,
     tokenizer: Tokenizer,
     args: ModelArgs,
-    *,
     options: BuildOptions,
     device: torch.device,
     dtype: torch.dtype,

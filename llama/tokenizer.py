@@ -75,8 +75,7 @@ class Tokenizer:
         # Those whose text in a message stays text.
         self.control_tokens = frozenset(self.special_tokens) - set(spec["text_tokens"])
         self.pat_str: str = spec["pat_str"]
-        name = Path(where).name
-        self.model = make_encoding(name, self.pat_str, ranks, self.special_tokens)
+        self.model = make_encoding(Path(where).name, self.pat_str, ranks, self.special_tokens)
         self.ranks = ranks
         self._encoder = UncutEncoder(self.model, self.pat_str, ranks)
         self._missing_bytes = frozenset(b for b in range(256) if bytes([b]) not in ranks)
@@ -213,12 +212,11 @@ class ChatFormat:
         """A whole turn: header, content, tool calls, end. `<|python_tag|>` comes before code."""
         self.check_message(message)
         special, calls = self.tokenizer.special_tokens, message.get("tool_calls") or []
-        texts = encode_tool_calls(calls, tool_form)
         tokens = self.encode_header(message)
         tokens += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
         if len(calls) == 1 and tool_prompt.is_code(calls[0]):
             tokens.append(special["<|python_tag|>"])
-        for text in texts:  # each call separately, as llama-models does
+        for text in encode_tool_calls(calls, tool_form):  # each separately, as llama-models does
             tokens += self.tokenizer.encode(text, bos=False, eos=False)
         waits = message.get("stop_reason") == "end_of_message"
         return [*tokens, special["<|eom_id|>" if waits else "<|eot_id|>"]]
@@ -270,28 +268,31 @@ class TextFormat(ChatFormat):
         self.takes_tools = self.writer.takes_calls or self.tool_writer.takes_calls
 
     def encode_header(self, message: Message) -> list[int]:
-        return self._encode(self.writer.header(message["role"]))
+        return self.encode_pieces(self.writer.header(message["role"]))
 
     def encode_message(self, message: Message, tool_form: ToolForm = "json") -> list[int]:
         check_message(message, self.writer.roles, self.writer.takes_calls)
-        return self._encode(self.writer.message(message))
+        return self.encode_pieces(self.writer.message(message))
 
     def encode_dialog_prompt(
         self, dialog: Dialog, tools: Sequence[Tool] | None = None, tool_form: ToolForm = "json"
     ) -> list[int]:
         check_dialog(dialog)
         check_form(tool_form)
-        writer = self.result_writer if any(map(is_result, dialog)) else self.writer
-        writer = self.tool_writer if tools else writer
+        writer = self.writer_of(dialog, tools)
         if tools and not writer.takes_tools:
             raise ValueError(f"tools: {NO_TOOLS}")
         if tools and tool_form != "json":
             raise ValueError("the chat template decides how calls are written; omit tool_form")
         for message in dialog:
             check_message(message, writer.roles, writer.takes_calls)
-        return self._encode(writer.prompt(dialog, tools))
+        return self.encode_pieces(writer.prompt(dialog, tools))
 
-    def _encode(self, pieces: Sequence[Piece]) -> list[int]:
+    def writer_of(self, dialog: Dialog, tools: Sequence[Tool] | None) -> Writer:
+        writer = self.result_writer if any(map(is_result, dialog)) else self.writer
+        return self.tool_writer if tools else writer
+
+    def encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
         t: list[int] = []
         for text, is_token in strip_beside_tokens(pieces, self.tokenizer.token_flags):
             special, encode = self.tokenizer.special_tokens, self.tokenizer.encode

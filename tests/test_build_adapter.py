@@ -5,35 +5,145 @@ Oracle: peft and transformers on the base in Hugging Face's layout.
 
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llama import Llama
 from llama.checkpoints.adapter import write_adapter
+from llama.checkpoints.convert import quantize
+from llama.checkpoints.merge import merge
 from llama.checkpoints.open import open_checkpoint
 from llama.layers.lora import LoRAConfig
+from tests import adapter_job
 from tests.checkpoints.adapters import IDS, bases, hf_logits, random_adapter
+from tests.distributed.test_tensor_parallel import torchrun
 
 __all__ = ["bases"]
+HALVES = ("tok_embeddings.weight", "output.weight")
+LORA, DORA = LoRAConfig(4, 8), LoRAConfig(2, 3, dora=True, targets=("wq", "wk", "wo", "w2"))
 
 
-def logits(llama: Llama) -> torch.Tensor:
+@pytest.fixture(scope="module")
+def adapters(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Adapters of the base: low-rank, DoRA, and with an embedding and an output of its own."""
+    source, folder = open_checkpoint(bases["meta"]), tmp_path_factory.mktemp("adapters")
+    for name, config, whole in (("lora", LORA, ()), ("dora", DORA, ()), ("whole", LORA, HALVES)):
+        (folder / name).mkdir()
+        weights, trained = random_adapter(source, config, whole, seed=len(name))
+        write_adapter(folder / name, source, config, weights, whole=trained)
+    return {path.name: path for path in folder.iterdir()}
+
+
+def logits(base: Path, **options: Any) -> torch.Tensor:
+    llama = Llama.build(base, max_seq_len=16, dtype="fp32", device="cpu", **options)
     with torch.inference_mode():
         found: torch.Tensor = llama.model(torch.tensor(IDS), 0)
     return found
 
 
 @pytest.mark.parametrize("base", ["meta", "hf"])
-@pytest.mark.parametrize("whole", [(), ("tok_embeddings.weight", "output.weight")])
+@pytest.mark.parametrize("name", ["lora", "dora", "whole"])
+@pytest.mark.parametrize("exact", [True, False])
 def test_logits_of_peft(
-    bases: dict[str, Path], base: str, whole: tuple[str, ...], tmp_path: Path
+    bases: dict[str, Path], adapters: dict[str, Path], base: str, name: str, exact: bool
 ) -> None:
-    source = open_checkpoint(bases[base])
-    weights, trained = random_adapter(source, LoRAConfig(4, 8), whole)
-    write_adapter(tmp_path, source, LoRAConfig(4, 8), weights, whole=trained)
-    llama = Llama.build(bases[base], adapter=tmp_path, max_seq_len=16, dtype="fp32", device="cpu")
+    found = logits(bases[base], adapter=adapters[name], exact=exact)
+    expected = hf_logits(bases["hf"], adapters[name])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - logits(bases[base])).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "whole"])
+def test_quantized_bases(
+    bases: dict[str, Path], adapters: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    """Quantized when stored or when built, the base is the same; the adapter is not quantized."""
+    quantize(bases["meta"], tmp_path / "int8", "int8")
+    stored = logits(tmp_path / "int8", adapter=adapters[name])
     torch.testing.assert_close(
-        logits(llama), hf_logits(bases["hf"], tmp_path), atol=1e-5, rtol=1e-5
+        stored, logits(bases["meta"], adapter=adapters[name], quantize="int8"), atol=1e-5, rtol=0
     )
+    expected = hf_logits(bases["hf"], adapters[name])
+    assert (stored - expected).norm() < 0.05 * expected.norm()
+
+
+def test_adapters_by_name(
+    bases: dict[str, Path], adapters: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    named = {name: adapters[name] for name in ("lora", "dora")}
+    with caplog.at_level(logging.INFO, "llama"):
+        llama = Llama.build(bases["meta"], max_seq_len=16, dtype="fp32", adapters=named)
+    assert f"With the adapter lora, {adapters['lora']}: LoRA of rank 4, alpha 8" in caplog.text
+    _, scores = llama.generate(IDS, 0, logprobs=True, echo=True, adapter="dora")
+    assert scores is not None
+    expected = hf_logits(bases["hf"], adapters["dora"]).log_softmax(-1)[0]
+    rows = [float(expected[i, token]) for i, token in enumerate(IDS[0][1:])]
+    torch.testing.assert_close(scores[0][1:], rows, atol=1e-5, rtol=1e-5)
+
+
+def test_refused(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
+    base = bases["meta"]
+    with pytest.raises(ValueError, match="adapter and adapters exclude each other"):
+        Llama.build(base, adapter=adapters["lora"], adapters={"a": adapters["lora"]})
+    with pytest.raises(ValueError, match=r"adapter w: .* has tok_embeddings.*merge it"):
+        Llama.build(base, adapters={"w": adapters["whole"]})
+    with pytest.raises(TypeError, match="adapter must be the path"):
+        Llama.build(base, adapter=3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"is an adapter, not a checkpoint"):
+        Llama.build(adapters["lora"])
+
+
+def test_ranks(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
+    """Two ranks generate what one does, and refuse different adapters."""
+    base = str(bases["meta"])
+    cases: dict[str, Any] = {
+        "builds": [
+            {"ckpt_dir": base, "adapter": str(adapters["lora"])},
+            {"ckpt_dir": base, "adapter": str(adapters["dora"])},
+            {"ckpt_dir": base, "adapter": str(adapters["whole"]), "quantize": "int8"},
+            {"ckpt_dir": base, "adapters": {n: str(adapters[n]) for n in ("lora", "dora")}},
+        ],
+        "differ": [{"ckpt_dir": base, "adapter": str(adapters[n])} for n in ("lora", "dora")],
+    }
+    one = adapter_job.main(json.dumps(cases))
+    out = torchrun(2, "-m", "tests.adapter_job", json.dumps(cases))
+    two = json.loads(out.splitlines()[-1])
+    assert "the ranks differ in the adapter" in two["error"]
+    for mine, other in zip(one["generated"], two["generated"], strict=True):
+        assert mine["ids"] == other["ids"]
+        for a, b in zip(mine["logprobs"], other["logprobs"], strict=True):
+            for row, same in zip(a, b, strict=True):
+                torch.testing.assert_close(row[1:], same[1:], atol=1e-4, rtol=1e-4)
+
+
+def test_vocabulary_travels_with_the_adapter(bases: dict[str, Path], tmp_path: Path) -> None:
+    """More tokens than the base has: ids, texts and rows of the adapter; merged likewise."""
+    source = open_checkpoint(bases["meta"])
+    weights, _ = random_adapter(source, LORA)
+    dim = source.args().dim
+    whole = {name: torch.randn(515, dim) * dim**-0.5 for name in HALVES}
+    lines = (bases["meta"] / "tokenizer.model").read_bytes()
+    ids = {"<|begin_of_text|>": 256} | {f"<|reserved_{i}|>": i for i in range(257, 512)}
+    sidecar = {"special_tokens": ids, "bos_token": "<|begin_of_text|>"}
+    more = b"".join(b"%s %d\n" % (t, 512 + i) for i, t in enumerate((b"YWI=", b"Y2Q=", b"ZWY=")))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_adapter(adapter, source, LORA, weights, whole=whole, vocabulary=(lines + more, sidecar))
+    llama = Llama.build(bases["meta"], adapter=adapter, max_seq_len=16, dtype="fp32")
+    assert llama.tokenizer.encode("abcd", bos=False, eos=False) == [512, 513]
+    assert llama.model(torch.tensor([[512, 513]]), 0).shape[-1] == 515
+    for to in ("meta", "hf"):
+        merge(bases["meta"], adapter, tmp_path / to, to=to)
+        merged = Llama.build(tmp_path / to, max_seq_len=16, dtype="fp32")
+        assert merged.tokenizer.encode("abcd", bos=False, eos=False) == [512, 513]
+        found = merged.model(torch.tensor([[512, 513, 7]]), 0)
+        expected = llama.model(torch.tensor([[512, 513, 7]]), 0)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    (adapter / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"515 rows .* the base 512, and no tokenizer; copy"):
+        Llama.build(bases["meta"], adapter=adapter)

@@ -13,7 +13,7 @@ import torch
 
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.open import open_checkpoint
-from llama.train.loop import train
+from llama.train.pretraining import train
 from tests.checkpoints.gguf_files import DIM, HEADS, weights, write_gguf
 from tests.checkpoints.test_gguf import llama31_divisors
 from tests.train.training import SMALL, losses, write_text

@@ -14,6 +14,7 @@ from docs.draw_architecture import FILES, ROOMS, allowed, room_of
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = {"llama", "llama.model", "llama.generation", "llama.tokenizer", "llama.train"}
+PUBLIC |= {"llama.evaluation"}
 
 
 def module_name(path: Path) -> str:
@@ -126,7 +127,7 @@ after = (dict(os.environ), torch.get_default_dtype(), torch.get_default_device()
          torch.is_grad_enabled(), sys.stdout, sys.stderr, list(sys.path), list(warnings.filters))
 assert before == after
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
-assert not {"gguf", "fire", "transformers"} & set(sys.modules), "heavy imports"
+assert not {"gguf", "fire", "transformers", "lm_eval"} & set(sys.modules), "heavy imports"
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

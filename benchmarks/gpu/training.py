@@ -39,7 +39,7 @@ def measure(run: Run, row: str, rows: int, ceiling: float) -> bool:
     parameters = sum(w.numel() for w in model.parameters()) - model.tok_embeddings.weight.numel()
 
     def loss_of(ids: Tensor) -> Tensor:
-        loss: Tensor = objective(ids[:, :-1], ids[:, 1:])
+        loss: Tensor = objective(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
         return loss
 
     settings = Settings(dim=model.params.dim, dtype="bfloat16", lr=1e-4)

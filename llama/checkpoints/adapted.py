@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +22,6 @@ from llama.checkpoints.source import Source, same_weights, sample
 from llama.distributed.sharding import VOCABULARY
 from llama.layers.adapter_rows import add_adapters
 from llama.model import ModelArgs, Transformer
-
-log = logging.getLogger("llama")
 
 
 @dataclass(frozen=True)
@@ -51,12 +48,14 @@ class Adapters:
         found = {f"the adapter {name}": fingerprint(a) for name, a in self.named.items()}
         return found if self.only is None else found | {"the adapter": fingerprint(self.only)}
 
-    def log(self) -> None:
-        """A line for each adapter."""
-        if self.only is not None:
-            log.info("With the adapter %s: %s", self.only.path, describe_adapter(self.only))
-        for name, adapter in self.named.items():
-            log.info("With the adapter %s, %s: %s", name, adapter.path, describe_adapter(adapter))
+    def lines(self) -> list[str]:
+        """A line about each adapter."""
+        found = [f"With the adapter {n}, {_line(a)}" for n, a in self.named.items()]
+        return found if self.only is None else [*found, f"With the adapter {_line(self.only)}"]
+
+
+def _line(adapter: Adapter) -> str:
+    return f"{adapter.path}: {describe_adapter(adapter)}"
 
 
 def open_adapted(

@@ -20,6 +20,7 @@ from llama.checkpoints.formats.peft import (
     WEIGHTS_FILE,
     PeftConfig,
     adapter_shapes,
+    in_meta_order,
     read_peft_config,
     read_tensors,
     write_peft,
@@ -28,8 +29,8 @@ from llama.checkpoints.locate import checkpoint_folder, expand
 from llama.checkpoints.source import Source, check_shapes
 from llama.common.files import damage, read_json, write_json
 from llama.distributed import tensor_parallel
-from llama.distributed.sharding import VOCABULARY, rank_part, weight_shapes
-from llama.layers.lora import LoRAConfig, add_lora
+from llama.distributed.sharding import VOCABULARY, weight_shapes
+from llama.layers.lora import LoRAConfig, add_lora, lora_part
 from llama.model import ModelArgs, Transformer
 from llama.text.rank_file import read_sidecar
 
@@ -123,9 +124,10 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
     with damage(folder, remedy):
         peft = read_peft_config(folder / CONFIG_FILE)
         args = source.args()
-        tensors = read_tensors(folder / WEIGHTS_FILE, args)
+        stored = read_tensors(folder / WEIGHTS_FILE)
+        _check_tensors(folder, peft, stored, args)
+        tensors = in_meta_order(stored, args.head_dim)
         whole = {name: w for name, w in tensors.items() if name in VOCABULARY}
-        _check_tensors(folder, peft, tensors, args)
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
@@ -174,14 +176,19 @@ def read_adapter_vocabulary(folder: Path) -> Vocabulary | None:
     return read_vocabulary(folder)
 
 
-def base_digest(source: Source) -> str:
-    """A hash of a base's norms in bf16, which all layouts and quantizations of a model share."""
-    digest = hashlib.sha256()
+def base_digests(source: Source) -> list[str]:
+    """Hashes of a base's norms, of which all layouts and quantizations of a model share one.
+
+    Rounded to bf16, and to fp16 and bf16: a copy of an fp32 model may be in either.
+    """
+    digests = hashlib.sha256(), hashlib.sha256()
     for name, shape in weight_shapes(source.args()).items():
         if len(shape) == 1:
-            norm = source.read(name).to(torch.bfloat16).contiguous()
-            digest.update(norm.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            norm = source.read(name)
+            for digest, w in zip(digests, (norm, norm.half()), strict=True):
+                rounded = w.to(torch.bfloat16).contiguous()
+                digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return [digest.hexdigest() for digest in digests]
 
 
 def check_base(folder: Path, source: Source) -> None:
@@ -191,7 +198,8 @@ def check_base(folder: Path, source: Source) -> None:
         ValueError: it was trained on a model with other norms.
     """
     path = folder / BASE_FILE
-    if path.is_file() and read_json(path).get(NORMS) not in (None, base_digest(source)):
+    known = read_json(path).get(NORMS) if path.is_file() else None
+    if isinstance(known, list) and not set(map(str, known)) & set(base_digests(source)):
         base = read_peft_config(folder / CONFIG_FILE).base
         raise ValueError(
             f"{folder} was trained on another model than {source.path} (their norms differ); give "
@@ -228,7 +236,7 @@ def write_adapter(
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has NaN or infinite numbers; the adapter is not written")
     write_peft(folder, config, tensors, args.head_dim, str(source.path))
-    write_json(folder / BASE_FILE, {NORMS: base_digest(source)})
+    write_json(folder / BASE_FILE, {NORMS: base_digests(source)})
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
         if vocabulary[1]:
@@ -247,20 +255,5 @@ def attach_adapter(model: Transformer, adapter: Adapter) -> None:
     state = dict(model.named_parameters())
     with torch.no_grad():
         for name, w in adapter.weights.items():
-            state[name].copy_(rank_adapter_part(name, w, model.params, rank, size))
+            state[name].copy_(lora_part(name, w, model.params, rank, size))
     model.eval()
-
-
-def rank_adapter_part(name: str, w: Tensor, args: ModelArgs, rank: int, size: int) -> Tensor:
-    """The part of an adapter's tensor for rank `rank` of `size`.
-
-    Of a linear that is split by outputs, B and the magnitude are split; by inputs, A is.
-    """
-    linear, _, kind = name.rpartition(".")
-    part = rank_part(f"{linear}.weight", args, rank, size) if size > 1 else None
-    if part is None:
-        return w
-    dim, start, stop = part
-    if dim == 0:
-        return w if kind == "lora_a" else w[start:stop]
-    return w[:, start:stop] if kind == "lora_a" else w

@@ -56,7 +56,28 @@ def convert(
     chosen = check_options(to, mp, dtype, force)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
-    chosen = chosen or default_dtype(source)
+    write_checkpoint(source, dst, to, chosen or default_dtype(source), mp=mp, force=force)
+    return dst
+
+
+def write_checkpoint(
+    source: Source,
+    dst: Path,
+    to: str,
+    dtype: torch.dtype | None,
+    *,
+    mp: int | None = None,
+    force: bool = False,
+) -> None:
+    """Write an open checkpoint as the folder `dst`, which appears when it is complete.
+
+    Args:
+        to, mp, force: see `convert`.
+        dtype: of all weights; None: the stored dtypes.
+
+    Raises:
+        FileExistsError, ValueError, ImportError, OSError: see `convert`.
+    """
     if force and os.path.lexists(dst) and not is_checkpoint_folder(dst):
         raise FileExistsError(f"{dst} is not a folder of checkpoint files only; it is not replaced")
     with new_folder(dst, replace=force) as folder:
@@ -65,15 +86,14 @@ def convert(
         needed = 0
         for name, shape in weight_shapes(source.args()).items():
             if not (name == "output.weight" and source.tied):
-                needed += torch.Size(shape).numel() * (chosen or source.dtype(name)).itemsize
+                needed += torch.Size(shape).numel() * (dtype or source.dtype(name)).itemsize
         check_free_space(dst, int(needed * (1 + 1 / shards if shards else 1)))
         if to == "meta":
-            write_meta(source, checked_vocabulary(source), folder, dtype=chosen, mp=shards)
+            write_meta(source, checked_vocabulary(source), folder, dtype=dtype, mp=shards)
         else:
             from llama.checkpoints.formats.hf_export import write_hf
 
-            write_hf(source, open_tokenizer(source), folder, chosen)
-    return dst
+            write_hf(source, open_tokenizer(source), folder, dtype)
 
 
 def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = None) -> Path:

@@ -22,6 +22,7 @@ from llama.tokenizer import Tokenizer
 log = logging.getLogger("llama")
 # Rows without a token that a model may have beside as many as it has tokens: padding to a multiple.
 MOST_PADDING = 1024
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def open_checkpoint(path: str | Path) -> Source:
@@ -61,6 +62,12 @@ def _open(path: Path) -> Source:
         )
     if path.is_dir() and not (path / "params.json").is_file():
         has_config = (path / "config.json").is_file()
+        if (path / ADAPTER_CONFIG).is_file() and not has_config:
+            raise ValueError(
+                f"{path} is an adapter, not a checkpoint; give its base as the checkpoint and this "
+                "folder as --adapter (Llama.build(base, adapter=...)), or make a checkpoint of "
+                f"both: llama3 merge BASE {path} OUT"
+            )
         if not (has_config and any(path.glob("*.safetensors"))):
             gguf = only_gguf(path)  # repositories of GGUF files may have a config.json too
             if gguf is not None:
@@ -93,11 +100,14 @@ def with_chat(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict
     stored = source.chat_templates()
     if "chat_templates" in sidecar or not (stored.sources or stored.add_bos):
         return sidecar
-    spec = sidecar
-    if "special_tokens" not in spec:
-        first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
-        spec = default_spec(_release(source), first_id) | sidecar
+    spec = sidecar if "special_tokens" in sidecar else explicit_spec(source, rank_file, sidecar)
     return sidecar | chat_settings(stored, spec)
+
+
+def explicit_spec(source: Source, rank_file: bytes, sidecar: dict[str, Any]) -> dict[str, Any]:
+    """`sidecar` with the values of all keys that it lacks, see `Tokenizer`."""
+    first_id = max(parse_ranks(rank_file, str(source.path)).values()) + 1
+    return default_spec(_release(source), first_id) | sidecar
 
 
 def _stored_vocabulary(source: Source) -> tuple[bytes, dict[str, Any]] | None:

@@ -23,28 +23,38 @@ def inspect(
 ) -> None:
     """Show a checkpoint's sizes and the memory that it needs.
 
+    Of an adapter's folder it shows the base, the method and the sizes.
+
     Examples:
         llama3 inspect Meta-Llama-3-70B-Instruct --max_batch_size 4 --max_seq_len 8192
     """
+    from llama.checkpoints.adapter import is_adapter
+    from llama.checkpoints.adapter_report import describe_folder
     from llama.checkpoints.inspect import describe
 
     check_local(path)
-    print_report(describe(open_checkpoint(path), max_batch_size, max_seq_len))
+    if is_adapter(path):
+        print_report(describe_folder(path))
+    else:
+        print_report(describe(open_checkpoint(path), max_batch_size, max_seq_len))
 
 
 def verify(path: Annotated[str, CHECKPOINT]) -> None:
-    """Check every file of a checkpoint.
+    """Check every file of a checkpoint, or of an adapter.
 
     Prints one line for each problem; the exit code is 1 if there is any.
 
     Examples:
         llama3 verify Meta-Llama-3-8B
     """
+    from llama.checkpoints.adapter import is_adapter
+    from llama.checkpoints.adapter_report import adapter_problems
     from llama.checkpoints.verify import verify as find_problems
 
     check_local(path)
-    problems = find_problems(path, open_checkpoint)
-    if not problems:
+    adapter = is_adapter(path)
+    problems = adapter_problems(path) if adapter else find_problems(path, open_checkpoint)
+    if not problems and not adapter:
         try:
             open_tokenizer(open_checkpoint(path))
         except (ValueError, FileNotFoundError) as e:

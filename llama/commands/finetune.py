@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from typing import Annotated
 
-from llama.commands.model import CheckpointFlags
+from llama.checkpoints.demo_model import checkpoint_or_demo
+from llama.commands.model import CheckpointFlags, check_local
 from llama.commands.options import Only
+from llama.commands.terminal import print_report
+from llama.distributed import job
 from llama.train.finetune_settings import FinetuneSettings
 
 
@@ -22,9 +27,10 @@ def finetune(
     ] = None,
     settings: FinetuneSettings,
 ) -> None:
-    """Train a checkpoint further, on instructions, dialogs or text: an adapter, or all weights.
+    """Train a checkpoint further, on instructions, dialogs or text.
 
-    Ctrl-C saves and ends; the same command with --resume goes on. The exit code is then 130.
+    The result is an adapter (method lora) or a checkpoint. Ctrl-C saves and ends; the same command
+    with --resume goes on. The exit code is then 130.
 
     Examples:
         llama3 finetune --data dialogs.jsonl --show 2
@@ -32,4 +38,54 @@ def finetune(
         llama3 finetune -m Meta-Llama-3-8B --data alpaca.json --out my-adapter --quantize int4
         llama3 finetune -m Llama-3.2-1B --data alpaca.json --out my-llama --method full
     """
-    raise NotImplementedError
+    if checkpoint.ckpt_dir is not None:
+        check_local(checkpoint.ckpt_dir)
+    base, tokenizer_path = checkpoint_or_demo(checkpoint.ckpt_dir, checkpoint.tokenizer_path)
+    if show:
+        from llama.train.finetuning import show_rows
+
+        color = sys.stdout.isatty()
+        print(show_rows(base, data, settings, show, tokenizer_path=tokenizer_path, color=color))
+        return
+    if out is None:
+        raise ValueError("finetune needs --out: the folder that becomes the adapter or checkpoint")
+    from llama.train.finetuning import finetune as run_training
+
+    result = run_training(
+        base,
+        data,
+        out,
+        settings,
+        tokenizer_path=tokenizer_path,
+        resume=resume,
+        tensorboard=tensorboard,
+        device=device,
+    )
+    if job.is_leader():
+        if result.signal:
+            print(f"stopped after step {result.step}; the same command with --resume goes on")
+        if result.best_step:
+            print_report(
+                f"{out}: the result of step {result.best_step}, loss {result.best_loss:.4f}"
+            )
+        if result.best_step and not result.signal:
+            print_report(next_commands(checkpoint.ckpt_dir, out, settings))
+    if result.signal:
+        raise SystemExit(128 + result.signal)
+
+
+def next_commands(ckpt_dir: str | None, out: str, settings: FinetuneSettings) -> str:
+    """What to do with the result, as lines to type."""
+    result = shlex.quote(out)
+    if settings.method != "lora":
+        return f"try it:\n  llama3 chat -m {result}\n  llama3 serve -m {result}"
+    base = "" if ckpt_dir is None else f" -m {shlex.quote(ckpt_dir)}"
+    quantize = "" if settings.quantize is None else f" --quantize {settings.quantize}"
+    lines = [
+        f"llama3 chat{base}{quantize} --adapter {result}",
+        f"llama3 serve{base}{quantize} --adapter {result}",
+    ]
+    if settings.quantize is None:
+        source = "$(llama3 demo)" if ckpt_dir is None else shlex.quote(ckpt_dir)
+        lines.append(f"llama3 merge {source} {result} {result}-merged")
+    return "\n  ".join(["try it:", *lines])

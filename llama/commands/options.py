@@ -3,7 +3,8 @@
 A verb is a plain function. What its parameters become:
 
 - a positional parameter, `prompt: Annotated[str, "help"]`: an argument, `PROMPT`;
-- a keyword-only parameter, `json: Annotated[bool, "help"] = False`: a flag, `--json`;
+- a keyword-only parameter, `json: Annotated[bool, "help"] = False`: a flag, `--json`; a list of
+  texts is a flag that may be repeated;
 - a frozen dataclass, `sampling: Sampling`: one flag for each of its fields, which are declared with
   `llama.common.options.option`. `Annotated[BuildOptions, Only("seed")]` offers some of them, and
   the others keep their defaults.
@@ -141,6 +142,6 @@ def _split(hint: Any) -> tuple[Any, list[Any]]:
 def _text_or_itself(kind: Any) -> Any:
     """`str | None` for `str | torch.device | None`: the command line gives text."""
     kinds = get_args(kind)
-    if str in kinds:
+    if str in kinds and get_origin(kind) is not list:
         return str | None if NoneType in kinds else str
     return kind

@@ -23,17 +23,19 @@ from llama.commands.suggestions import too_many_words, unknown_verb, usage_messa
 # Heading of the help -> verb -> its module in llama/commands.
 VERBS = {
     "Generate text": {"chat": "chat", "complete": "generate", "perplexity": "generate"},
+    "Evaluate": {"eval": "evaluate"},
     "Serve": {"serve": "serve"},
     "Checkpoints": {
         "inspect": "checkpoints",
         "verify": "checkpoints",
         "convert": "checkpoints",
         "quantize": "checkpoints",
+        "merge": "merge",
         "download": "checkpoints",
         "demo": "checkpoints",
         "plan": "plan",
     },
-    "Train": {"train": "train", "finetune": "finetune"},
+    "Train": {"train": "train", "finetune": "finetune", "extend-vocab": "extend_vocab"},
     "About": {"version": "version"},
 }
 ABOUT = """\
@@ -134,7 +136,8 @@ def _version() -> str:
 
 def summary(verb: str, module: str) -> str:
     """The first line of a verb's docstring, read without importing the verb's module."""
-    [function] = [node for node in _functions(module) if node.name == verb]
+    name = verb.replace("-", "_")
+    [function] = [node for node in _functions(module) if node.name == name]
     return (ast.get_docstring(function) or "").partition("\n")[0]
 
 
@@ -147,7 +150,8 @@ def _functions(module: str) -> list[ast.FunctionDef]:
 def make_command(verb: str) -> Any:
     """The typer command of a verb, with its flags."""
     modules = {name: module for verbs in VERBS.values() for name, module in verbs.items()}
-    function = getattr(import_module(f"llama.commands.{modules[verb]}"), verb)
+    module = import_module(f"llama.commands.{modules[verb]}")
+    function = getattr(module, verb.replace("-", "_"))
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     epilog = f"\b\nExamples:\n{examples}"  # \b: keep the line ends

@@ -14,7 +14,7 @@ OTHER_VERBS = {
     "`llama3 demo` prints the folder of the demo model",
     "show": "type `llama3 inspect PATH`",
     "pull": "type `llama3 download OWNER/NAME`",
-    "eval": "type `llama3 perplexity FILE`",
+    "evaluate": "type `llama3 eval --tasks TASK`",
     "sft": "type `llama3 finetune --data FILE --out DIR`",
     "export": "type `llama3 convert SRC DST --to hf`",
 }  # fmt: skip

@@ -29,7 +29,7 @@ def train(
         llama3 train --data input.txt --out my-llama --resume
         torchrun --nproc_per_node 2 -m llama train --data input.txt --out big --parallel ddp
     """
-    from llama.train.loop import train as run_training
+    from llama.train.pretraining import train as run_training
 
     result = run_training(
         data, out, settings, resume=resume, tensorboard=tensorboard, device=device

@@ -39,6 +39,17 @@ def encodable(text: str, encoding: str | None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def quoted(value: object) -> str:
+    """A value of JSON data in a message: short, and cheap to make also where it is long."""
+    if isinstance(value, (list, dict)):
+        return f"a JSON {'array' if isinstance(value, list) else 'object'}"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number of over 70 digits"
+    if isinstance(value, str) and len(value) > 60:
+        return json.dumps(value[:60] + "...")
+    return json.dumps(value)
+
+
 def _escape(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"

@@ -129,7 +129,7 @@ def score_ids(
         window = list(ids[begin:end])
         if begin and ids[0] == bos_id:
             window[0] = bos_id
-        return Request(window, 0, score_from=scored - begin, adapter=adapter)
+        return Request(window, 0, score_from=scored - begin, reuse=False, adapter=adapter)
 
     scores: list[float | None] = []
     spans = windows(len(ids), context, stride)

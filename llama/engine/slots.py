@@ -92,23 +92,28 @@ class Slots:
     def sources(self, generation: Generation) -> list[Slot]:
         """Slots upon whose cached ids a generation may build."""
         request = generation.request
-        if request.score_from is not None and not generation.take_scores():
-            return []  # every id of the prompt is to be scored
-        reuse = request.reuse and request.score_from is None
         return [
             slot
             for slot in self.rows
             if not slot.stale
             and slot.adapter == request.adapter
-            and (reuse or slot.group == generation.group)
+            and (request.reuse or slot.group == generation.group)
         ]
+
+    @staticmethod
+    def reusable(generation: Generation) -> int:
+        """Most ids of the prompt that need not be computed: the last one predicts the next id."""
+        request = generation.request
+        if request.score_from is None or generation.take_scores():
+            return len(generation.tokens) - 1
+        return min(max(request.score_from, 1), len(generation.tokens)) - 1  # predicts a scored id
 
     def place(self, generation: Generation) -> None:
         """Give a free slot to a generation, with as much of its prompt as any slot has cached."""
         tokens, free = generation.tokens, self.free()
-        kept, source = 0, free[0]
+        kept, source, most = 0, free[0], self.reusable(generation)
         for slot in self.sources(generation):
-            n = min(common_prefix(slot.cached, tokens), len(tokens) - 1)
+            n = min(common_prefix(slot.cached, tokens), most)
             if n > kept and (n >= WORTH_COPYING or slot.generation is None):
                 kept, source = n, slot
         target = free[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import torch
@@ -19,9 +19,10 @@ from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers.attention import folded_attention
 from llama.layers.kernel_modules import rotate, swiglu
 from llama.layers.quantization import codes_int4, dequantize_int8, scales_and_zeros_int4
+from llama.layers.quantized_grad import frozen_linear
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
 from llama.layers.replace import Factory, as_class
-from llama.layers.schemes import TILE
+from llama.layers.schemes import BLOCK, TILE
 from llama.model import Attention, FeedForward, RMSNorm
 
 HALF = (torch.bfloat16, torch.float16)
@@ -157,9 +158,9 @@ class TritonLinear(nn.Linear):
 class TritonInt8Linear(Int8Linear):
     """An `Int8Linear` whose codes are widened in registers where x has few rows."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def multiply(self, x: Tensor) -> Tensor:
         if not x.is_cuda or x.dtype not in HALF:  # the model has been moved
-            return super().forward(x)
+            return super().multiply(x)
         rows = x.reshape(-1, x.shape[-1])
         if len(rows) <= INT8_ROWS:
             y: Tensor = torch.ops.llama3.gpu_linear_int8(rows, self.q, self.scale)
@@ -198,11 +199,17 @@ class TinygemmLinear(nn.Module):
                 f"int4 weights that were built for bfloat16 on a GPU cannot multiply {x.dtype}; "
                 "build the model with the dtype that you need"
             )
+        return frozen_linear(x, self)
+
+    def multiply(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.unpack and len(rows) > INT4_ROWS:
             return F.linear(x, self.dequantized())
         y = torch._weight_int4pack_mm(rows, self.weight, self.group, self.scales_and_zeros)
         return y.narrow(1, 0, self.n).view(*x.shape[:-1], self.n)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return grad @ self.dequantized()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TinygemmLinear:
         apply_to_codes(self, fn, recurse)
@@ -216,8 +223,15 @@ class TinygemmLinear(nn.Module):
     def in_features(self) -> int:
         return self.scales_and_zeros.shape[0] * self.group
 
+    def blocks(self) -> Iterator[Tensor]:
+        """See `weight_blocks`."""
+        return (rows.float() for rows in self.dequantized().split(BLOCK))
+
     def dequantized(self) -> Tensor:
         """(N, K) bf16."""
+        if not self.unpack:  # the products with unit vectors are the columns
+            rows = torch.eye(self.in_features, dtype=torch.bfloat16, device=self.weight.device)
+            return self.multiply(rows).t()
         from llama.layers.triton_kernels import unpack_tinygemm
 
         return unpack_tinygemm(self.weight, self.scales_and_zeros, self.n, self.group)

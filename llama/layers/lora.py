@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -35,9 +35,15 @@ class LoRALinear(nn.Module):
     forward pass that is repeated (recomputation, a resumed run) repeats it; see `set_dropout_key`.
 
     Attributes:
-        base: the linear, plain or quantized; it may be replaced by a faster one.
+        base: the linear; it may be replaced by a faster one.
         lora_a, lora_b, lora_magnitude: (r, K), (N, r), and with DoRA (N,).
         enabled: if False, the module computes what `base` computes.
+
+    Args:
+        base: plain or quantized. A and B are 0 and on its device.
+        name: as in the state dict. It says how several ranks split the weight, and which masks
+            dropout draws.
+        dtype: of A and B: fp32 for training. Matmuls are in the dtype of the base's outputs.
     """
 
     lora_magnitude: nn.Parameter | None
@@ -61,23 +67,6 @@ class LoRALinear(nn.Module):
         self._dropout_seed: int | None = None
         self._base_squares: Tensor | None = None  # |W|^2 of each row
         self._ratio: Tensor | None = None  # of evaluation mode
-
-    @classmethod
-    def from_base(
-        cls,
-        base: nn.Module,
-        config: LoRAConfig,
-        name: str = "",
-        dtype: torch.dtype = torch.float32,
-    ) -> LoRALinear:
-        """Wrap a linear. A and B are 0, on its device.
-
-        Args:
-            name: as in the state dict. It says how several ranks split the weight, and which masks
-                dropout draws.
-            dtype: of A and B: fp32 for training. Matmuls are in the dtype of the base's outputs.
-        """
-        return cls(base, config, name, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.adapt(self.base(x), x)
@@ -136,6 +125,11 @@ class LoRALinear(nn.Module):
         if shard_dim(f"{self.name}.weight") == 1:
             squares = reduce_from_ranks(squares)
         return squares.clamp(min=TINY).sqrt()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
+        self._base_squares = self._ratio = None  # of another device or dtype
+        super()._apply(fn, recurse)
+        return self
 
     def train(self, mode: bool = True) -> LoRALinear:
         self._ratio = None
@@ -197,7 +191,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, dtype: torch.dtype = torch.fl
     def wrapped(name: str, module: nn.Module) -> nn.Module:
         if leaf(name) not in config.targets:
             return module
-        return LoRALinear.from_base(module, config, name, dtype)
+        return LoRALinear(module, config, name, dtype)
 
     replace_modules(model, {type(module): wrapped for module in modules.values()})
 
@@ -221,6 +215,7 @@ def initialize_lora(model: nn.Module, seed: int) -> None:
         fill(module.lora_a, a.uniform_(-bound, bound, generator=generator))
         module.lora_b.zero_()
         if module.lora_magnitude is not None:
+            module._base_squares = None
             fill(module.lora_magnitude, module._norms())
 
 
@@ -283,16 +278,11 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
-def delta(a: Tensor, b: Tensor, config: LoRAConfig) -> Tensor:
-    """scale * B A, (N, K) fp32."""
-    return config.scale * (b.float() @ a.float())
-
-
 def merged(
     weight: Tensor, a: Tensor, b: Tensor, config: LoRAConfig, magnitude: Tensor | None = None
 ) -> Tensor:
     """The weight (N, K) with its update, fp32: W + scale * B A; with DoRA m V / |V|."""
-    whole = weight.float() + delta(a, b, config)
+    whole = weight.float() + config.scale * (b.float() @ a.float())
     if magnitude is None:
         return whole
     norms = torch.linalg.vector_norm(whole, dim=1).clamp(min=TINY)

@@ -1,6 +1,7 @@
 """Replacements of a linear that store its weight in 8 or 4 bits. Imports no model.
 
-Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's dtype.
+Shapes: N outputs, K inputs. Each takes x (..., K) and returns (..., N) in x's dtype. x gets a
+gradient, the codes none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from llama.layers.quantization import (
     quantize_int8,
     row_largest,
 )
+from llama.layers.quantized_grad import frozen_linear, multiply_back_int4, multiply_back_int8
 from llama.layers.replace import Factory
 from llama.layers.schemes import BLOCK, GROUPS, undivided
 from llama.layers.schemes import check_scheme as check_scheme
@@ -46,7 +48,13 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
 
     def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+    def multiply(self, x: Tensor) -> Tensor:
         return linear_int8(x, self.q, self.scale)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return multiply_back_int8(grad, self.q, self.scale)
 
     @property
     def out_features(self) -> int:
@@ -87,7 +95,13 @@ class Int4Linear(nn.Module):
         self.register_buffer("zero", zero)
 
     def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+    def multiply(self, x: Tensor) -> Tensor:
         return linear_int4(x, self.packed, self.scale, self.zero, self.n)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return multiply_back_int4(grad, self.packed, self.scale, self.zero, self.n)
 
     @property
     def out_features(self) -> int:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MAX_MESSAGES = 2048
-MAX_TOOLS = 128
+from llama.text.openai_messages import MAX_MESSAGES, MAX_TOOLS
 
 _PART = {
     "type": "object",

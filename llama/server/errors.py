@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from llama.common.printable import quoted as quoted
+
 MAX_BODY = 4096  # bytes of an error's body
 _MAX_MESSAGE, _MAX_NAME = 3000, 400  # bytes of JSON
 
@@ -69,14 +71,3 @@ def _cut(text: str, most: int) -> str:
     if len(json.dumps(text[:most])) <= most and len(text) <= most:
         return text
     return text[: most // 12 - 3] + "..."  # a character takes at most 12 bytes
-
-
-def quoted(value: object) -> str:
-    """A value of a request in a message: short, and cheap to make also where it is long."""
-    if isinstance(value, (list, dict)):
-        return f"a JSON {'array' if isinstance(value, list) else 'object'}"
-    if isinstance(value, int) and value.bit_length() > 256:
-        return "a number of over 70 digits"
-    if isinstance(value, str) and len(value) > 60:
-        return json.dumps(value[:60] + "...")
-    return json.dumps(value)

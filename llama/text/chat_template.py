@@ -143,8 +143,13 @@ class ChatTemplate:
             found["tool_calls"].append({"type": "function", "function": function})
         return found
 
-    def prompt(self, dialog: Messages, tools: Sequence[Any] | None = None) -> list[Piece]:
+    def prompt(
+        self, dialog: Messages, tools: Sequence[Any] | None = None, answer: bool = True
+    ) -> list[Piece]:
         """The prompt of a dialog. Special tokens are those that the template itself writes.
+
+        Args:
+            answer: end with the beginning of the assistant's turn.
 
         Raises:
             ValueError: see `text`; or a message would become a special token.
@@ -158,12 +163,12 @@ class ChatTemplate:
         meant = str.maketrans({private: c for c, private in stand_in.items()})
         hidden = str.maketrans(stand_in)
         protected = _map_texts(messages, definitions, lambda s: self._protected(s, stand_in))
-        parts = self._pattern.split(self._render(*protected))
+        parts = self._pattern.split(self._render(*protected, answer))
         # A template may delete or change characters (`replace`, `lower`), and so complete a special
         # token. It cannot where no first character of one is left.
         harmless = _map_texts(messages, definitions, lambda s: s.translate(hidden))
         same = harmless == protected
-        expected = parts if same else self._pattern.split(self._render(*harmless))
+        expected = parts if same else self._pattern.split(self._render(*harmless, answer))
         if parts[1::2] != expected[1::2]:
             raise ValueError(
                 "the checkpoint's chat template makes special tokens out of what a message says; "

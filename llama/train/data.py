@@ -168,9 +168,9 @@ class Corpus:
         self.paths: list[Path] = []
         self._sizes: list[int] = []  # characters
         digest = hashlib.sha256()
-        paths = _text_files(Path(path))
+        paths = text_files(Path(path))
         for file in progress(paths, "reading text", len(paths), "file"):
-            if text := _read(file):
+            if text := read_text(file):
                 self.paths.append(file)
                 self._sizes.append(len(text))
                 digest.update(hashlib.sha256(text.encode()).digest())
@@ -183,7 +183,7 @@ class Corpus:
         for path, size in zip(self.paths, self._sizes, strict=True):
             start, stop = (0, size) if split is None else self._range(split, size)
             if start < stop:
-                yield _read(path)[start:stop]
+                yield read_text(path)[start:stop]
 
     def _range(self, split: str, size: int) -> tuple[int, int]:
         """Start and stop of `split` in a file of `size` characters."""
@@ -245,7 +245,7 @@ class Corpus:
     def _encoded(self, tokenizer: Tokenizer) -> Iterator[tuple[str, bool, list[int]]]:
         """For each passage: its split, whether it is the first of a document there, its ids."""
         for path, size in zip(self.paths, self._sizes, strict=True):
-            text, position = _read(path), 0
+            text, position = read_text(path), 0
             for name in SPLITS:
                 start, stop = self._range(name, size)
                 is_first = True
@@ -276,7 +276,7 @@ def _open_split(folder: Path, name: str) -> Split:
     return Split(name, ids, np.array(starts, np.int64))
 
 
-def _text_files(path: Path) -> list[Path]:
+def text_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -287,7 +287,7 @@ def _text_files(path: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A file's text; ValueError if it is not UTF-8 or has a NUL byte."""
     content = path.read_bytes()
     remedy = "convert it to UTF-8 text, or leave it out"

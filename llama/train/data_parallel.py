@@ -70,7 +70,9 @@ class DataParallel:
         if self.kind != "ddp":
             return module
         devices = [self.device] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        wrapped = nn.parallel.DistributedDataParallel(module, device_ids=devices)
+        wrapped.broadcast_buffers = False  # those of quantized weights do not change
+        return wrapped
 
     def set_gradient_sync(self, wrapped: nn.Module, enabled: bool) -> None:
         """Whether the next backward pass averages gradients over the ranks.
@@ -85,6 +87,14 @@ class DataParallel:
 
             assert isinstance(wrapped, FSDPModule)
             wrapped.set_requires_gradient_sync(enabled)
+
+    def reshard(self, module: nn.Module) -> None:
+        """With FSDP, keep this rank's shards only, after a forward pass without a backward pass."""
+        if self.kind == "fsdp":
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(module, FSDPModule)
+            module.reshard()
 
     def sum_over_ranks(self, *values: float) -> list[float]:
         """The sum of each value over the ranks."""

@@ -15,6 +15,7 @@ from llama.train.settings import TrainerSettings
 
 METHODS = ("lora", "full", "embeddings")
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "text")
+TEMPLATES = ("auto", "chat", "alpaca")
 LONGEST = 2048  # tokens of a row where max_seq_len is None, at most
 BLOCK = 512  # tokens of a row of plain text
 # Alpaca trained 7B whole with 2e-5; LoRA takes about ten times as much, because B A begins at 0 and
@@ -40,6 +41,11 @@ class FinetuneSettings(TrainerSettings):
     )
     format: str = option(
         "auto", "of the data: alpaca, sharegpt, messages, text; by default (auto) by their content"
+    )
+    template: str = option(
+        "auto",
+        "prompt of dialogs and instructions: chat (the model's), or alpaca (for base models); "
+        "by default (auto) chat where the model has one",
     )
     rank: int = option(8, "LoRA: rows of A and columns of B")
     alpha: float | None = option(None, "LoRA: B A is scaled by alpha / rank; by default 2 * rank")
@@ -83,7 +89,7 @@ class FinetuneSettings(TrainerSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("method", METHODS), ("format", FORMATS)):
+        for name, known in (("method", METHODS), ("format", FORMATS), ("template", TEMPLATES)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(known)}"
@@ -120,10 +126,6 @@ class FinetuneSettings(TrainerSettings):
             raise ValueError(
                 f"train_embeddings: method {self.method} trains them anyway; leave it out"
             )
-        if self.block is not None and self.format != "text":
-            raise ValueError("block is for format text; samples are cut by max_seq_len")
-        if self.format == "text" and self.pack:
-            raise ValueError("pack and format text: its rows are full already; leave pack out")
         if self.val_data is not None and self.val_fraction != defaults["val_fraction"]:
             raise ValueError("val_data and val_fraction: give one of them")
         if self.steps is not None and self.epochs != defaults["epochs"]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from llama.layers.lora import fill
 from llama.model import Transformer
-from llama.train.settings import Settings
+from llama.train.settings import TrainerSettings
 
 
 @torch.no_grad()
@@ -31,20 +33,39 @@ def initialize(model: Transformer, seed: int) -> None:
         if kind in ("wo", "w2"):
             std /= math.sqrt(2 * model.n_layers)
         values = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-        values.normal_(0.0, std, generator=generator)
-        values = values.to(weight.device)
-        if isinstance(weight, DTensor):
-            values = distribute_tensor(values, weight.device_mesh, weight.placements)
-        weight.copy_(values)
+        fill(weight, values.normal_(0.0, std, generator=generator))
 
 
-def make_optimizer(module: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), with weight decay on matrices and none on norms."""
-    weights = list(module.parameters())
-    groups = [
-        {"params": [w for w in weights if w.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [w for w in weights if w.dim() == 1], "weight_decay": 0.0},
+def parameter_groups(
+    module: nn.Module, settings: TrainerSettings, lr_scales: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW's groups of the parameters that require gradients: weight decay on matrices only.
+
+    Args:
+        lr_scales: {end of a parameter's name: multiple of the learning rate}; others have 1.
+    """
+    members: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, weight in module.named_parameters():
+        if weight.requires_grad:
+            scales = (scale for end, scale in (lr_scales or {}).items() if name.endswith(end))
+            decay = settings.weight_decay if weight.dim() > 1 else 0.0
+            members.setdefault((decay, next(scales, 1.0)), []).append(weight)
+    return [
+        {"params": weights, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), weights in members.items()
     ]
-    fused = weights[0].device.type in ("cpu", "cuda", "mps")
+
+
+def make_optimizer(
+    groups: Sequence[dict[str, Any]], settings: TrainerSettings
+) -> torch.optim.AdamW:
+    """AdamW (arXiv:1711.05101) over `parameter_groups`."""
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda", "mps")
     betas = (settings.beta1, settings.beta2)
     return torch.optim.AdamW(groups, lr=settings.peak_lr, betas=betas, fused=fused)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group its multiple of `lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

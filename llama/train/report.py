@@ -1,7 +1,7 @@
 """Metrics of a training run: metrics.jsonl, loss.png, TensorBoard. Knows nothing about models.
 
 A line of metrics.jsonl is a JSON object of step, train_loss, lr and tokens_per_s, and val_loss at
-evaluations.
+evaluations. Step 0, before the first update, has val_loss alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
-            lines.append(line | {name: line[name] + 0 for name in ("step", "train_loss")})
+            names = ("step", "train_loss") if line["step"] else ("step", "val_loss")
+            lines.append(line | {name: line[name] + 0 for name in names})
         except (ValueError, TypeError, LookupError, RecursionError):
             break
     return lines
@@ -48,7 +49,8 @@ class Report:
             self.board = SummaryWriter(str(tensorboard), purge_step=step + 1)
         lines = read_metrics(self.path) if self.path.exists() else []
         with replacing_file(self.path) as partial, open(partial, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines if line["step"] <= step)
+            kept = [line for line in lines if step and line["step"] <= step]
+            f.writelines(json.dumps(line) + "\n" for line in kept)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
@@ -70,6 +72,7 @@ class Report:
             return
         lines = read_metrics(self.path)
         evaluated = [line for line in lines if "val_loss" in line]
+        lines = [line for line in lines if "train_loss" in line]
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(*_columns(lines, "train_loss"), color="C0", alpha=0.3, linewidth=0.7)

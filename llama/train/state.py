@@ -1,12 +1,10 @@
-"""The folder of a training run: a checkpoint in Meta's layout, and the state for resuming.
+"""The folder of a training run: its settings, and the state for resuming.
 
-OUT/                  the checkpoint with the lowest validation loss so far
-  params.json, consolidated.00.pth, tokenizer.model, tokenizer.model.json
+OUT/                  the result with the lowest validation loss so far
   metrics.jsonl, loss.png
   train/              for resuming
-    settings.json     the settings, and a digest of the text and the tokenizer
-    last.pt           weights and optimizer state of the last saved step
-    0123456789abcdef/ the text as token ids
+    settings.json     the settings, and a digest of the data
+    last.pt           trained weights and optimizer state of the last saved step
 """
 
 from __future__ import annotations
@@ -20,28 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from llama.common.files import new_folder, read_json, replacing_file
+from llama.common.files import read_json, replacing_file
 from llama.common.torch_file import is_disk_error, load_torch
-from llama.model import ModelArgs
-from llama.tokenizer import Tokenizer
-from llama.train.data import Corpus, Split
-from llama.train.learn_tokenizer import learn
-from llama.train.settings import Settings
-
-# Fields of ModelArgs that params.json omits: a limit of inference, and RoPE scaling, which is off.
-NOT_SAVED = ("max_batch_size", "use_scaled_rope", "rope_scale_factor")
+from llama.layers.lora import fill
+from llama.train.settings import TrainerSettings
 
 
-def create_run(data: str | Path, out: Path, settings: Settings, ranks: int) -> None:
-    """Create the folder of a new run, with tokenizer, token ids and settings, or nothing at all.
-
-    Args:
-        ranks: the number of processes that train.
+def refuse_existing(out: Path) -> None:
+    """Check that `out` can become the folder of a new run; an empty folder there is removed.
 
     Raises:
-        FileExistsError: `out` exists and is not an empty folder.
-        ValueError, FileNotFoundError, ImportError: see `Corpus` and `learn`.
+        FileExistsError: something is there.
     """
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
@@ -49,47 +38,26 @@ def create_run(data: str | Path, out: Path, settings: Settings, ranks: int) -> N
         is_run = (out / "train" / "settings.json").is_file()
         remedy = "continue the run in it with --resume, or choose" if is_run else "choose"
         raise FileExistsError(f"{out} exists already; {remedy} another folder for --out")
-    corpus = Corpus(data, settings.val_fraction, settings.test_fraction)
-    with new_folder(out) as folder:
-        texts, training = corpus.texts(), corpus.texts("train")
-        tokenizer = learn(settings.tokenizer, texts, training, folder)
-        splits = corpus.tokenized(tokenizer, folder / "train")
-        for split in splits.values():
-            split.check(settings.max_seq_len)
-        sample_prompt(settings, splits, Tokenizer(tokenizer))
-        recorded = {
-            "settings": dataclasses.asdict(settings) | {"ranks": ranks},
-            "data": corpus.key(tokenizer),
-        }
-        text = json.dumps(recorded, indent=2, ensure_ascii=False) + "\n"
-        (folder / "train" / "settings.json").write_text(text, encoding="utf-8")
 
 
-def sample_prompt(
-    settings: Settings, splits: Mapping[str, Split], tokenizer: Tokenizer
-) -> list[int]:
-    """The token ids that samples continue: `settings.prompt`, or the first id of the text.
+def record_settings(folder: Path, settings: TrainerSettings, ranks: int, data: str) -> None:
+    """Write train/settings.json, which `check_resumable` reads and `lock_run` locks.
 
-    Raises:
-        ValueError: the tokenizer lacks a character of the prompt, or its length is out of range.
+    Args:
+        data: a digest of all that the batches depend on beside the settings.
     """
-    if settings.prompt is None:
-        return [int(splits.get("validation", splits["train"]).ids[0])]
-    ids = tokenizer.encode(settings.prompt, bos=True, eos=False)
-    if not 0 < len(ids) < settings.max_seq_len:
-        raise ValueError(
-            f"the prompt has {len(ids)} tokens; it must have at least 1 and fewer than "
-            f"max_seq_len {settings.max_seq_len}"
-        )
-    return ids
+    values = dataclasses.asdict(settings) | {"ranks": ranks}
+    text = json.dumps({"settings": values, "data": data}, indent=2, ensure_ascii=False) + "\n"
+    (folder / "train").mkdir(exist_ok=True)
+    (folder / "train" / "settings.json").write_text(text, encoding="utf-8")
 
 
-def open_run(data: str | Path, out: Path, settings: Settings, ranks: int) -> dict[str, Split]:
-    """The splits of the run in `out`, after checking that it can continue with these arguments.
+def check_resumable(out: Path, settings: TrainerSettings, ranks: int) -> str:
+    """Check that the run in `out` can continue with these settings; return its digest of the data.
 
     Raises:
         FileNotFoundError: `out` contains no run.
-        ValueError: settings, ranks, text or tokenizer differ; the message names all differences.
+        ValueError: settings or ranks differ; the message names all differences.
     """
     path = out / "train" / "settings.json"
     if not path.is_file():
@@ -100,13 +68,9 @@ def open_run(data: str | Path, out: Path, settings: Settings, ranks: int) -> dic
     if not isinstance(recorded.get("settings"), dict) or "data" not in recorded:
         raise ValueError(f"{path} is damaged: it lacks the settings; start a new run")
     differences = settings.differences(recorded["settings"], ranks)
-    corpus = Corpus(data, settings.val_fraction, settings.test_fraction)
-    tokenizer = out / "tokenizer.model"
-    if not differences and corpus.key(tokenizer) != recorded["data"]:
-        differences = [f"{data} or {tokenizer} has changed"]
     if differences:
         raise ValueError(f"the run in {out} cannot be resumed: {'; '.join(differences)}")
-    return corpus.tokenized(tokenizer, out / "train")
+    return str(recorded["data"])
 
 
 @contextmanager
@@ -141,16 +105,6 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
 
 
-def save_checkpoint(folder: Path, args: ModelArgs, weights: dict[str, Tensor]) -> None:
-    """Write params.json and consolidated.00.pth beside the tokenizer, in Meta's layout."""
-    params = {
-        k: v for k, v in dataclasses.asdict(args).items() if k not in NOT_SAVED and v is not None
-    }
-    with replacing_file(folder / "params.json") as partial:
-        partial.write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
-    save_state(folder / "consolidated.00.pth", {name: w.cpu() for name, w in weights.items()})
-
-
 def load_state(path: Path, module: nn.Module) -> dict[str, Any]:
     """Read a file of `save_state` that is to be loaded into `module`; pickled code is not executed.
 
@@ -178,7 +132,7 @@ def check_state(state: Any, module: nn.Module) -> None:
         ValueError: the first difference.
         KeyError, TypeError, AttributeError: the state lacks a part.
     """
-    parameters = dict(module.named_parameters())
+    parameters = trained(module)
     step, moments = state["result"]["step"], state["optimizer"]["state"]
     if type(step) is not int or step < 1:
         raise ValueError(f"the step {step!r} is no number of updates")
@@ -214,34 +168,47 @@ def _check_tensor(name: str, found: Any, shape: torch.Size, dtype: torch.dtype) 
         raise ValueError(f"{name} has a number that is not finite")
 
 
-def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Unsharded weights and optimizer state by name, on the CPU of rank 0.
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients, by name; a shared one has its first name."""
+    return {name: w for name, w in module.named_parameters() if w.requires_grad}
 
-    The other ranks get empty dicts under FSDP.
+
+def gather_weights(module: nn.Module, keep: bool) -> dict[str, Tensor]:
+    """Unsharded trained weights by name, on the CPU. Every rank must call this.
+
+    Args:
+        keep: if False, return an empty dict.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights, moments = get_state_dict(module, optimizer, options=options)
-    return {"weights": weights, "optimizer": moments}
+    return _whole(trained(module), keep)
 
 
+def gather_state(module: nn.Module, optimizer: torch.optim.Optimizer, keep: bool) -> dict[str, Any]:
+    """Unsharded trained weights and moments by name, on the CPU. See `gather_weights`."""
+    parameters = trained(module)
+    moments = {name: _whole(optimizer.state[w], keep) for name, w in parameters.items()}
+    return {"weights": _whole(parameters, keep), "optimizer": {"state": moments}}
+
+
+def _whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, x in tensors.items():
+        x = x.detach()
+        x = x.full_tensor() if isinstance(x, DTensor) else x
+        if keep:
+            found[name] = x.cpu()
+    return found
+
+
+@torch.no_grad()
 def set_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load what `gather_state` returned on rank 0; every rank passes the same `state`.
 
     The options of the optimizer stay as they are: only its moments are loaded.
     """
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = [
-        group | {"params": [names[id(p)] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    set_state_dict(
-        module,
-        optimizer,
-        model_state_dict=state["weights"],
-        optim_state_dict={"state": state["optimizer"]["state"], "param_groups": groups},
-        options=StateDictOptions(full_state_dict=True),
-    )
+    for name, w in trained(module).items():
+        fill(w, state["weights"][name])
+        moments = {"step": state["optimizer"]["state"][name]["step"].to(w.device)}
+        for moment in ("exp_avg", "exp_avg_sq"):
+            moments[moment] = torch.zeros_like(w)
+            fill(moments[moment], state["optimizer"]["state"][name][moment])
+        optimizer.state[w] = moments

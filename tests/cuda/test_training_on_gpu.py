@@ -25,7 +25,7 @@ def trained(
     prepare_model(model, recompute)
     initialize(model, seed=1)
     objective = Objective(model)
-    update = updates(objective, lambda x: objective(x[:, :-1], x[:, 1:]), settings, device)
+    update = updates(objective, lambda x: objective(x[:, :-1], x[:, 1:]) / 128, settings, device)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, 512, (4, 33), generator=generator).to(device)
     losses = [update(ids) for _ in range(4)]

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from llama import Llama
+from llama.engine.engine import Engine
+from llama.engine.request import Request
 from llama.engine.scoring import Perplexity, check_windows, read_text, windows
 
 
@@ -49,6 +51,21 @@ def test_decoding_scores_as_one_pass_does(tiny: Llama) -> None:
     assert stepwise is not None
     for row, got in zip(ids, stepwise, strict=True):
         assert got[0] is None and got[1:] == pytest.approx(one_pass(tiny, row), abs=1e-4)
+
+
+def test_a_scored_request_builds_upon_what_it_need_not_score(tiny: Llama) -> None:
+    ids = [128000, *range(500, 550)]
+    want = [None, *one_pass(tiny, ids)]
+    for start, reused in ((0, 0), (1, 0), (30, 29), (50, 49), (60, 50)):
+        engine = Engine(tiny.model)
+        engine.run([Request([*ids, 9, 9], 0, score_from=0)])
+        [found] = engine.run([Request(ids, 0, score_from=start)])
+        assert found.reused == reused
+        unscored = min(max(start, 1), len(ids))
+        assert found.prompt_logprobs[:unscored] == [None] * unscored
+        assert found.prompt_logprobs[unscored:] == pytest.approx(want[unscored:], abs=1e-4)
+        [alone] = engine.run([Request(ids, 0, score_from=start, reuse=False)])
+        assert alone.reused == 0
 
 
 def test_score(tiny: Llama) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llama.train.loop import train
+from llama.train.pretraining import train
 from tests.train.training import SMALL, write_text
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.train.loop import train
+from llama.train.pretraining import train
 from tests.train.training import SMALL, contents, losses
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.train.loop import train
+from llama.train.pretraining import train
 from tests.distributed.test_tensor_parallel import start_torchrun, torchrun
 from tests.train.training import SMALL, flags, losses
 

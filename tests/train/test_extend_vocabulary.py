@@ -19,6 +19,13 @@ from tests.vocabularies import extended, tokenizer_of_bytes
 HAN = Scripts(["Han"])
 CHINESE = "文件系统的文件名。系统文件。我们在文件系统里找文件 文件系统 root 文件。" * 3
 
+MAKES_AN_OLD_TOKEN = [
+    " 文件。 件。e文件件件件件件件件件e。件e e文。。件文",
+    "件 文。e",
+    "e件文文文件。件件e。件件件件e文件。件",
+    "e文件件文件文件。件件件件文件 件文文 件。。e件e件。e",
+]
+
 
 def slow_learner(
     ranks: dict[bytes, int], pat_str: str, texts: list[str], n: int, scripts: Scripts
@@ -66,7 +73,7 @@ def slow_learner(
     st.sampled_from([None, ["Han"], ["all"]]),
     st.booleans(),
 )
-@example(["e文件件e文件件", "e文件e文件b文件"], ["Han"], True)
+@example(MAKES_AN_OLD_TOKEN, ["all"], True)
 def test_same_as_tiktoken_after_every_merge(
     texts: list[str], names: list[str] | None, with_unreachable: bool
 ) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from llama.common.files import replacing_file
-from llama.train.loop import train
+from llama.train.pretraining import train
 from llama.train.report import Report, read_metrics
 from llama.train.settings import Settings
 from tests.train.training import SMALL, contents, flags, losses, write_text
@@ -158,7 +158,7 @@ def test_refused(tmp_path: Path, text: Path, full_run: Path) -> None:
     with pytest.raises(FileExistsError, match="exists already; choose another folder for --out"):
         train(text, text, SMALL)
     other = replace(SMALL, dim=64, seed=3)
-    with pytest.raises(ValueError, match="dim was 32 and is now 64; seed was 1 and is now 3"):
+    with pytest.raises(ValueError, match="seed was 1 and is now 3; dim was 32 and is now 64"):
         train(text, full_run, other, resume=True)
     changed = write_text(tmp_path / "changed.txt", seed=1)
     with pytest.raises(ValueError, match="has changed"):

@@ -20,9 +20,8 @@ from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.inspect import describe
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
-from llama.train.loop import train
 from llama.train.optimizer import initialize
-from llama.train.state import open_run
+from llama.train.pretraining import open_run, train
 from tests.train.test_train_model import permuted
 from tests.train.training import SMALL, losses
 

@@ -13,7 +13,7 @@ from llama import ModelArgs, Transformer
 from llama.checkpoints.formats.hf_config import hf_name
 from llama.checkpoints.formats.hf_export import halve
 from llama.train.objective import Objective, prepare_model
-from llama.train.optimizer import initialize, make_optimizer
+from llama.train.optimizer import initialize, make_optimizer, parameter_groups
 from llama.train.settings import Settings
 from tests.models import TINY, random_weights
 
@@ -49,7 +49,7 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
     ids = torch.randint(0, 101, (3, 41))
     expected = theirs(input_ids=ids, labels=ids).loss
     expected.backward()
-    loss = objective_of(model, recompute)(ids[:, :-1], ids[:, 1:])
+    loss = objective_of(model, recompute)(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     gradients = {name: w.grad for name, w in theirs.named_parameters()}
@@ -84,11 +84,11 @@ def test_overfits_a_batch() -> None:
     model = Transformer(settings.model_args(30))
     initialize(model, 1)
     objective = objective_of(model)
-    optimizer = make_optimizer(objective, settings)
+    optimizer = make_optimizer(parameter_groups(objective, settings), settings)
     ids = torch.randint(0, 30, (2, 33))
     ids[:, 0] = torch.arange(2)  # different first ids: rows must be distinguishable
     for _ in range(150):
-        loss = objective(ids[:, :-1], ids[:, 1:])
+        loss = objective(ids[:, :-1], ids[:, 1:]) / 64
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -129,7 +129,7 @@ def test_only_matrices_decay() -> None:
     """With zero gradients, AdamW multiplies a weight by 1 - lr * weight_decay."""
     settings = Settings(dim=32, n_layers=1, n_heads=2, lr=0.5, weight_decay=0.1)
     model = Transformer(settings.model_args(30))
-    optimizer = make_optimizer(model, settings)
+    optimizer = make_optimizer(parameter_groups(model, settings), settings)
     before = {name: w.detach().clone() for name, w in model.named_parameters()}
     for w in model.parameters():
         w.grad = torch.zeros_like(w)

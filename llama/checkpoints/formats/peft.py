@@ -24,6 +24,7 @@ from llama.distributed.sharding import VOCABULARY, weight_shapes
 from llama.layers.lora import LoRAConfig
 from llama.model import ModelArgs
 
+MEMORY = torch.contiguous_format
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # PEFT's name of a linear: Meta's.
@@ -91,8 +92,8 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
         )
     if (bias := config.get("bias", "none")) != "none":
         raise ValueError(f"bias is {bias!r}; only adapters without biases ('none') can be loaded")
-    known = READ | WITHOUT_EFFECT
-    if unknown := [f"{k} ({v!r})" for k, v in config.items() if k not in known and v]:
+    others = config.keys() - READ - WITHOUT_EFFECT
+    if unknown := [f"{k} ({config[k]!r})" for k in sorted(others) if _is_set(config[k])]:
         raise ValueError(
             f"it sets {listing(unknown, 3)}, which this library does not compute; train without "
             "this option, or merge the adapter with PEFT (merge_and_unload) and convert the result"
@@ -118,6 +119,11 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
         config.get("ensure_weight_tying", False),
         base if isinstance(base, str) and base else None,
     )
+
+
+def _is_set(value: object) -> bool:
+    """Whether an option has an effect. 0 does: it may be a layer."""
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def _targets(modules: object) -> tuple[str, ...]:
@@ -167,8 +173,8 @@ def adapter_shapes(
     return shapes
 
 
-def read_tensors(path: Path, args: ModelArgs) -> dict[str, Tensor]:
-    """{Meta's name: tensor} of an adapter_model.safetensors, rows in Meta's order.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """{Meta's name: tensor} of an adapter_model.safetensors, rows in Hugging Face's order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,7 +202,12 @@ def read_tensors(path: Path, args: ModelArgs) -> dict[str, Tensor]:
     for name, w in tensors.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{path}: {name} has NaN or infinite numbers; train the adapter again")
-    return {name: _reordered(name, w, args.head_dim, interleave) for name, w in tensors.items()}
+    return tensors
+
+
+def in_meta_order(tensors: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
+    """The tensors of `read_tensors` with rows in Meta's order. Their shapes must be right."""
+    return {name: _reordered(name, w, head_dim, interleave) for name, w in tensors.items()}
 
 
 def adapter_name(key: str) -> str | None:
@@ -226,7 +237,7 @@ def peft_name(name: str) -> str:
 def _reordered(name: str, w: Tensor, head_dim: int, reorder: Any) -> Tensor:
     """`w` with the rows of B and of the magnitude of wq and wk moved by `interleave` or `halve`."""
     linear, _, part = name.rpartition(".")
-    if linear.rpartition(".")[2] not in ("wq", "wk") or part == "lora_a" or len(w) % head_dim:
+    if linear.rpartition(".")[2] not in ("wq", "wk") or part == "lora_a":
         return w
     columns = w.unsqueeze(1) if w.dim() == 1 else w
     return reorder(columns, head_dim).view(w.shape)  # type: ignore[no-any-return]
@@ -273,10 +284,8 @@ def write_peft(
             "bias": "none",
         },
     )
-    written = {
-        peft_name(name): _reordered(name, w.detach().cpu(), head_dim, halve).clone().contiguous()
-        for name, w in tensors.items()
-    }
+    ordered = {n: _reordered(n, w.detach().cpu(), head_dim, halve) for n, w in tensors.items()}
+    written = {peft_name(n): w.clone(memory_format=MEMORY) for n, w in ordered.items()}
     path = folder / WEIGHTS_FILE
     try:
         save_file(written, path, metadata={"format": "pt"})

@@ -1,0 +1,139 @@
+"""Data files -> the rows to train on and held-out rows, and what is said about them.
+
+Knows no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from llama.tokenizer import Tokenizer
+from llama.train.encoding import encode_examples
+from llama.train.example_files import read_examples
+from llama.train.examples import Document, Example, split_examples
+from llama.train.finetune_settings import BLOCK, LONGEST, FinetuneSettings
+from llama.train.rows import Row, Rows
+
+TEXT_PROMPT = 32  # tokens of plain text that a sample continues
+
+
+class Answer(NamedTuple):
+    """A prompt of the held-out rows, and the ids that follow it there."""
+
+    prompt: list[int]
+    reference: list[int]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The data of a run.
+
+    Attributes:
+        train, validation: None: nothing is held out.
+        max_seq_len: most tokens of a row.
+        counts: {reason: how many samples or turns were left out}.
+        digest: a hash of all rows.
+    """
+
+    train: Rows
+    validation: Rows | None
+    max_seq_len: int
+    counts: Counter[str]
+    digest: str
+
+    def answers(self, count: int) -> list[Answer]:
+        """`count` prompts of held-out rows, spread evenly, with their first answers."""
+        rows = self.validation.rows if self.validation is not None else self.train.rows
+        chosen = np.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=int)
+        return [first_answer(rows[i]) for i in chosen]
+
+    def summary(self) -> list[str]:
+        """Lines about the rows, and about what was left out."""
+        train, held = self.train, self.validation
+        lines = [
+            f"rows: {len(train.rows):,} of up to {self.max_seq_len:,} tokens; {train.tokens:,} "
+            f"tokens, {train.targets:,} of them trained; "
+            + (f"{len(held.rows):,} rows held out" if held is not None else "none held out")
+        ]
+        if train.pack:
+            full = train.tokens / (len(train) * self.max_seq_len)
+            lines.append(f"packed: {len(train):,} rows, {full:.0%} full")
+        both = [rows for rows in (train, held) if rows is not None]
+        cut, dropped = sum(rows.cut for rows in both), sum(rows.dropped for rows in both)
+        counts = {reason: count for reason, count in self.counts.items() if count}
+        if cut:
+            counts[f"cut to {self.max_seq_len} tokens"] = cut
+        if dropped:
+            counts[f"dropped: no answer begins within {self.max_seq_len} tokens"] = dropped
+        return lines + [f"{count:,} {reason}" for reason, count in counts.items()]
+
+
+def first_answer(row: Row) -> Answer:
+    """The first run of trained ids and what comes before it; of a text its beginning."""
+    ids = row.ids.tolist()
+    start = int(np.argmax(row.trained))
+    end = start + int(np.argmin([*row.trained[start:], False]))
+    if start == 1 and end == len(ids):  # plain text
+        start = min(TEXT_PROMPT, len(ids) - 1)
+    return Answer(ids[:start], ids[start:end])
+
+
+def load_samples(
+    paths: Sequence[str | Path], settings: FinetuneSettings, tokenizer: Tokenizer, context: int
+) -> Samples:
+    """Read, split, encode and cut the samples in `paths`.
+
+    Args:
+        context: tokens in a row that the base was trained for.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_examples`, `encode_examples` and `Rows`.
+    """
+    s, counts = settings, Counter[str]()
+    examples = read_examples(paths, s.format, counts)
+    if s.val_data is not None:
+        train, held = examples, read_examples([s.val_data], s.format, counts)
+    else:
+        train, held = split_examples(examples, s.val_fraction, s.seed)
+    _check_combination(s, train)
+    encoded = [
+        encode_examples(
+            part, tokenizer, block=s.block or BLOCK, template=s.template, tool_form=s.tool_form
+        )
+        for part in (train, held)
+    ]
+    max_seq_len = s.max_seq_len
+    if max_seq_len is None:
+        longest = max(len(row.ids) - 1 for part in encoded for row in part)
+        max_seq_len = min(longest, s.block or LONGEST, context)
+    elif max_seq_len > context:
+        raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")
+    options = {"max_seq_len": max_seq_len, "batch_size": s.batch_size, "pad_id": tokenizer.pad_id}
+    rows = Rows(encoded[0], accumulate=s.accumulate, pack=s.pack, seed=s.seed, **options)
+    validation = Rows(encoded[1], pack=s.pack, **options) if encoded[1] else None
+    return Samples(rows, validation, max_seq_len, counts, _digest(encoded))
+
+
+def _check_combination(settings: FinetuneSettings, examples: Sequence[Example]) -> None:
+    """Raise a ValueError for an option that the kind of the data makes useless."""
+    text = all(isinstance(example, Document) for example in examples)
+    if settings.block is not None and not text:
+        raise ValueError("block is for plain text; samples are cut by max_seq_len")
+    if settings.pack and text:
+        raise ValueError("pack and plain text: its rows are full already; leave pack out")
+
+
+def _digest(parts: Sequence[Sequence[Row]]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(f"{len(part)} rows".encode())
+        for row in part:
+            digest.update(row.ids.tobytes() + row.trained.tobytes())
+    return digest.hexdigest()[:16]

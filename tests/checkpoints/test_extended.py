@@ -1,0 +1,182 @@
+"""checkpoints/extended.py, `llama3 extend-vocab`: new rows and tokens of a checkpoint.
+
+Oracles: arithmetic, the base's logits, transformers, llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llama import Llama
+from llama.checkpoints.convert import convert, quantize
+from llama.checkpoints.extended import mean_row
+from llama.checkpoints.open import find_vocabulary, open_checkpoint, open_tokenizer
+from llama.text.rank_file import default_spec
+from llama.train.extend_vocabulary import extend_vocabulary
+from tests.checkpoints.gguf_files import write_gguf, weights
+from tests.models import TINY, random_weights
+from tests.train.test_extend_vocabulary import CHINESE
+from tests.vocabularies import rank_file
+
+ROWS, PADDED, NEW = 512, 520, 6
+MIXED = ["", "文件系统", CHINESE, f"def f(x): return '文件' {CHINESE}", "  plain\n\ttext 123", "统统 x"]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "zh.txt"
+    path.write_text(CHINESE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def write_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Write a checkpoint with 256 byte tokens, 256 special tokens and 8 rows without a token."""
+
+    def write(tied: bool = False, **sidecar: Any) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        params = TINY | {"vocab_size": PADDED}
+        state = random_weights(**params)
+        for name in ("tok_embeddings.weight", "output.weight"):
+            state[name][ROWS:] = 1e4  # must not count in the mean
+        if tied:
+            state["output.weight"] = state["tok_embeddings.weight"]
+        (folder / "params.json").write_text(json.dumps(params))
+        torch.save(state, folder / "consolidated.00.pth")
+        (folder / "tokenizer.model").write_bytes(rank_file({bytes([b]): b for b in range(256)}))
+        if sidecar:
+            spec = json.dumps(default_spec("llama3", 256) | sidecar)
+            (folder / "tokenizer.model.json").write_text(spec)
+        return folder
+
+    return write
+
+
+def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    llama = Llama.build(folder, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
+    with torch.no_grad():
+        return llama.model(ids, 0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("to", ["meta", "hf"])
+def test_old_tokens_lose_at_most_the_new_ones_share(
+    tied: bool, to: str, write_base: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    base, out = write_base(tied), tmp_path / "out"
+    done = extend_vocabulary(base, text, out, NEW, scripts=["Han"], to=to)
+    assert list(done.tokens.values()) == list(range(PADDED, PADDED + NEW))
+    source, old = open_checkpoint(out), open_checkpoint(base)
+    assert source.tied == tied
+    for name in ("tok_embeddings.weight", "output.weight"):
+        w, before = source.read(name), old.read(name)
+        assert w.shape == (PADDED + NEW, TINY["dim"])
+        assert w[:PADDED].equal(before)
+        mean = before[:ROWS].double().mean(0).float()
+        torch.testing.assert_close(w[PADDED:], mean.expand(NEW, -1), rtol=0, atol=0)
+    ids = torch.randint(0, ROWS, (4, 64))
+    before, after = logits(base, ids), logits(out, ids)
+    torch.testing.assert_close(after[..., :PADDED], before, rtol=0, atol=0 if to == "meta" else 1e-4)
+    used = torch.ones(PADDED + NEW, dtype=torch.bool)
+    used[ROWS:PADDED] = False  # never drawn
+    rise = after[..., used].logsumexp(-1) - before[..., :ROWS].logsumexp(-1)
+    assert 0 < rise.min()
+    assert rise.max() <= math.log(1 + NEW / ROWS) + 1e-5
+    spec = {"tie_word_embeddings": tied, "vocab_size": PADDED + NEW}
+    if to == "hf":
+        assert json.loads((out / "config.json").read_text()).items() >= spec.items()
+
+
+def test_transformers_tokenizes_alike_and_the_import_has_the_same_ids(
+    write_base: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    chat = {"text_tokens": {"<|reserved_special_token_9|>": ["lstrip"]}, "default_system": "Hi."}
+    extend_vocabulary(write_base(**chat), text, tmp_path / "meta", NEW)
+    convert(tmp_path / "meta", tmp_path / "hf", to="hf")
+    convert(tmp_path / "hf", tmp_path / "again")
+    ours = open_tokenizer(open_checkpoint(tmp_path / "meta"))
+    again = open_tokenizer(open_checkpoint(tmp_path / "again"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    special = ["<|begin_of_text|>x", "文件 <|reserved_special_token_9|>文", "文" * 3000 + "件" * 3000]
+    for part in [*MIXED, *special]:
+        ids = ours.encode(part, allowed_special="all")
+        assert theirs.encode(part) == ids, part
+        assert again.encode(part, allowed_special="all") == ids, part
+        assert theirs.decode(ids[1:]) == ours.decode(ids[1:])
+        assert ours.decode(ours.encode(part, bos=False)) == part or "reserved" in part
+    assert again.ranks == ours.ranks
+    assert again.special_tokens == ours.special_tokens
+    assert again.unused_ids == ours.unused_ids == set(range(ROWS, PADDED))
+    assert ours.default_system == "Hi."
+    assert ours.decode([ROWS, *ours.encode("文件", bos=False)]) == "文件"
+    with pytest.raises(ValueError, match=f"no token has the id {PADDED + NEW}"):
+        ours.decode([PADDED + NEW])
+
+
+def test_new_tokens_in_the_engine(
+    write_base: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Drawn by a bias, allowed by a grammar; rows without a token never are."""
+    done = extend_vocabulary(write_base(), text, tmp_path / "out", NEW)
+    llama = Llama.build(tmp_path / "out", max_seq_len=64, max_batch_size=1, device="cpu")
+    new = dict(zip(done.tokens.values(), done.tokens, strict=True))
+    token = max(new, key=lambda i: len(new[i]))
+    word = new[token].decode()
+    [answer] = llama.text_completion(["x"], max_gen_len=3, temperature=0, logit_bias={token: 100.0})
+    assert answer["generation"] == word * 3
+    [answer] = llama.text_completion(
+        ["x"], max_gen_len=30, temperature=0, logit_bias={token: 90.0}, regex=f"({word}){{2}}"
+    )
+    assert answer["generation"] == word * 2
+    [answer] = llama.text_completion(["x"], max_gen_len=40, temperature=5, seed=1)
+    assert "\ufffd" not in "" and isinstance(answer["generation"], str)
+
+
+def test_gguf_base(text: Path, tmp_path: Path) -> None:
+    """Its begin and end tokens, its text tokens, its padding."""
+
+
+def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    base, out = write_base(), tmp_path / "out"
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("")
+    latin.write_bytes("fichier créé".encode("latin-1"))
+    bare = write_base()
+    (bare / "tokenizer.model").unlink()
+    quantize(base, tmp_path / "int8", "int8")
+    wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (ValueError, "empty", {"data": empty}),
+        (ValueError, "UTF-8", {"data": latin}),
+        (FileNotFoundError, "nowhere", {"data": tmp_path / "nowhere.txt"}),
+        (ValueError, "tokens must be 1 or more, not 0", {"n": 0}),
+        (ValueError, r"no more than \d+ new tokens, not 100000", {"n": 100000}),
+        (ValueError, "Unicode has no script 'Chinese'", {"scripts": ["Chinese"]}),
+        (ValueError, "no script", {"scripts": []}),
+        (ValueError, "cannot write 'gguf'", {"to": "gguf"}),
+        (FileNotFoundError, "has no tokenizer", {"base": bare}),
+        (ValueError, "quantized already", {"base": tmp_path / "int8"}),
+        (FileExistsError, "exists already", {"out": text}),
+        (FileNotFoundError, "nowhere", {"base": tmp_path / "nowhere"}),
+    ]
+    for error, message, change in wrong:
+        values = {"base": base, "data": text, "out": out, "n": NEW, "scripts": ["Han"]} | change
+        with pytest.raises(error, match=message):
+            extend_vocabulary(**values)
+        assert not out.exists()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_mean_of_many_rows_is_exact() -> None:
+    w = torch.full((20000, 2), 1.1, dtype=torch.bfloat16)
+    w[7] = float("inf")
+    assert mean_row(w, {7}).tolist() == [float(w[0, 0])] * 2
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        mean_row(w, set())
