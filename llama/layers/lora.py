@@ -95,11 +95,12 @@ class LoRALinear(nn.Module):
     def _magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
         """m / |V| of each row, (N,); in evaluation mode computed once."""
         assert self.lora_magnitude is not None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.lora_magnitude / self.row_norms(dtype)
-        if self._ratio is None:
-            self._ratio = self.lora_magnitude / self.row_norms(dtype)
-        return self._ratio
+        if self._ratio is not None and not torch.is_grad_enabled():
+            return self._ratio
+        ratio = self.lora_magnitude / self.row_norms(dtype)
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._ratio = ratio
+        return ratio
 
     @torch.no_grad()
     def row_norms(self, dtype: torch.dtype) -> Tensor:
