@@ -41,7 +41,7 @@ class TrainingAttention(DotProductAttention):
         if not isinstance(at, PackedSamples):
             return causal_attention(xq, keys, values, mask)
         parts = zip(*(x.split(at.lengths, dim=1) for x in (xq, keys, values)), strict=True)
-        return torch.cat([causal_attention(*part, None) for part in parts], dim=1)
+        return torch.cat([causal_attention(q, k, v, None) for q, k, v in parts], dim=1)
 
 
 def causal_attention(xq: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from llama.train.packed_attention import TrainingAttention
 from tests.models import TINY, random_weights
 
 LENGTHS = (5, 1, 9, 3)
-PARAMS = TINY | {"vocab_size": 101}
+PARAMS: dict[str, Any] = TINY | {"vocab_size": 101}
 
 
 def plain_model() -> Transformer:

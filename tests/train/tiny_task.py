@@ -62,7 +62,8 @@ def batch_of(rows: list[tuple[list[int], list[int]]], packed: bool) -> Batch:
         (ids + [0] * (longest - len(ids)), shown + [IGNORED] * (longest - len(ids)))
         for ids, shown in rows
     ]
-    return Batch(*(torch.tensor(part) for part in zip(*padded, strict=True)))
+    tokens, targets = (torch.tensor(part) for part in zip(*padded, strict=True))
+    return Batch(tokens, targets)
 
 
 class TinyTask:
