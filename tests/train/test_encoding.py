@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,35 @@ def test_chat_templates_of_published_models(name: str, tmp_path: Path) -> None:
     whole = theirs.apply_chat_template(dialog, return_dict=False)
     ids = row.ids.tolist()
     assert ids[: len(prompt)] == prompt and whole[: len(ids)] == ids
+
+
+@pytest.mark.parametrize(("after_role", "format"), [("\n", "chatml"), (": ", "template")])
+def test_masks_equal_those_of_transformers(tmp_path: Path, after_role: str, format: str) -> None:
+    """ChatML, or similar, with `generation` blocks, which transformers makes a mask of."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + 'AFTER' }}"
+        "{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistantAFTER' }}{% endif %}"
+    )
+    chat, theirs = load(tmp_path, template.replace("AFTER", after_role))
+    assert chat.tokenizer.chat_format == format
+    rng = random.Random(0)
+    for _ in range(30):
+        dialog: list[Message] = []
+        for _ in range(rng.randint(1, 4)):
+            asked, answer = ("".join(rng.choices("ab é\n日.", k=9)) + "x" for _ in range(2))
+            dialog.append({"role": "user", "content": asked})
+            dialog.append({"role": "assistant", "content": answer})
+        expected = theirs.apply_chat_template(
+            dialog, return_dict=True, return_assistant_tokens_mask=True
+        )
+        [row] = encode_example(conversation(*dialog), chat.tokenizer)
+        n = len(row.ids)
+        assert row.ids.tolist() == expected["input_ids"][:n]
+        assert row.trained.tolist() == list(map(bool, expected["assistant_masks"][:n]))
+        assert not any(expected["assistant_masks"][n:])
 
 
 def test_a_template_that_rewrites_history_gives_rows(tmp_path: Path) -> None:
