@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +28,8 @@ from llama.train.example_formats import read_row
 from llama.train.examples import Conversation, Document, Instruction, Preference
 from llama.train.rows import Row
 from llama.train.show_rows import show
-from tests.chat_models import BEGIN, EOT, MODELS, vocabulary
+from tests.chat_models import BEGIN, EOT, MODELS, vocabulary, write_hf_tokenizer
+from tests.text.test_chat_template import CALLS, WRAPPED, apply, ours, theirs_calls
 from tests.text.test_foreign_templates import load
 from tests.text.tool_calls import to_meta
 
@@ -235,6 +237,21 @@ def test_chat_templates_of_published_models(name: str, tmp_path: Path) -> None:
     whole = theirs.apply_chat_template(dialog, return_dict=False)
     ids = row.ids.tolist()
     assert ids[: len(prompt)] == prompt and whole[: len(ids)] == ids
+
+
+@pytest.mark.parametrize(
+    "name", ["nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "NousResearch/Hermes-3-Llama-3.1-8B"]
+)
+def test_calls_as_chat_templates_write_them(name: str, tmp_path: Path) -> None:
+    write_hf_tokenizer(tmp_path, MODELS[name])
+    t, theirs = ours(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    last: Message = {"role": "assistant", "content": "Grey."}
+    [row] = encode_example(conversation(*CALLS, last, tools=(WRAPPED,)), t)
+    prompt = apply(theirs, theirs_calls(), [WRAPPED])
+    assert row.ids[: len(prompt)].tolist() == prompt and not row.trained[len(prompt) - 1]
+    call, answer = (part.split("»")[0] for part in marked(row, t).split("«")[1:])
+    assert call.startswith("<") and '"n": [1, null]' in call and call.count("<|") == 1
+    assert answer == f"Grey.{MODELS[name].end}"
 
 
 @pytest.mark.parametrize(("after_role", "format"), [("\n", "chatml"), (": ", "template")])
