@@ -351,6 +351,17 @@ def test_messages_that_the_format_lacks(
         encode_example(conversation(*TURNS, message, TURNS[2]), t)
 
 
+def test_half_a_surrogate_pair_is_replaced(llama3: Tokenizer) -> None:
+    """JSON can have one, and no encoding has it."""
+    asked, answer = (
+        Message(role="user", content="a\ud800"),
+        Message(role="assistant", content="\udfff"),
+    )
+    for t in (llama3, chatml()):
+        [row] = encode_example(conversation(asked, answer), t)
+        assert "a\ufffd" in t.decode(row.ids.tolist()) and "\ufffd" in show([row], t)
+
+
 def test_no_end_token() -> None:
     t = chatml(chat_format=None, eos_token=None, stop_tokens=[])
     with pytest.raises(ValueError, match="no token that ends a text"):
