@@ -26,7 +26,7 @@ CONFIGS = [
     pytest.param(LoRAConfig(4, targets=("wq", "wk", "wo", "w1"), dora=True), id="dora"),
 ]
 HF_Q = "base_model.model.model.layers.0.self_attn.q_proj"
-IDS = [[1, 5, 300, 7, 42, 511, 8]]
+IDS = [[1, 5, 300, 7, 42, 498, 8]]
 
 
 @pytest.fixture(scope="module")
