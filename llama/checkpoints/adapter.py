@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoints.download import hub_name
 from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file, read_vocabulary
 from llama.checkpoints.formats.peft import CONFIG_FILE as CONFIG_FILE
 from llama.checkpoints.formats.peft import (
@@ -85,10 +86,11 @@ def adapter_folder(path: str | Path) -> Path:
     """
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(f"adapter must be the path of an adapter's folder, not {path!r}")
-    folder = expand(path)
+    name, folder = hub_name(str(path)), expand(path)
     if not folder.is_dir():
+        hub = f", or download it first: llama3 download {name}" if name is not None else ""
         raise FileNotFoundError(
-            f"no adapter at {folder}; give the folder that contains its {CONFIG_FILE}"
+            f"no adapter at {folder}; give the folder that contains its {CONFIG_FILE}{hub}"
         )
     if (folder / "snapshots").is_dir():  # a repository in Hugging Face's cache
         folder = checkpoint_folder(folder)
