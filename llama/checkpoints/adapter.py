@@ -20,7 +20,6 @@ from llama.checkpoints.formats.peft import CONFIG_FILE as CONFIG_FILE
 from llama.checkpoints.formats.peft import (
     WEIGHTS_FILE,
     PeftConfig,
-    adapter_shapes,
     in_meta_order,
     read_peft_config,
     read_tensors,
@@ -147,6 +146,25 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
             )
     weights = {name: w for name, w in tensors.items() if name not in whole}
     return Adapter(folder, peft.lora, weights, whole, vocabulary)
+
+
+def adapter_shapes(
+    config: LoRAConfig, whole: Mapping[str, int], args: ModelArgs
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of an adapter's tensors, under Meta's names.
+
+    Args:
+        whole: {name of a weight that was trained whole: its rows}.
+    """
+    shapes: dict[str, tuple[int, ...]] = {name: (rows, args.dim) for name, rows in whole.items()}
+    for weight, shape in weight_shapes(args).items():
+        linear = weight.removesuffix(".weight")
+        if linear.rpartition(".")[2] in config.targets:
+            shapes[f"{linear}.lora_a"] = (config.rank, shape[1])
+            shapes[f"{linear}.lora_b"] = (shape[0], config.rank)
+            if config.dora:
+                shapes[f"{linear}.lora_magnitude"] = (shape[0],)
+    return shapes
 
 
 def _check_tensors(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llama import Transformer
+from llama.checkpoints.adapter import adapter_shapes
 from llama.checkpoints.convert import convert
-from llama.checkpoints.formats.peft import adapter_shapes
 from llama.checkpoints.source import Source
 from llama.layers.lora import LoRAConfig
 

@@ -11,9 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from llama.checkpoints.adapter import read_adapter, write_adapter
+from llama.checkpoints.adapter import adapter_shapes, read_adapter, write_adapter
 from llama.checkpoints.adapter_report import adapter_problems, describe_folder
-from llama.checkpoints.formats.peft import adapter_shapes
 from llama.checkpoints.open import open_checkpoint
 from llama.layers.lora import LoRAConfig
 from tests.fuzz.bases import Files, base, write_base
