@@ -6,6 +6,7 @@ Knows what belongs to which base; `formats/peft` knows the files, `layers/lora` 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +59,6 @@ class Adapter:
     weights: dict[str, Tensor]
     whole: dict[str, Tensor] = field(default_factory=dict)
     vocabulary: Vocabulary | None = None
-
-
-def describe_adapter(adapter: Adapter) -> str:
-    """One line: method, rank, targets, number of parameters."""
-    config, tensors = adapter.config, (adapter.weights | adapter.whole).values()
-    whole = "".join(f", {name.removesuffix('.weight')} whole" for name in adapter.whole)
-    return (
-        f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, alpha {config.alpha:g}, on "
-        f"{', '.join(config.targets)}{whole}: {sum(w.numel() for w in tensors):,} parameters"
-    )
 
 
 def is_adapter(path: str | Path) -> bool:
@@ -132,18 +123,7 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
-        vocabulary = read_adapter_vocabulary(folder)
-        rows = {len(w) for w in whole.values()} or {args.vocab_size}
-        if (len(rows) > 1 or len(whole) == 1) and rows != {args.vocab_size}:
-            raise ValueError(
-                f"{folder} has an embedding and an output of different sizes; train both: "
-                "modules_to_save embed_tokens and lm_head"
-            )
-        if rows != {args.vocab_size} and vocabulary is None:
-            raise ValueError(
-                f"{folder} has {min(rows)} rows of embeddings, the base {args.vocab_size}, and no "
-                "tokenizer; copy the tokenizer that it was trained with beside it"
-            )
+        vocabulary = _vocabulary(folder, whole, args.vocab_size)
     weights = {name: w for name, w in tensors.items() if name not in whole}
     return Adapter(folder, peft.lora, weights, whole, vocabulary)
 
@@ -186,6 +166,33 @@ def _check_tensors(
             f"{e}. Give the base that the adapter was trained on; if it is this one, get or save "
             "the adapter again"
         ) from None
+
+
+def _vocabulary(folder: Path, whole: Mapping[str, Tensor], base_rows: int) -> Vocabulary | None:
+    """`read_adapter_vocabulary`, checked against the rows of the embedding and the output.
+
+    Raises:
+        ValueError: there are other rows than the base's, and no tokenizer for them.
+    """
+    rows = {len(w) for w in whole.values()} or {base_rows}
+    if (len(rows) > 1 or len(whole) == 1) and rows != {base_rows}:
+        raise ValueError(
+            f"{folder} has an embedding and an output of different sizes; train both: "
+            "modules_to_save embed_tokens and lm_head"
+        )
+    try:
+        vocabulary = read_adapter_vocabulary(folder)
+    except ValueError as e:
+        if rows != {base_rows}:
+            raise
+        warnings.warn(f"{e}. The base's tokenizer is used instead", stacklevel=3)
+        return None
+    if rows != {base_rows} and vocabulary is None:
+        raise ValueError(
+            f"{folder} has {min(rows)} rows of embeddings, the base {base_rows}, and no "
+            "tokenizer; copy the tokenizer that it was trained with beside it"
+        )
+    return vocabulary
 
 
 def read_adapter_vocabulary(folder: Path) -> Vocabulary | None:

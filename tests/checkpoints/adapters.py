@@ -36,7 +36,7 @@ def bases(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """One model in Meta's and in Hugging Face's layout, and one with tied weights in both."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for kind in ("", "tied "):
         meta = tiny_checkpoint(**SIZES)
         if kind:
