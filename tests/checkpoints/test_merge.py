@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,11 @@ def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:
         merge(adapter, base, out)
     with pytest.raises(ValueError, match="contains what is read"):
         merge(base, adapter, adapter)
+    silent = tmp_path / "silent"
+    shutil.copytree(base, silent, ignore=lambda *_: {"tokenizer.model"})
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):  # while it is written
+        merge(silent, adapter, out, to="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "int8", "silent"]
     out.mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         merge(base, adapter, out)
