@@ -109,8 +109,9 @@ export class Answering {
   body() {
     const { conversation, message, server } = this;
     const above = conversation.above(message);
+    message.model = server.served(message.model || conversation.model); // it goes on with its own
     const common = {
-      model: server.model?.id,
+      model: message.model,
       stream: true,
       stream_options: { include_usage: true },
       ...conversation.sampling,

@@ -1,6 +1,7 @@
 // The chat page: brings together conversations, answers, and what the user does.
 
 import { Answering } from "./answering.js";
+import { showChoice } from "./choice.js";
 import { Composer } from "./composer.js";
 import { Conversation, ROOT, titleOf } from "./conversation.js";
 import { byId, drawIcons, listenToDialogs, make, toast } from "./dom.js";
@@ -18,6 +19,7 @@ let current = null;
 
 const server = new Server(serverChanged, dialogs.askKey);
 const isStop = (id) => server.isStop(id);
+const isChoice = () => server.models.length > 1;
 const view = new View({
   regenerate,
   goOn,
@@ -26,6 +28,7 @@ const view = new View({
   choose,
   isStop,
   isBusy,
+  isChoice,
   drawn: showGauge,
 });
 const sidebar = new Sidebar({ open, rename, remove, exportOne });
@@ -34,7 +37,8 @@ const composer = new Composer({ send, stop, editLast });
 // Conversations.
 
 function blank() {
-  return new Conversation(dialogs.settingsForNew());
+  const model = store.remember.get("model") ?? "";
+  return new Conversation({ ...dialogs.settingsForNew(), model });
 }
 
 async function open(conversation) {
@@ -183,7 +187,8 @@ function branch(message, index, candidate) {
   if (isBusy()) return;
   const { top } = message.tokens[index];
   const tokens = [...message.tokens.slice(0, index), { ...candidate, top }];
-  const fields = { role: "assistant", status: "streaming", tokens, forkedAt: index };
+  const { model } = message;
+  const fields = { role: "assistant", status: "streaming", tokens, model, forkedAt: index };
   const started = current.add(message.parent, fields);
   answer(current, started);
   view.inspect(started);
@@ -209,6 +214,7 @@ function showState() {
   document.title = current.title ? `${current.title} · llama3` : "llama3";
   sidebar.show(conversations, current);
   composer.busy(running.has(current));
+  showChoice(server, current);
   showGauge();
 }
 
@@ -222,9 +228,17 @@ function serverChanged() {
   byId("server-notice").textContent = notice;
   byId("server-notice").hidden = notice === "";
   const kind = server.chat ? "" : "base model: continues a text";
-  const words = [model?.id, model?.quantize, model?.dtype, kind];
+  const words = [isChoice() ? "" : model?.id, model?.quantize, model?.dtype, kind];
   byId("model").textContent = words.filter(Boolean).join(" · ");
-  if (current) showGauge();
+  if (!current) return;
+  showChoice(server, current);
+  showGauge();
+}
+
+async function chooseModel({ target }) {
+  current.model = target.value;
+  store.remember.set("model", target.value);
+  if (isKept(current)) await store.saveConversation(current);
 }
 
 async function openSettings() {
@@ -250,6 +264,7 @@ async function start() {
     target.value = "";
   });
   byId("export-all").addEventListener("click", () => download(conversations, "conversations"));
+  byId("choose-model").addEventListener("change", chooseModel);
   byId("open-settings").addEventListener("click", openSettings);
   byId("open-shortcuts").addEventListener("click", showShortcuts);
   byId("toggle-theme").addEventListener("click", dialogs.nextTheme);

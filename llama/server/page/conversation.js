@@ -22,6 +22,7 @@ export class Conversation {
     this.updated = fields.updated ?? this.created;
     this.system = fields.system ?? "";
     this.sampling = fields.sampling ?? {};
+    this.model = fields.model ?? ""; // of its next answers; empty: the server's base
     this.messages = new Map();
     this.chosen = new Map(fields.chosen ?? []);
     for (const message of fields.messages ?? []) this.messages.set(message.id, { ...message });
@@ -29,9 +30,10 @@ export class Conversation {
 
   /** What is stored: everything but the tokens, which have a store of their own. */
   record() {
-    const { id, title, created, updated, system, sampling } = this;
+    const { id, title, created, updated, system, sampling, model } = this;
     const messages = [...this.messages.values()].map(({ tokens, ...message }) => message);
-    return { id, title, created, updated, system, sampling, messages, chosen: [...this.chosen] };
+    const settings = { system, sampling, model };
+    return { id, title, created, updated, ...settings, messages, chosen: [...this.chosen] };
   }
 
   /** Add a message below `parent` and choose it. */

@@ -52,6 +52,7 @@ function conversationOf(data) {
     updated: timeOr(data.updated, Date.now()),
     system: textOr(data.system, ""),
     sampling: samplingOf(data.sampling),
+    model: textOr(data.model, ""),
   });
   const ids = new Map([[ROOT, ROOT]]); // ids of the file to ours; parents come before children
   for (const message of data.messages) {
@@ -82,6 +83,7 @@ function messageOf(data) {
     content: data.content,
     status: STATUSES.has(data.status) ? data.status : "done",
     note: textOr(data.note, ""),
+    model: textOr(data.model, ""),
     created: timeOr(data.created, Date.now()),
     forkedAt: Number.isSafeInteger(data.forkedAt) ? data.forkedAt : null,
     figures: figuresOf(data.figures),

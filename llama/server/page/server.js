@@ -13,7 +13,7 @@ export class Server {
    */
   constructor(changed, askKey) {
     Object.assign(this, { changed, askKey });
-    this.model = null; // {id, chat, max_model_len, defaults, ...}
+    this.models = []; // the base and its adapters: {id, chat, max_model_len, defaults, ...}
     this.notice = "Connecting to the server…"; // what is wrong; empty: nothing
     this.connecting = null;
   }
@@ -29,7 +29,7 @@ export class Server {
       try {
         await request("/health");
         const list = await (await request("/v1/models")).json();
-        this.model = list.data[0];
+        this.models = list.data;
         this.say("");
         return;
       } catch (error) {
@@ -58,6 +58,16 @@ export class Server {
   say(notice) {
     this.notice = notice;
     this.changed();
+  }
+
+  /** The base, or null before the server has answered; adapters differ from it by their id only. */
+  get model() {
+    return this.models[0] ?? null;
+  }
+
+  /** The id of the model with this name; of the base where it is not served (any more). */
+  served(name) {
+    return (this.models.find(({ id }) => id === name) ?? this.model)?.id;
   }
 
   get defaults() {

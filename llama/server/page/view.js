@@ -129,7 +129,7 @@ class Item {
     ].join();
     if (shape !== this.shape) this.foot.replaceChildren(...this.buttons());
     this.shape = shape;
-    if (this.figures) this.figures.textContent = figuresOf(message);
+    if (this.figures) this.figures.textContent = figuresOf(message, this.view.actions.isChoice());
   }
 
   showAnswer() {
@@ -250,7 +250,7 @@ class Item {
   }
 }
 
-function figuresOf({ figures, status, tokens }) {
+function figuresOf({ figures, model, status, tokens }, named) {
   if (!figures?.generated) return "";
   const words = [`${tokens?.length || figures.generated} tokens`];
   if (figures.seconds > 0.05) {
@@ -259,5 +259,6 @@ function figuresOf({ figures, status, tokens }) {
   if (status !== "streaming" && figures.first)
     words.push(`${figures.first.toFixed(2)} s to the first`);
   if (figures.cached) words.push(`${figures.cached} cached`);
+  if (named && model) words.push(model);
   return words.join(" · ");
 }
