@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from llama.checkpoints.adapter import CONFIG_FILE, adapter_folder
-from llama.checkpoints.formats.peft import read_peft_config
+from llama.checkpoints.adapter import adapter_folder
+from llama.checkpoints.formats.peft import CONFIG_FILE, read_peft_config
 from llama.commands.model import CheckpointFlags, open_model
 from llama.commands.options import Only
 from llama.engine.sampling import Sampling
