@@ -17,10 +17,14 @@ import torch
 from llama import Llama
 from llama.checkpoints.adapter import write_adapter
 from llama.checkpoints.open import open_checkpoint
-from llama.commands.serve import named_adapters, whole_adapter
+from llama.commands.model import CheckpointFlags
+from llama.commands.serve import named_adapters, serve, whole_adapter
 from llama.engine.request import Request
+from llama.engine.sampling import Sampling
+from llama.generation import BuildOptions
 from llama.model import ModelArgs
 from llama.server.ranks import shared_fields
+from llama.server.settings import ServerSettings
 from llama.tokenizer import Tokenizer
 from tests.adapters import Adapter, merged_model, random_adapter
 from tests.models import TINY, random_weights
@@ -146,6 +150,9 @@ def test_flags(folders: dict[str, Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             named_adapters(flags)
+    parts: Any = {"sampling": Sampling(), "checkpoint": CheckpointFlags(), "build": BuildOptions()}
+    with pytest.raises(ValueError, match="--adapter a: the base has this name"):
+        serve(adapter=[f"a={poet}"], settings=ServerSettings(model_name="a"), **parts)
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         named_adapters([f"a={tmp_path / 'none'}"])
 
