@@ -19,6 +19,7 @@ from llama.checkpoints.convert import quantize
 from llama.checkpoints.merge import merge
 from llama.checkpoints.open import open_checkpoint
 from llama.layers.lora import LoRAConfig
+from llama.text.rank_file import default_spec
 from tests import adapter_job
 from tests.checkpoints.adapters import IDS, bases, hf_logits, random_adapter
 from tests.distributed.test_tensor_parallel import torchrun
@@ -90,7 +91,7 @@ def test_refused(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
     base = bases["meta"]
     with pytest.raises(ValueError, match="adapter and adapters exclude each other"):
         Llama.build(base, adapter=adapters["lora"], adapters={"a": adapters["lora"]})
-    with pytest.raises(ValueError, match=r"adapter w: .* has tok_embeddings.*merge it"):
+    with pytest.raises(ValueError, match=r"adapter w: .* has tok_embeddings.weight and .*merge it"):
         Llama.build(base, adapters={"w": adapters["whole"]})
     with pytest.raises(TypeError, match="adapter must be the path"):
         Llama.build(base, adapter=3)  # type: ignore[arg-type]
@@ -128,8 +129,7 @@ def test_vocabulary_travels_with_the_adapter(bases: dict[str, Path], tmp_path: P
     dim = source.args().dim
     whole = {name: torch.randn(515, dim) * dim**-0.5 for name in HALVES}
     lines = (bases["meta"] / "tokenizer.model").read_bytes()
-    ids = {"<|begin_of_text|>": 256} | {f"<|reserved_{i}|>": i for i in range(257, 512)}
-    sidecar = {"special_tokens": ids, "bos_token": "<|begin_of_text|>"}
+    sidecar = default_spec("llama3", 256)
     more = b"".join(b"%s %d\n" % (t, 512 + i) for i, t in enumerate((b"YWI=", b"Y2Q=", b"ZWY=")))
     adapter = tmp_path / "adapter"
     adapter.mkdir()

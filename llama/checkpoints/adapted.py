@@ -14,11 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llama.checkpoints.adapter import Adapter, attach_adapter, describe_adapter, read_adapter
+from llama.checkpoints.adapter import (
+    Adapter,
+    attach_adapter,
+    describe_adapter,
+    equal_halves,
+    read_adapter,
+)
 from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
 from llama.checkpoints.formats.quantized import quantize_weight
 from llama.checkpoints.open import open_checkpoint
-from llama.checkpoints.source import Source, same_weights, sample
+from llama.checkpoints.source import Source, sample
 from llama.distributed.sharding import VOCABULARY
 from llama.layers.adapter_rows import add_adapters
 from llama.model import ModelArgs, Transformer
@@ -96,7 +102,7 @@ class AdaptedSource(Source):
         self.replaces_vocabulary = adapter.vocabulary is not None or base.replaces_vocabulary
         rows = {len(w) for w in adapter.whole.values()} or {base.params["vocab_size"]}
         self.params = base.params | {"vocab_size": max(rows)}
-        self.tied = base.tied and _equal_halves(adapter)
+        self.tied = base.tied and (not adapter.whole or equal_halves(adapter.whole))
         self._whole: dict[str, Tensor] = {}
         for name, w in adapter.whole.items():
             scheme = base.quantization
@@ -147,14 +153,6 @@ class AdaptedSource(Source):
     def fingerprints(self) -> dict[str, str]:
         """Those of the base; `Adapters` has the adapter's."""
         return self.base.fingerprints()
-
-
-def _equal_halves(adapter: Adapter) -> bool:
-    """Whether an embedding and an output that are tied in the base still are."""
-    if not adapter.whole:
-        return True
-    halves = [adapter.whole.get(name) for name in VOCABULARY]
-    return halves[0] is not None and halves[1] is not None and same_weights(halves[0], halves[1])
 
 
 def fingerprint(adapter: Adapter) -> str:

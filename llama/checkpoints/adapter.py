@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file, read_vocabulary
+from llama.checkpoints.formats.peft import CONFIG_FILE as CONFIG_FILE
 from llama.checkpoints.formats.peft import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     PeftConfig,
     adapter_shapes,
@@ -26,7 +26,7 @@ from llama.checkpoints.formats.peft import (
     write_peft,
 )
 from llama.checkpoints.locate import checkpoint_folder, expand
-from llama.checkpoints.source import Source, check_shapes
+from llama.checkpoints.source import Source, check_shapes, same_weights
 from llama.common.files import damage, read_json, write_json
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import VOCABULARY, weight_shapes
@@ -127,7 +127,7 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
         stored = read_tensors(folder / WEIGHTS_FILE)
         _check_tensors(folder, peft, stored, args)
         tensors = in_meta_order(stored, args.head_dim)
-        whole = {name: w for name, w in tensors.items() if name in VOCABULARY}
+        whole = {name: tensors[name] for name in VOCABULARY if name in tensors}
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
@@ -235,12 +235,20 @@ def write_adapter(
     for name, w in tensors.items():
         if not torch.isfinite(w).all():
             raise ValueError(f"{name} has NaN or infinite numbers; the adapter is not written")
-    write_peft(folder, config, tensors, args.head_dim, str(source.path))
+    tied = source.tied and equal_halves(whole or {})
+    base = str(source.path.absolute())
+    write_peft(folder, config, tensors, head_dim=args.head_dim, tied=tied, base=base)
     write_json(folder / BASE_FILE, {NORMS: base_digests(source)})
     if vocabulary is not None:
         (folder / "tokenizer.model").write_bytes(vocabulary[0])
         if vocabulary[1]:
             write_json(folder / "tokenizer.model.json", vocabulary[1])
+
+
+def equal_halves(whole: Mapping[str, Tensor]) -> bool:
+    """Whether `whole` has an embedding and an output, and both are the same."""
+    embedding, output = (whole.get(name) for name in VOCABULARY)
+    return embedding is not None and output is not None and same_weights(embedding, output)
 
 
 def attach_adapter(model: Transformer, adapter: Adapter) -> None:

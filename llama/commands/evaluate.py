@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
-import sys
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from llama.common.extras import install_line
 from llama.common.files import check_writable
 from llama.distributed import job
 from llama.engine.checks import check_count
+from llama.generation import BuildOptions
 
 
 def eval(
@@ -44,8 +46,6 @@ def eval(
         llama3 eval --tasks gsm8k --apply_chat_template -m Meta-Llama-3-8B-Instruct
     """
     names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError("--tasks names no task")
     for flag, value in (("--limit", limit), ("--num_fewshot", num_fewshot)):
         if value is not None and check_count(flag, value) == 0 and flag == "--limit":
             raise ValueError("--limit must be 1 or more, not 0")
@@ -53,36 +53,44 @@ def eval(
         raise ValueError("--log_samples needs --out")
     if out is not None:
         check_writable(Path(out).absolute().parent)
-    evaluation = _import_evaluation()
-    loaded = evaluation.load_tasks(names)
     room = build.max_seq_len
-    if room is not None:  # scoring also feeds the last token
-        build = replace(build, max_seq_len=check_count("--max_seq_len", room) + 1)
-    lm = evaluation.LlamaLM(open_model(checkpoint, replace(build, max_batch_size=max_batch_size)))
-    results = evaluation.evaluate(
-        lm,
-        loaded,
-        limit=limit,
-        num_fewshot=num_fewshot,
-        apply_chat_template=apply_chat_template,
-        system_instruction=system,
-        log_samples=log_samples,
-    )
+    if room is not None:
+        room = check_count("--max_seq_len", room) + 1  # scoring also feeds the last token
+    build = replace(build, max_seq_len=room, max_batch_size=max_batch_size)
+    options = {"limit": limit, "num_fewshot": num_fewshot, "system_instruction": system}
+    options |= {"apply_chat_template": apply_chat_template, "log_samples": log_samples}
+    with _quiet_if_asked():
+        results = _results(names, checkpoint, build, options)
     if job.is_leader() and results is not None:
-        print_report(evaluation.table(results))
-        if out is not None:
-            evaluation.write_results(Path(out), results)
-            print_remark(f"results written to {out}")
+        _report(results, None if out is None else Path(out))
 
 
-def _import_evaluation() -> Any:
-    """The module `llama.evaluation.tasks`. It imports lm-eval, which takes seconds."""
-    quiet = not logging.getLogger("llama").isEnabledFor(logging.WARNING)
-    if quiet or not sys.stderr.isatty():  # bars of lm-eval and datasets; read when imported
-        os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _report(results: dict[str, Any], out: Path | None) -> None:
+    from llama.evaluation.tasks import table, write_results
+
+    print_report(table(results))
+    if out is not None:
+        write_results(out, results)
+        print_remark(f"results written to {out}")
+
+
+def _results(
+    names: list[str], checkpoint: CheckpointFlags, build: BuildOptions, options: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Load the tasks, then the model, and run it."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks are for authors of tasks
     try:
-        from llama.evaluation import tasks
+        from llama.evaluation import LlamaLM
+        from llama.evaluation import tasks as evaluation
     except ImportError as e:
-        raise ImportError(f"eval needs lm-eval ({e}); {install_line('eval')}") from None
-    return tasks
+        raise ImportError(f"eval needs lm-eval ({e}): {install_line('eval')}") from None
+    loaded = evaluation.load_tasks(names)
+    with open_model(checkpoint, build) as llama:
+        return evaluation.evaluate(LlamaLM(llama), loaded, **options)
+
+
+def _quiet_if_asked() -> AbstractContextManager[object]:
+    """Drop what lm-eval writes to stderr, its bars, if --quiet is given."""
+    quiet = not logging.getLogger("llama").isEnabledFor(logging.WARNING)
+    return redirect_stderr(io.StringIO()) if quiet else nullcontext()

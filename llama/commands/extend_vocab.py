@@ -29,8 +29,7 @@ def extend_vocab(
     The new rows of the model are the mean of the old ones: train them with `llama3 finetune`.
 
     Examples:
-        llama3 extend-vocab Meta-Llama-3-8B --data zh.txt --tokens 4000 --scripts Han --out base-zh
-        llama3 finetune -m base-zh --data zh.txt --format text --method embeddings --out zh
+        llama3 extend-vocab Llama-3-8B --data zh.txt --tokens 4000 --scripts Han --out base-zh
     """
     from llama.train.extend_vocabulary import extend_vocabulary
 

@@ -16,6 +16,7 @@ OTHER_VERBS = {
     "pull": "type `llama3 download OWNER/NAME`",
     "evaluate": "type `llama3 eval --tasks TASK`",
     "sft": "type `llama3 finetune --data FILE --out DIR`",
+    "fuse": "type `llama3 merge BASE ADAPTER OUT`",
     "export": "type `llama3 convert SRC DST --to hf`",
 }  # fmt: skip
 OTHER_VERBS |= {
@@ -43,6 +44,9 @@ OTHER_FLAGS = {
     "served_model_name": "model_name",
     "alias": "model_name",
     "system_prompt": "system",
+    "lora": "adapter",
+    "lora_path": "adapter",
+    "adapter_path": "adapter",
     "file": "prompt_file",
     "learning_rate": "lr",
     "lora_r": "rank",

@@ -36,7 +36,7 @@ Row = tuple[Any, list[int], list[int]]  # (context, continuation), and the ids o
 
 
 @register_model("llama3")
-class LlamaLM(TemplateLM):
+class LlamaLM(TemplateLM):  # type: ignore[misc]
     """A model of lm-eval: `simple_evaluate(model=LlamaLM(llama), tasks=[...])`.
 
     By name: `simple_evaluate(model="llama3", model_args="ckpt_dir=...")`, where model_args are
@@ -245,8 +245,9 @@ class LlamaLM(TemplateLM):
         Raises:
             ValueError: an unknown setting, or no room for the context.
         """
-        settings = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
         stop, most = [t for t in settings.pop("until") if t], settings.pop("max_gen_toks")
+        settings.setdefault("top_p", 1.0)
         settings["temperature"] = settings.get("temperature", 1.0) * settings.pop("do_sample")
         if unknown := sorted(set(settings) - set(SAMPLING)):
             raise ValueError(
@@ -263,7 +264,7 @@ class LlamaLM(TemplateLM):
         request = Request(
             self.tok_encode(context)[most - self.max_length :],
             most,
-            sampling=Sampling(**{"top_p": 1.0} | settings),
+            sampling=Sampling(**settings),
             seed=seed,
             stop_tokens=[*tokenizer.stop_tokens, *(special[t] for t in stop if t in special)],
         )

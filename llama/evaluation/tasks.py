@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -11,20 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
-from lm_eval import simple_evaluate
+import lm_eval
+import yaml  # type: ignore[import-untyped]
+from datasets.exceptions import DatasetsError  # type: ignore[import-untyped]
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from llama.common.files import replacing_file
-from llama.evaluation.lm import LlamaLM
+from llama.distributed import job
 
 OFFLINE = "docs/evaluation.md shows a task file that reads a JSON file and needs no network"
+FEWSHOT_SEED = 1234  # lm-eval's default
 HEADER = ("task", "metric", "value", "error", "questions", "few-shot")
 
 
-def load_tasks(names: Sequence[str]) -> list[Any]:
-    """Tasks and groups of tasks, with their data.
+def load_tasks(names: Sequence[str]) -> dict[str, Any]:
+    """Tasks and groups of tasks, with their data, as lm-eval's TaskManager loads them.
 
     Args:
         names: task files (YAML), or names of tasks, groups or tags that come with lm-eval. A name
@@ -32,9 +35,11 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
 
     Raises:
         FileNotFoundError: no such task file, or no such file of data.
-        ValueError: no such name, or a task file is wrong.
+        ValueError: no name, an unknown one, or a task file is wrong.
         ConnectionError: the data must be downloaded, and cannot be.
     """
+    if not names:
+        raise ValueError("no task is named; give a task file or a name of lm-eval")
     files = [name for name in names if is_file(name)]
     for name in files:
         if not Path(name).is_file():
@@ -47,13 +52,18 @@ def load_tasks(names: Sequence[str]) -> list[Any]:
             if not matches:
                 raise ValueError(unknown(name, manager.all_tasks))
             found |= dict.fromkeys(matches)
+    items: list[Any] = []
+    for name in found:
+        with explained(name):
+            loaded: dict[str, Any] = manager.load([name])
+            if not loaded["tasks"]:
+                raise ValueError("it has no `task:` or `group:`; name one")
+            members = {child for children in loaded["group_map"].values() for child in children}
+            every = {**loaded["groups"], **loaded["tasks"]}
+            items += [item for other, item in every.items() if other not in members]
     with explained(", ".join(names)):
-        loaded = manager.load(list(found))
-        if not loaded["tasks"]:
-            raise ValueError("it has no `task:` or `group:`; name one")
-    members = {child for children in loaded["group_map"].values() for child in children}
-    every = {**loaded["groups"], **loaded["tasks"]}
-    return [item for name, item in every.items() if name not in members]
+        loaded = manager.load(items)
+    return loaded
 
 
 def is_file(name: str) -> bool:
@@ -64,7 +74,9 @@ def is_file(name: str) -> bool:
 def unknown(name: str, known: Sequence[str]) -> str:
     """What to say about a name that lm-eval does not know."""
     close = get_close_matches(name, known, 3)
-    hint = f"did you mean {' or '.join(close)}" if close else "did you mean one of `lm-eval ls tasks`"
+    hint = (
+        f"did you mean {' or '.join(close)}" if close else "did you mean one of `lm-eval ls tasks`"
+    )
     return f"lm-eval has no task {name!r}; {hint}, or a task file of yours, {name}.yaml?"
 
 
@@ -87,10 +99,13 @@ def explained(what: str) -> Iterator[None]:
             f"{what}: {first_line(e)}; relative data_files are looked for in the current folder. "
             f"A name of the hub needs the network; {OFFLINE}"
         ) from None
-    except (ValueError, OSError, ImportError):
-        raise
+    except ValueError as e:
+        raise e if what in str(e) else ValueError(f"{what}: {e}") from e
+    except DatasetsError as e:
+        cause = e.__cause__ if isinstance(e.__cause__, Exception) else e
+        raise ValueError(f"{what}: its data cannot be read: {first_line(cause)}") from None
     except (KeyError, AssertionError, TypeError, yaml.YAMLError, jinja2.TemplateError) as e:
-        reason = first_line(e) or type(e).__name__
+        reason = f"there is no {e}" if isinstance(e, KeyError) else first_line(e)
         raise ValueError(f"{what}: {reason}; correct the task file ({OFFLINE})") from e
 
 
@@ -100,23 +115,34 @@ def first_line(error: Exception) -> str:
     return lines[0].rstrip(".")
 
 
-def evaluate(lm: LlamaLM, tasks: Sequence[Any], **options: Any) -> dict[str, Any] | None:
+def evaluate(
+    lm: Any, loaded: dict[str, Any], num_fewshot: int | None = None, **options: Any
+) -> dict[str, Any] | None:
     """lm-eval's results; None on ranks other than the first of a machine.
 
+    As `lm_eval.simple_evaluate`, without its description of the machine.
+
     Args:
-        tasks: of `load_tasks`.
-        options: of `lm_eval.simple_evaluate`, such as limit and num_fewshot.
+        lm: a model of lm-eval.
+        loaded: of `load_tasks`.
+        num_fewshot: replaces what tasks say, but 0; None: what they say.
+        options: of `lm_eval.evaluate`, such as limit and apply_chat_template.
 
     Raises:
         ValueError: a task does not fit its data.
     """
-    names = [getattr(task, "task_name", None) or task.name for task in tasks]
-    manager = TaskManager(include_defaults=False)
-    with explained(", ".join(names)):
-        results: dict[str, Any] | None = simple_evaluate(
-            model=lm, tasks=list(tasks), task_manager=manager, **options
+    random.seed(FEWSHOT_SEED)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if num_fewshot is not None and own != 0:
+            own = num_fewshot
+        task.set_config(key="num_fewshot", value=own or 0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    with explained(", ".join(loaded["tasks"])):
+        results: dict[str, Any] | None = lm_eval.evaluate(
+            lm=lm, task_dict=loaded, fewshot_as_multiturn=True, **options
         )
-    return results
+    return results if job.local_rank() == 0 else None
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:

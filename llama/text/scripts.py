@@ -35,7 +35,7 @@ class Scripts:
         elif self.every:
             members = r"[\s\S]"
         else:
-            for name in names:
+            for name in names or [""]:
                 try:
                     if not re.fullmatch(r"\w+", name):
                         raise regex.error("no name")

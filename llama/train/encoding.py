@@ -10,7 +10,7 @@ import numpy as np
 from llama.common.progress import progress
 from llama.text.chat_template import ChatTemplate, Piece
 from llama.text.long_text import passages
-from llama.text.messages import Dialog, Message
+from llama.text.messages import Dialog, Message, check_message
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, TextFormat, Tokenizer
 from llama.train.examples import Conversation, Document, Example, Instruction, Preference
@@ -60,6 +60,7 @@ class ExampleEncoder:
         if template == "chat" or (template == "auto" and tokenizer.chat_format is not None):
             self.chat = ChatFormat(tokenizer)
         self.end_id = self._end_id()
+        self.stops = {self.end_id, *tokenizer.stop_tokens}
 
     def _end_id(self) -> int:
         """The id after an answer where the format has no other one."""
@@ -134,37 +135,35 @@ class ExampleEncoder:
 
     def _answer_ids(self, before: Dialog, answer: Message, tools: Sequence[Tool]) -> list[int]:
         """The ids that a model generates after the prompt of `before`, with the end."""
-        assert self.chat is not None
         if not isinstance(self.chat, TextFormat):
+            assert self.chat is not None
             header = self.chat.encode_header(answer)
             return self.chat.encode_message(answer, self.tool_form)[len(header) :]
-        self.chat.check_message(answer)
-        writer = self.chat.writer_of(before, tools or None)
-        content = answer["content"]
-        if isinstance(writer, ChatTemplate):
-            prompt, whole = (
-                writer.prompt(before, tools),
-                writer.prompt([*before, answer], tools, answer=False),
-            )
-            written = self._cut_at_end(_rest(prompt, whole))
-            text = "".join(part for part, is_token in written if not is_token)
-            # A template may change an answer before the last one: what is trained is the answer.
-            if written and (answer.get("tool_calls") or text.strip() == content.strip()):
-                ids = self.chat.encode_pieces(written)
-                return ids if ids[-1] in self.tokenizer.stop_tokens else [*ids, self.end_id]
-            if answer.get("tool_calls"):
-                raise ValueError("the chat template writes calls elsewhere than after its prompt")
-        else:
+        writer, content = self.chat.writer_of(before, tools), answer["content"]
+        check_message(answer, writer.roles, writer.takes_calls)
+        if not isinstance(writer, ChatTemplate):
             return self.chat.encode_pieces([(content, False), (writer.tokens[1], True)])
-        return [*self.chat.encode_pieces([(content, False)]), self.end_id]
+        prompt = writer.prompt(before, tools)
+        whole = writer.prompt([*before, answer], tools, answer=False)
+        pieces = self._cut_at_end(_rest(prompt, whole))
+        text = "".join(part for part, is_token in pieces if not is_token)
+        # Of an answer without calls the template may leave out a part, such as its reasoning.
+        if not pieces or not (answer.get("tool_calls") or text.strip() == content.strip()):
+            if answer.get("tool_calls"):
+                raise ValueError("the chat template does not write calls after its prompt")
+            pieces = [(_without_opening(content, prompt), False)]
+        ids = self.chat.encode_pieces(pieces)
+        return ids if ids[-1] in self.stops else [*ids, self.end_id]
 
-    def _cut_at_end(self, pieces: Sequence[Piece]) -> list[Piece]:
+    def _cut_at_end(self, pieces: list[Piece]) -> list[Piece]:
         """`pieces` up to the last token that ends an answer; all of them if there is none."""
-        special, stops = self.tokenizer.special_tokens, {*self.tokenizer.stop_tokens, self.end_id}
+        special = self.tokenizer.special_tokens
         ends = [
-            i for i, (text, is_token) in enumerate(pieces) if is_token and special[text] in stops
+            i
+            for i, (text, is_token) in enumerate(pieces)
+            if is_token and special[text] in self.stops
         ]
-        return list(pieces[: ends[-1] + 1]) if ends else list(pieces)
+        return pieces[: ends[-1] + 1] if ends else pieces
 
     def _alpaca_row(self, example: Conversation | Instruction) -> Row:
         if isinstance(example, Instruction):
@@ -211,11 +210,11 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer, block:
 
 def _document_ids(documents: Sequence[Document], tokenizer: Tokenizer) -> Iterator[list[int]]:
     for document in progress(documents, "encoding", len(documents), "document"):
-        end = 0
+        end, size = 0, len(document.text)
         try:
             for passage in passages(document.text, PASSAGE):
-                bos, end = end == 0, end + len(passage)
-                yield tokenizer.encode(passage, bos=bos, eos=end == len(document.text))
+                bos, end = document.begins and end == 0, end + len(passage)
+                yield tokenizer.encode(passage, bos=bos, eos=document.ends and end == size)
         except ValueError as e:
             raise ValueError(f"{document.where}: {e}") from None
 
@@ -272,6 +271,13 @@ def _rest(prompt: Sequence[Piece], whole: Sequence[Piece]) -> list[Piece]:
     if not text.startswith(last) or (is_token and text != last):
         return []
     return [piece for piece in ((text[len(last) :], False), *whole[n + 1 :]) if piece[0]]
+
+
+def _without_opening(content: str, prompt: Sequence[Piece]) -> str:
+    """`content` without the text that the prompt ends with, such as `<think>` and a newline."""
+    opening = "" if not prompt or prompt[-1][1] else prompt[-1][0].strip()
+    text = content.lstrip()
+    return text[len(opening) :].lstrip() if opening and text.startswith(opening) else content
 
 
 def _row(ids: list[int], trained: list[bool]) -> Row:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from llama.common.printable import printable_line
+from llama.common.printable import printable_line, quoted
 from llama.common.progress import progress
 from llama.text.openai_messages import FieldError
 from llama.train.data import SUFFIXES, read_text, text_files
@@ -64,6 +64,10 @@ def read_examples(
 def _files(paths: Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} does not exist; give a data file, or a folder of texts"
+            )
         found += text_files(path)
     return list(dict.fromkeys(found))
 
@@ -96,8 +100,8 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
         if found not in (name, None) and not set(KEYS[name]) <= set(row):
             key = KEYS[str(found)][0]
             raise ValueError(
-                f"{where}: key {key!r} of the format {found} in a file of the format {name}; "
-                f"use one format a file. Formats and their keys: {KNOWN}"
+                f"{where}: key {key!r} of the format {found}, but the file's format is {name}; "
+                f"put rows of one format into a file. Formats and their keys: {KNOWN}"
             )
         try:
             example = read_row(row, name, where)
@@ -105,7 +109,8 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
             counts[str(e)] += 1
             continue
         except FieldError as e:
-            raise ValueError(f"{where}: {e}. Formats and their keys: {KNOWN}") from None
+            at = "" if e.path in str(e) else f"{e.path}: "
+            raise ValueError(f"{where}: {at}{e}") from None
         if isinstance(example, Conversation) and example.dropped_turns:
             counts["turns before the first user's"] += example.dropped_turns
         examples.append(example)
@@ -113,10 +118,10 @@ def _read_file(path: Path, format: str, examples: list[Example], counts: Counter
 
 
 def _unknown(row: Any) -> str:
-    has = f"the keys {', '.join(map(repr, row))}" if isinstance(row, dict) else "no keys"
-    return (
-        f"unknown format: this row has {printable_line(has)[:300]}. Formats and their keys: {KNOWN}"
-    )
+    if not isinstance(row, dict):
+        return f"a row must be an object, not {quoted(row)}"
+    keys = printable_line(", ".join(map(repr, row)))[:300]
+    return f"no known format has the keys {keys}; rename them. Formats and their keys: {KNOWN}"
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -58,7 +58,10 @@ def read_row(row: Any, name: str, where: str) -> Example:
     if not isinstance(row, dict):
         raise FieldError("", f"a row must be an object, not {quoted(row)}")
     if missing := [key for key in KEYS[name] if key not in row]:
-        raise FieldError(missing[0], f"no key {missing[0]!r}, which the format {name} has")
+        raise FieldError(
+            missing[0],
+            f"no key {missing[0]!r}, which the format {name} has. Formats and their keys: {KNOWN}",
+        )
     if name == "preference":
         return _preference(row, where)
     if name == "alpaca":

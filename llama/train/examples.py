@@ -49,10 +49,16 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Document:
-    """A text without roles."""
+    """A text without roles.
+
+    Attributes:
+        begins, ends: whether the text has the document's beginning, and its end.
+    """
 
     where: str
     text: str
+    begins: bool = True
+    ends: bool = True
 
 
 @dataclass(frozen=True)
@@ -113,10 +119,11 @@ def _split_texts(
     held: list[Example] = []
     for document in documents:
         cut = round(len(document.text) * (1 - fraction))
-        parts = document.text[:cut], document.text[cut:]
-        for part, text in zip((train, held), parts, strict=True):
-            if text:
-                part.append(dataclasses.replace(document, text=text))
+        first, last = document.text[:cut], document.text[cut:]
+        if first:
+            train.append(dataclasses.replace(document, text=first, ends=not last))
+        if last:
+            held.append(dataclasses.replace(document, text=last, begins=not first))
     return train, held
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,15 +83,17 @@ def save_adapter(out: Path, base: Base, config: LoRAConfig, weights: Mapping[str
         whole.setdefault("output.weight", whole["tok_embeddings.weight"])
     low_rank = {name: w for name, w in weights.items() if name not in whole}
     vocabulary = base.vocabulary if whole or base.brought else None
-    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=out / "train") as folder:
-        write_adapter(
-            Path(folder), base.source, config, low_rank, whole=whole, vocabulary=vocabulary
-        )
-        files = sorted(Path(folder).iterdir(), key=lambda path: path.name == WEIGHTS_FILE)
-        for file in files:
+    folder = out / "train" / ".adapter"
+    shutil.rmtree(folder, ignore_errors=True)  # a killed process may have left it
+    folder.mkdir()
+    try:
+        write_adapter(folder, base.source, config, low_rank, whole=whole, vocabulary=vocabulary)
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == WEIGHTS_FILE):
             with open(file, "rb") as f:
                 os.fsync(f.fileno())
             os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_checkpoint(out: Path, base: Base, weights: Mapping[str, Tensor]) -> None:

@@ -103,10 +103,9 @@ def load_samples(
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
+    block = min(s.block or BLOCK, s.max_seq_len or context)  # otherwise blocks would be cut
     encoded = [
-        encode_examples(
-            part, tokenizer, block=s.block or BLOCK, template=s.template, tool_form=s.tool_form
-        )
+        encode_examples(part, tokenizer, block=block, template=s.template, tool_form=s.tool_form)
         for part in (train, held)
     ]
     max_seq_len = s.max_seq_len

@@ -93,6 +93,8 @@ def finetune(
     check_base(base.source, settings)
     samples = load_samples(data, settings, base.tokenizer, base.source.context)
     inputs = f"{samples.digest} {base.digest()}"
+    task = Finetuning(settings, base, samples, out, ranks)
+    summary = task.summary(ranks.size)
     if ranks.rank == 0 and not resume:
         with new_folder(out) as folder:
             record_settings(folder, settings, ranks.size, inputs)
@@ -101,9 +103,8 @@ def finetune(
         raise ValueError(
             f"the run in {out} cannot be resumed: the data, the base or its tokenizer has changed"
         )
-    task = Finetuning(settings, base, samples, out, ranks)
     if ranks.rank == 0:
-        say(task.summary(ranks.size))
+        say(summary)
     try:
         return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
     except RuntimeError as e:
@@ -159,6 +160,7 @@ class Finetuning:
         self.dtype = compute_dtype(settings.dtype, ranks.device)
         self.sharded = ranks.kind == "fsdp"
         self._objective: Objective | None = None
+        self._prompts_shown = False
 
     def objective(self, ranks: DataParallel) -> Objective:
         """The base's model, with adapters if they are trained."""
@@ -197,17 +199,15 @@ class Finetuning:
         answers = self.samples.answers(self.settings.samples)
         if self.sharded or not answers:
             return ""
-        llama, tokenizer = self._llama(), self.base.tokenizer
+        llama, decode = self._llama(), self.base.tokenizer.decode
         texts = []
-        for prompt, reference in answers:
+        for number, (prompt, reference) in enumerate(answers, 1):
+            if not self._prompts_shown:
+                texts += [f"prompt {number}: {decode(prompt)}", f"reference: {decode(reference)}"]
             room = max(1, min(SAMPLE_LENGTH, self.args.max_seq_len - len(prompt)))
             [ids], _ = llama.generate([prompt], room, 0.0)
-            end = "" if len(ids) < room else " ..."
-            texts += [
-                f"prompt:    {tokenizer.decode(prompt)}",
-                f"reference: {tokenizer.decode(reference)}",
-                f"model:     {tokenizer.decode(ids)}{end}",
-            ]
+            texts.append(f"answer {number}: {decode(ids)}{'' if len(ids) < room else ' ...'}")
+        self._prompts_shown = True
         return "\n".join(texts)
 
     def _llama(self) -> Llama:

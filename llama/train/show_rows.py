@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from llama.common.printable import printable
@@ -13,11 +14,12 @@ _PLAIN = ("[[", "]]")
 
 
 def show(rows: Sequence[Row], tokenizer: Tokenizer, n: int = 3, color: bool = False) -> str:
-    """The first `n` rows; trained text is green, or between [[ and ]] without `color`.
+    """The first `n` rows, with what is trained marked. Control characters are shown as escapes.
 
-    Control characters of the data are shown as escapes. Ids without a token are `<id>`.
+    Args:
+        color: mark it in green, unless NO_COLOR is set in the environment; otherwise by [[ ]].
     """
-    begin, end = _TRAINED if color else _PLAIN
+    begin, end = _TRAINED if color and not os.environ.get("NO_COLOR") else _PLAIN
     shown = []
     for number, row in enumerate(rows[:n], 1):
         parts = [f"Row {number}: {len(row.ids)} tokens, {int(row.trained.sum())} trained\n"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama import Transformer
+from llama.checkpoints.convert import convert
 from llama.checkpoints.formats.peft import adapter_shapes
 from llama.checkpoints.source import Source
 from llama.layers.lora import LoRAConfig
@@ -34,14 +35,19 @@ def bases(
     byte_tokenizer_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
-    """One model in Meta's and in Hugging Face's layout."""
-    from llama.checkpoints.convert import convert
-
-    meta = tiny_checkpoint(**SIZES)
-    shutil.copy(byte_tokenizer_path, meta / "tokenizer.model")
-    hf = tmp_path_factory.mktemp("base") / "hf"
-    convert(meta, hf, "hf")
-    return {"meta": meta, "hf": hf}
+    """One model in Meta's and in Hugging Face's layout, and one with tied weights in both."""
+    folders = {}
+    for kind in ("", "tied "):
+        meta = tiny_checkpoint(**SIZES)
+        if kind:
+            state = torch.load(meta / "consolidated.00.pth")
+            state["output.weight"] = state["tok_embeddings.weight"]
+            torch.save(state, meta / "consolidated.00.pth")
+        shutil.copy(byte_tokenizer_path, meta / "tokenizer.model")
+        hf = tmp_path_factory.mktemp("base") / "hf"
+        convert(meta, hf, "hf")
+        folders |= {f"{kind}meta": meta, f"{kind}hf": hf}
+    return folders
 
 
 def random_adapter(

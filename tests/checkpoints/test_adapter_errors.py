@@ -113,7 +113,7 @@ def test_wrong_tensors(
     assert str(adapter) in str(e.value)
 
 
-FILES = {
+FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: f.write_bytes(f.read_bytes()[:-9]), "truncated or damaged"),
     "LFS": (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git-LFS"),
     "page": (lambda f: f.write_text("<!DOCTYPE html><html>"), "web page"),

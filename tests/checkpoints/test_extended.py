@@ -17,16 +17,30 @@ import torch
 from llama import Llama
 from llama.checkpoints.convert import convert, quantize
 from llama.checkpoints.extended import mean_row
-from llama.checkpoints.open import find_vocabulary, open_checkpoint, open_tokenizer
+from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.text.rank_file import default_spec
 from llama.train.extend_vocabulary import extend_vocabulary
-from tests.checkpoints.gguf_files import write_gguf, weights
+from tests.checkpoints.gguf_files import (
+    PRE_TOKENIZERS,
+    VOCAB,
+    mixed_texts,
+    vocabulary_keys,
+    weights,
+    write_gguf,
+)
 from tests.models import TINY, random_weights
 from tests.train.test_extend_vocabulary import CHINESE
 from tests.vocabularies import rank_file
 
-ROWS, PADDED, NEW = 512, 520, 6
-MIXED = ["", "文件系统", CHINESE, f"def f(x): return '文件' {CHINESE}", "  plain\n\ttext 123", "统统 x"]
+ROWS, PADDED, NEW = 512, 520, 8
+MIXED = [
+    "",
+    "文件系统",
+    CHINESE,
+    f"def f(x): return '文件' {CHINESE}",
+    "  plain\n\ttext 123",
+    "统统 x",
+]
 
 
 @pytest.fixture
@@ -83,11 +97,13 @@ def test_old_tokens_lose_at_most_the_new_ones_share(
         torch.testing.assert_close(w[PADDED:], mean.expand(NEW, -1), rtol=0, atol=0)
     ids = torch.randint(0, ROWS, (4, 64))
     before, after = logits(base, ids), logits(out, ids)
-    torch.testing.assert_close(after[..., :PADDED], before, rtol=0, atol=0 if to == "meta" else 1e-4)
+    torch.testing.assert_close(
+        after[..., :PADDED], before, rtol=0, atol=0 if to == "meta" else 1e-4
+    )
     used = torch.ones(PADDED + NEW, dtype=torch.bool)
     used[ROWS:PADDED] = False  # never drawn
     rise = after[..., used].logsumexp(-1) - before[..., :ROWS].logsumexp(-1)
-    assert 0 < rise.min()
+    assert rise.min() > 0
     assert rise.max() <= math.log(1 + NEW / ROWS) + 1e-5
     spec = {"tie_word_embeddings": tied, "vocab_size": PADDED + NEW}
     if to == "hf":
@@ -98,20 +114,22 @@ def test_transformers_tokenizes_alike_and_the_import_has_the_same_ids(
     write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    chat = {"text_tokens": {"<|reserved_special_token_9|>": ["lstrip"]}, "default_system": "Hi."}
-    extend_vocabulary(write_base(**chat), text, tmp_path / "meta", NEW)
+    special = default_spec("llama3", 256)["special_tokens"]
+    special["<think>"] = special.pop("<|reserved_special_token_9|>")
+    found = {"special_tokens": special, "text_tokens": {"<think>": ["lstrip"]}}
+    base = write_base(**found, default_system="Hi.")
+    extend_vocabulary(base, text, tmp_path / "meta", NEW)
     convert(tmp_path / "meta", tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "again")
     ours = open_tokenizer(open_checkpoint(tmp_path / "meta"))
     again = open_tokenizer(open_checkpoint(tmp_path / "again"))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    special = ["<|begin_of_text|>x", "文件 <|reserved_special_token_9|>文", "文" * 3000 + "件" * 3000]
-    for part in [*MIXED, *special]:
+    for part in [*MIXED, "<|begin_of_text|>x", "文件 <think>文", "文" * 3000 + "件" * 3000]:
         ids = ours.encode(part, allowed_special="all")
         assert theirs.encode(part) == ids, part
         assert again.encode(part, allowed_special="all") == ids, part
         assert theirs.decode(ids[1:]) == ours.decode(ids[1:])
-        assert ours.decode(ours.encode(part, bos=False)) == part or "reserved" in part
+        assert ours.decode(ours.encode(part, bos=False)) == part or "think" in part
     assert again.ranks == ours.ranks
     assert again.special_tokens == ours.special_tokens
     assert again.unused_ids == ours.unused_ids == set(range(ROWS, PADDED))
@@ -128,20 +146,38 @@ def test_new_tokens_in_the_engine(
     done = extend_vocabulary(write_base(), text, tmp_path / "out", NEW)
     llama = Llama.build(tmp_path / "out", max_seq_len=64, max_batch_size=1, device="cpu")
     new = dict(zip(done.tokens.values(), done.tokens, strict=True))
-    token = max(new, key=lambda i: len(new[i]))
-    word = new[token].decode()
+    token, word = next((i, t.decode()) for i, t in new.items() if len(t) % 3 == 0)
     [answer] = llama.text_completion(["x"], max_gen_len=3, temperature=0, logit_bias={token: 100.0})
     assert answer["generation"] == word * 3
     [answer] = llama.text_completion(
-        ["x"], max_gen_len=30, temperature=0, logit_bias={token: 90.0}, regex=f"({word}){{2}}"
+        ["x"],
+        max_gen_len=30,
+        temperature=0,
+        logit_bias={token: 90.0},
+        grammar=llama.regex_grammar(f"({word}){{2}}"),
     )
     assert answer["generation"] == word * 2
-    [answer] = llama.text_completion(["x"], max_gen_len=40, temperature=5, seed=1)
-    assert "\ufffd" not in "" and isinstance(answer["generation"], str)
+    with pytest.raises(ValueError, match=f"ids are 0 to {PADDED + NEW - 1}"):
+        llama.text_completion(["x"], max_gen_len=3, logit_bias={PADDED + NEW: 1.0})
+    pad = dict.fromkeys(range(ROWS, PADDED), 100.0)
+    ids = llama.generate([[1]], max_gen_len=20, temperature=1.0, seed=1, logit_bias=pad)[0]
+    assert not set(range(ROWS, PADDED)) & set(ids[0])
 
 
-def test_gguf_base(text: Path, tmp_path: Path) -> None:
-    """Its begin and end tokens, its text tokens, its padding."""
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_gguf_base(pre: str, text: Path, tmp_path: Path) -> None:
+    """It becomes bf16, and transformers tokenizes the result alike."""
+    transformers = pytest.importorskip("transformers")
+    base = write_gguf(tmp_path / "base.gguf", weights(), vocabulary_keys(pre))
+    text.write_text(CHINESE + " " + " ".join(mixed_texts(20)), encoding="utf-8")
+    done = extend_vocabulary(base, text, tmp_path / "out", NEW, scripts=["all"], to="hf")
+    source = open_checkpoint(done.path)
+    ours, theirs = open_tokenizer(source), transformers.AutoTokenizer.from_pretrained(done.path)
+    for part in [*MIXED, *mixed_texts(50)]:
+        assert ours.encode(part) == theirs.encode(part), part
+    assert (ours.n_words, source.dtype("output.weight")) == (VOCAB + NEW, torch.bfloat16)
+    assert (ours.bos_id, ours.stop_tokens) == (498 if pre == "llama-bpe" else -1, [499, 497])
+    assert ours.chat_format == "chatml"
 
 
 def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) -> None:

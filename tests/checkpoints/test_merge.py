@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -94,15 +92,9 @@ def test_one_rounding(
 
 
 @pytest.mark.parametrize("equal", [True, False])
-def test_tied_stays_tied(
-    tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path, equal: bool, tmp_path: Path
-) -> None:
+def test_tied_stays_tied(bases: dict[str, Path], equal: bool, tmp_path: Path) -> None:
     """A tied base stays tied unless the halves were trained apart."""
-    base, adapter, out = tiny_checkpoint(vocab_size=512), tmp_path / "a", tmp_path / "out"
-    state = torch.load(base / "consolidated.00.pth")
-    state["output.weight"] = state["tok_embeddings.weight"]
-    torch.save(state, base / "consolidated.00.pth")
-    shutil.copy(byte_tokenizer_path, base / "tokenizer.model")
+    base, adapter, out = bases["tied meta"], tmp_path / "a", tmp_path / "out"
     source = open_checkpoint(base)
     assert source.tied
     weights, whole = random_adapter(source, CONFIG, HALVES)

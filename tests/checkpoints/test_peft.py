@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llama import Llama
 from llama.checkpoints.adapter import read_adapter, write_adapter
 from llama.checkpoints.formats.peft import LINEARS
 from llama.checkpoints.open import open_checkpoint
@@ -85,3 +86,40 @@ def test_adapters_of_peft(bases: dict[str, Path], config: LoRAConfig, tmp_path: 
     one, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("theirs", "ours"))
     assert one.keys() == other.keys()
     assert all(torch.equal(w, other[name]) for name, w in one.items())
+
+
+def test_peft_ties_what_is_written(bases: dict[str, Path], tmp_path: Path) -> None:
+    config = LoRAConfig(2, 4, targets=("wv",))
+    source = open_checkpoint(bases["tied meta"])
+    weights, whole = random_adapter(source, config, ("tok_embeddings.weight",))
+    whole["output.weight"] = whole["tok_embeddings.weight"]
+    write_adapter(tmp_path, source, config, weights, whole=whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        found = hf_logits(bases["tied hf"], tmp_path)
+    expected = our_logits(source, weights, whole, config)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("modules", "tied"),
+    [(["embed_tokens"], True), (["embed_tokens"], False), (["lm_head"], False)],
+)
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+def test_adapters_of_a_tied_base(
+    bases: dict[str, Path], modules: list[str], tied: bool, tmp_path: Path
+) -> None:
+    """In PEFT one half is trained alone, unless the adapter asks to tie both."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(bases["tied hf"], dtype=torch.float32)
+    options = {"modules_to_save": modules, "ensure_weight_tying": tied, "init_lora_weights": False}
+    made = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **options))
+    with torch.no_grad():
+        for name, w in made.named_parameters():
+            if "modules_to_save" in name:
+                w.mul_(1.3)
+        expected = made.eval()(torch.tensor(IDS)).logits
+    made.save_pretrained(tmp_path)
+    llama = Llama.build(bases["tied meta"], adapter=tmp_path, dtype="fp32", max_seq_len=16)
+    with torch.inference_mode():
+        found = llama.model(torch.tensor(IDS), 0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -161,6 +161,22 @@ def test_tasks(models: tuple[Any, Any], files: dict[str, str], chat: bool) -> No
     assert len({text for s in ours["samples"]["answers"] for [text] in s["resps"]}) > 1
 
 
+def test_chat_prompts(models: tuple[Any, Any]) -> None:
+    """Also those that end with the beginning of the answer."""
+    dialog = [
+        {"role": "system", "content": "Be brief.\n"},
+        {"role": "user", "content": " Say <b>so</b>. "},
+        {"role": "assistant", "content": " Well, "},
+    ]
+    for history, begun in ((dialog[:2], False), (dialog, True), (dialog[1:], True)):
+        ours, theirs = (m.apply_chat_template(history, not begun) for m in models)
+        assert ours == theirs
+    assert models[0].chat_template(True) == models[1].chat_template(True)
+    assert models[0].chat_template(False) is None
+    with pytest.raises(ValueError, match="tool_use"):
+        models[0].chat_template("tool_use")
+
+
 def deep(value: Any) -> list[Any]:
     """The numbers and texts in nested lists."""
     if isinstance(value, list | tuple):

@@ -28,7 +28,7 @@ def permuted(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
     return halve(w, head_dim) if name.split(".")[-2] in ("wq", "wk") else w
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "masked"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -37,7 +37,8 @@ def permuted(name: str, w: torch.Tensor, head_dim: int) -> torch.Tensor:
         {"n_kv_heads": None, "use_scaled_rope": True, "rope_theta": 1e4, "multiple_of": 7},
     ],
 )
-def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
+def test_loss_and_gradients(changes: dict[str, Any], recompute: bool, masked: bool) -> None:
+    """Also of rows with padding and with parts that are not trained on."""
     transformers = pytest.importorskip("transformers")
     params = TINY | {"vocab_size": 101} | changes
     args = ModelArgs(**params, max_seq_len=40)
@@ -47,9 +48,16 @@ def test_loss_and_gradients(changes: dict[str, Any], recompute: bool) -> None:
     weights = {hf_name(n): permuted(n, w, args.head_dim) for n, w in model.state_dict().items()}
     theirs.load_state_dict(weights)
     ids = torch.randint(0, 101, (3, 41))
-    expected = theirs(input_ids=ids, labels=ids).loss
+    labels = ids.clone()
+    if masked:
+        seen = torch.arange(41) < torch.tensor([[41], [17], [30]])
+        labels[torch.rand(labels.shape) < 0.5] = labels[~seen] = -100
+        expected = theirs(input_ids=ids, labels=labels, attention_mask=seen.long()).loss
+    else:
+        expected = theirs(input_ids=ids, labels=labels).loss
     expected.backward()
-    loss = objective_of(model, recompute)(ids[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
+    targets = labels[:, 1:]
+    loss = objective_of(model, recompute)(ids[:, :-1], targets) / (targets != -100).sum()
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
     gradients = {name: w.grad for name, w in theirs.named_parameters()}

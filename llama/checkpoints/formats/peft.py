@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.checkpoints.formats.hf import SAFETENSORS_DTYPES, interleave, open_safetensors
-from llama.checkpoints.formats.hf_config import LAYER_NAMES, hf_name, meta_name
+from llama.checkpoints.formats.hf_config import LAYER_NAMES, TOP_NAMES, hf_name, meta_name
 from llama.checkpoints.formats.hf_export import halve
 from llama.common.extras import install_line
 from llama.common.files import read_json, write_json
@@ -99,7 +99,7 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
             "this option, or merge the adapter with PEFT (merge_and_unload) and convert the result"
         )
     whole = config.get("modules_to_save") or []
-    if not isinstance(whole, list) or not all(name in WHOLE for name in whole):
+    if not isinstance(whole, list) or not all(_last(name) in WHOLE for name in whole):
         raise ValueError(f"modules_to_save is {whole!r}; only {list(WHOLE)} can be loaded")
     for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
         if type(config.get(key, False)) is not bool:
@@ -115,7 +115,7 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
     base = config.get("base_model_name_or_path")
     return PeftConfig(
         lora,
-        tuple(WHOLE[name] for name in whole),
+        tuple(dict.fromkeys(WHOLE[_last(name)] for name in whole)),
         config.get("ensure_weight_tying", False),
         base if isinstance(base, str) and base else None,
     )
@@ -138,9 +138,9 @@ def _targets(modules: object) -> tuple[str, ...]:
             f"target_modules is {what}; only 'all-linear' or a list of {', '.join(LINEARS)} can be "
             "loaded: name the modules when training"
         )
-    found = {LINEARS.get(_linear(name)) for name in modules}
+    found = {LINEARS.get(_last(name)) for name in modules}
     if None in found:
-        wrong = [str(name) for name in modules if _linear(name) not in LINEARS]
+        wrong = [str(name) for name in modules if _last(name) not in LINEARS]
         raise ValueError(
             f"target_modules has {listing(wrong, 3)}; only {', '.join(LINEARS)} of every layer can "
             "be loaded; train embed_tokens and lm_head as modules_to_save"
@@ -148,10 +148,13 @@ def _targets(modules: object) -> tuple[str, ...]:
     return tuple(name for name in LINEARS.values() if name in found)
 
 
-def _linear(name: object) -> str:
-    """`q_proj` of "q_proj" and of "self_attn.q_proj"; other names as they are."""
+def _last(name: object) -> str:
+    """`q_proj` of "self_attn.q_proj", `embed_tokens` of "model.embed_tokens"; others as they are.
+
+    A longer path may be one layer's.
+    """
     text = str(name)
-    return text.rpartition(".")[2] if any(text == hf for hf in LAYER_NAMES) else text
+    return text.rpartition(".")[2] if text in LAYER_NAMES or text in TOP_NAMES else text
 
 
 def adapter_shapes(
@@ -247,13 +250,16 @@ def write_peft(
     folder: Path,
     config: LoRAConfig,
     tensors: Mapping[str, Tensor],
+    *,
     head_dim: int,
+    tied: bool,
     base: str | None,
 ) -> None:
     """Write the two files into an existing folder.
 
     Args:
         tensors: {Meta's name: tensor}: A, B, magnitudes, and weights that were trained whole.
+        tied: the output of a tied base follows the embedding among `tensors`.
         base: the name or path of the base.
 
     Raises:
@@ -266,24 +272,12 @@ def write_peft(
     except ImportError as e:
         raise ImportError(f"adapters need a package: {install_line('hf')}") from e
     whole = [theirs for theirs, ours in WHOLE.items() if ours in tensors]
-    theirs = {ours: theirs for theirs, ours in LINEARS.items()}
-    write_json(
-        folder / CONFIG_FILE,
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "inference_mode": True,
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "target_modules": [theirs[name] for name in config.targets],
-            "modules_to_save": whole or None,
-            "use_rslora": config.rslora,
-            "use_dora": config.dora,
-            "bias": "none",
-        },
-    )
+    options = peft_options(config) | {
+        "base_model_name_or_path": base,
+        "modules_to_save": whole or None,
+        "ensure_weight_tying": tied,
+    }
+    write_json(folder / CONFIG_FILE, options)
     ordered = {n: _reordered(n, w.detach().cpu(), head_dim, halve) for n, w in tensors.items()}
     written = {peft_name(n): w.clone(memory_format=MEMORY) for n, w in ordered.items()}
     path = folder / WEIGHTS_FILE
@@ -292,3 +286,20 @@ def write_peft(
     except SafetensorError as e:
         raise OSError(f"{path} could not be written; is the disk full? ({e})") from e
     shutil.copymode(folder / CONFIG_FILE, path)  # the library lets only the owner read
+
+
+def peft_options(config: LoRAConfig) -> dict[str, Any]:
+    """The options of adapter_config.json that follow from `config`."""
+    names = {ours: theirs for theirs, ours in LINEARS.items()}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": [names[target] for target in config.targets],
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "bias": "none",
+    }
