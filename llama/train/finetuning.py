@@ -152,7 +152,7 @@ class Finetuning:
         ranks: DataParallel,
     ):
         self.settings, self.base, self.samples, self.out = settings, base, samples, out
-        self.result_file = out / (WEIGHTS_FILE if settings.method == "lora" else CHECKPOINT_FILE)
+        self.result_file = out / (WEIGHTS_FILE if settings.has_adapter else CHECKPOINT_FILE)
         per_epoch = samples.train.steps_per_epoch(ranks.size)
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
         longest = samples.max_seq_len
@@ -190,7 +190,7 @@ class Finetuning:
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Write the adapter or the checkpoint."""
-        if self.settings.method == "lora":
+        if self.settings.has_adapter:
             save_adapter(self.out, self.base, self.settings.lora, weights)
         else:
             save_checkpoint(self.out, self.base, weights)
@@ -217,7 +217,7 @@ class Finetuning:
         assert self._objective is not None
         model = model_without_weights(self.base.source, self.args, self.settings)
         state = dict(self._objective.model.state_dict())
-        if self.settings.method == "lora":  # one dtype from the embedding to the output
+        if self.settings.has_adapter:  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
         optimize(model, exact=True)
@@ -230,7 +230,8 @@ class Finetuning:
         trained, total = trained_share(model, s)
         per_epoch = self.samples.train.steps_per_epoch(ranks)
         rows = s.batch_size * s.accumulate * ranks
-        what = {"lora": f"LoRA of rank {s.rank} on {s.targets}", "full": "all weights"}
+        lora = f"LoRA of rank {s.rank} on {s.targets}"
+        what = {"lora": lora, "dpo": lora, "full": "all weights"}
         return "\n".join(
             [
                 *self.samples.summary(),
@@ -250,7 +251,7 @@ class Finetuning:
         if not s.recompute:
             proposals.append("--recompute")
         proposals.append(f"--max_seq_len below {self.args.max_seq_len}")
-        if s.method == "lora" and s.quantize != "int4" and not self.base.source.quantization:
+        if s.has_adapter and s.quantize != "int4" and not self.base.source.quantization:
             proposals.append("--quantize int4")
         if s.method == "full":
             proposals.append("--method lora")

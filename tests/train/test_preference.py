@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +16,10 @@ from torch import Tensor
 
 from llama.layers.lora import LoRAConfig, lora_state
 from llama.train.batch import IGNORED, Batch
+from llama.train.finetune_settings import FinetuneSettings
+from llama.train.finetuning import finetune
 from llama.train.preference import Pairs, PreferenceObjective
+from llama.train.report import read_metrics
 from llama.train.rows import Row
 from tests.layers.peft_oracle import hf_name, make_ours, make_peft, to_hf
 
@@ -135,3 +142,35 @@ def test_long_pairs_are_dropped_and_counted() -> None:
         Pairs(PAIRS, max_seq_len=5, batch_size=2)
     with pytest.raises(ValueError, match="leave pack out"):
         PreferenceObjective(make_ours(SHAPE, CONFIG))(torch.ones(1, 2), torch.ones(1, 2), (1, 1))
+
+
+def test_a_run_prefers_the_chosen_answers(
+    tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """From a file of pairs to an adapter that makes chosen answers more probable."""
+    base = tiny_checkpoint(vocab_size=512)
+    rows = [
+        {"prompt": f"{i} + 1?", "chosen": str(i + 1), "rejected": "no idea"} for i in range(12)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    settings = FinetuneSettings(
+        method="dpo", batch_size=4, steps=12, warmup=1, lr=0.01, eval_every=6, samples=1,
+        dtype="float32", val_fraction=0.2,
+    )  # fmt: skip
+    out = tmp_path / "adapter"
+    options: Any = {"tokenizer_path": byte_tokenizer_path, "device": "cpu"}
+    result = finetune(base, [data], out, settings, **options)
+    first = read_metrics(out / "metrics.jsonl")[0]
+    assert first["val_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert result.best_loss < 0.9 * math.log(2)
+    assert (out / "adapter_model.safetensors").exists()
+    for wrong, message in (
+        ({"method": "lora"}, "for method dpo"),
+        ({"pack": True}, "leave pack out"),
+        ({"train_embeddings": True}, "leave train_embeddings out"),
+        ({"beta": 0.0}, "beta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(base, [data], tmp_path / "wrong", replace(settings, **wrong), **options)
+    assert not (tmp_path / "wrong").exists()
