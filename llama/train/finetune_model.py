@@ -136,7 +136,28 @@ def make_objective(
         for module in lora_modules(model):
             _materialize(module, ranks.device)
         initialize_lora(model, settings.seed)
+    if settings.embeddings_from:
+        train_rows_from(model, settings.embeddings_from)
     return objective
+
+
+def train_rows_from(model: Transformer, first: int) -> None:
+    """Let training change only the rows of embedding and output from `first` on.
+
+    The others get a gradient of 0, which AdamW without weight decay takes for no change.
+
+    Raises:
+        ValueError: there is no row `first`.
+    """
+    if first >= model.vocab_size:
+        raise ValueError(f"embeddings_from {first}: the rows are 0 to {model.vocab_size - 1}")
+
+    def only_new(gradient: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(gradient[:first]), gradient[first:]])
+
+    for weight in {model.tok_embeddings.weight, model.output.weight}:
+        if weight.requires_grad:
+            weight.register_hook(only_new)
 
 
 @torch.no_grad()

@@ -60,6 +60,14 @@ class FinetuneSettings(TrainerSettings):
     train_embeddings: bool = option(
         False, "LoRA: also train embeddings and output whole, as new tokens need"
     )
+    embeddings_from: int = option(
+        0,
+        "of embeddings and output train only the rows from this id on, such as the first new id of "
+        "`llama3 extend-vocab`",
+    )
+    embeddings_lr: float = option(
+        1.0, "learning rate of embeddings and output as a multiple of the others'"
+    )
     pack: bool = option(False, "fill rows of max_seq_len with several samples each")
     block: int | None = option(None, f"tokens of a row of plain text; by default {BLOCK}")
     max_seq_len: int | None = option(
@@ -98,7 +106,8 @@ class FinetuneSettings(TrainerSettings):
             if getattr(self, name) is not None:
                 self.check(name, int, lambda n: n >= 1, "a positive integer")
         self.check("samples", int, lambda n: n >= 0, "an integer from 0 on")
-        for name in ("epochs", "lora_plus"):
+        self.check("embeddings_from", int, lambda n: n >= 0, "an integer from 0 on")
+        for name in ("epochs", "lora_plus", "embeddings_lr"):
             self.check(name, float, lambda x: 0 < x < math.inf, "a positive number")
         self.check("val_fraction", float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
         for name in ("rslora", "dora", "train_embeddings", "pack"):
@@ -126,6 +135,10 @@ class FinetuneSettings(TrainerSettings):
             raise ValueError(
                 f"train_embeddings: method {self.method} trains them anyway; leave it out"
             )
+        if self.embeddings_from and self.method == "lora" and not self.train_embeddings:
+            raise ValueError("embeddings_from needs train_embeddings: LoRA trains no row otherwise")
+        if self.embeddings_from and self.parallel == "fsdp":
+            raise ValueError("embeddings_from: with parallel fsdp all rows are trained; use ddp")
         if self.val_data is not None and self.val_fraction != defaults["val_fraction"]:
             raise ValueError("val_data and val_fraction: give one of them")
         if self.steps is not None and self.epochs != defaults["epochs"]:

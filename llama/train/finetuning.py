@@ -185,7 +185,9 @@ class Finetuning:
 
     def parameter_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """The trained parameters; LoRA+ (arXiv:2402.12354) gives B a learning rate of its own."""
-        return parameter_groups(objective, self.settings, {"lora_b": self.settings.lora_plus})
+        scales = {"lora_b": self.settings.lora_plus}
+        scales |= dict.fromkeys(VOCABULARY, self.settings.embeddings_lr)
+        return parameter_groups(objective, self.settings, scales)
 
     def batches(self, step: int, rank: int, ranks: int) -> list[Batch]:
         """Rows of an epoch; the longest are in the first update."""
