@@ -9,6 +9,7 @@ and the files of every run; see `state`.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from llama.train.optimizer import parameter_groups
 from llama.train.report import check_tensorboard
 from llama.train.show_rows import show
 from llama.train.state import check_resumable, record_settings, refuse_existing
+from llama.train.untrained_tokens import untrained_warning
 
 SAMPLE_LENGTH = 256  # most tokens of an answer that is printed
 
@@ -105,12 +107,24 @@ def finetune(
         )
     if ranks.rank == 0:
         say(summary)
+        warn_of_untrained_tokens(base, samples, settings)
     try:
         return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         raise MemoryError(f"{ranks.device} has too little memory; {task.remedy()}") from None
+
+
+def warn_of_untrained_tokens(base: Base, samples: Samples, settings: FinetuneSettings) -> None:
+    """Warn if the rows have tokens that the base does not know and that stay untrained."""
+    if settings.method != "lora" or settings.train_embeddings:
+        return
+    source, names = base.source, ["tok_embeddings.weight", "output.weight"]
+    stored = names[: 1 if source.tied or source.quantization else 2]
+    weights = [source.read(name) for name in stored]
+    if warning := untrained_warning(samples.train.rows, base.tokenizer, weights):
+        warnings.warn(warning, stacklevel=3)
 
 
 def show_rows(

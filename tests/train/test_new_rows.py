@@ -33,7 +33,7 @@ def settings(**changes: Any) -> FinetuneSettings:
 def test_old_rows_stay(method: str, tied: bool, write_base: Any, tmp_path: Path) -> None:
     data, base, out = tmp_path / "zh.txt", tmp_path / "base", tmp_path / "out"
     data.write_text(CHINESE, encoding="utf-8")
-    extend_vocabulary(write_base(tied), data, base, NEW)
+    extend_vocabulary(write_base(tied), [data], base, NEW)
     more = {"train_embeddings": True} if method == "lora" else {}
     finetune(base, [data], out, settings(method=method, **more), device="cpu")
     if method == "lora":
