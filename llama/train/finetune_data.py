@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -106,7 +106,7 @@ def load_samples(
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # otherwise blocks would be cut
-    how = {"template": s.template, "tool_form": s.tool_form}
+    how: Any = {"template": s.template, "tool_form": s.tool_form}
     pairs: list[list[tuple[Row, Row]]] = []
     if s.method == "dpo":
         encoder = ExampleEncoder(tokenizer, **how)
