@@ -19,6 +19,7 @@ from llama.distributed.sharding import Sizes, rank_part, shard_dim
 from llama.distributed.tensor_parallel import reduce_from_ranks
 from llama.layers.lora_config import TARGETS as TARGETS
 from llama.layers.lora_config import LoRAConfig as LoRAConfig
+from llama.layers.low_rank import adapted_linear, has_fused_gradient
 from llama.layers.low_rank import add_low_rank as add_low_rank
 from llama.layers.quantized_linear import row_squares
 from llama.layers.replace import replace_modules
@@ -68,21 +69,25 @@ class LoRALinear(nn.Module):
         self._ratio: Tensor | None = None  # of evaluation mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(self.base(x), x)
+        if not self.enabled or not has_fused_gradient(x, self.base):
+            return self.adapt(self.base(x), x)
+        dropped, scale = self._dropped(x)
+        y = adapted_linear(x, dropped, self.lora_a, self.lora_b, scale, self.base)
+        return self._rescaled(y, x.dtype)
 
     def adapt(self, y: Tensor, x: Tensor) -> Tensor:
         """The outputs (..., N) for inputs x (..., K), given the base's outputs y."""
         if not self.enabled:
             return y
-        scale = self.config.scale
-        inputs = x
-        if self.training and self.config.dropout:
-            inputs = x * self._kept(x)
-            scale /= 1 - self.config.dropout
-        y = add_low_rank(y, inputs, self.lora_a, self.lora_b, scale)
-        if self.lora_magnitude is not None:
-            y = (y * self._magnitude_ratio(x.dtype)).to(y.dtype)
-        return y
+        dropped, scale = self._dropped(x)
+        inputs = x if dropped is None else dropped
+        return self._rescaled(add_low_rank(y, inputs, self.lora_a, self.lora_b, scale), x.dtype)
+
+    def _dropped(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """x with dropout, None where there is none; and the scale that belongs to it."""
+        if not self.training or not self.config.dropout:
+            return None, self.config.scale
+        return x * self._kept(x), self.config.scale / (1 - self.config.dropout)
 
     def _kept(self, x: Tensor) -> Tensor:
         """Booleans like x: the inputs that dropout keeps."""
@@ -91,6 +96,12 @@ class LoRALinear(nn.Module):
         generator = torch.Generator(x.device).manual_seed(self._dropout_seed)
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(1 - self.config.dropout, generator=generator)
+
+    def _rescaled(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """With DoRA, y times m / |V| of each row."""
+        if self.lora_magnitude is None:
+            return y
+        return (y * self._magnitude_ratio(dtype)).to(y.dtype)
 
     def _magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
         """m / |V| of each row, (N,); in evaluation mode computed once."""

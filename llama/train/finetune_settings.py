@@ -144,7 +144,7 @@ class FinetuneSettings(TrainerSettings):
             raise ValueError(
                 f"train_embeddings: method {self.method} trains them anyway; leave it out"
             )
-        if self.embeddings_from and self.method == "lora" and not self.train_embeddings:
+        if self.embeddings_from and self.has_adapter and not self.train_embeddings:
             raise ValueError("embeddings_from needs train_embeddings: LoRA trains no row otherwise")
         if self.embeddings_from and self.parallel == "fsdp":
             raise ValueError("embeddings_from: with parallel fsdp all rows are trained; use ddp")
