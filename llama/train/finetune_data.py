@@ -9,16 +9,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from llama.tokenizer import Tokenizer
-from llama.train.encoding import encode_examples
+from llama.train.encoding import ExampleEncoder, encode_examples
 from llama.train.example_files import read_examples
-from llama.train.examples import Document, Example, split_examples
+from llama.train.examples import Document, Example, Preference, split_examples
 from llama.train.finetune_settings import BLOCK, LONGEST, FinetuneSettings
+from llama.train.preference import Pairs
 from llama.train.rows import Row, Rows
 
 TEXT_PROMPT = 32  # tokens of plain text that a sample continues
@@ -36,14 +38,14 @@ class Samples:
     """The data of a run.
 
     Attributes:
-        train, validation: None: nothing is held out.
+        train, validation: None: nothing is held out. Pairs for method dpo.
         max_seq_len: most tokens of a row.
         counts: {reason: how many samples or turns were left out}.
         digest: a hash of all rows.
     """
 
-    train: Rows
-    validation: Rows | None
+    train: Rows | Pairs
+    validation: Rows | Pairs | None
     max_seq_len: int
     counts: Counter[str]
     digest: str
@@ -104,10 +106,16 @@ def load_samples(
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # otherwise blocks would be cut
-    encoded = [
-        encode_examples(part, tokenizer, block=block, template=s.template, tool_form=s.tool_form)
-        for part in (train, held)
-    ]
+    how = {"template": s.template, "tool_form": s.tool_form}
+    pairs: list[list[tuple[Row, Row]]] = []
+    if s.method == "dpo":
+        encoder = ExampleEncoder(tokenizer, **how)
+        pairs = [
+            [encoder.pair(p) for p in part if isinstance(p, Preference)] for part in (train, held)
+        ]
+        encoded = [list(chain(*part)) for part in pairs]
+    else:
+        encoded = [encode_examples(part, tokenizer, block=block, **how) for part in (train, held)]
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
         longest = max(len(row.ids) - 1 for part in encoded for row in part)
@@ -115,6 +123,10 @@ def load_samples(
     elif max_seq_len > context:
         raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")
     options = {"max_seq_len": max_seq_len, "batch_size": s.batch_size, "pad_id": tokenizer.pad_id}
+    if pairs:
+        made = Pairs(pairs[0], accumulate=s.accumulate, seed=s.seed, **options)
+        kept = Pairs(pairs[1], **options) if pairs[1] else None
+        return Samples(made, kept, max_seq_len, counts, _digest(encoded))
     rows = Rows(encoded[0], accumulate=s.accumulate, pack=s.pack, seed=s.seed, **options)
     validation = Rows(encoded[1], pack=s.pack, **options) if encoded[1] else None
     return Samples(rows, validation, max_seq_len, counts, _digest(encoded))
@@ -123,6 +135,15 @@ def load_samples(
 def _check_combination(settings: FinetuneSettings, examples: Sequence[Example]) -> None:
     """Raise a ValueError for an option that the kind of the data makes useless."""
     text = all(isinstance(example, Document) for example in examples)
+    wants_pairs = settings.method == "dpo"
+    for example in examples:
+        if isinstance(example, Preference) != wants_pairs:
+            remedy = (
+                "method dpo needs a chosen and a rejected answer; use method lora"
+                if wants_pairs
+                else "a chosen and a rejected answer are for method dpo"
+            )
+            raise ValueError(f"{example.where}: {remedy}")
     if settings.block is not None and not text:
         raise ValueError("block is for plain text; samples are cut by max_seq_len")
     if settings.pack and text:

@@ -13,14 +13,15 @@ from llama.layers.quantized_linear import check_scheme
 from llama.text.tool_prompt import check_form
 from llama.train.settings import TrainerSettings
 
-METHODS = ("lora", "full", "embeddings")
+METHODS = ("lora", "full", "embeddings", "dpo")
 FORMATS = ("auto", "alpaca", "sharegpt", "messages", "text")
 TEMPLATES = ("auto", "chat", "alpaca")
 LONGEST = 2048  # tokens of a row where max_seq_len is None, at most
 BLOCK = 512  # tokens of a row of plain text
 # Alpaca trained 7B whole with 2e-5; LoRA takes about ten times as much, because B A begins at 0 and
-# moves few directions. Chinese-LLaMA trained embeddings with 2e-4.
-LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "embeddings": 2e-4}
+# moves few directions. Chinese-LLaMA trained embeddings with 2e-4. DPO's paper took 1e-6 for whole
+# models.
+LEARNING_RATES = {"lora": 2e-4, "full": 2e-5, "embeddings": 2e-4, "dpo": 1e-5}
 # Names by Hugging Face of the linears, for messages.
 OTHER_TARGETS = {
     "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo",
@@ -37,7 +38,9 @@ class FinetuneSettings(TrainerSettings):
     """
 
     method: str = option(
-        "lora", "lora (an adapter), full (all weights) or embeddings (only those and the output)"
+        "lora",
+        "lora (an adapter), full (all weights), embeddings (only those and the output) or dpo (an "
+        "adapter, by pairs of a chosen and a rejected answer)",
     )
     format: str = option(
         "auto", "of the data: alpaca, sharegpt, messages, text; by default (auto) by their content"
@@ -54,11 +57,20 @@ class FinetuneSettings(TrainerSettings):
     rslora: bool = option(False, "LoRA: scale by alpha / sqrt(rank), which suits high ranks")
     lora_plus: float = option(1.0, "LoRA: learning rate of B as a multiple of A's; LoRA+ takes 16")
     dora: bool = option(False, "LoRA: also train the length of each row of the weights (DoRA)")
+    beta: float = option(0.1, "DPO: how strongly the model is kept near the base")
     quantize: str | None = option(
         None, "LoRA: int8 or int4, keep the base's weights in 8 or 4 bits (QLoRA)"
     )
     train_embeddings: bool = option(
         False, "LoRA: also train embeddings and output whole, as new tokens need"
+    )
+    embeddings_from: int = option(
+        0,
+        "of embeddings and output train only the rows from this id on, such as the first new id of "
+        "`llama3 extend-vocab`",
+    )
+    embeddings_lr: float = option(
+        1.0, "learning rate of embeddings and output as a multiple of the others'"
     )
     pack: bool = option(False, "fill rows of max_seq_len with several samples each")
     block: int | None = option(None, f"tokens of a row of plain text; by default {BLOCK}")
@@ -98,7 +110,8 @@ class FinetuneSettings(TrainerSettings):
             if getattr(self, name) is not None:
                 self.check(name, int, lambda n: n >= 1, "a positive integer")
         self.check("samples", int, lambda n: n >= 0, "an integer from 0 on")
-        for name in ("epochs", "lora_plus"):
+        self.check("embeddings_from", int, lambda n: n >= 0, "an integer from 0 on")
+        for name in ("epochs", "lora_plus", "embeddings_lr", "beta"):
             self.check(name, float, lambda x: 0 < x < math.inf, "a positive number")
         self.check("val_fraction", float, lambda x: 0 <= x < 1, "a number from 0 to below 1")
         for name in ("rslora", "dora", "train_embeddings", "pack"):
@@ -110,26 +123,40 @@ class FinetuneSettings(TrainerSettings):
 
     def _check_combination(self) -> None:
         """Raise a ValueError for two options that exclude each other, or one without effect."""
-        if self.method == "lora":
+        if self.has_adapter:
             self.lora  # noqa: B018  its checks
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         of_lora = ("rank", "alpha", "dropout", "targets", "rslora", "lora_plus", "dora")
         given = [name for name in of_lora if getattr(self, name) != defaults[name]]
-        if self.method != "lora" and given:
+        if not self.has_adapter and given:
             raise ValueError(f"{given[0]} is for method lora, not {self.method}; leave it out")
-        if self.method != "lora" and self.quantize is not None:
+        if self.method != "dpo" and self.beta != defaults["beta"]:
+            raise ValueError(f"beta is for method dpo, not {self.method}; leave it out")
+        if self.method == "dpo" and (self.pack or self.train_embeddings):
+            name = "pack" if self.pack else "train_embeddings"
+            raise ValueError(f"{name} and method dpo exclude each other; leave {name} out")
+        if not self.has_adapter and self.quantize is not None:
             raise ValueError(
                 f"quantize and method {self.method}: quantized weights cannot be trained; "
                 "use method lora, or leave quantize out"
             )
-        if self.method != "lora" and self.train_embeddings:
+        if not self.has_adapter and self.train_embeddings:
             raise ValueError(
                 f"train_embeddings: method {self.method} trains them anyway; leave it out"
             )
+        if self.embeddings_from and self.method == "lora" and not self.train_embeddings:
+            raise ValueError("embeddings_from needs train_embeddings: LoRA trains no row otherwise")
+        if self.embeddings_from and self.parallel == "fsdp":
+            raise ValueError("embeddings_from: with parallel fsdp all rows are trained; use ddp")
         if self.val_data is not None and self.val_fraction != defaults["val_fraction"]:
             raise ValueError("val_data and val_fraction: give one of them")
         if self.steps is not None and self.epochs != defaults["epochs"]:
             raise ValueError("steps and epochs: give one of them")
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained."""
+        return self.method in ("lora", "dpo")
 
     @property
     def lora(self) -> LoRAConfig:

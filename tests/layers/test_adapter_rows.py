@@ -90,8 +90,8 @@ def test_quantized_bases(scheme: str, kind: type) -> None:
     rows: list[str | None] = ["all", None, "dora", "v1.0 of q, o"]
     with torch.no_grad(), selected(model, rows):
         logits = model(TOKENS)
-    for i, name in enumerate(rows):
-        torch.testing.assert_close(logits[i], wanted[name][i], rtol=0, atol=5e-4)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i], wanted[row][i], rtol=0, atol=5e-4)
 
 
 def test_parts_have_the_models_dtype() -> None:
