@@ -179,6 +179,9 @@ class BuildOptions:
             raise ValueError(
                 "a compiled step runs on one rank; leave compile out, or run one process"
             )
+        names = self.adapters if isinstance(self.adapters, Mapping) else ()
+        if self.adapters is not None and not (names and all(type(n) is str and n for n in names)):
+            raise TypeError(f"adapters must be a dict of names and folders, not {self.adapters!r}")
         if self.adapter is not None and self.adapters:
             raise ValueError("adapter and adapters exclude each other: give all of them a name")
         if self.adapters and self.compile:
