@@ -9,7 +9,6 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,32 +106,27 @@ def load_samples(
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
-    encoded = [_encode(part, s, tokenizer) for part in (train, held)]
+    block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
+    encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
         longest = max(len(row.ids) - 1 for part in encoded for row in part)
         max_seq_len = min(longest, s.block or LONGEST, context)
     elif max_seq_len > context:
         raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")
-    made = [_batched(part, s, max_seq_len, tokenizer.pad_id) for part in encoded if part]
-    validation = made[1] if len(made) > 1 else None
-    return Samples(made[0], validation, max_seq_len, counts, _digest(encoded))
+    rows = _batched(encoded[0], s, max_seq_len, tokenizer.pad_id)
+    held_out = _batched(encoded[1], s, max_seq_len, tokenizer.pad_id) if encoded[1] else None
+    return Samples(rows, held_out, max_seq_len, counts, _digest(encoded))
 
 
 def _encode(
-    examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer
+    examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer, block: int
 ) -> list[Row]:
     """Rows; of preferences chosen and rejected ones by turns."""
-    s = settings
-    if s.method != "dpo":
-        return encode_examples(
-            examples,
-            tokenizer,
-            block=s.block or BLOCK,
-            template=s.template,
-            tool_form=s.tool_form,
-        )
-    encoder = ExampleEncoder(tokenizer, s.template, s.tool_form)
+    template, form = settings.template, settings.tool_form
+    if settings.method != "dpo":
+        return encode_examples(examples, tokenizer, block=block, template=template, tool_form=form)
+    encoder = ExampleEncoder(tokenizer, template, form)
     pairs = [encoder.pair(example) for example in examples if isinstance(example, Preference)]
     return [row for pair in pairs for row in pair]
 
@@ -169,10 +163,6 @@ def _check_combination(settings: FinetuneSettings, examples: Sequence[Example]) 
         raise ValueError("block is for plain text; samples are cut by max_seq_len")
     if settings.pack and text:
         raise ValueError("pack and plain text: its rows are full already; leave pack out")
-    for example in examples:
-        if isinstance(example, Preference) != (settings.method == "dpo"):
-            kind = "pairs of answers need" if settings.method != "dpo" else "only such pairs suit"
-            raise ValueError(f"{example.where}: {kind} --method dpo")
 
 
 def _digest(parts: Sequence[Sequence[Row]]) -> str:

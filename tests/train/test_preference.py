@@ -149,9 +149,7 @@ def test_a_run_prefers_the_chosen_answers(
 ) -> None:
     """From a file of pairs to an adapter that makes chosen answers more probable."""
     base = tiny_checkpoint(vocab_size=512)
-    rows = [
-        {"prompt": f"{i} + 1?", "chosen": str(i + 1), "rejected": "no idea"} for i in range(12)
-    ]
+    rows = [{"prompt": f"{i} + 1?", "chosen": str(i + 1), "rejected": "no idea"} for i in range(12)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     settings = FinetuneSettings(
