@@ -96,6 +96,9 @@ def test_refused(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
         Llama.build(base, adapters={"w": adapters["whole"]})
     with pytest.raises(TypeError, match="adapter must be the path"):
         Llama.build(base, adapter=3)  # type: ignore[arg-type]
+    for wrong in (["a"], {"": adapters["lora"]}, {}, {1: adapters["lora"]}):
+        with pytest.raises(TypeError, match="adapters must be a dict of names and folders"):
+            Llama.build(base, adapters=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is an adapter, not a checkpoint"):
         Llama.build(adapters["lora"])
 

@@ -14,6 +14,7 @@ import torch
 from jsonschema import Draft202012Validator
 
 from llama import Llama, QueueFull, Request, Sampling
+from llama.generation import BuildOptions
 from llama.layers.adapter_rows import add_adapters
 from tests.adapters import random_adapter
 
@@ -214,3 +215,14 @@ def test_every_method_takes_an_adapter(folder: Path, byte_tokenizer_path: Path) 
     for call in (llama.text_completion, llama.score):
         with pytest.raises(ValueError, match="no adapter 'b'; use one of a, or None"):
             call(["Hello"], adapter="b")
+
+
+@pytest.mark.parametrize("adapters", ["a", ["a"], {"": "folder"}, {1: "folder"}])
+def test_adapters_need_names(adapters: Any) -> None:
+    with pytest.raises(TypeError, match=r"adapters must be \{name: folder\}"):
+        BuildOptions(adapters=adapters)
+
+
+def test_adapters_to_choose_from_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match="leave compile out, or build with one adapter="):
+        BuildOptions(adapters={"a": "folder"}, compile=True)

@@ -45,7 +45,7 @@ def check_base(source: Source, settings: FinetuneSettings) -> None:
         return
     scheme = source.quantization[0]
     remedy = "give the original checkpoint"
-    if not settings.has_adapter:
+    if not settings.adapts:
         raise ValueError(
             f"{source.path} is quantized ({scheme}): its weights cannot be trained; {remedy}, or "
             "use --method lora"
@@ -79,7 +79,7 @@ def model_without_weights(
                 return linear if keeps else quantize(name, linear)
 
             replace_modules(model, {nn.Linear: replacement})
-        if settings.has_adapter:
+        if settings.adapts:
             add_lora(model, settings.lora)
     if source.tied and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
@@ -127,7 +127,7 @@ def make_objective(
         ranks.shard(objective, list(model.layers))
         model.to_empty(device=ranks.device)
     load_weights(model, source, ranks)
-    if settings.has_adapter:
+    if settings.adapts:
         for module in lora_modules(model):
             _materialize(module, ranks.device)
         initialize_lora(model, settings.seed)

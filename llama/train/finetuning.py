@@ -1,8 +1,8 @@
 """Fine-tuning: a checkpoint and samples -> an adapter, or a checkpoint. Knows no command line.
 
 OUT/                  the result with the lowest validation loss so far
-  adapter_config.json, adapter_model.safetensors, llama3_adapter.json      of method lora, or
-  params.json, consolidated.00.pth, tokenizer.model, tokenizer.model.json  of the others
+  adapter_config.json, adapter_model.safetensors, llama3_adapter.json (methods lora, dpo), or
+  params.json, consolidated.00.pth, tokenizer.model, tokenizer.model.json (the others)
 and the files of every run; see `state`.
 """
 
@@ -118,7 +118,7 @@ def finetune(
 
 def warn_of_untrained_tokens(base: Base, samples: Samples, settings: FinetuneSettings) -> None:
     """Warn if the rows have tokens that the base does not know and that stay untrained."""
-    if settings.method != "lora" or settings.train_embeddings:
+    if not settings.adapts or settings.train_embeddings:
         return
     source, names = base.source, ["tok_embeddings.weight", "output.weight"]
     stored = names[: 1 if source.tied or source.quantization else 2]
@@ -166,7 +166,7 @@ class Finetuning:
         ranks: DataParallel,
     ):
         self.settings, self.base, self.samples, self.out = settings, base, samples, out
-        self.result_file = out / (WEIGHTS_FILE if settings.has_adapter else CHECKPOINT_FILE)
+        self.result_file = out / (WEIGHTS_FILE if settings.adapts else CHECKPOINT_FILE)
         per_epoch = samples.train.steps_per_epoch(ranks.size)
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
         longest = samples.max_seq_len
@@ -204,7 +204,7 @@ class Finetuning:
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Write the adapter or the checkpoint."""
-        if self.settings.has_adapter:
+        if self.settings.adapts:
             save_adapter(self.out, self.base, self.settings.lora, weights)
         else:
             save_checkpoint(self.out, self.base, weights)
@@ -231,7 +231,7 @@ class Finetuning:
         assert self._objective is not None
         model = model_without_weights(self.base.source, self.args, self.settings)
         state = dict(self._objective.model.state_dict())
-        if self.settings.has_adapter:  # one dtype from the embedding to the output
+        if self.settings.adapts:  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
         optimize(model, exact=True)
@@ -244,13 +244,12 @@ class Finetuning:
         trained, total = trained_share(model, s)
         per_epoch = self.samples.train.steps_per_epoch(ranks)
         rows = s.batch_size * s.accumulate * ranks
-        lora = f"LoRA of rank {s.rank} on {s.targets}"
-        what = {"lora": lora, "dpo": lora, "full": "all weights"}
+        what = {"full": "all weights", "embeddings": "embedding and output"}
         return "\n".join(
             [
                 *self.samples.summary(),
                 f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%}): "
-                f"{what.get(s.method, 'embedding and output')}",
+                f"{what.get(s.method) or f'LoRA of rank {s.rank} on {s.targets}'}",
                 f"{self.steps} updates of up to {rows} rows ({self.steps / per_epoch:.2g} epochs), "
                 f"learning rate {s.peak_lr:g}",
             ]
@@ -265,7 +264,7 @@ class Finetuning:
         if not s.recompute:
             proposals.append("--recompute")
         proposals.append(f"--max_seq_len below {self.args.max_seq_len}")
-        if s.has_adapter and s.quantize != "int4" and not self.base.source.quantization:
+        if s.adapts and s.quantize != "int4" and not self.base.source.quantization:
             proposals.append("--quantize int4")
         if s.method == "full":
             proposals.append("--method lora")

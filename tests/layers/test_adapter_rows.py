@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_refused() -> None:
     name = "layers.1.feed_forward.w2.lora_a"
     cases = [
         ({}, "at least one adapter"),
+        ({"": ADAPTERS["all"]}, "each with a name"),
         ({"x": (config, {**tensors, name: tensors[name][:, 1:]})}, rf"{name} is \(4, 191\)"),
         ({"x": (config, {k: v for k, v in tensors.items() if k != name})}, "w2.lora_a is missing"),
         ({"x": (LoRAConfig(rank=5), tensors)}, r"needs \(5, 64\)"),
