@@ -14,7 +14,7 @@ def resident_bytes(kind: str) -> int:
     """Resident memory in bytes.
 
     Args:
-        kind: "RssAnon", "RssFile" or "RssShmem", see proc(5).
+        kind: "RssAnon", "RssFile", "VmRSS", "VmHWM", ...; see proc(5).
 
     Raises:
         OSError: this system does not report it.
@@ -23,6 +23,21 @@ def resident_bytes(kind: str) -> int:
         if line.startswith(f"{kind}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"this kernel does not report {kind}")
+
+
+def resident() -> int:
+    """All resident memory, in bytes, pages of mapped files included."""
+    return resident_bytes("VmRSS")
+
+
+def high_water_mark() -> int:
+    """The most resident memory so far, in bytes, or since `reset_high_water_mark`."""
+    return resident_bytes("VmHWM")
+
+
+def reset_high_water_mark() -> None:
+    """Let `high_water_mark` begin anew at what is resident now; see proc(5), clear_refs."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def anonymous_bytes() -> int:

@@ -42,7 +42,7 @@ def eval(
 
     Examples:
         llama3 eval --tasks my_task.yaml
-        llama3 eval --tasks arc_easy,hellaswag --limit 200 -m Meta-Llama-3-8B --out results.json
+        llama3 eval --tasks arc_easy,hellaswag --limit 200 -m Meta-Llama-3-8B --out r.json
         llama3 eval --tasks gsm8k --apply_chat_template -m Meta-Llama-3-8B-Instruct
     """
     names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
