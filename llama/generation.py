@@ -179,8 +179,14 @@ class BuildOptions:
             raise ValueError(
                 "a compiled step runs on one rank; leave compile out, or run one process"
             )
+        names = self.adapters if isinstance(self.adapters, Mapping) else ()
+        if self.adapters is not None and not (names and all(type(n) is str and n for n in names)):
+            raise TypeError(f"adapters must be a dict of names and folders, not {self.adapters!r}")
         if self.adapter is not None and self.adapters:
             raise ValueError("adapter and adapters exclude each other: give all of them a name")
+        named = {} if self.adapters is None else self.adapters
+        if not isinstance(named, Mapping) or not all(isinstance(n, str) and n for n in named):
+            raise TypeError(f"adapters must be {{name: folder}}, not {self.adapters!r}")
         if self.adapters and self.compile:
             raise ValueError(
                 "a compiled step has the same weights for every request; leave compile out, or "

@@ -186,10 +186,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
         if missing := [t for t in self.tokens if t not in tokenizer.special_tokens]:
             raise ValueError(f"this vocabulary has no {missing}, which its chat format needs")
-        # Llama 3.1 and later.
-        self.takes_tools = type(self) is ChatFormat and {"<|python_tag|>", "<|eom_id|>"} <= set(
-            tokenizer.special_tokens
-        )
+        of_tools = {"<|python_tag|>", "<|eom_id|>"}  # Llama 3.1 and later
+        self.takes_tools = type(self) is ChatFormat and of_tools <= tokenizer.special_tokens.keys()
         if self.takes_tools:
             self.roles = (*self.roles, "ipython", "tool")
 
@@ -212,11 +210,12 @@ class ChatFormat:
         """A whole turn: header, content, tool calls, end. `<|python_tag|>` comes before code."""
         self.check_message(message)
         special, calls = self.tokenizer.special_tokens, message.get("tool_calls") or []
+        texts = encode_tool_calls(calls, tool_form)
         tokens = self.encode_header(message)
         tokens += self.tokenizer.encode(message["content"].strip(), bos=False, eos=False)
         if len(calls) == 1 and tool_prompt.is_code(calls[0]):
             tokens.append(special["<|python_tag|>"])
-        for text in encode_tool_calls(calls, tool_form):  # each separately, as llama-models does
+        for text in texts:  # each call separately, as llama-models does
             tokens += self.tokenizer.encode(text, bos=False, eos=False)
         waits = message.get("stop_reason") == "end_of_message"
         return [*tokens, special["<|eom_id|>" if waits else "<|eot_id|>"]]

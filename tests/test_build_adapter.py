@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,9 @@ def test_refused(bases: dict[str, Path], adapters: dict[str, Path]) -> None:
         Llama.build(base, adapters={"w": adapters["whole"]})
     with pytest.raises(TypeError, match="adapter must be the path"):
         Llama.build(base, adapter=3)  # type: ignore[arg-type]
+    for wrong in (["a"], {"": adapters["lora"]}, {}, {1: adapters["lora"]}):
+        with pytest.raises(TypeError, match="adapters must be a dict of names and folders"):
+            Llama.build(base, adapters=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is an adapter, not a checkpoint"):
         Llama.build(adapters["lora"])
 
@@ -147,3 +151,22 @@ def test_vocabulary_travels_with_the_adapter(bases: dict[str, Path], tmp_path: P
     (adapter / "tokenizer.model").unlink()
     with pytest.raises(ValueError, match=r"515 rows .* the base 512, and no tokenizer; copy"):
         Llama.build(bases["meta"], adapter=adapter)
+
+
+def test_a_chat_template_travels_with_the_adapter(
+    bases: dict[str, Path], adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    """As trainers of others save it: a tokenizer of Hugging Face beside PEFT's files."""
+    adapter = shutil.copytree(adapters["lora"], tmp_path / "adapter")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(bases["hf"] / name, adapter)
+    settings = json.loads((adapter / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+    (adapter / "tokenizer_config.json").write_text(json.dumps(settings))
+    llama = Llama.build(bases["meta"], adapter=adapter, max_seq_len=16, dtype="fp32")
+    assert llama.formatter is not None
+    ids = llama.formatter.encode_dialog_prompt([{"role": "user", "content": "hi"}])
+    assert llama.tokenizer.decode(ids) == "<hi>"
+    (adapter / "tokenizer.json").write_text('{"model": {"type": "Unigram"}}')
+    with pytest.warns(UserWarning, match="a Unigram, not a BPE.* The base's tokenizer is used"):
+        Llama.build(bases["meta"], adapter=adapter, max_seq_len=16, dtype="fp32")

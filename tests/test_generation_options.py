@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from collections.abc import Callable
@@ -13,6 +14,9 @@ import torch
 from jsonschema import Draft202012Validator
 
 from llama import Llama, QueueFull, Request, Sampling
+from llama.generation import BuildOptions
+from llama.layers.adapter_rows import add_adapters
+from tests.adapters import random_adapter
 
 Tiny = Callable[..., Path]
 SCHEMA = {
@@ -182,3 +186,43 @@ def test_what_cannot_be_asked_for(tiny: Llama) -> None:
         tiny.text_completion(["x"], logit_bias={200000: 1})
     with pytest.raises(TypeError, match="seed"):
         tiny.generate([[1]], 1, n=2, seed=2**64 - 1)
+
+
+def test_every_method_takes_an_adapter(folder: Path, byte_tokenizer_path: Path) -> None:
+    """The adapter's answers differ from the base's, and are the same by every method."""
+    llama = Llama.build(folder, byte_tokenizer_path, 96, 2, device="cpu", dtype=torch.float32)
+    add_adapters(llama.model, {"a": random_adapter(1, llama.model.params, rank=2, alpha=2.0)})
+    more: Any = {"temperature": 0.0, "max_gen_len": 12, "adapter": "a"}
+    [whole] = llama.text_completion(["Hello"], **more)
+    [base] = llama.text_completion(["Hello"], **more | {"adapter": None})
+    assert whole["generation"] != base["generation"]
+    prompt = llama.tokenizer.encode("Hello", bos=True, eos=False)
+    [ids], scores = llama.generate([prompt], logprobs=True, echo=True, **more)
+    assert llama.tokenizer.decode(ids[len(prompt) :]) == whole["generation"] and scores is not None
+    stream = llama.text_stream("Hello", **more)
+    assert "".join(piece.text for piece in stream) == whole["generation"]
+
+    async def read() -> str:
+        return "".join([piece.text async for piece in llama.text_stream_async("Hello", **more)])
+
+    assert asyncio.run(read()) == whole["generation"]
+    [scored], [plain] = llama.score(["Hello"], adapter="a"), llama.score(["Hello"])
+    logprobs: list[Any] = scored["logprobs"]
+    assert logprobs[1:] == pytest.approx(scores[0][1 : len(prompt)], abs=1e-4)
+    assert logprobs != plain["logprobs"]
+    nats = llama.perplexity("Hello", adapter="a").nats
+    assert nats == pytest.approx(-sum(logprobs[1:]), abs=1e-4)
+    for call in (llama.text_completion, llama.score):
+        with pytest.raises(ValueError, match="no adapter 'b'; use one of a, or None"):
+            call(["Hello"], adapter="b")
+
+
+@pytest.mark.parametrize("adapters", ["a", ["a"], {"": "folder"}, {1: "folder"}])
+def test_adapters_need_names(adapters: Any) -> None:
+    with pytest.raises(TypeError, match=r"adapters must be \{name: folder\}"):
+        BuildOptions(adapters=adapters)
+
+
+def test_adapters_to_choose_from_are_not_compiled() -> None:
+    with pytest.raises(ValueError, match="leave compile out, or build with one adapter="):
+        BuildOptions(adapters={"a": "folder"}, compile=True)

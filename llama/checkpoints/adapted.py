@@ -17,7 +17,6 @@ from torch import Tensor
 from llama.checkpoints.adapter import (
     Adapter,
     attach_adapter,
-    describe_adapter,
     equal_halves,
     read_adapter,
 )
@@ -61,7 +60,14 @@ class Adapters:
 
 
 def _line(adapter: Adapter) -> str:
-    return f"{adapter.path}: {describe_adapter(adapter)}"
+    """Folder, method, rank, targets, number of parameters."""
+    config, tensors = adapter.config, (adapter.weights | adapter.whole).values()
+    whole = "".join(f", {name.removesuffix('.weight')} whole" for name in adapter.whole)
+    return (
+        f"{adapter.path}: {'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, "
+        f"alpha {config.alpha:g}, on {', '.join(config.targets)}{whole}: "
+        f"{sum(w.numel() for w in tensors):,} parameters"
+    )
 
 
 def open_adapted(

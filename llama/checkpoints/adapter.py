@@ -6,6 +6,7 @@ Knows what belongs to which base; `formats/peft` knows the files, `layers/lora` 
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llama.checkpoints.download import hub_name
 from llama.checkpoints.formats.hf_tokenizer_import import is_rank_file, read_vocabulary
 from llama.checkpoints.formats.peft import CONFIG_FILE as CONFIG_FILE
 from llama.checkpoints.formats.peft import (
     WEIGHTS_FILE,
     PeftConfig,
-    adapter_shapes,
     in_meta_order,
     read_peft_config,
     read_tensors,
@@ -60,16 +61,6 @@ class Adapter:
     vocabulary: Vocabulary | None = None
 
 
-def describe_adapter(adapter: Adapter) -> str:
-    """One line: method, rank, targets, number of parameters."""
-    config, tensors = adapter.config, (adapter.weights | adapter.whole).values()
-    whole = "".join(f", {name.removesuffix('.weight')} whole" for name in adapter.whole)
-    return (
-        f"{'DoRA' if config.dora else 'LoRA'} of rank {config.rank}, alpha {config.alpha:g}, on "
-        f"{', '.join(config.targets)}{whole}: {sum(w.numel() for w in tensors):,} parameters"
-    )
-
-
 def is_adapter(path: str | Path) -> bool:
     """Whether `path` is a folder with an adapter and no checkpoint."""
     folder = Path(path)
@@ -85,10 +76,11 @@ def adapter_folder(path: str | Path) -> Path:
     """
     if not isinstance(path, (str, Path)) or not str(path):
         raise TypeError(f"adapter must be the path of an adapter's folder, not {path!r}")
-    folder = expand(path)
+    name, folder = hub_name(str(path)), expand(path)
     if not folder.is_dir():
+        hub = f", or download it first: llama3 download {name}" if name is not None else ""
         raise FileNotFoundError(
-            f"no adapter at {folder}; give the folder that contains its {CONFIG_FILE}"
+            f"no adapter at {folder}; give the folder that contains its {CONFIG_FILE}{hub}"
         )
     if (folder / "snapshots").is_dir():  # a repository in Hugging Face's cache
         folder = checkpoint_folder(folder)
@@ -131,20 +123,28 @@ def read_adapter(path: str | Path, source: Source) -> Adapter:
         check_base(folder, source)
         if peft.tied and source.tied and "tok_embeddings.weight" in whole:
             whole.setdefault("output.weight", whole["tok_embeddings.weight"])
-        vocabulary = read_adapter_vocabulary(folder)
-        rows = {len(w) for w in whole.values()} or {args.vocab_size}
-        if (len(rows) > 1 or len(whole) == 1) and rows != {args.vocab_size}:
-            raise ValueError(
-                f"{folder} has an embedding and an output of different sizes; train both: "
-                "modules_to_save embed_tokens and lm_head"
-            )
-        if rows != {args.vocab_size} and vocabulary is None:
-            raise ValueError(
-                f"{folder} has {min(rows)} rows of embeddings, the base {args.vocab_size}, and no "
-                "tokenizer; copy the tokenizer that it was trained with beside it"
-            )
+        vocabulary = _vocabulary(folder, whole, args.vocab_size)
     weights = {name: w for name, w in tensors.items() if name not in whole}
     return Adapter(folder, peft.lora, weights, whole, vocabulary)
+
+
+def adapter_shapes(
+    config: LoRAConfig, whole: Mapping[str, int], args: ModelArgs
+) -> dict[str, tuple[int, ...]]:
+    """{name: shape} of an adapter's tensors, under Meta's names.
+
+    Args:
+        whole: {name of a weight that was trained whole: its rows}.
+    """
+    shapes: dict[str, tuple[int, ...]] = {name: (rows, args.dim) for name, rows in whole.items()}
+    for weight, shape in weight_shapes(args).items():
+        linear = weight.removesuffix(".weight")
+        if linear.rpartition(".")[2] in config.targets:
+            shapes[f"{linear}.lora_a"] = (config.rank, shape[1])
+            shapes[f"{linear}.lora_b"] = (shape[0], config.rank)
+            if config.dora:
+                shapes[f"{linear}.lora_magnitude"] = (shape[0],)
+    return shapes
 
 
 def _check_tensors(
@@ -166,6 +166,33 @@ def _check_tensors(
             f"{e}. Give the base that the adapter was trained on; if it is this one, get or save "
             "the adapter again"
         ) from None
+
+
+def _vocabulary(folder: Path, whole: Mapping[str, Tensor], base_rows: int) -> Vocabulary | None:
+    """`read_adapter_vocabulary`, checked against the rows of the embedding and the output.
+
+    Raises:
+        ValueError: there are other rows than the base's, and no tokenizer for them.
+    """
+    rows = {len(w) for w in whole.values()} or {base_rows}
+    if (len(rows) > 1 or len(whole) == 1) and rows != {base_rows}:
+        raise ValueError(
+            f"{folder} has an embedding and an output of different sizes; train both: "
+            "modules_to_save embed_tokens and lm_head"
+        )
+    try:
+        vocabulary = read_adapter_vocabulary(folder)
+    except ValueError as e:
+        if rows != {base_rows}:
+            raise
+        warnings.warn(f"{e}. The base's tokenizer is used instead", stacklevel=3)
+        return None
+    if rows != {base_rows} and vocabulary is None:
+        raise ValueError(
+            f"{folder} has {min(rows)} rows of embeddings, the base {base_rows}, and no "
+            "tokenizer; copy the tokenizer that it was trained with beside it"
+        )
+    return vocabulary
 
 
 def read_adapter_vocabulary(folder: Path) -> Vocabulary | None:

@@ -93,7 +93,7 @@ def _missing(peft: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
     parts = ("lora_a", "lora_b", *["lora_magnitude"] * peft.lora.dora)
     names = [
         f"layers.{layer}.{_block(target)}.{target}.{part}"
-        for layer in range(max(_layers(tensors), 1))
+        for layer in range(max(min(_layers(tensors), len(tensors)), 1))
         for target in peft.lora.targets
         for part in parts
     ]

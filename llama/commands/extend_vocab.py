@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated
 
 from llama.commands.checkpoints import CHECKPOINT
@@ -12,7 +13,7 @@ from llama.commands.terminal import print_report
 def extend_vocab(
     base: Annotated[str, CHECKPOINT],
     *,
-    data: Annotated[str, "a text file, or a folder of .txt and .md files"],
+    data: Annotated[list[str], "a text file, or a folder of .txt and .md files; may be repeated"],
     tokens: Annotated[int, "how many new tokens to learn"],
     out: Annotated[str, "the folder to write"],
     scripts: Annotated[
@@ -41,5 +42,8 @@ def extend_vocab(
     print_report(
         f"{done.path}: {len(done.tokens):,} new tokens, ids {first} to {last}\n"
         f"the text takes {done.before:,} -> {done.after:,} tokens, "
-        f"{done.before / n:.2f} -> {done.after / n:.2f} a character"
+        f"{done.before / n:.2f} -> {done.after / n:.2f} a character\n"
+        "train the new rows next:\n"
+        f"  llama3 finetune -m {shlex.quote(out)} --data {shlex.quote(data[0])} --format text "
+        f"--method embeddings --embeddings_from {first} --out {shlex.quote(out + '-trained')}"
     )

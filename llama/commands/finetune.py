@@ -77,7 +77,7 @@ def finetune(
 def next_commands(ckpt_dir: str | None, out: str, settings: FinetuneSettings) -> str:
     """What to do with the result, as lines to type."""
     result = shlex.quote(out)
-    if settings.method != "lora":
+    if not settings.adapts:
         return f"try it:\n  llama3 chat -m {result}\n  llama3 serve -m {result}"
     base = "" if ckpt_dir is None else f" -m {shlex.quote(ckpt_dir)}"
     quantize = "" if settings.quantize is None else f" --quantize {settings.quantize}"

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-from llama.checkpoints.adapter import CONFIG_FILE, adapter_folder
-from llama.checkpoints.formats.peft import read_peft_config
+from llama.checkpoints.adapter import adapter_folder
+from llama.checkpoints.formats.peft import CONFIG_FILE, read_peft_config
 from llama.commands.model import CheckpointFlags, open_model
 from llama.commands.options import Only
 from llama.engine.sampling import Sampling
@@ -37,7 +37,7 @@ def serve(
     Examples:
         llama3 serve
         llama3 serve -m Meta-Llama-3-8B-Instruct --max_batch_size 16 --quantize int8
-        llama3 serve -m Llama-3.2-1B-Instruct --adapter sql=adapters/sql --adapter adapters/law
+        llama3 serve -m Llama-3.2-1B --adapter sql=adapters/1 --adapter law=adapters/2
         LLAMA3_API_KEY=secret llama3 serve --host 0.0.0.0 --allowed_hosts llama.example.org
     """
     from llama.server.serve import serve as run_server

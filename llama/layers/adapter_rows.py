@@ -174,8 +174,8 @@ def add_adapters(model: Transformer, adapters: Adapters) -> AdapterRows:
     """
     if adapters_of(model) is not None:
         raise ValueError("this model has adapters already; build it anew with all of them")
-    if not adapters or "" in adapters:
-        raise ValueError("give at least one adapter, each with a name")
+    if not adapters or not all(isinstance(name, str) and name for name in adapters):
+        raise ValueError(f"give at least one adapter, each with a name, not {list(adapters)}")
     chosen = AdapterRows(list(adapters), model)
     wanted: dict[str, list[str]] = {}  # {linear: the adapters that it has}
     for name, (config, tensors) in adapters.items():

@@ -13,14 +13,14 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.distributed.sharding import Sizes, rank_part, shard_dim
 from llama.distributed.tensor_parallel import reduce_from_ranks
-from llama.layers import kernels
 from llama.layers.lora_config import TARGETS as TARGETS
 from llama.layers.lora_config import LoRAConfig as LoRAConfig
+from llama.layers.low_rank import adapted_linear, has_fused_gradient
+from llama.layers.low_rank import add_low_rank as add_low_rank
 from llama.layers.quantized_linear import row_squares
 from llama.layers.replace import replace_modules
 
@@ -69,21 +69,25 @@ class LoRALinear(nn.Module):
         self._ratio: Tensor | None = None  # of evaluation mode
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapt(self.base(x), x)
+        if not self.enabled or not has_fused_gradient(x, self.base):
+            return self.adapt(self.base(x), x)
+        dropped, scale = self._dropped(x)
+        y = adapted_linear(x, dropped, self.lora_a, self.lora_b, scale, self.base)
+        return self._rescaled(y, x.dtype)
 
     def adapt(self, y: Tensor, x: Tensor) -> Tensor:
         """The outputs (..., N) for inputs x (..., K), given the base's outputs y."""
         if not self.enabled:
             return y
-        scale = self.config.scale
-        inputs = x
-        if self.training and self.config.dropout:
-            inputs = x * self._kept(x)
-            scale /= 1 - self.config.dropout
-        y = add_low_rank(y, inputs, self.lora_a, self.lora_b, scale)
-        if self.lora_magnitude is not None:
-            y = (y * self._magnitude_ratio(x.dtype)).to(y.dtype)
-        return y
+        dropped, scale = self._dropped(x)
+        inputs = x if dropped is None else dropped
+        return self._rescaled(add_low_rank(y, inputs, self.lora_a, self.lora_b, scale), x.dtype)
+
+    def _dropped(self, x: Tensor) -> tuple[Tensor | None, float]:
+        """x with dropout, None where there is none; and the scale that belongs to it."""
+        if not self.training or not self.config.dropout:
+            return None, self.config.scale
+        return x * self._kept(x), self.config.scale / (1 - self.config.dropout)
 
     def _kept(self, x: Tensor) -> Tensor:
         """Booleans like x: the inputs that dropout keeps."""
@@ -93,14 +97,21 @@ class LoRALinear(nn.Module):
         kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         return kept.bernoulli_(1 - self.config.dropout, generator=generator)
 
+    def _rescaled(self, y: Tensor, dtype: torch.dtype) -> Tensor:
+        """With DoRA, y times m / |V| of each row."""
+        if self.lora_magnitude is None:
+            return y
+        return (y * self._magnitude_ratio(dtype)).to(y.dtype)
+
     def _magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
         """m / |V| of each row, (N,); in evaluation mode computed once."""
         assert self.lora_magnitude is not None
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return self.lora_magnitude / self.row_norms(dtype)
-        if self._ratio is None:
-            self._ratio = self.lora_magnitude / self.row_norms(dtype)
-        return self._ratio
+        if self._ratio is not None and not torch.is_grad_enabled():
+            return self._ratio
+        ratio = self.lora_magnitude / self.row_norms(dtype)
+        if not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            self._ratio = ratio
+        return ratio
 
     @torch.no_grad()
     def row_norms(self, dtype: torch.dtype) -> Tensor:
@@ -137,31 +148,6 @@ class LoRALinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.config.rank}, scale={self.config.scale:g}"
-
-
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale * x A^T B^T, in y's dtype. Without gradients, y itself is changed.
-
-    Args:
-        y, x, a, b: (..., N), (..., K), (r, K), (N, r).
-    """
-    x = x.to(y.dtype)
-    h = _matmul(x, a)  # (..., r)
-    if kernels.is_fastest_with(h, b) and not torch.is_grad_enabled():
-        return y.add_(kernels.linear(h, b), alpha=scale)
-    rows, h = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-    weight = b.to(y.dtype).t()
-    if torch.is_grad_enabled():
-        return torch.addmm(rows, h, weight, alpha=scale).view(y.shape)
-    return rows.addmm_(h, weight, alpha=scale).view(y.shape)
-
-
-def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    """F.linear(x, w) in x's dtype; the CPU kernel takes w as it is."""
-    if kernels.is_fastest_with(x, w):
-        y: Tensor = torch.ops.llama3.linear(x, w)
-        return y
-    return F.linear(x, w.to(x.dtype))
 
 
 def lora_modules(model: nn.Module) -> Iterator[LoRALinear]:

@@ -80,7 +80,7 @@ class ExampleEncoder:
         """One row; more if a later prompt does not begin with the ids before it.
 
         Raises:
-            TypeError, ValueError: the format has no such message; the message names the row.
+            ValueError: the format has no such message; the error names the row.
         """
         try:
             if self.chat is None:
@@ -94,13 +94,13 @@ class ExampleEncoder:
                 example = Conversation(example.where, dialog)
             return self._dialog_rows(example)
         except (TypeError, ValueError) as e:
-            raise type(e)(f"{example.where}: {e}") from None
+            raise ValueError(f"{example.where}: {e}") from None
 
     def pair(self, example: Preference) -> tuple[Row, Row]:
         """Rows with the chosen and the rejected answer; only these answers are trained.
 
         Raises:
-            TypeError, ValueError: as `rows`.
+            ValueError: as `rows`.
         """
         chosen, rejected = (
             self.rows(
@@ -234,7 +234,7 @@ def encode_examples(
         template, tool_form: see `ExampleEncoder`.
 
     Raises:
-        TypeError, ValueError: as `ExampleEncoder.rows` and `encode_documents`.
+        ValueError: as `ExampleEncoder.rows` and `encode_documents`.
     """
     documents = [example for example in examples if isinstance(example, Document)]
     if documents and len(documents) == len(examples):

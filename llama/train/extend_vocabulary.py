@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Extension(NamedTuple):
 
 def extend_vocabulary(
     base: str | Path,
-    data: str | Path,
+    data: Sequence[str | Path],
     out: str | Path,
     n: int,
     *,
@@ -48,7 +48,7 @@ def extend_vocabulary(
 
     Args:
         base: a checkpoint of any layout, not quantized.
-        data: a text file, or a folder of .txt and .md files.
+        data: text files, or folders of .txt and .md files.
         scripts: see `Scripts`.
         to: "meta" or "hf": the layout of `out`; None: Hugging Face's for a base in it, else Meta's.
 
@@ -75,7 +75,7 @@ def extend_vocabulary(
             f"{base} has {source.n_shards} shards, and {first_id + n} tokens cannot be split over "
             f"them: ask for {n + -(first_id + n) % source.n_shards} tokens, or write --to hf"
         )
-    texts = list(Corpus(data, 0, 0).texts())
+    texts = [text for path in data for text in Corpus(path, 0, 0).texts()]
     before = sum(len(tokenizer.encode(text, bos=False)) for text in texts)
     tokens = learn_tokens(tokenizer, texts, n, chosen, first_id=first_id)
     extended = ExtendedSource(source, tokens)

@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from llama.tokenizer import Tokenizer
-from llama.train.encoding import encode_examples
+from llama.train.encoding import ExampleEncoder, encode_examples
 from llama.train.example_files import read_examples
-from llama.train.examples import Document, Example, split_examples
+from llama.train.examples import Document, Example, Preference, split_examples
 from llama.train.finetune_settings import BLOCK, LONGEST, FinetuneSettings
+from llama.train.preference import Pairs
 from llama.train.rows import Row, Rows
 
 TEXT_PROMPT = 32  # tokens of plain text that a sample continues
@@ -36,21 +37,22 @@ class Samples:
     """The data of a run.
 
     Attributes:
-        train, validation: None: nothing is held out.
+        train, validation: None: nothing is held out. Pairs for method dpo.
         max_seq_len: most tokens of a row.
         counts: {reason: how many samples or turns were left out}.
         digest: a hash of all rows.
     """
 
-    train: Rows
-    validation: Rows | None
+    train: Rows | Pairs
+    validation: Rows | Pairs | None
     max_seq_len: int
     counts: Counter[str]
     digest: str
 
     def answers(self, count: int) -> list[Answer]:
         """`count` prompts of held-out rows, spread evenly, with their first answers."""
-        rows = self.validation.rows if self.validation is not None else self.train.rows
+        held = self.validation if self.validation is not None else self.train
+        rows = held.rows[:: 2 if isinstance(held, Pairs) else 1]  # chosen answers
         chosen = np.linspace(0, len(rows) - 1, min(count, len(rows)), dtype=int)
         return [first_answer(rows[i]) for i in chosen]
 
@@ -71,7 +73,8 @@ class Samples:
         if cut:
             counts[f"cut to {self.max_seq_len} tokens"] = cut
         if dropped:
-            counts[f"dropped: no answer begins within {self.max_seq_len} tokens"] = dropped
+            why = "a pair is longer than" if isinstance(train, Pairs) else "no answer begins within"
+            counts[f"dropped: {why} {self.max_seq_len} tokens"] = dropped
         return lines + [f"{count:,} {reason}" for reason, count in counts.items()]
 
 
@@ -103,26 +106,59 @@ def load_samples(
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
-    block = min(s.block or BLOCK, s.max_seq_len or context)  # otherwise blocks would be cut
-    encoded = [
-        encode_examples(part, tokenizer, block=block, template=s.template, tool_form=s.tool_form)
-        for part in (train, held)
-    ]
+    block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
+    encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
         longest = max(len(row.ids) - 1 for part in encoded for row in part)
         max_seq_len = min(longest, s.block or LONGEST, context)
     elif max_seq_len > context:
         raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")
-    options = {"max_seq_len": max_seq_len, "batch_size": s.batch_size, "pad_id": tokenizer.pad_id}
-    rows = Rows(encoded[0], accumulate=s.accumulate, pack=s.pack, seed=s.seed, **options)
-    validation = Rows(encoded[1], pack=s.pack, **options) if encoded[1] else None
-    return Samples(rows, validation, max_seq_len, counts, _digest(encoded))
+    rows = _batched(encoded[0], s, max_seq_len, tokenizer.pad_id)
+    held_out = _batched(encoded[1], s, max_seq_len, tokenizer.pad_id) if encoded[1] else None
+    return Samples(rows, held_out, max_seq_len, counts, _digest(encoded))
+
+
+def _encode(
+    examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer, block: int
+) -> list[Row]:
+    """Rows; of preferences chosen and rejected ones by turns."""
+    template, form = settings.template, settings.tool_form
+    if settings.method != "dpo":
+        return encode_examples(examples, tokenizer, block=block, template=template, tool_form=form)
+    encoder = ExampleEncoder(tokenizer, template, form)
+    pairs = [encoder.pair(example) for example in examples if isinstance(example, Preference)]
+    return [row for pair in pairs for row in pair]
+
+
+def _batched(
+    rows: Sequence[Row], settings: FinetuneSettings, max_seq_len: int, pad_id: int
+) -> Rows | Pairs:
+    s = settings
+    common: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "batch_size": s.batch_size,
+        "accumulate": s.accumulate,
+        "seed": s.seed,
+        "pad_id": pad_id,
+    }
+    if s.method == "dpo":
+        return Pairs(list(zip(rows[::2], rows[1::2], strict=True)), **common)
+    return Rows(rows, pack=s.pack, **common)
 
 
 def _check_combination(settings: FinetuneSettings, examples: Sequence[Example]) -> None:
     """Raise a ValueError for an option that the kind of the data makes useless."""
     text = all(isinstance(example, Document) for example in examples)
+    wants_pairs = settings.method == "dpo"
+    for example in examples:
+        if isinstance(example, Preference) != wants_pairs:
+            remedy = (
+                "method dpo needs a chosen and a rejected answer; use method lora"
+                if wants_pairs
+                else "a chosen and a rejected answer are for method dpo"
+            )
+            raise ValueError(f"{example.where}: {remedy}")
     if settings.block is not None and not text:
         raise ValueError("block is for plain text; samples are cut by max_seq_len")
     if settings.pack and text:

@@ -23,7 +23,6 @@ from llama.layers.lora import (
     add_lora,
     initialize_lora,
     lora_modules,
-    set_dropout_key,
 )
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import replace_modules
@@ -31,15 +30,9 @@ from llama.model import ModelArgs, Transformer
 from llama.train.data_parallel import DataParallel
 from llama.train.finetune_settings import FinetuneSettings
 from llama.train.objective import Objective, prepare_model
+from llama.train.preference import PreferenceObjective
 
 GROUP = 32  # inputs of an int4 weight that share a scale
-
-
-class FinetuneObjective(Objective):
-    """The loss of a model with or without adapters."""
-
-    def begin(self, step: int, part: int) -> None:
-        set_dropout_key(self.model, self.seed, step, part)
 
 
 def check_base(source: Source, settings: FinetuneSettings) -> None:
@@ -52,7 +45,7 @@ def check_base(source: Source, settings: FinetuneSettings) -> None:
         return
     scheme = source.quantization[0]
     remedy = "give the original checkpoint"
-    if settings.method != "lora":
+    if not settings.adapts:
         raise ValueError(
             f"{source.path} is quantized ({scheme}): its weights cannot be trained; {remedy}, or "
             "use --method lora"
@@ -86,7 +79,7 @@ def model_without_weights(
                 return linear if keeps else quantize(name, linear)
 
             replace_modules(model, {nn.Linear: replacement})
-        if settings.method == "lora":
+        if settings.adapts:
             add_lora(model, settings.lora)
     if source.tied and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
@@ -116,7 +109,7 @@ def make_objective(
     settings: FinetuneSettings,
     ranks: DataParallel,
     dtype: torch.dtype,
-) -> FinetuneObjective:
+) -> Objective:
     """The objective on this rank's device; with FSDP, this rank's shard of it.
 
     Trained weights are fp32, frozen ones `dtype`.
@@ -127,16 +120,39 @@ def make_objective(
         kind = torch.float32 if is_trained(name, settings) else dtype
         parameter.data = parameter.data.to(kind)
         parameter.requires_grad_(is_trained(name, settings))
-    objective = FinetuneObjective(model, settings.seed)
+    objective = Objective(model, settings.seed)
+    if settings.method == "dpo":
+        objective = PreferenceObjective(model, settings.seed, settings.beta)
     if ranks.kind == "fsdp":
         ranks.shard(objective, list(model.layers))
         model.to_empty(device=ranks.device)
     load_weights(model, source, ranks)
-    if settings.method == "lora":
+    if settings.adapts:
         for module in lora_modules(model):
             _materialize(module, ranks.device)
         initialize_lora(model, settings.seed)
+    if settings.embeddings_from:
+        train_rows_from(model, settings.embeddings_from)
     return objective
+
+
+def train_rows_from(model: Transformer, first: int) -> None:
+    """Let training change only the rows of embedding and output from `first` on.
+
+    The others get a gradient of 0, which AdamW without weight decay takes for no change.
+
+    Raises:
+        ValueError: there is no row `first`.
+    """
+    if first >= model.vocab_size:
+        raise ValueError(f"embeddings_from {first}: the rows are 0 to {model.vocab_size - 1}")
+
+    def only_new(gradient: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(gradient[:first]), gradient[first:]])
+
+    for weight in {model.tok_embeddings.weight, model.output.weight}:
+        if weight.requires_grad:
+            weight.register_hook(only_new)
 
 
 @torch.no_grad()

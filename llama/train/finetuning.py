@@ -1,14 +1,15 @@
 """Fine-tuning: a checkpoint and samples -> an adapter, or a checkpoint. Knows no command line.
 
 OUT/                  the result with the lowest validation loss so far
-  adapter_config.json, adapter_model.safetensors, llama3_adapter.json      of method lora, or
-  params.json, consolidated.00.pth, tokenizer.model, tokenizer.model.json  of the others
+  adapter_config.json, adapter_model.safetensors, llama3_adapter.json (methods lora, dpo), or
+  params.json, consolidated.00.pth, tokenizer.model, tokenizer.model.json (the others)
 and the files of every run; see `state`.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from llama.train.optimizer import parameter_groups
 from llama.train.report import check_tensorboard
 from llama.train.show_rows import show
 from llama.train.state import check_resumable, record_settings, refuse_existing
+from llama.train.untrained_tokens import untrained_warning
 
 SAMPLE_LENGTH = 256  # most tokens of an answer that is printed
 
@@ -105,12 +107,24 @@ def finetune(
         )
     if ranks.rank == 0:
         say(summary)
+        warn_of_untrained_tokens(base, samples, settings)
     try:
         return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
     except RuntimeError as e:
         if not is_out_of_memory(e):
             raise
         raise MemoryError(f"{ranks.device} has too little memory; {task.remedy()}") from None
+
+
+def warn_of_untrained_tokens(base: Base, samples: Samples, settings: FinetuneSettings) -> None:
+    """Warn if the rows have tokens that the base does not know and that stay untrained."""
+    if not settings.adapts or settings.train_embeddings:
+        return
+    source, names = base.source, ["tok_embeddings.weight", "output.weight"]
+    stored = names[: 1 if source.tied or source.quantization else 2]
+    weights = [source.read(name) for name in stored]
+    if warning := untrained_warning(samples.train.rows, base.tokenizer, weights):
+        warnings.warn(warning, stacklevel=3)
 
 
 def show_rows(
@@ -152,7 +166,7 @@ class Finetuning:
         ranks: DataParallel,
     ):
         self.settings, self.base, self.samples, self.out = settings, base, samples, out
-        self.result_file = out / (WEIGHTS_FILE if settings.method == "lora" else CHECKPOINT_FILE)
+        self.result_file = out / (WEIGHTS_FILE if settings.adapts else CHECKPOINT_FILE)
         per_epoch = samples.train.steps_per_epoch(ranks.size)
         self.steps = settings.steps or max(1, math.ceil(settings.epochs * per_epoch))
         longest = samples.max_seq_len
@@ -171,7 +185,9 @@ class Finetuning:
 
     def parameter_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """The trained parameters; LoRA+ (arXiv:2402.12354) gives B a learning rate of its own."""
-        return parameter_groups(objective, self.settings, {"lora_b": self.settings.lora_plus})
+        scales = {"lora_b": self.settings.lora_plus}
+        scales |= dict.fromkeys(VOCABULARY, self.settings.embeddings_lr)
+        return parameter_groups(objective, self.settings, scales)
 
     def batches(self, step: int, rank: int, ranks: int) -> list[Batch]:
         """Rows of an epoch; the longest are in the first update."""
@@ -188,7 +204,7 @@ class Finetuning:
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Write the adapter or the checkpoint."""
-        if self.settings.method == "lora":
+        if self.settings.adapts:
             save_adapter(self.out, self.base, self.settings.lora, weights)
         else:
             save_checkpoint(self.out, self.base, weights)
@@ -215,7 +231,7 @@ class Finetuning:
         assert self._objective is not None
         model = model_without_weights(self.base.source, self.args, self.settings)
         state = dict(self._objective.model.state_dict())
-        if self.settings.method == "lora":  # one dtype from the embedding to the output
+        if self.settings.adapts:  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
         optimize(model, exact=True)
@@ -228,12 +244,12 @@ class Finetuning:
         trained, total = trained_share(model, s)
         per_epoch = self.samples.train.steps_per_epoch(ranks)
         rows = s.batch_size * s.accumulate * ranks
-        what = {"lora": f"LoRA of rank {s.rank} on {s.targets}", "full": "all weights"}
+        what = {"full": "all weights", "embeddings": "embedding and output"}
         return "\n".join(
             [
                 *self.samples.summary(),
                 f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%}): "
-                f"{what.get(s.method, 'embedding and output')}",
+                f"{what.get(s.method) or f'LoRA of rank {s.rank} on {s.targets}'}",
                 f"{self.steps} updates of up to {rows} rows ({self.steps / per_epoch:.2g} epochs), "
                 f"learning rate {s.peak_lr:g}",
             ]
@@ -248,7 +264,7 @@ class Finetuning:
         if not s.recompute:
             proposals.append("--recompute")
         proposals.append(f"--max_seq_len below {self.args.max_seq_len}")
-        if s.method == "lora" and s.quantize != "int4" and not self.base.source.quantization:
+        if s.adapts and s.quantize != "int4" and not self.base.source.quantization:
             proposals.append("--quantize int4")
         if s.method == "full":
             proposals.append("--method lora")

@@ -31,20 +31,22 @@ def target_loss(output: nn.Module, hidden: Tensor, targets: Tensor, chunk: int) 
         hidden, flat = hidden.index_select(0, index), flat.index_select(0, index)
     if not torch.is_grad_enabled():
         parts = zip(hidden.split(chunk), flat.split(chunk), strict=True)
-        return torch.stack([nats_and_scores(output(h), y)[0] for h, y in parts]).sum()
+        return torch.stack([nats_and_p(output(h), y)[0] for h, y in parts]).sum()
     trained = [w for w in output.parameters() if w.requires_grad]
     loss: Tensor = _TargetLoss.apply(output, chunk, flat, hidden, *trained)  # type: ignore[no-untyped-call]
     return loss
 
 
-def nats_and_scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum of -log p(target), and log p of every id (n, V), both fp32.
+def nats_and_p(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of -log p(target), and p of every id (n, V), both fp32.
 
     The logits may be overwritten.
     """
-    scores = logits.detach().float()
-    scores -= scores.logsumexp(-1, keepdim=True)
-    return -scores.gather(1, targets.unsqueeze(1)).sum(), scores
+    p = logits.detach().float()
+    p -= p.amax(-1, keepdim=True)
+    of_targets = p.gather(1, targets.unsqueeze(1))
+    total = p.exp_().sum(-1, keepdim=True)
+    return (total.log() - of_targets).sum(), p.div_(total)
 
 
 class _TargetLoss(torch.autograd.Function):
@@ -64,11 +66,11 @@ class _TargetLoss(torch.autograd.Function):
             with torch.enable_grad():
                 h = hidden[part].detach().requires_grad_()
                 logits = output(h)
-            nats, scores = nats_and_scores(logits, targets[part])
+            nats, p = nats_and_p(logits, targets[part])
             loss += nats
             ids = targets[part].unsqueeze(1)
-            scores.exp_().scatter_add_(1, ids, scores.new_full(ids.shape, -1.0))
-            found = torch.autograd.grad(logits, (h, *trained), scores.to(logits.dtype))
+            p.scatter_add_(1, ids, p.new_full(ids.shape, -1.0))  # the gradient of the logits
+            found = torch.autograd.grad(logits, (h, *trained), p.to(logits.dtype))
             gradients[0][part] = found[0]
             for total, gradient in zip(gradients[1:], found[1:], strict=True):
                 total += gradient

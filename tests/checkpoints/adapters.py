@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llama import Transformer
+from llama.checkpoints.adapter import adapter_shapes
 from llama.checkpoints.convert import convert
-from llama.checkpoints.formats.peft import adapter_shapes
 from llama.checkpoints.source import Source
 from llama.layers.lora import LoRAConfig
 
@@ -26,7 +26,7 @@ CONFIGS = [
     pytest.param(LoRAConfig(4, targets=("wq", "wk", "wo", "w1"), dora=True), id="dora"),
 ]
 HF_Q = "base_model.model.model.layers.0.self_attn.q_proj"
-IDS = [[1, 5, 300, 7, 42, 511, 8]]
+IDS = [[1, 5, 300, 7, 42, 498, 8]]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def bases(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """One model in Meta's and in Hugging Face's layout, and one with tied weights in both."""
-    folders = {}
+    folders: dict[str, Path] = {}
     for kind in ("", "tied "):
         meta = tiny_checkpoint(**SIZES)
         if kind:

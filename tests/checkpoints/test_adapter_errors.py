@@ -135,6 +135,8 @@ def test_damaged_files(source: Source, adapter: Path, kind: str) -> None:
 def test_wrong_folders(source: Source, adapter: Path, bases: dict[str, Path]) -> None:
     with pytest.raises(FileNotFoundError, match=r"no adapter at .*nowhere"):
         read_adapter(adapter / "nowhere", source)
+    with pytest.raises(FileNotFoundError, match="download it first: llama3 download me/mine"):
+        read_adapter("me/mine", source)
     with pytest.raises(FileNotFoundError, match="is a checkpoint, not an adapter"):
         read_adapter(bases["hf"], source)
     with pytest.raises(ValueError, match=r"is an adapter, not a checkpoint; .* --adapter"):

@@ -85,7 +85,7 @@ def test_old_tokens_lose_at_most_the_new_ones_share(
     tied: bool, to: str, write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     base, out = write_base(tied), tmp_path / "out"
-    done = extend_vocabulary(base, text, out, NEW, scripts=["Han"], to=to)
+    done = extend_vocabulary(base, [text], out, NEW, scripts=["Han"], to=to)
     assert list(done.tokens.values()) == list(range(PADDED, PADDED + NEW))
     source, old = open_checkpoint(out), open_checkpoint(base)
     assert source.tied == tied
@@ -118,7 +118,7 @@ def test_transformers_tokenizes_alike_and_the_import_has_the_same_ids(
     special["<think>"] = special.pop("<|reserved_special_token_9|>")
     found = {"special_tokens": special, "text_tokens": {"<think>": ["lstrip"]}}
     base = write_base(**found, default_system="Hi.")
-    extend_vocabulary(base, text, tmp_path / "meta", NEW)
+    extend_vocabulary(base, [text], tmp_path / "meta", NEW)
     convert(tmp_path / "meta", tmp_path / "hf", to="hf")
     convert(tmp_path / "hf", tmp_path / "again")
     ours = open_tokenizer(open_checkpoint(tmp_path / "meta"))
@@ -143,7 +143,7 @@ def test_new_tokens_in_the_engine(
     write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     """Drawn by a bias, allowed by a grammar; rows without a token never are."""
-    done = extend_vocabulary(write_base(), text, tmp_path / "out", NEW)
+    done = extend_vocabulary(write_base(), [text], tmp_path / "out", NEW)
     llama = Llama.build(tmp_path / "out", max_seq_len=64, max_batch_size=1, device="cpu")
     new = dict(zip(done.tokens.values(), done.tokens, strict=True))
     token, word = next((i, t.decode()) for i, t in new.items() if len(t) % 3 == 0)
@@ -170,7 +170,7 @@ def test_gguf_base(pre: str, text: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = write_gguf(tmp_path / "base.gguf", weights(), vocabulary_keys(pre))
     text.write_text(CHINESE + " " + " ".join(mixed_texts(20)), encoding="utf-8")
-    done = extend_vocabulary(base, text, tmp_path / "out", NEW, scripts=["all"], to="hf")
+    done = extend_vocabulary(base, [text], tmp_path / "out", NEW, scripts=["all"], to="hf")
     source = open_checkpoint(done.path)
     ours, theirs = open_tokenizer(source), transformers.AutoTokenizer.from_pretrained(done.path)
     for part in [*MIXED, *mixed_texts(50)]:
@@ -189,9 +189,9 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
     (bare / "tokenizer.model").unlink()
     quantize(base, tmp_path / "int8", "int8")
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
-        (ValueError, "empty", {"data": empty}),
-        (ValueError, "UTF-8", {"data": latin}),
-        (FileNotFoundError, "nowhere", {"data": tmp_path / "nowhere.txt"}),
+        (ValueError, "empty", {"data": [empty]}),
+        (ValueError, "UTF-8", {"data": [latin]}),
+        (FileNotFoundError, "nowhere", {"data": [tmp_path / "nowhere.txt"]}),
         (ValueError, "tokens must be 1 or more, not 0", {"n": 0}),
         (ValueError, r"no more than \d+ new tokens, not 100000", {"n": 100000}),
         (ValueError, "Unicode has no script 'Chinese'", {"scripts": ["Chinese"]}),
@@ -203,7 +203,7 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
         (FileNotFoundError, "nowhere", {"base": tmp_path / "nowhere"}),
     ]
     for error, message, change in wrong:
-        values = {"base": base, "data": text, "out": out, "n": NEW, "scripts": ["Han"]} | change
+        values = {"base": base, "data": [text], "out": out, "n": NEW, "scripts": ["Han"]} | change
         with pytest.raises(error, match=message):
             extend_vocabulary(**values)
         assert not out.exists()

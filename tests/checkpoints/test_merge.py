@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from tests.checkpoints.adapters import (
     random_adapter,
     transformers,
 )
+from tests.checkpoints.gguf_files import vocabulary_keys, weights, write_gguf
 
 __all__ = ["bases"]
 CONFIG = LoRAConfig(4, 8)
@@ -78,14 +80,14 @@ def test_one_rounding(
 ) -> None:
     base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
     convert(bases["meta"], base, mp=shards, dtype="bf16")
-    weights = make_adapter(base, adapter)
+    tensors = make_adapter(base, adapter)
     merge(base, adapter, out, dtype=dtype)
     before, after = open_checkpoint(base), open_checkpoint(out)
     assert after.n_shards == shards
     for name in before.shapes():
         w, linear = before.read(name), name.removesuffix(".weight")
-        if f"{linear}.lora_a" in weights:
-            change = weights[f"{linear}.lora_b"] @ weights[f"{linear}.lora_a"]
+        if f"{linear}.lora_a" in tensors:
+            change = tensors[f"{linear}.lora_b"] @ tensors[f"{linear}.lora_a"]
             w = w.float() + CONFIG.scale * change
         expected = w.to(torch.bfloat16 if dtype is None else torch.float16)
         assert torch.equal(after.read(name), expected), name
@@ -119,6 +121,11 @@ def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:
         merge(adapter, base, out)
     with pytest.raises(ValueError, match="contains what is read"):
         merge(base, adapter, adapter)
+    silent = tmp_path / "silent"
+    shutil.copytree(base, silent, ignore=lambda *_: {"tokenizer.model"})
+    with pytest.raises(FileNotFoundError, match="has no tokenizer"):  # while it is written
+        merge(silent, adapter, out, to="hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "int8", "silent"]
     out.mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
         merge(base, adapter, out)
@@ -126,3 +133,16 @@ def test_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not a folder of checkpoint files only"):
         merge(base, adapter, out, force=True)
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
+
+
+def test_gguf(tmp_path: Path) -> None:
+    """A GGUF's weights are dequantized; the merged checkpoint is in bf16 unless asked otherwise."""
+    small = {n: 0.05 * w if w.ndim > 1 else 1 + 0.1 * w for n, w in weights().items()}
+    base = write_gguf(tmp_path / "base.gguf", small, vocabulary_keys("smollm"))
+    adapter = tmp_path / "adapter"
+    make_adapter(base, adapter)
+    merge(base, adapter, tmp_path / "out")
+    merge(base, adapter, tmp_path / "hf", to="hf", dtype="fp32")
+    assert open_checkpoint(tmp_path / "out").dtype("layers.0.attention.wq.weight") == torch.bfloat16
+    expected = logits(base, adapter)
+    torch.testing.assert_close(logits(tmp_path / "hf"), expected, atol=1e-5, rtol=1e-5)

@@ -17,8 +17,8 @@ from tests.adapters import Adapter, merged_model, random_adapter
 from tests.engine.cases import GREEDY, SHAPE, SHARED, decoded_plainly, greedy, run
 from tests.models import random_weights
 
-ARGS = ModelArgs(**SHAPE)
-WEIGHTS = random_weights(**SHAPE)
+PARAMS: dict[str, Any] = SHAPE
+ARGS, WEIGHTS = ModelArgs(**PARAMS), random_weights(**PARAMS)
 ADAPTERS: dict[str | None, Adapter | None] = {
     None: None,
     "a": random_adapter(1, ARGS, rank=2, alpha=4.0),
@@ -28,7 +28,7 @@ ORACLES = {name: merged_model(ARGS, WEIGHTS, adapter) for name, adapter in ADAPT
 
 
 def make_model(**changes: Any) -> Transformer:
-    model = merged_model(ModelArgs(**SHAPE | changes), WEIGHTS, None)
+    model = merged_model(ModelArgs(**PARAMS | changes), WEIGHTS, None)
     add_adapters(model, {name: one for name, one in ADAPTERS.items() if name and one})
     return model
 

@@ -90,8 +90,8 @@ def test_quantized_bases(scheme: str, kind: type) -> None:
     rows: list[str | None] = ["all", None, "dora", "v1.0 of q, o"]
     with torch.no_grad(), selected(model, rows):
         logits = model(TOKENS)
-    for i, name in enumerate(rows):
-        torch.testing.assert_close(logits[i], wanted[name][i], rtol=0, atol=5e-4)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i], wanted[row][i], rtol=0, atol=5e-4)
 
 
 def test_parts_have_the_models_dtype() -> None:
@@ -106,6 +106,7 @@ def test_what_does_not_fit_is_refused() -> None:
     name = "layers.1.feed_forward.w2.lora_a"
     cases = [
         ({}, "at least one adapter"),
+        ({"": ADAPTERS["all"]}, "each with a name"),
         ({"x": (config, {**tensors, name: tensors[name][:, 1:]})}, rf"{name} is \(4, 191\)"),
         ({"x": (config, {k: v for k, v in tensors.items() if k != name})}, "w2.lora_a is missing"),
         ({"x": (LoRAConfig(rank=5), tensors)}, r"needs \(5, 64\)"),

@@ -207,16 +207,26 @@ def test_dropout_follows_from_the_key() -> None:
         assert abs((first == other).float().mean() - (0.7**2 + 0.3**2)) < 0.01  # independent
 
 
-def test_dropout_scales_what_it_keeps_and_only_in_training() -> None:
-    linear = LoRALinear(torch.nn.Linear(64, 8, bias=False), LoRAConfig(4, dropout=0.25), "wq")
+@pytest.mark.parametrize("kind", ["frozen", "trained", "int8", "int4"])
+def test_dropout_scales_what_it_keeps_and_only_in_training(kind: str) -> None:
+    """The outputs, and the gradients of the inputs and of A and B; autograd is the oracle."""
+    plain = torch.nn.Linear(64, 32, bias=False).requires_grad_(kind == "trained")
+    quantized = {"int8": Int8Linear, "int4": Int4Linear}
+    base = quantized[kind](plain.weight) if kind in quantized else plain
+    weight = torch.cat(list(weight_blocks(base)))
+    linear = LoRALinear(base, LoRAConfig(4, dropout=0.25), "wq")
     randomize(linear)
-    x = torch.randn(6, 64)
+    x, grad, scale = torch.randn(2, 6, 64, requires_grad=True), torch.randn(2, 6, 32), 4.0
     set_dropout_key(linear, 1, 2, 3)
-    dropped = linear._kept(x) * x / 0.75
-    change = linear.config.scale * (dropped @ linear.lora_a.T @ linear.lora_b.T)
-    torch.testing.assert_close(linear(x), linear.base(x) + change)
-    change = linear.config.scale * (x @ linear.lora_a.T @ linear.lora_b.T)
-    torch.testing.assert_close(linear.eval()(x), linear.base(x) + change)
+    for kept in (linear._kept(x) / 0.75, torch.ones(())):
+        inputs = (x, linear.lora_a, linear.lora_b)
+        wanted = x @ weight.T + scale * ((kept * x) @ linear.lora_a.T @ linear.lora_b.T)
+        found = linear(x)
+        torch.testing.assert_close(found, wanted)
+        pairs = [torch.autograd.grad(y, inputs, grad) for y in (found, wanted)]
+        for pair in zip(*pairs, strict=True):
+            torch.testing.assert_close(*pair)
+        linear.eval()
 
 
 def test_recomputation_repeats_dropout() -> None:

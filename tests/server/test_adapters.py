@@ -17,16 +17,21 @@ import torch
 from llama import Llama
 from llama.checkpoints.adapter import write_adapter
 from llama.checkpoints.open import open_checkpoint
-from llama.commands.serve import named_adapters, whole_adapter
+from llama.commands.model import CheckpointFlags
+from llama.commands.serve import named_adapters, serve, whole_adapter
 from llama.engine.request import Request
+from llama.engine.sampling import Sampling
+from llama.generation import BuildOptions
 from llama.model import ModelArgs
 from llama.server.ranks import shared_fields
+from llama.server.settings import ServerSettings
 from llama.tokenizer import Tokenizer
 from tests.adapters import Adapter, merged_model, random_adapter
 from tests.models import TINY, random_weights
 from tests.server.running import NAME, RunningServer
 
-ARGS = ModelArgs(**TINY, max_seq_len=256, max_batch_size=3)
+PARAMS: dict[str, Any] = TINY
+ARGS = ModelArgs(**PARAMS, max_seq_len=256, max_batch_size=3)
 ADAPTERS: dict[str, Adapter] = {
     "poet": random_adapter(1, ARGS, rank=2, alpha=4.0),
     "law/v1.0": random_adapter(2, ARGS, rank=3, alpha=3.0, dora=True, targets=("wq", "w2")),
@@ -58,7 +63,7 @@ def server(folders: dict[str, Path], llama3_tokenizer_path: Path) -> Iterator[Ru
 
 @pytest.fixture(scope="module")
 def oracles(llama3_tokenizer_path: Path) -> dict[str, Llama]:
-    weights = random_weights(**TINY)
+    weights = random_weights(**PARAMS)
     named = {NAME: None, **ADAPTERS}
     tokenizer = Tokenizer(str(llama3_tokenizer_path))
     return {name: Llama(merged_model(ARGS, weights, named[name]), tokenizer) for name in MODELS}
@@ -145,6 +150,9 @@ def test_flags(folders: dict[str, Path], tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             named_adapters(flags)
+    parts: Any = {"sampling": Sampling(), "checkpoint": CheckpointFlags(), "build": BuildOptions()}
+    with pytest.raises(ValueError, match="--adapter a: the base has this name"):
+        serve(adapter=[f"a={poet}"], settings=ServerSettings(model_name="a"), **parts)
     with pytest.raises(FileNotFoundError, match="no adapter at"):
         named_adapters([f"a={tmp_path / 'none'}"])
 
@@ -154,7 +162,7 @@ def test_an_adapter_with_its_own_embedding_is_served_alone(
 ) -> None:
     config, weights = ADAPTERS["poet"]
     source = open_checkpoint(folders[NAME])
-    whole = {"tok_embeddings.weight": random_weights(5, **TINY)["tok_embeddings.weight"]}
+    whole = {"tok_embeddings.weight": random_weights(5, **PARAMS)["tok_embeddings.weight"]}
     write_adapter(tmp_path, source, config, weights, whole=whole)
     assert whole_adapter({"new": tmp_path}) == "new"
     assert whole_adapter({"poet": folders["poet"]}) is None

@@ -16,9 +16,12 @@ import httpx
 import pytest
 
 from llama import Llama
+from llama.checkpoints.adapter import write_adapter
+from llama.checkpoints.open import open_checkpoint
 from llama.common.errors import QueueFull
 from llama.engine.request import Generation, Request
 from llama.server.ranks import LeadingEngine
+from tests.adapters import random_adapter
 from tests.distributed.test_tensor_parallel import free_port, write
 from tests.server.raw import post
 from tests.server.running import wait_for
@@ -35,7 +38,16 @@ class Job:
         env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
         env |= {"MASTER_PORT": str(free_port())}
         command = [sys.executable, "-m", "llama", "serve", "-m", folder, "--port", str(self.port)]
-        command += ["--max_seq_len", "200", "--device", "cpu", "--dtype", "fp32"]
+        command += [
+            "--adapter",
+            f"poet={folder}-adapter",
+            "--max_seq_len",
+            "200",
+            "--device",
+            "cpu",
+            "--dtype",
+            "fp32",
+        ]
         self.ranks = [
             subprocess.Popen(
                 command,
@@ -48,7 +60,7 @@ class Job:
         ]
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
         out = self.ranks[0].stdout
-        assert out is not None and "answers at" in out.readline()
+        assert out is not None and "poet answer at" in out.readline()
 
     def end(self) -> list[tuple[int, str]]:
         """Wait for the end: the exit code and the stderr of each rank."""
@@ -62,6 +74,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     sidecar = folder / "tokenizer.model.json"
     spec = json.loads(sidecar.read_text()) | {"stop_tokens": ["<|im_end|>"]}  # grammars need one
     sidecar.write_text(json.dumps(spec))
+    adapter, source = Path(f"{folder}-adapter"), open_checkpoint(folder)
+    adapter.mkdir()
+    write_adapter(adapter, source, *random_adapter(1, source.args(), rank=2, alpha=2.0))
     return str(folder)
 
 
@@ -121,6 +136,13 @@ def test_answers_cancels_and_the_end(job: Job, folder: str) -> None:
             answer = http.post(COMPLETE, json=body | {"n": 2}).json()
             assert [choice["text"] for choice in answer["choices"]] == [want["generation"]] * 2
             assert streamed(http, body) == want["generation"]
+    adapters = {"poet": f"{folder}-adapter"}
+    with Llama.build(folder, None, 200, 1, device="cpu", dtype="fp32", adapters=adapters) as llama:
+        [poem] = llama.text_completion(["Once"], 0.0, max_gen_len=20, adapter="poet")
+        [want] = llama.text_completion(["Once"], 0.0, max_gen_len=20)
+    body = {"prompt": "Once", "max_tokens": 20, "temperature": 0, "model": "poet"}
+    assert http.post(COMPLETE, json=body).json()["choices"][0]["text"] == poem["generation"]
+    assert poem["generation"] != want["generation"]
     # A client that goes away, and one that stops at a text: both cancel on every rank.
     with socket.create_connection(("127.0.0.1", job.port)) as sock:
         sock.sendall(post(COMPLETE, LONG))

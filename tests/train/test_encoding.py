@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import random
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +28,8 @@ from llama.train.example_formats import read_row
 from llama.train.examples import Conversation, Document, Instruction, Preference
 from llama.train.rows import Row
 from llama.train.show_rows import show
-from tests.chat_models import BEGIN, EOT, MODELS, vocabulary
+from tests.chat_models import BEGIN, EOT, MODELS, vocabulary, write_hf_tokenizer
+from tests.text.test_chat_template import CALLS, WRAPPED, apply, ours, theirs_calls
 from tests.text.test_foreign_templates import load
 from tests.text.tool_calls import to_meta
 
@@ -236,6 +239,50 @@ def test_chat_templates_of_published_models(name: str, tmp_path: Path) -> None:
     assert ids[: len(prompt)] == prompt and whole[: len(ids)] == ids
 
 
+@pytest.mark.parametrize(
+    "name", ["nvidia/Llama-3.1-Nemotron-Nano-8B-v1", "NousResearch/Hermes-3-Llama-3.1-8B"]
+)
+def test_calls_as_chat_templates_write_them(name: str, tmp_path: Path) -> None:
+    write_hf_tokenizer(tmp_path, MODELS[name])
+    t, theirs = ours(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    last: Message = {"role": "assistant", "content": "Grey."}
+    [row] = encode_example(conversation(*CALLS, last, tools=(WRAPPED,)), t)
+    prompt = apply(theirs, theirs_calls(), [WRAPPED])
+    assert row.ids[: len(prompt)].tolist() == prompt and not row.trained[len(prompt) - 1]
+    call, answer = (part.split("»")[0] for part in marked(row, t).split("«")[1:])
+    assert call.startswith("<") and '"n": [1, null]' in call and call.count("<|") == 1
+    assert answer == f"Grey.{MODELS[name].end}"
+
+
+@pytest.mark.parametrize(("after_role", "format"), [("\n", "chatml"), (": ", "template")])
+def test_masks_equal_those_of_transformers(tmp_path: Path, after_role: str, format: str) -> None:
+    """ChatML, or similar, with `generation` blocks, which transformers makes a mask of."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + 'AFTER' }}"
+        "{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}"
+        "{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistantAFTER' }}{% endif %}"
+    )
+    chat, theirs = load(tmp_path, template.replace("AFTER", after_role))
+    assert chat.tokenizer.chat_format == format
+    rng = random.Random(0)
+    for _ in range(30):
+        dialog: list[Message] = []
+        for _ in range(rng.randint(1, 4)):
+            asked, answer = ("".join(rng.choices("ab é\n日.", k=9)) + "x" for _ in range(2))
+            dialog.append({"role": "user", "content": asked})
+            dialog.append({"role": "assistant", "content": answer})
+        expected = theirs.apply_chat_template(
+            dialog, return_dict=True, return_assistant_tokens_mask=True
+        )
+        [row] = encode_example(conversation(*dialog), chat.tokenizer)
+        n = len(row.ids)
+        assert row.ids.tolist() == expected["input_ids"][:n]
+        assert row.trained.tolist() == list(map(bool, expected["assistant_masks"][:n]))
+        assert not any(expected["assistant_masks"][n:])
+
+
 def test_a_template_that_rewrites_history_gives_rows(tmp_path: Path) -> None:
     """This one leaves reasoning out of earlier answers, as DeepSeek's does."""
     template = (
@@ -302,6 +349,17 @@ def test_messages_that_the_format_lacks(
     t = {"llama3": llama3, "chatml": chatml(), "bare": chatml(chat_format=None)}[tokenizer]
     with pytest.raises(ValueError, match=rf"^data\.jsonl, line 1: .*{text}"):
         encode_example(conversation(*TURNS, message, TURNS[2]), t)
+
+
+def test_half_a_surrogate_pair_is_replaced(llama3: Tokenizer) -> None:
+    """JSON can have one, and no encoding has it."""
+    asked, answer = (
+        Message(role="user", content="a\ud800"),
+        Message(role="assistant", content="\udfff"),
+    )
+    for t in (llama3, chatml()):
+        [row] = encode_example(conversation(asked, answer), t)
+        assert "a\ufffd" in t.decode(row.ids.tolist()) and "\ufffd" in show([row], t)
 
 
 def test_no_end_token() -> None:

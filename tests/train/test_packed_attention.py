@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llama import ModelArgs, Transformer
+from llama.model import DotProductAttention
 from llama.train.batch import IGNORED
 from llama.train.objective import Objective, prepare_model
+from llama.train.packed_attention import TrainingAttention
 from tests.models import TINY, random_weights
 
 LENGTHS = (5, 1, 9, 3)
-PARAMS = TINY | {"vocab_size": 101}
+PARAMS: dict[str, Any] = TINY | {"vocab_size": 101}
 
 
 def plain_model() -> Transformer:
@@ -45,9 +50,8 @@ def test_packed_is_unpacked(recompute: bool) -> None:
     found = ours.hidden(tokens, LENGTHS)
     torch.testing.assert_close(found, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
     logits = [plain.logits(h) for h in alone]
-    wanted = torch.nn.functional.cross_entropy(
-        torch.cat(logits, dim=1).flatten(0, 1), targets.flatten(), reduction="sum"
-    )
+    joined = torch.cat(logits, dim=1).flatten(0, 1)
+    wanted = F.cross_entropy(joined, targets.flatten(), reduction="sum")
     loss = ours(tokens, targets, LENGTHS)
     (loss / 10).backward()
     (wanted / 10).backward()
@@ -81,11 +85,27 @@ def test_changing_a_sample_leaves_the_others_bit_identical() -> None:
     assert not torch.isclose(before[:, 6:15], after[:, 6:15]).all()
 
 
-def test_a_row_of_one_sample_is_not_packed() -> None:
-    tokens, targets = samples()
-    ours = objective()
-    packed = ours(tokens[:, :16], targets[:, :16], (16,))
-    torch.testing.assert_close(packed, ours(tokens[:, :16], targets[:, :16]), atol=0, rtol=1e-6)
+@pytest.mark.parametrize("lengths", [None, (16,)])
+def test_one_sample_a_row(lengths: tuple[int, ...] | None) -> None:
+    """Loss and gradients of the plain model, packed or not."""
+    ids, targets = (x[:, :16] for x in samples())
+    ours, plain = objective(), plain_model()
+    wanted = F.cross_entropy(plain(ids).flatten(0, 1), targets.flatten(), reduction="sum")
+    loss = ours(ids, targets, lengths)
+    torch.testing.assert_close(loss, wanted, atol=0, rtol=1e-5)
+    torch.autograd.backward((loss / 10, wanted / 10))
+    for w, other in zip(ours.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(w.grad, other.grad, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [40, 600])
+def test_bfloat16(length: int) -> None:
+    """Both ways to compute it are near the plain attention in fp32."""
+    generator = torch.Generator().manual_seed(2)
+    xq, keys, values = (torch.randn(1, length, h, 16, generator=generator) for h in (4, 2, 2))
+    wanted = DotProductAttention()(xq, keys, values, None)
+    found = TrainingAttention()(xq.bfloat16(), keys.bfloat16(), values.bfloat16(), None)
+    torch.testing.assert_close(found.float(), wanted, atol=0.03, rtol=0.03)
 
 
 def test_recomputation_after_another_batch() -> None:

@@ -78,6 +78,17 @@ def test_metrics_after_an_interrupted_write(tmp_path: Path) -> None:
     assert path.read_text() == "".join(lines[:5])
 
 
+def test_metrics_before_the_first_update(tmp_path: Path) -> None:
+    """An evaluation of step 0 stays, unless it will be made again."""
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": 0, "val_loss": 2.0}, {"step": 1, "train_loss": 1.5}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Report(tmp_path, 1)
+    assert read_metrics(path) == lines
+    Report(tmp_path, 0)
+    assert path.read_text() == ""
+
+
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
 )

@@ -16,6 +16,7 @@ from llama.train.data_parallel import DataParallel
 from llama.train.objective import Objective
 from tests.distributed.test_tensor_parallel import torchrun
 from tests.train.tiny_task import (
+    ADAPTERS,
     METHODS,
     RUNS,
     SETTINGS,
@@ -51,7 +52,7 @@ def test_accumulation_equals_a_large_batch(method: str, accumulate: int, packed:
     found = gradients(TinyTask(Path(), method, settings, packed=packed), ONE)
     _, wanted = oracle(method)
     assert found.keys() == wanted.keys()
-    assert all("lora" in name for name in found) == (method in ("lora", "int4"))
+    assert all("lora" in name for name in found) == (method in ADAPTERS)
     for name, gradient in wanted.items():
         close(found[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -80,9 +81,10 @@ def test_a_run_on_two_ranks(tmp_path: Path, two_ranks: Path, kind: str, method: 
     run(TinyTask(tmp_path / "one", method), ONE)
     ours, theirs = losses(two_ranks / f"{kind}-{method}"), losses(tmp_path / "one")
     assert [line["step"] for line in ours] == [0, 1, 2, 3, 4]
-    assert ours[1]["train_loss"] == pytest.approx(loss, rel=1e-5)
+    rel = 0.02 if method == "bf16" else 1e-3
+    assert ours[1]["train_loss"] == pytest.approx(loss, rel=rel / 100)
     for line, other in zip(ours, theirs, strict=True):
-        assert line == pytest.approx(other, rel=1e-3)
+        assert line == pytest.approx(other, rel=rel)
     weights = torch.load(two_ranks / f"{kind}-{method}/train/last.pt", weights_only=True)["weights"]
     assert {name.removeprefix("model.") for name in weights} == set(wanted)
 

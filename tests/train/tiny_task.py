@@ -35,8 +35,9 @@ from tests.models import random_weights
 PARAMS: dict[str, Any] = {
     "dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": 61, "multiple_of": 16
 }  # fmt: skip
-RUNS = (("ddp", "int4"), ("fsdp", "tied"), ("fsdp", "lora"))
-METHODS = ("full", "tied", "lora", "int4")
+ADAPTERS = ("lora", "int4", "bf16")
+METHODS = ("full", "tied", "embeddings", "lora", "int4")
+RUNS = (("ddp", "int4"), ("fsdp", "tied"), ("fsdp", "embeddings"), ("fsdp", "bf16"))
 UPDATE = 8  # rows of an update
 SETTINGS = TrainerSettings(
     batch_size=UPDATE, lr=0.01, warmup=0, final_lr=1.0, eval_every=2, dtype="float32"
@@ -61,7 +62,8 @@ def batch_of(rows: list[tuple[list[int], list[int]]], packed: bool) -> Batch:
         (ids + [0] * (longest - len(ids)), shown + [IGNORED] * (longest - len(ids)))
         for ids, shown in rows
     ]
-    return Batch(*(torch.tensor(part) for part in zip(*padded, strict=True)))
+    tokens, targets = (torch.tensor(part) for part in zip(*padded, strict=True))
+    return Batch(tokens, targets)
 
 
 class TinyTask:
@@ -88,8 +90,14 @@ class TinyTask:
         model.load_state_dict(random_weights(**PARAMS))
         if self.method == "tied":
             model.output.weight = model.tok_embeddings.weight
-        if self.method in ("lora", "int4"):
+        if self.method not in ("full", "tied"):
             model.requires_grad_(False)
+        if self.method == "embeddings":
+            model.tok_embeddings.requires_grad_(True)
+            model.output.requires_grad_(True)
+        if self.method == "bf16":  # a frozen base in bf16, adapters in fp32
+            model.to(torch.bfloat16)
+        if self.method in ADAPTERS:
             if self.method == "int4":
                 quantize_model(model, "int4")
             add_lora(model, LoRAConfig(rank=4, dropout=self.dropout))

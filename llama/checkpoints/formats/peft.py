@@ -20,9 +20,8 @@ from llama.checkpoints.formats.hf_export import halve
 from llama.common.extras import install_line
 from llama.common.files import read_json, write_json
 from llama.common.listing import listing
-from llama.distributed.sharding import VOCABULARY, weight_shapes
+from llama.distributed.sharding import VOCABULARY
 from llama.layers.lora import LoRAConfig
-from llama.model import ModelArgs
 
 MEMORY = torch.contiguous_format
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -155,25 +154,6 @@ def _last(name: object) -> str:
     """
     text = str(name)
     return text.rpartition(".")[2] if text in LAYER_NAMES or text in TOP_NAMES else text
-
-
-def adapter_shapes(
-    config: LoRAConfig, whole: Mapping[str, int], args: ModelArgs
-) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of an adapter's tensors, under Meta's names.
-
-    Args:
-        whole: {name of a weight that was trained whole: its rows}.
-    """
-    shapes: dict[str, tuple[int, ...]] = {name: (rows, args.dim) for name, rows in whole.items()}
-    for weight, shape in weight_shapes(args).items():
-        linear = weight.removesuffix(".weight")
-        if linear.rpartition(".")[2] in config.targets:
-            shapes[f"{linear}.lora_a"] = (config.rank, shape[1])
-            shapes[f"{linear}.lora_b"] = (shape[0], config.rank)
-            if config.dora:
-                shapes[f"{linear}.lora_magnitude"] = (shape[0],)
-    return shapes
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
