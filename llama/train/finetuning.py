@@ -24,6 +24,7 @@ from llama.distributed.device import pick_device
 from llama.distributed.sharding import VOCABULARY
 from llama.engine.forks import check_not_forked
 from llama.generation import Llama
+from llama.layers.new_rows import NEW_ROWS, join_rows
 from llama.layers.optimize import optimize
 from llama.train.batch import Batch
 from llama.train.data_parallel import DataParallel
@@ -186,7 +187,7 @@ class Finetuning:
     def parameter_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """The trained parameters; LoRA+ (arXiv:2402.12354) gives B a learning rate of its own."""
         scales = {"lora_b": self.settings.lora_plus}
-        scales |= dict.fromkeys(VOCABULARY, self.settings.embeddings_lr)
+        scales |= dict.fromkeys((*VOCABULARY, NEW_ROWS), self.settings.embeddings_lr)
         return parameter_groups(objective, self.settings, scales)
 
     def batches(self, step: int, rank: int, ranks: int) -> list[Batch]:
@@ -204,6 +205,9 @@ class Finetuning:
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Write the adapter or the checkpoint."""
+        if first := self.settings.embeddings_from:
+            read = self.base.source.read
+            weights = join_rows(weights, {name: read(name, 0, 0, first) for name in VOCABULARY})
         if self.settings.adapts:
             save_adapter(self.out, self.base, self.settings.lora, weights)
         else:
