@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 from llama.checkpoints.demo_model import checkpoint_or_demo
 from llama.commands.model import CheckpointFlags, check_local
@@ -44,9 +44,8 @@ def finetune(
     if show:
         from llama.train.finetuning import show_rows
 
-        color = sys.stdout.isatty()
-        print(show_rows(base, data, settings, show, tokenizer_path=tokenizer_path, color=color))
-        return
+        more = {"tokenizer_path": tokenizer_path, "color": sys.stdout.isatty()}
+        return print(show_rows(base, data, settings, show, **more))
     if out is None:
         raise ValueError("finetune needs --out: the folder that becomes the adapter or checkpoint")
     from llama.train.finetuning import finetune as run_training
@@ -62,16 +61,19 @@ def finetune(
         device=device,
     )
     if job.is_leader():
-        if result.signal:
-            print(f"stopped after step {result.step}; the same command with --resume goes on")
-        if result.best_step:
-            print_report(
-                f"{out}: the result of step {result.best_step}, loss {result.best_loss:.4f}"
-            )
-        if result.best_step and not result.signal:
-            print_report(next_commands(checkpoint.ckpt_dir, out, settings))
+        print_end(result, checkpoint.ckpt_dir, out, settings)
     if result.signal:
         raise SystemExit(128 + result.signal)
+
+
+def print_end(result: Any, ckpt_dir: str | None, out: str, settings: FinetuneSettings) -> None:
+    """Say how training ended, and what to do with the result."""
+    if result.signal:
+        print(f"stopped after step {result.step}; the same command with --resume goes on")
+    if result.best_step:
+        print_report(f"{out}: the result of step {result.best_step}, loss {result.best_loss:.4f}")
+        if not result.signal:
+            print_report(next_commands(ckpt_dir, out, settings))
 
 
 def next_commands(ckpt_dir: str | None, out: str, settings: FinetuneSettings) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ def finetune(
 ) -> Result:
     """Train the checkpoint `ckpt_dir` further on the samples in `data`; write the result to `out`.
 
-    Ctrl-C and SIGTERM stop the run after the current update and save it; `resume` continues it with
-    the same losses as an uninterrupted run.
+    Ctrl-C and SIGTERM stop the run after the current update and save it; `resume` continues it.
 
     Args:
         ckpt_dir: of any layout. Method lora takes a quantized one too.
@@ -95,9 +95,27 @@ def finetune(
     base = open_base(ckpt_dir, tokenizer_path)
     check_base(base.source, settings)
     samples = load_samples(data, settings, base.tokenizer, base.source.context)
-    inputs = f"{samples.digest} {base.digest()}"
     task = Finetuning(settings, base, samples, out, ranks)
     summary = task.summary(ranks.size)
+    open_run(out, settings, ranks, f"{samples.digest} {base.digest()}", resume=resume)
+    if ranks.rank == 0:
+        say(summary)
+        warn_of_untrained_tokens(base, samples, settings)
+    with advice_on_memory(ranks.device, task):
+        return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
+
+
+def open_run(
+    out: Path, settings: FinetuneSettings, ranks: DataParallel, inputs: str, *, resume: bool
+) -> None:
+    """Make the folder of a run, or check that the one there can be resumed.
+
+    Args:
+        inputs: a digest of the data, the base and its tokenizer.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: see `new_folder` and `check_resumable`.
+    """
     if ranks.rank == 0 and not resume:
         with new_folder(out) as folder:
             record_settings(folder, settings, ranks.size, inputs)
@@ -106,15 +124,17 @@ def finetune(
         raise ValueError(
             f"the run in {out} cannot be resumed: the data, the base or its tokenizer has changed"
         )
-    if ranks.rank == 0:
-        say(summary)
-        warn_of_untrained_tokens(base, samples, settings)
+
+
+@contextmanager
+def advice_on_memory(device: torch.device, task: Finetuning) -> Iterator[None]:
+    """A block whose lack of memory becomes a MemoryError that says what to lower."""
     try:
-        return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
+        yield
     except RuntimeError as e:
-        if not is_out_of_memory(e):
+        if not (isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e)):
             raise
-        raise MemoryError(f"{ranks.device} has too little memory; {task.remedy()}") from None
+        raise MemoryError(f"{device} has too little memory; {task.remedy()}") from None
 
 
 def warn_of_untrained_tokens(base: Base, samples: Samples, settings: FinetuneSettings) -> None:
@@ -146,11 +166,6 @@ def show_rows(
     samples = load_samples(data, settings, base.tokenizer, base.source.context)
     rows = show(samples.train.rows, base.tokenizer, count, color=color)
     return "\n".join([*samples.summary(), "", rows])
-
-
-def is_out_of_memory(e: RuntimeError) -> bool:
-    """Whether an error of torch says that a device has no memory left."""
-    return isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e)
 
 
 class Finetuning:

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama import Llama
+from llama.checkpoints.convert import convert
+from llama.checkpoints.merge import merge
 from tests.server.running import NAME, RunningServer
 from tests.train.finetune_cases import write_dialogs
 
@@ -32,11 +34,12 @@ def test_finetune_merge_convert_serve(
     data = write_dialogs(tmp_path / "data.jsonl", [(QUESTION, ANSWER), ("And who am I?", "You.")])
     shown = llama3("finetune", "-m", base, "--data", data, "--show", 1, "--val_fraction", 0)
     assert f"{QUESTION}<|eot_id|>" in shown and f"\n\n[[{ANSWER}<|eot_id|>]]" in shown
-    flags = "--val_fraction 0 --steps 80 --lr 0.02 --samples 0 --device cpu --dtype fp32".split()
-    printed = llama3("finetune", "-m", base, "--data", data, "--out", adapter, *flags)
+    where = ["-m", base, "--data", data, "--out", adapter, "--device", "cpu", "--dtype", "fp32"]
+    flags = ["--val_fraction", 0, "--steps", 60, "--lr", 0.02, "--samples", 0]
+    printed = llama3("finetune", *where, *flags)
     assert f"llama3 merge {base} {adapter} {adapter}-merged" in printed
-    llama3("merge", base, adapter, tmp_path / "merged")
-    llama3("convert", tmp_path / "merged", tmp_path / "hf", "--to", "hf")
+    merge(base, adapter, tmp_path / "merged")
+    convert(tmp_path / "merged", tmp_path / "hf", "hf")
 
     def answer(llama: Llama) -> str | None:
         server = RunningServer(lambda: llama).wait_until_ready()
