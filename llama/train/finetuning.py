@@ -94,7 +94,7 @@ def finetune(
         refuse_existing(out)
     base = open_base(ckpt_dir, tokenizer_path)
     check_base(base.source, settings)
-    samples = load_samples(data, settings, base.tokenizer, base.source.context)
+    samples = base_samples(base, data, settings)
     task = Finetuning(settings, base, samples, out, ranks)
     summary = task.summary(ranks.size)
     open_run(out, settings, ranks, f"{samples.digest} {base.digest()}", resume=resume)
@@ -103,6 +103,13 @@ def finetune(
         warn_of_untrained_tokens(base, samples, settings)
     with advice_on_memory(ranks.device, task):
         return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
+
+
+def base_samples(base: Base, data: Sequence[str | Path], settings: FinetuneSettings) -> Samples:
+    """The samples in `data` as rows for a base; see `load_samples`."""
+    source = base.source
+    rows = source.params["vocab_size"]
+    return load_samples(data, settings, base.tokenizer, source.context, rows)
 
 
 def open_run(
@@ -163,7 +170,7 @@ def show_rows(
         FileNotFoundError, ValueError, ImportError: as `finetune`.
     """
     base = open_base(ckpt_dir, tokenizer_path)
-    samples = load_samples(data, settings, base.tokenizer, base.source.context)
+    samples = base_samples(base, data, settings)
     rows = show(samples.train.rows, base.tokenizer, count, color=color)
     return "\n".join([*samples.summary(), "", rows])
 
