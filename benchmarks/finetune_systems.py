@@ -21,9 +21,8 @@ from llama.layers.lora import lora_state
 from llama.train.batch import Batch
 from llama.train.data_parallel import DataParallel
 from llama.train.finetune_base import open_base
-from llama.train.finetune_data import load_samples
 from llama.train.finetune_settings import FinetuneSettings
-from llama.train.finetuning import Finetuning
+from llama.train.finetuning import Finetuning, base_samples
 from llama.train.loop import Trainer
 from llama.train.optimizer import make_optimizer, set_learning_rate
 from llama.train.signals import DeferredSignals
@@ -53,7 +52,7 @@ class Ours:
 
     def __init__(self, checkpoint: str, data: Sequence[str], settings: FinetuneSettings):
         base = open_base(checkpoint)
-        samples = load_samples(data, settings, base.tokenizer, base.source.context)
+        samples = base_samples(base, data, settings)
         ranks = DataParallel.initialize(None, pick_device(None))
         # Nothing is saved: the folder is not written to.
         self.task = Finetuning(settings, base, samples, Path("unused"), ranks)

@@ -31,6 +31,8 @@ PARTS = (
     Part("transformers", "benchmarks.gpu.peers:run", 100),
     Part("engine", "benchmarks.gpu.serving:run", 100),
     Part("train", "benchmarks.gpu.training:run", 60),
+    Part("finetune-packed", "benchmarks.gpu.finetuning:packed", 90),
+    Part("finetune-int4", "benchmarks.gpu.finetuning:quantized", 90),
     Part("nccl", "benchmarks.gpu.collectives:run", 60),
     Part("kernels", "benchmarks.gpu.kernels:run", 90),
     Part("prefill-int4", "benchmarks.gpu.prefill:run", 45, ("int4",)),

@@ -21,13 +21,18 @@ def extend_vocab(
         "scripts of the new tokens, such as Han,Hangul, or all; by default all but Latin, so that "
         "English and code keep their tokens",
     ] = None,
+    initial: Annotated[
+        str,
+        "what new rows of the model are: mean (of all old rows), or parts (the mean of the tokens "
+        "that each is made of)",
+    ] = "mean",
     to: Annotated[
         str | None, "meta (the official layout) or hf (Hugging Face); by default like BASE"
     ] = None,
 ) -> None:
     """Add tokens, learned from a text, to a checkpoint's vocabulary.
 
-    The new rows of the model are the mean of the old ones: train them with `llama3 finetune`.
+    The new rows of the model must be trained afterwards, with `llama3 finetune`.
 
     Examples:
         llama3 extend-vocab Llama-3-8B --data zh.txt --tokens 4000 --scripts Han --out base-zh
@@ -36,7 +41,7 @@ def extend_vocab(
 
     check_local(base)
     names = None if scripts is None else scripts.replace(",", " ").split()
-    done = extend_vocabulary(base, data, out, tokens, scripts=names, to=to)
+    done = extend_vocabulary(base, data, out, tokens, scripts=names, initial=initial, to=to)
     first, last = min(done.tokens.values()), max(done.tokens.values())
     n = max(done.characters, 1)
     print_report(

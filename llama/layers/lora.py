@@ -139,7 +139,7 @@ class LoRALinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LoRALinear:
         self._base_squares = self._ratio = None  # of another device or dtype
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         return self
 
     def train(self, mode: bool = True) -> LoRALinear:
@@ -271,5 +271,5 @@ def merged(
     whole = weight.float() + config.scale * (b.float() @ a.float())
     if magnitude is None:
         return whole
-    norms = torch.linalg.vector_norm(whole, dim=1).clamp(min=TINY)
+    norms: Tensor = torch.linalg.vector_norm(whole, dim=1).clamp(min=TINY)
     return whole * (magnitude.float() / norms).unsqueeze(1)

@@ -61,7 +61,7 @@ def adapted_linear(
         base: a linear whose weight is frozen, plain or quantized.
     """
     weight = base.weight if isinstance(base, nn.Linear) else None
-    y: Tensor = _AdaptedLinear.apply(x, dropped, a, b, weight, scale, base)
+    y: Tensor = _AdaptedLinear.apply(x, dropped, a, b, weight, scale, base)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -69,7 +69,7 @@ class _AdaptedLinear(torch.autograd.Function):
     """Saves x, A x^T and the parameters. Adds in place, which separate operations cannot."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
@@ -87,7 +87,7 @@ class _AdaptedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, h, a, b, weight = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])  # (M, N)

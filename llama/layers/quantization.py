@@ -184,15 +184,17 @@ def linear_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) 
         return y
     if (wide := _fp16_to_fp32(x)) is not x:
         return linear_int4(wide, packed, scale, zero, n).to(x.dtype)
-    weights = (unpack_int4(x, *tiles, m) for tiles, m in blocks_int4(n, packed, scale, zero))
+    weights = (unpack_int4(x, *block) for block in blocks_int4(packed, scale, zero, n))
     return torch.cat([F.linear(x, w) for w in weights], dim=-1)
 
 
-def blocks_int4(n: int, *parts: Tensor) -> Iterator[tuple[tuple[Tensor, ...], int]]:
-    """Tiled codes, scales and zeros of n rows, in blocks of rows: [(parts, rows of the block)]."""
+def blocks_int4(
+    packed: Tensor, scale: Tensor, zero: Tensor, n: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Blocks of rows of a `quantize_int4` weight of n rows: codes, scales, zeros and rows."""
     rows = [BLOCK] * (n // BLOCK) + [n % BLOCK] * (n % BLOCK > 0)
-    tiles = zip(*(t.split(BLOCK // TILE) for t in parts), strict=True)
-    return zip(tiles, rows, strict=True)
+    parts = (t.split(BLOCK // TILE) for t in (packed, scale, zero))
+    return zip(*parts, rows, strict=True)
 
 
 def unpack_int4(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, n: int) -> Tensor:

@@ -36,14 +36,14 @@ class _FrozenLinear(torch.autograd.Function):
         return linear.multiply(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.linear.multiply_back(grad), None
 
 
 def frozen_linear(x: Tensor, linear: Quantized) -> Tensor:
     """`linear.multiply(x)`, with a gradient to x."""
     if torch.is_grad_enabled() and x.requires_grad:
-        y: Tensor = _FrozenLinear.apply(x, linear)
+        y: Tensor = _FrozenLinear.apply(x, linear)  # type: ignore[no-untyped-call]
         return y
     return linear.multiply(x)
 

@@ -113,8 +113,8 @@ class Int4Linear(nn.Module):
 
     def blocks(self) -> Iterator[Tensor]:
         """See `weight_blocks`."""
-        for tiles, n in blocks_int4(self.n, self.packed, self.scale, self.zero):
-            yield dequantize_int4(*tiles, n)
+        for block in blocks_int4(self.packed, self.scale, self.zero, self.n):
+            yield dequantize_int4(*block)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
         apply_to_codes(self, fn, recurse)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llama.checkpoints.convert import default_dtype, open_for_conversion, write_checkpoint
-from llama.checkpoints.extended import ExtendedSource, first_new_id
+from llama.checkpoints.extended import INITIAL, ExtendedSource, first_new_id
 from llama.checkpoints.locate import expand
 from llama.checkpoints.open import open_tokenizer
 from llama.text.scripts import Scripts
@@ -40,16 +40,18 @@ def extend_vocabulary(
     n: int,
     *,
     scripts: Collection[str] | None = None,
+    initial: str = "mean",
     to: str | None = None,
 ) -> Extension:
     """Write the checkpoint `base` with `n` more tokens as the folder `out`, see `learn_tokens`.
 
-    New rows are the mean of the old ones. All old ids stay.
+    All old ids stay.
 
     Args:
         base: a checkpoint of any layout, not quantized.
         data: text files, or folders of .txt and .md files.
         scripts: see `Scripts`.
+        initial: what the new rows begin as, see `llama.checkpoints.extended`.
         to: "meta" or "hf": the layout of `out`; None: Hugging Face's for a base in it, else Meta's.
 
     Raises:
@@ -60,6 +62,8 @@ def extend_vocabulary(
     """
     if to not in ("meta", "hf", None):
         raise ValueError(f"cannot write {to!r}; use 'meta' or 'hf'")
+    if initial not in INITIAL:
+        raise ValueError(f"initial must be one of {', '.join(INITIAL)}, not {initial!r}")
     if type(n) is not int or n < 1:
         raise ValueError(f"tokens must be 1 or more, not {n!r}")
     chosen = Scripts(scripts)
@@ -78,7 +82,7 @@ def extend_vocabulary(
     texts = [text for path in data for text in Corpus(path, 0, 0).texts()]
     before = sum(len(tokenizer.encode(text, bos=False)) for text in texts)
     tokens = learn_tokens(tokenizer, texts, n, chosen, first_id=first_id)
-    extended = ExtendedSource(source, tokens)
+    extended = ExtendedSource(source, tokens, initial)
     longer = open_tokenizer(extended)
     write_checkpoint(extended, out, to, default_dtype(source))
     after = sum(len(longer.encode(text, bos=False)) for text in texts)

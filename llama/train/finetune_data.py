@@ -88,13 +88,32 @@ def first_answer(row: Row) -> Answer:
     return Answer(ids[:start], ids[start:end])
 
 
+def check_ids(rows: Sequence[Row], tokenizer: Tokenizer, n_rows: int) -> None:
+    """Check that the model has a row of its embedding for every id.
+
+    Raises:
+        ValueError: a token of the tokenizer has none.
+    """
+    highest = max(int(row.ids.max()) for row in rows)
+    if highest >= n_rows:
+        raise ValueError(
+            f"the data need the token {tokenizer.decode([highest])!r}, whose id {highest} is "
+            f"beyond the model's {n_rows} rows; give the tokenizer that came with the checkpoint"
+        )
+
+
 def load_samples(
-    paths: Sequence[str | Path], settings: FinetuneSettings, tokenizer: Tokenizer, context: int
+    paths: Sequence[str | Path],
+    settings: FinetuneSettings,
+    tokenizer: Tokenizer,
+    context: int,
+    vocab_size: int,
 ) -> Samples:
     """Read, split, encode and cut the samples in `paths`.
 
     Args:
         context: tokens in a row that the base was trained for.
+        vocab_size: rows of its embedding.
 
     Raises:
         FileNotFoundError, ValueError: see `read_examples`, `encode_examples` and `Rows`.
@@ -108,6 +127,8 @@ def load_samples(
     _check_combination(s, train)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
     encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
+    for part in filter(None, encoded):
+        check_ids(part, tokenizer, vocab_size)
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
         longest = max(len(row.ids) - 1 for part in encoded for row in part)

@@ -24,6 +24,7 @@ from llama.layers.lora import (
     initialize_lora,
     lora_modules,
 )
+from llama.layers.new_rows import NEW_ROWS, split_rows, tie
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
@@ -83,13 +84,17 @@ def model_without_weights(
             add_lora(model, settings.lora)
     if source.tied and isinstance(model.output, nn.Linear):
         model.output.weight = model.tok_embeddings.weight
+    if settings.embeddings_from:
+        split_rows(model, settings.embeddings_from)
     return model
 
 
 def is_trained(name: str, settings: FinetuneSettings) -> bool:
     """Whether training changes the parameter `name`."""
-    if settings.method == "full" or name.rpartition(".")[2] in PARTS:
+    if settings.method == "full" or name.rpartition(".")[2] in (*PARTS, NEW_ROWS):
         return True
+    if settings.embeddings_from:
+        return False
     return name in VOCABULARY and (settings.method == "embeddings" or settings.train_embeddings)
 
 
@@ -131,28 +136,7 @@ def make_objective(
         for module in lora_modules(model):
             _materialize(module, ranks.device)
         initialize_lora(model, settings.seed)
-    if settings.embeddings_from:
-        train_rows_from(model, settings.embeddings_from)
     return objective
-
-
-def train_rows_from(model: Transformer, first: int) -> None:
-    """Let training change only the rows of embedding and output from `first` on.
-
-    The others get a gradient of 0, which AdamW without weight decay takes for no change.
-
-    Raises:
-        ValueError: there is no row `first`.
-    """
-    if first >= model.vocab_size:
-        raise ValueError(f"embeddings_from {first}: the rows are 0 to {model.vocab_size - 1}")
-
-    def only_new(gradient: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(gradient[:first]), gradient[first:]])
-
-    for weight in {model.tok_embeddings.weight, model.output.weight}:
-        if weight.requires_grad:
-            weight.register_hook(only_new)
 
 
 @torch.no_grad()
@@ -169,13 +153,18 @@ def load_weights(model: Transformer, source: Source, ranks: DataParallel) -> Non
         for key, value in _stored(source, name, module, ranks.device):
             _fill(module, key, value, ranks.device)
     if tied:
-        model.output.weight = model.tok_embeddings.weight
+        tie(model)
 
 
 def _stored(
     source: Source, name: str, module: nn.Module, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """(name in the module, value) of what holds the weight `name`: itself, or codes and scales."""
+    if NEW_ROWS in module._parameters:
+        first = len(module.get_parameter("weight"))
+        yield "weight", source.read(name, 0, 0, first)
+        yield NEW_ROWS, source.read(name, 0, first)
+        return
     if "weight" in module._parameters:
         yield "weight", source.read(name)
         return

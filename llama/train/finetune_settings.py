@@ -149,8 +149,10 @@ class FinetuneSettings(TrainerSettings):
             raise ValueError("beta is for method dpo; leave it out")
         if self.embeddings_from and self.method == "lora" and not self.train_embeddings:
             raise ValueError("embeddings_from needs train_embeddings: LoRA trains no row otherwise")
+        if self.embeddings_from and self.method == "full":
+            raise ValueError("embeddings_from: method full trains all rows; leave it out")
         if self.embeddings_from and self.parallel == "fsdp":
-            raise ValueError("embeddings_from: with parallel fsdp all rows are trained; use ddp")
+            raise ValueError("embeddings_from: parallel fsdp cannot train some rows only; use ddp")
         if self.val_data is not None and self.val_fraction != defaults["val_fraction"]:
             raise ValueError("val_data and val_fraction: give one of them")
         if self.steps is not None and self.epochs != defaults["epochs"]:

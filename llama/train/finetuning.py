@@ -25,6 +25,7 @@ from llama.distributed.device import pick_device
 from llama.distributed.sharding import VOCABULARY
 from llama.engine.forks import check_not_forked
 from llama.generation import Llama
+from llama.layers.new_rows import NEW_ROWS, join_rows
 from llama.layers.optimize import optimize
 from llama.train.batch import Batch
 from llama.train.data_parallel import DataParallel
@@ -93,7 +94,7 @@ def finetune(
         refuse_existing(out)
     base = open_base(ckpt_dir, tokenizer_path)
     check_base(base.source, settings)
-    samples = load_samples(data, settings, base.tokenizer, base.source.context)
+    samples = base_samples(base, data, settings)
     task = Finetuning(settings, base, samples, out, ranks)
     summary = task.summary(ranks.size)
     open_run(out, settings, ranks, f"{samples.digest} {base.digest()}", resume=resume)
@@ -102,6 +103,13 @@ def finetune(
         warn_of_untrained_tokens(base, samples, settings)
     with advice_on_memory(ranks.device, task):
         return run_task(task, ranks, resume=resume, tensorboard=tensorboard)
+
+
+def base_samples(base: Base, data: Sequence[str | Path], settings: FinetuneSettings) -> Samples:
+    """The samples in `data` as rows for a base; see `load_samples`."""
+    source = base.source
+    rows = source.params["vocab_size"]
+    return load_samples(data, settings, base.tokenizer, source.context, rows)
 
 
 def open_run(
@@ -162,7 +170,7 @@ def show_rows(
         FileNotFoundError, ValueError, ImportError: as `finetune`.
     """
     base = open_base(ckpt_dir, tokenizer_path)
-    samples = load_samples(data, settings, base.tokenizer, base.source.context)
+    samples = base_samples(base, data, settings)
     rows = show(samples.train.rows, base.tokenizer, count, color=color)
     return "\n".join([*samples.summary(), "", rows])
 
@@ -201,7 +209,7 @@ class Finetuning:
     def parameter_groups(self, objective: Objective) -> list[dict[str, Any]]:
         """The trained parameters; LoRA+ (arXiv:2402.12354) gives B a learning rate of its own."""
         scales = {"lora_b": self.settings.lora_plus}
-        scales |= dict.fromkeys(VOCABULARY, self.settings.embeddings_lr)
+        scales |= dict.fromkeys((*VOCABULARY, NEW_ROWS), self.settings.embeddings_lr)
         return parameter_groups(objective, self.settings, scales)
 
     def batches(self, step: int, rank: int, ranks: int) -> list[Batch]:
@@ -219,6 +227,9 @@ class Finetuning:
 
     def save_best(self, weights: dict[str, Tensor]) -> None:
         """Write the adapter or the checkpoint."""
+        if first := self.settings.embeddings_from:
+            read = self.base.source.read
+            weights = join_rows(weights, {name: read(name, 0, 0, first) for name in VOCABULARY})
         if self.settings.adapts:
             save_adapter(self.out, self.base, self.settings.lora, weights)
         else:

@@ -141,10 +141,17 @@ def test_goals() -> None:
         Figure("bf16 compiled, batch 1, context 128", "engine step, of copy", "", [0.81]),
         Figure("int4 compiled, batch 1, context 128", "engine step", "tok/s", [300.0]),
         Figure("pytest tests/cuda", "failed", "", [2]),
+        Figure("llama3, LoRA, packed, 1 x 2048 tokens", "training", "tok/s", [300.0]),
+        Figure("peft, LoRA, packed, 1 x 2048 tokens", "training", "tok/s", [240.0]),
+        Figure("llama3, LoRA, packed, 1 x 2048 tokens", "peak memory", "GiB", [9.0]),
+        Figure("peft, LoRA, packed, 1 x 2048 tokens", "peak memory", "GiB", [10.0]),
     ]
     assert [line.removeprefix("goal: ") for line in goals(make_result("gpu", {}, figures))] == [
         "a compiled bf16 step, of copying: 0.8: 0.810, reached",
         "int4 / bf16, compiled: 2.2: 2.000, not reached",
         "bf16 prefill of 4,096, of matmul: 0.55: not measured",
+        "packed LoRA / peft, speed: 1.0: 1.250, reached",
+        "packed LoRA / peft, memory: at most 0.8: 0.900, not reached",
+        "int4 LoRA, GiB: at most 10.0: not measured",
         "no test marked cuda fails: 2 failed",
     ]

@@ -110,6 +110,34 @@ def test_old_tokens_lose_at_most_the_new_ones_share(
         assert json.loads((out / "config.json").read_text()).items() >= spec.items()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_parts(
+    tied: bool, write_base: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """The old tokens are bytes, so a new token's parts are its bytes."""
+    base, out = write_base(tied), tmp_path / "out"
+    done = extend_vocabulary(base, [text], out, NEW, initial="parts")
+    source, old = open_checkpoint(out), open_checkpoint(base)
+    assert source.tied == tied
+    for name in ("tok_embeddings.weight", "output.weight"):
+        before, after = old.read(name).double(), source.read(name)
+        for token, i in done.tokens.items():
+            expected = before[list(token)].mean(0).float()
+            torch.testing.assert_close(after[i], expected, rtol=0, atol=0)
+    # Extended again: the old tokens are new ones of the first time.
+    again = extend_vocabulary(out, [text], tmp_path / "again", 3, initial="parts")
+    ours, theirs = open_tokenizer(open_checkpoint(again.path)), open_tokenizer(source)
+    rows, before = open_checkpoint(again.path).read("output.weight"), source.read("output.weight")
+    for token, i in again.tokens.items():
+        left, right = next(
+            (theirs.ranks[token[:k]], theirs.ranks[token[k:]])
+            for k in range(1, len(token))
+            if token[:k] in theirs.ranks and token[k:] in theirs.ranks
+        )
+        if ours.ranks[token] == min(again.tokens.values()):  # made of two old tokens
+            torch.testing.assert_close(rows[i], before[[left, right]].double().mean(0).float())
+
+
 def test_transformers_tokenizes_alike_and_the_import_has_the_same_ids(
     write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
@@ -196,6 +224,7 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
         (ValueError, r"no more than \d+ new tokens, not 100000", {"n": 100000}),
         (ValueError, "Unicode has no script 'Chinese'", {"scripts": ["Chinese"]}),
         (ValueError, "no script", {"scripts": []}),
+        (ValueError, "initial must be one of mean, parts, not 'zero'", {"initial": "zero"}),
         (ValueError, "cannot write 'gguf'", {"to": "gguf"}),
         (FileNotFoundError, "has no tokenizer", {"base": bare}),
         (ValueError, "quantized already", {"base": tmp_path / "int8"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,13 @@ from tests.distributed.test_tensor_parallel import results, torchrun, write
 
 def test_two_ranks_have_the_logits_of_one(tmp_path: Path) -> None:
     """Plain, int8 and int4 bases, with and without DoRA, whose norms need all ranks' columns."""
-    shape = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 64, "vocab_size": 31}
+    shape: dict[str, Any] = {
+        "dim": 128,
+        "n_heads": 4,
+        "n_kv_heads": 2,
+        "multiple_of": 64,
+        "vocab_size": 31,
+    }
     folder = write(tmp_path / "base", **shape)
     wanted = torch.tensor(lora_cases.all_logits(folder))
     assert len({tuple(row.tolist()) for row in wanted}) == len(lora_cases.CASES)

@@ -70,12 +70,12 @@ def make_peft(model: Transformer, config: LoRAConfig) -> nn.Module:
     )
     options = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         use_rslora=config.rslora,
         use_dora=config.dora,
         target_modules=[MODULES[target].split(".")[1] for target in config.targets],
     )
-    peft = get_peft_model(hf, options)  # type: ignore[arg-type]
+    peft: nn.Module = get_peft_model(hf, options)
     found = peft.state_dict()
     for name, tensor in model.state_dict().items():
         found[hf_name(name, set(found))].copy_(to_hf(name, tensor, args))

@@ -153,7 +153,7 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dequantized_weights(
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if isinstance(module, (Int8Linear, Int4Linear)):
-                plain.get_submodule(name).weight.copy_(torch.cat(list(weight_blocks(module))))  # type: ignore[operator, union-attr]
+                plain.get_submodule(name).weight.copy_(torch.cat(list(weight_blocks(module))))  # type: ignore[operator]
     for model in (quantized, plain):
         randomize(model)
         loss_of(model, TOKENS).backward()
@@ -280,9 +280,10 @@ def test_wrong_use_is_refused() -> None:
         add_lora(
             torch.nn.ModuleDict({"wq": torch.nn.Linear(2, 2)}), LoRAConfig(targets=("wq", "w1"))
         )
+    wrong: dict[str, Any]
     for wrong in ({"rank": 0}, {"alpha": 0}, {"alpha": float("nan")}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            LoRAConfig(**wrong)  # type: ignore[arg-type]
+            LoRAConfig(**wrong)
     with pytest.raises(ValueError, match=r"\['lm_head'\]"):
         LoRAConfig(targets=("wq", "lm_head"))
     assert LoRAConfig().targets == TARGETS

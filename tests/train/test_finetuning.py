@@ -18,6 +18,8 @@ import torch
 
 from llama import Llama, Tokenizer
 from llama.checkpoints.convert import convert, quantize
+from llama.train.finetune_base import open_base
+from llama.train.finetune_data import load_samples
 from llama.train.finetune_settings import FinetuneSettings
 from llama.train.finetuning import finetune
 from llama.train.report import read_metrics
@@ -238,3 +240,13 @@ def test_inputs_that_are_refused(tmp_path: Path, bases: dict[str, Path], data: P
         assert {*tmp_path.iterdir()} == before, message
     with pytest.raises(FileNotFoundError, match="contains no run to resume"):
         run(meta, data, tmp_path / "run", resume=True)
+
+
+def test_data_that_need_a_token_without_a_row(bases: dict[str, Path], data: Path) -> None:
+    """As where a tokenizer has more special tokens than the model has rows."""
+    base = open_base(bases["meta"])
+    inputs = [data / "train.jsonl"], quick(), base.tokenizer, 8192
+    end = base.tokenizer.special_tokens["<|eot_id|>"]
+    with pytest.raises(ValueError, match=r"need the token '<\|eot_id\|>', whose id .* beyond the"):
+        load_samples(*inputs, end)
+    assert load_samples(*inputs, end + 1).max_seq_len > 0

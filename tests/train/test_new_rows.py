@@ -64,7 +64,7 @@ def test_all_rows_are_trained_otherwise(write_base: Any, tmp_path: Path) -> None
 def test_bad_rows(write_base: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="embeddings_from needs train_embeddings"):
         settings(method="lora")
-    with pytest.raises(ValueError, match="with parallel fsdp all rows are trained"):
+    with pytest.raises(ValueError, match="fsdp cannot train some rows only"):
         settings(method="embeddings", parallel="fsdp")
     with pytest.raises(ValueError, match="embeddings_from must be an integer from 0 on, not -1"):
         settings(embeddings_from=-1)

@@ -1,0 +1,175 @@
+"""A larger vocabulary for Chinese: the demo model with and without it, after the same updates.
+
+    python -m benchmarks.chinese --data zh.txt --english input.txt
+
+DATA has paragraphs between empty lines, without duplicates here; some are held out. The demo model
+gets new tokens from the others (`llama3 extend-vocab`); then it and the model without them are
+trained on these, with the same number of updates of as many tokens (`llama3 finetune`), once for
+each seed. Measured: tokens a character and bits a byte of the held-out text, and the perplexity of
+the beginning of ENGLISH. Prints a table and one JSON line, which --out saves; --plot draws.
+
+Runs that are complete in --folder are not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import regex
+
+from benchmarks.flags import check_counts, check_file
+from benchmarks.report import Figure, finish, make_result
+from benchmarks.script import run_benchmark
+from llama import Llama
+from llama.checkpoints.demo_model import ensure_demo_model
+from llama.tokenizer import Tokenizer
+from llama.train.extend_vocabulary import extend_vocabulary
+from llama.train.finetune_settings import FinetuneSettings
+from llama.train.finetuning import finetune
+
+WINDOW = 512  # tokens of a window in which a text is measured
+HELD_OUT = 12_000  # bytes of held-out text, at least
+ENGLISH = 16_000  # characters
+ARMS = ("without new tokens", "with new tokens")
+
+
+def split(data: Path, folder: Path) -> tuple[Path, Path]:
+    """Write zh-train.txt and zh-held-out.txt, whole paragraphs each, drawn with a fixed seed."""
+    paragraphs = list(dict.fromkeys(data.read_text("utf-8").split("\n\n")))
+    order = random.Random(0).sample(paragraphs, len(paragraphs))
+    held: list[str] = []
+    while order and sum(len(p.encode()) for p in held) < HELD_OUT:
+        held.append(order.pop(0))
+    kept = set(order)
+    train, rest = folder / "zh-train.txt", folder / "zh-held-out.txt"
+    train.write_text("\n\n".join(p for p in paragraphs if p in kept), "utf-8")
+    rest.write_text("\n\n".join(held), "utf-8")
+    return train, rest
+
+
+def tokens_a_character(tokenizer: Tokenizer, text: str) -> float:
+    """Tokens that hold part of a Chinese character, for each Chinese character."""
+    marks = b"".join(
+        (b"\1" if regex.match(r"\p{Han}", c) else b"\0") * len(c.encode()) for c in text
+    )
+    start = count = 0
+    for i in tokenizer.encode(text, bos=False):
+        stop = start + len(tokenizer.decode_bytes([i]))
+        count += 1 in marks[start:stop]
+        start = stop
+    return count / len(regex.findall(r"\p{Han}", text))
+
+
+def measure(base: Path, adapter: Path | None, chinese: str, english: str) -> dict[str, float]:
+    """Bits a byte of the one text, perplexity of the other."""
+    llama = Llama.build(base, max_seq_len=WINDOW, max_batch_size=1, adapter=adapter, device="cpu")
+    zh, en = llama.perplexity(chinese), llama.perplexity(english)
+    return {"bits": zh.bits_per_byte, "perplexity": en.perplexity}
+
+
+def curve(out: Path, bytes_per_token: float) -> list[tuple[int, float]]:
+    """(updates, bits a byte of the held-out text) at each evaluation of a run."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    scale = 1 / bytes_per_token / math.log(2)
+    return [(line["step"], line["val_loss"] * scale) for line in lines if "val_loss" in line]
+
+
+def run(base: Path, out: Path, texts: list[Path], held_out: Path, settings: dict[str, Any]) -> None:
+    """Train an adapter, unless it is there."""
+    if not (out / "done").exists():
+        finetune(base, texts, out, FinetuneSettings(val_data=str(held_out), **settings))
+        (out / "done").touch()
+
+
+def save_plot(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
+    """Draw every run's curve, a color for each arm."""
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(7, 4), layout="constrained")
+    axes = canvas.subplots()
+    for color, (arm, runs) in enumerate(curves.items()):
+        for i, points in enumerate(runs):
+            label = None if i else arm
+            axes.plot(*zip(*points, strict=True), "o-", ms=3, color=f"C{color}", label=label)
+    axes.set(xlabel="updates", ylabel="bits per byte of held-out Chinese text")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    canvas.savefig(path, format="png", dpi=100)
+
+
+def main(
+    data: str,
+    english: str,
+    folder: str = "chinese-runs",
+    tokens: int = 4000,
+    initial: str = "parts",
+    updates: int = 150,
+    batch_size: int = 2,
+    block: int = 256,
+    rank: int = 16,
+    lr: float = 1e-3,
+    embeddings_lr: float = 5.0,
+    seeds: int = 3,
+    out: str | None = None,
+    plot: str | None = None,
+) -> None:
+    """Train both models with each seed, and measure them.
+
+    Args:
+        data: Chinese text, UTF-8, paragraphs between empty lines.
+        english: English text; its first 16,000 characters are measured.
+        folder: for the split text, the extended model and the adapters.
+        embeddings_lr: the learning rate of the new rows, as a multiple of lr.
+        out: a JSON file to write.
+        plot: a PNG file to write.
+    """
+    check_counts(tokens=tokens, updates=updates, seeds=seeds)
+    check_file("out", out, ".json")
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    train, held_out = split(Path(data), root)
+    plain, extended = ensure_demo_model(), root / "extended"
+    if not extended.exists():
+        extend_vocabulary(plain, [train], extended, tokens, scripts=["Han"], initial=initial)
+    first = Tokenizer(plain / "tokenizer.model").n_words
+    common: dict[str, Any] = {
+        "format": "text", "method": "lora", "rank": rank, "lr": lr, "steps": updates,
+        "batch_size": batch_size, "block": block, "samples": 0, "eval_every": max(1, updates // 5),
+    }  # fmt: skip
+    rows = {"train_embeddings": True, "embeddings_from": first, "embeddings_lr": embeddings_lr}
+    zh, en = held_out.read_text("utf-8"), Path(english).read_text("utf-8")[:ENGLISH]
+    before = measure(plain, None, zh, en)
+    figures, curves = [], {}
+    for arm, base, more in zip(ARMS, (plain, extended), ({}, rows), strict=True):
+        tokenizer = Tokenizer(base / "tokenizer.model")
+        bytes_per_token = len(zh.encode()) / len(tokenizer.encode(zh, bos=False))
+        found: list[dict[str, float]] = []
+        curves[arm] = []
+        for seed in range(seeds):
+            result = root / f"{arm.split()[0]}-{seed}"
+            run(base, result, [train], held_out, common | more | {"seed": seed})
+            found.append(measure(base, result, zh, en))
+            curves[arm].append(curve(result, bytes_per_token))
+        bits, perplexity = ([f[key] for f in found] for key in ("bits", "perplexity"))
+        worse = [100 * (p / before["perplexity"] - 1) for p in perplexity]
+        ratio = [tokens_a_character(tokenizer, zh)]
+        figures += [
+            Figure(arm, "tokens a Chinese character", "", ratio, better="lower"),
+            Figure(arm, "held-out Chinese", "bits/byte", bits, better="lower"),
+            Figure(arm, "English perplexity", "", perplexity, better="lower"),
+            Figure(arm, "English, more than the base", "%", worse, better="lower"),
+        ]
+    figures.append(Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]))
+    figures.append(Figure("the demo model", "English perplexity", "", [before["perplexity"]]))
+    settings = common | rows | {"tokens": tokens, "initial": initial, "seeds": seeds}
+    if plot is not None:
+        save_plot(curves, Path(plot))
+    finish(make_result("chinese vocabulary", settings, figures, curves=curves), out)
+
+
+if __name__ == "__main__":
+    run_benchmark(main, "chinese")
