@@ -260,7 +260,9 @@ class Finetuning:
         if self.settings.adapts:  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
-        optimize(model, exact=True)
+        optimize(
+            model, exact=model.norm.weight.device.type != "cpu"
+        )  # a GPU's modules copy weights
         return Llama(model.eval(), self.base.tokenizer)
 
     def summary(self, ranks: int) -> str:
