@@ -44,9 +44,8 @@ def finetune(
     if show:
         from llama.train.finetuning import show_rows
 
-        color = sys.stdout.isatty()
-        print(show_rows(base, data, settings, show, tokenizer_path=tokenizer_path, color=color))
-        return
+        more: Any = {"tokenizer_path": tokenizer_path, "color": sys.stdout.isatty()}
+        return print(show_rows(base, data, settings, show, **more))
     if out is None:
         raise ValueError("finetune needs --out: the folder that becomes the adapter or checkpoint")
     from llama.train.finetuning import finetune as run_training

@@ -145,8 +145,7 @@ def _encode(
     examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer, block: int
 ) -> list[Row]:
     """Rows; of preferences chosen and rejected ones by turns."""
-    template = cast(Template, settings.template)  # both checked by the settings
-    form = cast(ToolForm, settings.tool_form)
+    template, form = cast(Template, settings.template), cast(ToolForm, settings.tool_form)
     if settings.method != "dpo":
         return encode_examples(examples, tokenizer, block=block, template=template, tool_form=form)
     encoder = ExampleEncoder(tokenizer, template, form)
