@@ -13,7 +13,7 @@ from llama.train.extend_vocabulary import extend_vocabulary
 from llama.train.finetune_settings import FinetuneSettings
 from llama.train.finetuning import finetune
 from tests.checkpoints.test_extended import NEW, PADDED, write_base
-from tests.train.test_extend_vocabulary import CHINESE
+from tests.train.test_continued_merges import CHINESE
 
 VOCABULARY = ("tok_embeddings.weight", "output.weight")
 __all__ = ["write_base"]  # a fixture
