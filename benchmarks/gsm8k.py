@@ -37,7 +37,7 @@ def gsm8k(
     work: str,
     checkpoint: str | None = None,
     seeds: Sequence[int] = (1, 2, 3),
-    steps: int = 60,
+    steps: int = 150,
     questions: int = 100,
     plot: str | None = None,
     out: str | None = None,
@@ -59,8 +59,9 @@ def gsm8k(
     for seed in seeds:
         run = folder / f"seed-{seed}"
         settings = FinetuneSettings(
-            steps=steps, batch_size=4, pack=True, max_seq_len=512, lr=1e-3, warmup=5,
-            eval_every=20, eval_windows=60, val_data=val_data, dtype="bfloat16", seed=seed,
+            steps=steps, batch_size=2, pack=True, max_seq_len=512, lr=1e-3, warmup=10,
+            eval_every=50, eval_windows=60, samples=0, val_data=val_data, dtype="bfloat16",
+            seed=seed,
         )  # fmt: skip
         resume = (run / "train").is_dir()
         finetune(base, [data], run, settings, resume=resume, device="cpu")
@@ -80,8 +81,8 @@ def gsm8k(
         for column in ("ends in #### N and stops", "correct"):
             values = [100 * score[column] for score in found]
             figures.append(Figure(row, column, "%", values, better="higher"))
-    settings = asdict(settings) | {"questions": len(dialogs), "seed": None, "seeds": list(seeds)}
-    finish(make_result("gsm8k, LoRA on the demo model", settings, figures), out)
+    recorded = asdict(settings) | {"questions": len(dialogs), "seed": None, "seeds": list(seeds)}
+    finish(make_result("gsm8k, LoRA on the demo model", recorded, figures), out)
 
 
 def read_dialogs(path: str) -> list[list[dict[str, str]]]:
@@ -134,7 +135,7 @@ def draw(metrics: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
             label = f"seed {number + 1}, held out" if key == "val_loss" else None
             x, y = [line["step"] for line in found], [line[key] for line in found]
             axes.plot(x, y, style, color=f"C{number}", linewidth=1.2, markersize=4, label=label)
-    axes.set(xlabel="updates of about 2,000 tokens", ylabel="nats per token of the answers")
+    axes.set(xlabel="updates of about 1,000 tokens", ylabel="nats per token of the answers")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=90)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from llama import Llama
 from llama.checkpoints.adapter import write_adapter
@@ -20,6 +21,7 @@ from llama.checkpoints.convert import quantize
 from llama.checkpoints.merge import merge
 from llama.checkpoints.open import open_checkpoint
 from llama.layers.lora import LoRAConfig
+from llama.model import TransformerBlock
 from llama.text.rank_file import default_spec
 from tests import adapter_job
 from tests.checkpoints.adapters import IDS, bases, hf_logits, random_adapter
@@ -72,6 +74,20 @@ def test_quantized_bases(
     )
     expected = hf_logits(bases["hf"], adapters[name])
     assert (stored - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_one_compiled_block_serves_every_layer(
+    bases: dict[str, Path], adapters: dict[str, Path], name: str
+) -> None:
+    llama = Llama.build(bases["meta"], max_seq_len=16, dtype="fp32", adapter=adapters[name])
+    counter = CompileCounter()
+    block = torch.compile(TransformerBlock.forward, backend=counter)
+    freqs = torch.view_as_real(llama.model.freqs_cis[:1])
+    with torch.no_grad():
+        for layer in llama.model.layers:
+            block(layer, torch.ones(1, 1, 64), freqs)  # type: ignore[arg-type]
+    assert len(llama.model.layers) == 2 and counter.frame_count == 1
 
 
 def test_adapters_by_name(

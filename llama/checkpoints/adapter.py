@@ -31,7 +31,7 @@ from llama.checkpoints.source import Source, check_shapes, same_weights
 from llama.common.files import damage, read_json, write_json
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import VOCABULARY, weight_shapes
-from llama.layers.lora import LoRAConfig, add_lora, lora_part
+from llama.layers.lora import LoRAConfig, add_lora, lora_modules, lora_part
 from llama.model import ModelArgs, Transformer
 from llama.text.rank_file import read_sidecar
 
@@ -291,4 +291,7 @@ def attach_adapter(model: Transformer, adapter: Adapter) -> None:
     with torch.no_grad():
         for name, w in adapter.weights.items():
             state[name].copy_(lora_part(name, w, model.params, rank, size))
-    model.eval()
+        model.eval()
+        if adapter.config.dora:  # now: torch.compile would compile it again for each layer
+            for module in lora_modules(model):
+                module.magnitude_ratio(model.norm.weight.dtype)

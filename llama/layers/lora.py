@@ -101,10 +101,13 @@ class LoRALinear(nn.Module):
         """With DoRA, y times m / |V| of each row."""
         if self.lora_magnitude is None:
             return y
-        return (y * self._magnitude_ratio(dtype)).to(y.dtype)
+        return (y * self.magnitude_ratio(dtype)).to(y.dtype)
 
-    def _magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
-        """m / |V| of each row, (N,); in evaluation mode computed once."""
+    def magnitude_ratio(self, dtype: torch.dtype) -> Tensor:
+        """DoRA's m / |V| of each row, (N,); in evaluation mode computed once.
+
+        On several ranks, all must call this at the same time.
+        """
         assert self.lora_magnitude is not None
         if self._ratio is not None and not torch.is_grad_enabled():
             return self._ratio
@@ -143,7 +146,8 @@ class LoRALinear(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> LoRALinear:
-        self._ratio = None
+        if mode or self.training:
+            self._ratio = None
         return super().train(mode)
 
     def extra_repr(self) -> str:

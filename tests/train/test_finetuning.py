@@ -24,6 +24,7 @@ from llama.train.finetune_settings import FinetuneSettings
 from llama.train.finetuning import finetune
 from llama.train.report import read_metrics
 from tests.checkpoints.adapters import bases, peft, transformers
+from tests.distributed.test_tensor_parallel import torchrun
 from tests.train.finetune_cases import (
     prompt_and_answer,
     quick,
@@ -110,7 +111,8 @@ def test_checkpoint_has_its_loss_in_transformers(
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantized_base(tmp_path: Path, bases: dict[str, Path], data: Path, stored: bool) -> None:
     """The adapter has its loss on the quantized base, computed by `Llama`."""
-    base, out, changes = bases["meta"], tmp_path / "run", {} if stored else {"quantize": "int8"}
+    base, out = bases["meta"], tmp_path / "run"
+    changes: dict[str, Any] = {} if stored else {"quantize": "int8"}
     if stored:
         base = quantize(base, tmp_path / "int8", "int8")
     loss = run(base, data, out, **changes)
@@ -124,6 +126,18 @@ def test_quantized_base(tmp_path: Path, bases: dict[str, Path], data: Path, stor
         count += len(answer)
     assert loss == pytest.approx(nats / count, rel=1e-3)
     assert loss < losses(out)[0]["val_loss"] - 0.5
+
+
+def flags(base: Path, data: Path, out: Path, **changes: Any) -> list[str]:
+    """The command line of `run`."""
+    settings = vars(quick(val_data=str(data / "held_out.jsonl"), **changes))
+    defaults = vars(FinetuneSettings())
+    where = ["-m", str(base), "--data", str(data / "train.jsonl"), "--out", str(out)]
+    return ["finetune", *where, "--device", "cpu"] + [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in settings.items()
+        if value != defaults[name]
+    ]
 
 
 KILL = """
@@ -152,15 +166,7 @@ def test_killed_run_goes_on_bit_identically(
     changes = changes | {"recompute": True}
     whole, out = tmp_path / "whole", tmp_path / "killed"
     run(bases["meta"], data, whole, **changes)
-    settings = vars(quick(val_data=str(data / "held_out.jsonl"), **changes))
-    defaults = vars(FinetuneSettings())
-    flags = [
-        f"--{name}" if value is True else f"--{name}={value}"
-        for name, value in settings.items()
-        if value != defaults[name]
-    ]
-    where = ["-m", str(bases["meta"]), "--data", str(data / "train.jsonl"), "--out", str(out)]
-    command = [sys.executable, "-c", KILL, "finetune", *where, *flags, "--device", "cpu"]
+    command = [sys.executable, "-c", KILL, *flags(bases["meta"], data, out, **changes)]
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
@@ -169,6 +175,29 @@ def test_killed_run_goes_on_bit_identically(
     assert losses(out) == losses(whole)
     name = "consolidated.00.pth" if "method" in changes else "adapter_model.safetensors"
     assert (out / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "changes"),
+    [
+        ("fsdp", {"train_embeddings": True, "recompute": True}),
+        pytest.param("ddp", {"quantize": "int8"}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"quantize": "int8", "pack": True}, marks=pytest.mark.slow),
+        pytest.param("fsdp", {"method": "full"}, marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_match_one(
+    tmp_path: Path, bases: dict[str, Path], data: Path, parallel: str, changes: dict[str, Any]
+) -> None:
+    """Two ranks with two rows each against one with four, half of the run resumed."""
+    base, one, two = bases["tied meta"], tmp_path / "one", tmp_path / "two"
+    changes = changes | {"samples": 0, "steps": 4, "eval_every": 2, "final_lr": 1.0, "lr": 1e-3}
+    run(base, data, one, **changes)
+    changes |= {"batch_size": 2, "parallel": parallel}
+    torchrun(2, "-m", "llama", *flags(base, data, two, **changes | {"steps": 2}))
+    torchrun(2, "-m", "llama", *flags(base, data, two, **changes), "--resume")
+    for ours, theirs in zip(losses(two), losses(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 def test_full_disk(tmp_path: Path, bases: dict[str, Path], data: Path) -> None:
