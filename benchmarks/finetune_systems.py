@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.transformers_peer import transformers_model
@@ -107,7 +108,7 @@ class Peft:
                 input_ids=tokens, labels=tokens, shift_labels=wanted, num_items_in_batch=targets
             )
         loss: Tensor = output.loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         return float(loss.detach())
 
 
