@@ -239,7 +239,7 @@ class Finetuning:
         assert self._objective is not None
         model = model_without_weights(self.base.source, self.args, self.settings)
         state = dict(self._objective.model.state_dict())
-        if self.settings.adapts:  # one dtype from the embedding to the output
+        if self.settings.method != "full":  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
         optimize(
