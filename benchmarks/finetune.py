@@ -64,6 +64,7 @@ def figures_of(found: Mapping[str, Sequence[Update]], column: str) -> list[Figur
         figures += [
             Figure(name, column, "tok/s", speeds(updates), better="higher"),
             Figure(name, "update", "s", [u.seconds for u in updates], better="lower"),
+            Figure(name, "update, CPU", "s", [u.cpu for u in updates], better="lower"),
             Figure(name, "last loss", "nat", [updates[-1].loss]),
         ]
     return figures
@@ -101,6 +102,8 @@ def peft(
     figures = figures_of(found, "LoRA")
     compared = ratios(speeds(found["llama3"]), speeds(found["peft"]))
     figures.append(Figure("llama3 / peft", "LoRA", "", compared, better="higher"))
+    cpu = ratios([u.cpu for u in found["peft"]], [u.cpu for u in found["llama3"]])
+    figures.append(Figure("llama3 / peft", "speed by CPU time", "", cpu, better="higher"))
     name = f"finetune peft, {SHORT[dtype]}, {targets}"
     report(name, settings, {"runs": runs, "largest difference of losses": worst}, figures, out)
 
@@ -129,6 +132,8 @@ def full(
     figures = figures_of(found, "training")
     compared = ratios(seconds["lora"], seconds["full"])
     figures.append(Figure("lora / full", "update", "", compared, better="lower"))
+    cpu = ratios([u.cpu for u in found["lora"]], [u.cpu for u in found["full"]])
+    figures.append(Figure("lora / full", "update, CPU", "", cpu, better="lower"))
     report(f"finetune full, {SHORT[dtype]}", settings["lora"], {"runs": runs}, figures, out)
 
 

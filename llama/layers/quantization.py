@@ -5,7 +5,7 @@ Shapes: N rows (outputs) and K columns of a weight matrix, T tiles of 16 rows, G
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,21 @@ def linear_int8(x: Tensor, q: Tensor, scale: Tensor) -> Tensor:
     if x.device.type != "cpu" and torch.compiler.is_compiling():  # for one row, inductor fuses this
         return (F.linear(x, q.to(x.dtype)) * scale).to(x.dtype)
     parts = zip(q.split(BLOCK), scale.split(BLOCK), strict=True)
-    return torch.cat([F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts], dim=-1)
+    return side_by_side((F.linear(x, widen_int8(x, part)).mul_(s) for part, s in parts), len(q))
+
+
+def side_by_side(blocks: Iterable[Tensor], n: int) -> Tensor:
+    """Blocks of outputs (..., N') as one tensor (..., n). No more than one block is kept beside."""
+    whole, start = None, 0
+    for block in blocks:
+        if block.shape[-1] == n:
+            return block
+        if whole is None:
+            whole = block.new_empty(*block.shape[:-1], n)
+        whole.narrow(-1, start, block.shape[-1]).copy_(block)
+        start += block.shape[-1]
+    assert whole is not None and start == n
+    return whole
 
 
 def _fp16_to_fp32(x: Tensor) -> Tensor:

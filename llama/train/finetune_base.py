@@ -1,4 +1,4 @@
-"""The checkpoint that is fine-tuned, and the result in its folder. Knows no data and no loop."""
+"""The checkpoint that is fine-tuned, and the folder of a run with its result. Knows no loop."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from llama.checkpoints.formats.peft import WEIGHTS_FILE
 from llama.checkpoints.locate import expand
 from llama.checkpoints.open import find_vocabulary, open_checkpoint, open_tokenizer, with_chat
 from llama.checkpoints.source import Source, released_context
-from llama.common.files import check_free_space, replacing_file, write_json
+from llama.common.files import check_free_space, new_folder, replacing_file, write_json
 from llama.distributed.sharding import weight_shapes
 from llama.layers.lora import LoRAConfig
 from llama.text.rank_file import read_sidecar
 from llama.tokenizer import Tokenizer
-from llama.train.state import save_state
+from llama.train.data_parallel import DataParallel
+from llama.train.finetune_settings import FinetuneSettings
+from llama.train.state import check_resumable, record_settings, save_state
 
 CHECKPOINT_FILE = "consolidated.00.pth"
 
@@ -65,6 +67,27 @@ def open_base(ckpt_dir: str | Path, tokenizer_path: str | Path | None = None) ->
         data = path.read_bytes()
         vocabulary = data, with_chat(source, data, read_sidecar(str(path)))
     return Base(source, tokenizer, vocabulary, tokenizer_path is not None)
+
+
+def open_run(
+    out: Path, settings: FinetuneSettings, ranks: DataParallel, inputs: str, *, resume: bool
+) -> None:
+    """Make the folder of a run, or check that the one there can be resumed.
+
+    Args:
+        inputs: a digest of the data, the base and its tokenizer.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: see `new_folder` and `check_resumable`.
+    """
+    if ranks.rank == 0 and not resume:
+        with new_folder(out) as folder:
+            record_settings(folder, settings, ranks.size, inputs)
+    ranks.barrier()
+    if check_resumable(out, settings, ranks.size) != inputs:
+        raise ValueError(
+            f"the run in {out} cannot be resumed: the data, the base or its tokenizer has changed"
+        )
 
 
 def save_adapter(out: Path, base: Base, config: LoRAConfig, weights: Mapping[str, Tensor]) -> None:

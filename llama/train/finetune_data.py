@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from llama.text.tool_prompt import ToolForm
 from llama.tokenizer import Tokenizer
-from llama.train.encoding import ExampleEncoder, encode_examples
+from llama.train.encoding import ExampleEncoder, Template, encode_examples
 from llama.train.example_files import read_examples
 from llama.train.examples import Document, Example, Preference, split_examples
 from llama.train.finetune_settings import BLOCK, LONGEST, FinetuneSettings
@@ -145,7 +146,7 @@ def _encode(
     examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer, block: int
 ) -> list[Row]:
     """Rows; of preferences chosen and rejected ones by turns."""
-    template, form = settings.template, settings.tool_form
+    template, form = cast(Template, settings.template), cast(ToolForm, settings.tool_form)
     if settings.method != "dpo":
         return encode_examples(examples, tokenizer, block=block, template=template, tool_form=form)
     encoder = ExampleEncoder(tokenizer, template, form)

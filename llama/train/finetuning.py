@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from llama.checkpoints.formats.peft import WEIGHTS_FILE
-from llama.common.files import new_folder
 from llama.common.progress import say
 from llama.distributed.device import pick_device
 from llama.distributed.sharding import VOCABULARY
@@ -33,6 +32,7 @@ from llama.train.finetune_base import (
     CHECKPOINT_FILE,
     Base,
     open_base,
+    open_run,
     save_adapter,
     save_checkpoint,
 )
@@ -49,7 +49,7 @@ from llama.train.objective import Objective, compute_dtype
 from llama.train.optimizer import parameter_groups
 from llama.train.report import check_tensorboard
 from llama.train.show_rows import show
-from llama.train.state import check_resumable, record_settings, refuse_existing
+from llama.train.state import refuse_existing
 from llama.train.untrained_tokens import untrained_warning
 
 SAMPLE_LENGTH = 256  # most tokens of an answer that is printed
@@ -113,27 +113,6 @@ def base_samples(base: Base, data: Sequence[str | Path], settings: FinetuneSetti
     return load_samples(data, settings, base.tokenizer, source.context, rows)
 
 
-def open_run(
-    out: Path, settings: FinetuneSettings, ranks: DataParallel, inputs: str, *, resume: bool
-) -> None:
-    """Make the folder of a run, or check that the one there can be resumed.
-
-    Args:
-        inputs: a digest of the data, the base and its tokenizer.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: see `new_folder` and `check_resumable`.
-    """
-    if ranks.rank == 0 and not resume:
-        with new_folder(out) as folder:
-            record_settings(folder, settings, ranks.size, inputs)
-    ranks.barrier()
-    if check_resumable(out, settings, ranks.size) != inputs:
-        raise ValueError(
-            f"the run in {out} cannot be resumed: the data, the base or its tokenizer has changed"
-        )
-
-
 @contextmanager
 def advice_on_memory(device: torch.device, task: Finetuning) -> Iterator[None]:
     """A block whose lack of memory becomes a MemoryError that says what to lower."""
@@ -170,6 +149,8 @@ def show_rows(
     Raises:
         FileNotFoundError, ValueError, ImportError: as `finetune`.
     """
+    if count < 1:
+        raise ValueError(f"show must be 1 or more rows, not {count}")
     base = open_base(ckpt_dir, tokenizer_path)
     samples = base_samples(base, data, settings)
     rows = show(samples.train.rows, base.tokenizer, count, color=color)
@@ -258,7 +239,7 @@ class Finetuning:
         assert self._objective is not None
         model = model_without_weights(self.base.source, self.args, self.settings)
         state = dict(self._objective.model.state_dict())
-        if self.settings.adapts:  # one dtype from the embedding to the output
+        if self.settings.method != "full":  # one dtype from the embedding to the output
             state |= {n: state[n].to(self.dtype) for n in VOCABULARY if n in state}
         model.load_state_dict(state, assign=True)
         optimize(
