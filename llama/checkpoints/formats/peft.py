@@ -88,7 +88,8 @@ def parse_config(config: Mapping[str, Any]) -> PeftConfig:
     if initial not in INITIAL_VALUES:
         raise ValueError(
             f"init_lora_weights is {short(initial)}, which changes the base's weights; save the "
-            "adapter as plain LoRA: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=)"
+            "adapter as plain LoRA: PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=)"
         )
     if (bias := config.get("bias", "none")) != "none":
         raise ValueError(
