@@ -125,8 +125,9 @@ def load_samples(
         train, held = examples, read_examples([s.val_data], s.format, counts)
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
-    for part in filter(None, (train, held)):
-        _check_combination(s, part)
+    _check_combination(s, train)
+    if held:
+        _check_combination(s, held)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
     encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
     for part in filter(None, encoded):
