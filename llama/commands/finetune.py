@@ -78,16 +78,21 @@ def print_end(result: Any, ckpt_dir: str | None, out: str, settings: FinetuneSet
 
 def next_commands(ckpt_dir: str | None, out: str, settings: FinetuneSettings) -> str:
     """What to do with the result, as lines to type."""
+    from llama.checkpoints.open import open_checkpoint, open_tokenizer
+
     result = shlex.quote(out)
+    source = open_checkpoint(checkpoint_or_demo(ckpt_dir, None)[0])
+    chats = open_tokenizer(source).chat_format is not None
+    verb = "chat" if chats else 'complete "Once upon a time"'
     if not settings.adapts:
-        return f"try it:\n  llama3 chat -m {result}\n  llama3 serve -m {result}"
+        return f"try it:\n  llama3 {verb} -m {result}\n  llama3 serve -m {result}"
     base = "" if ckpt_dir is None else f" -m {shlex.quote(ckpt_dir)}"
     quantize = "" if settings.quantize is None else f" --quantize {settings.quantize}"
     lines = [
-        f"llama3 chat{base}{quantize} --adapter {result}",
+        f"llama3 {verb}{base}{quantize} --adapter {result}",
         f"llama3 serve{base}{quantize} --adapter {result}",
     ]
-    if settings.quantize is None:
-        source = "$(llama3 demo)" if ckpt_dir is None else shlex.quote(ckpt_dir)
-        lines.append(f"llama3 merge {source} {result} {result}-merged")
+    if settings.quantize is None and source.quantization is None:
+        name = "$(llama3 demo)" if ckpt_dir is None else shlex.quote(ckpt_dir)
+        lines.append(f"llama3 merge {name} {result} {result}-merged")
     return "\n  ".join(["try it:", *lines])

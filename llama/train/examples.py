@@ -100,8 +100,8 @@ def split_examples(
     distinct = list(dict.fromkeys(keys))
     if len(distinct) < 2:
         raise ValueError(
-            "one example cannot be split into training and held-out examples; give more data, or a "
-            "validation fraction of 0"
+            "one example cannot be split into training and held-out examples (equal ones count "
+            "once); give more data, --val_data FILE, or --val_fraction 0"
         )
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1)
     order = np.random.default_rng(seed).permutation(len(distinct))

@@ -66,7 +66,7 @@ class Samples:
             + (f"{len(held.rows):,} rows held out" if held is not None else "none held out")
         ]
         if train.pack:
-            full = train.tokens / (len(train) * self.max_seq_len)
+            full = (train.tokens - len(train.rows)) / (len(train) * self.max_seq_len)
             lines.append(f"packed: {len(train):,} rows, {full:.0%} full")
         both = [rows for rows in (train, held) if rows is not None]
         cut, dropped = sum(rows.cut for rows in both), sum(rows.dropped for rows in both)
@@ -126,13 +126,15 @@ def load_samples(
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
+    if held:
+        _check_combination(s, held)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
     encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
     for part in filter(None, encoded):
         check_ids(part, tokenizer, vocab_size)
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
-        longest = max(len(row.ids) - 1 for part in encoded for row in part)
+        longest = max((len(row.ids) - 1 for part in encoded for row in part), default=1)
         max_seq_len = min(longest, s.block or LONGEST, context)
     elif max_seq_len > context:
         raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")

@@ -250,7 +250,8 @@ class Trainer:
         if "val_loss" in line:
             losses[-1] += remark
         text = textwrap.indent(self.task.sample(weights), "    ")
-        say(f"step {line['step']}: {', '.join(losses)}\n{text}\n")
+        text = f"\n{text}\n" if text else ""
+        say(f"step {line['step']}: {', '.join(losses)}{text}")
 
     def fail(self, step: int, what: str) -> NoReturn:
         """Raise a ValueError: training has diverged."""

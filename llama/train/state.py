@@ -67,6 +67,11 @@ def check_resumable(out: Path, settings: TrainerSettings, ranks: int) -> str:
     recorded = read_json(path)
     if not isinstance(recorded.get("settings"), dict) or "data" not in recorded:
         raise ValueError(f"{path} is damaged: it lacks the settings; start a new run")
+    fields = dataclasses.asdict(settings).keys() | {"ranks"}
+    if recorded["settings"].keys() != fields:
+        raise ValueError(
+            f"the run in {out} is of another verb or version; start one in a new folder"
+        )
     differences = settings.differences(recorded["settings"], ranks)
     if differences:
         raise ValueError(f"the run in {out} cannot be resumed: {'; '.join(differences)}")

@@ -108,6 +108,16 @@ def test_checkpoint_has_its_loss_in_transformers(
         assert new["output.weight"].data_ptr() == new["tok_embeddings.weight"].data_ptr()
 
 
+def test_embeddings_are_trained_beside_weights_of_another_dtype(
+    tmp_path: Path, bases: dict[str, Path], data: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also the printed answers compute in one dtype."""
+    out = tmp_path / "run"
+    run(bases["meta"], data, out, method="embeddings", dtype="bfloat16")
+    assert losses(out)[-1]["val_loss"] < losses(out)[0]["val_loss"] - 0.5
+    assert "answer 1: " in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantized_base(tmp_path: Path, bases: dict[str, Path], data: Path, stored: bool) -> None:
     """The adapter has its loss on the quantized base, computed by `Llama`."""
