@@ -199,7 +199,7 @@ def main(
         Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]),
         Figure("the demo model", "English perplexity", "", [before["perplexity"]]),
     ]
-    curves = {}
+    curves: dict[str, list[list[tuple[int, float]]]] = {}
     for arm in arms:
         outs = [arm.out(root, seed) for seed in range(seeds)]
         found, curves[arm.name] = figures_of(arm, outs, zh, en, before=before["perplexity"])

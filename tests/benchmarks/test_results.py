@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkouts, compare, tables, waiting
+from benchmarks import checkouts, chinese, compare, tables, waiting
 from benchmarks.random_checkpoint import SHAPES, RandomSource, write_rank_file
 from benchmarks.report import Figure, finish, load_result, make_result, number, save, table
 from llama import Llama
 from llama.checkpoints.formats.meta_export import write_meta
+from llama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -210,3 +211,17 @@ def test_waiting(
         for row, policy in waiting.POLICIES.items()
         for column in columns
     }
+
+
+def test_chinese_text_is_split_by_paragraphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, byte_tokenizer_path: Path
+) -> None:
+    monkeypatch.setattr(chinese, "HELD_OUT", 40)
+    data = tmp_path / "zh.txt"
+    paragraphs = [f"第{i}段。\n文件" for i in range(9)]
+    data.write_text("\n\n".join([*paragraphs, paragraphs[0]]), encoding="utf-8")
+    train, held_out = (path.read_text("utf-8") for path in chinese.split(data, tmp_path))
+    found = train.split("\n\n"), held_out.split("\n\n")
+    assert sorted(found[0] + found[1]) == paragraphs and len(found[1]) == 3
+    tokenizer = Tokenizer(byte_tokenizer_path)
+    assert chinese.tokens_a_character(tokenizer, "文 x。件") == 3.0

@@ -29,7 +29,7 @@ from tests.checkpoints.gguf_files import (
     write_gguf,
 )
 from tests.models import TINY, random_weights
-from tests.train.test_extend_vocabulary import CHINESE
+from tests.train.test_continued_merges import CHINESE
 from tests.vocabularies import rank_file
 
 ROWS, PADDED, NEW = 512, 520, 8
@@ -56,7 +56,7 @@ def write_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
     def write(tied: bool = False, **sidecar: Any) -> Path:
         folder = tmp_path_factory.mktemp("base")
-        params = TINY | {"vocab_size": PADDED}
+        params: dict[str, Any] = TINY | {"vocab_size": PADDED}
         state = random_weights(**params)
         for name in ("tok_embeddings.weight", "output.weight"):
             state[name][ROWS:] = 1e4  # must not count in the mean
@@ -76,7 +76,8 @@ def write_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     llama = Llama.build(folder, max_seq_len=64, max_batch_size=4, device="cpu", dtype="float32")
     with torch.no_grad():
-        return llama.model(ids, 0)
+        found: torch.Tensor = llama.model(ids, 0)
+    return found
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -232,7 +233,13 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
         (FileNotFoundError, "nowhere", {"base": tmp_path / "nowhere"}),
     ]
     for error, message, change in wrong:
-        values = {"base": base, "data": [text], "out": out, "n": NEW, "scripts": ["Han"]} | change
+        values: dict[str, Any] = {
+            "base": base,
+            "data": [text],
+            "out": out,
+            "n": NEW,
+            "scripts": ["Han"],
+        } | change
         with pytest.raises(error, match=message):
             extend_vocabulary(**values)
         assert not out.exists()

@@ -13,7 +13,7 @@ from llama.train.extend_vocabulary import extend_vocabulary
 from llama.train.finetune_settings import FinetuneSettings
 from llama.train.finetuning import finetune
 from tests.checkpoints.test_extended import NEW, PADDED, write_base
-from tests.train.test_extend_vocabulary import CHINESE
+from tests.train.test_continued_merges import CHINESE
 
 VOCABULARY = ("tok_embeddings.weight", "output.weight")
 __all__ = ["write_base"]  # a fixture
@@ -21,7 +21,7 @@ __all__ = ["write_base"]  # a fixture
 
 def settings(**changes: Any) -> FinetuneSettings:
     values: dict[str, Any] = {
-        "format": "text", "block": 16, "batch_size": 2, "steps": 3, "warmup": 1, "samples": 0,
+        "format": "text", "block": 16, "batch_size": 2, "steps": 3, "warmup": 1, "samples": 1,
         "val_fraction": 0.2, "embeddings_from": PADDED, "embeddings_lr": 10.0, "lr": 1e-3,
         "dtype": "float32",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""train/extend_vocabulary.py: learned tokens. Oracle: tiktoken, asked again after every merge."""
+"""train/continued_merges.py: learned tokens. Oracle: tiktoken, asked again after every merge."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import tiktoken
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llama.text.long_text import pieces
 from llama.text.scripts import Scripts
-from llama.train import extend_vocabulary
-from llama.train.extend_vocabulary import learn_tokens
+from llama.train import continued_merges
+from llama.train.continued_merges import learn_tokens
 from tests.vocabularies import extended, tokenizer_of_bytes
 
 HAN = Scripts(["Han"])
@@ -40,7 +41,7 @@ def slow_learner(
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         singles: Counter[bytes] = Counter()
         for text in texts:
-            for piece in extend_vocabulary.pieces(pat_str, text):
+            for piece in pieces(pat_str, text):
                 tokens = [encoding.decode_single_token_bytes(i) for i in encoding.encode(piece)]
                 pairs.update(pairwise(tokens))
                 singles.update(tokens)
@@ -120,7 +121,7 @@ def test_published_vocabulary(llama3_tokenizer_path: Path) -> None:
     longer = extended(tokenizer, learn_tokens(tokenizer, [CHINESE], 3, Scripts()))
     assert longer.n_words == 128259
     assert len(longer.encode(CHINESE)) < len(tokenizer.encode(CHINESE))
-    code = Path(extend_vocabulary.__file__).read_text("utf-8")
+    code = Path(continued_merges.__file__).read_text("utf-8")
     assert longer.encode(code) == tokenizer.encode(code)
 
 
