@@ -69,7 +69,9 @@ def check_resumable(out: Path, settings: TrainerSettings, ranks: int) -> str:
         raise ValueError(f"{path} is damaged: it lacks the settings; start a new run")
     fields = dataclasses.asdict(settings).keys() | {"ranks"}
     if recorded["settings"].keys() != fields:
-        raise ValueError(f"the run in {out} is of another verb or version; start one in a new folder")
+        raise ValueError(
+            f"the run in {out} is of another verb or version; start one in a new folder"
+        )
     differences = settings.differences(recorded["settings"], ranks)
     if differences:
         raise ValueError(f"the run in {out} cannot be resumed: {'; '.join(differences)}")
