@@ -8,7 +8,8 @@ trained on these, with the same number of updates of as many tokens (`llama3 fin
 each seed. Measured: tokens a character and bits a byte of the held-out text, and the perplexity of
 the beginning of ENGLISH. Prints a table and one JSON line, which --out saves; --plot draws.
 
-Runs that are complete in --folder are not repeated.
+Runs that are complete in --folder are not repeated, and one that was stopped goes on. --workers 2
+trains two at a time, each with one thread.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import regex
+import torch
 
 from benchmarks.flags import check_counts, check_file
 from benchmarks.report import Figure, finish, make_result
@@ -34,7 +39,18 @@ from llama.train.finetuning import finetune
 WINDOW = 512  # tokens of a window in which a text is measured
 HELD_OUT = 12_000  # bytes of held-out text, at least
 ENGLISH = 16_000  # characters
-ARMS = ("without new tokens", "with new tokens")
+
+
+class Arm(NamedTuple):
+    """One of the two models that are compared: its base, and what is trained."""
+
+    name: str
+    base: Path
+    settings: dict[str, Any]
+
+    def out(self, folder: Path, seed: int) -> Path:
+        """Where the adapter of a seed is."""
+        return folder / f"{self.name.split()[0]}-{seed}"
 
 
 def split(data: Path, folder: Path) -> tuple[Path, Path]:
@@ -78,11 +94,32 @@ def curve(out: Path, bytes_per_token: float) -> list[tuple[int, float]]:
     return [(line["step"], line["val_loss"] * scale) for line in lines if "val_loss" in line]
 
 
-def run(base: Path, out: Path, texts: list[Path], held_out: Path, settings: dict[str, Any]) -> None:
-    """Train an adapter, unless it is there."""
-    if not (out / "done").exists():
-        finetune(base, texts, out, FinetuneSettings(val_data=str(held_out), **settings))
-        (out / "done").touch()
+def train(base: Path, out: Path, text: Path, settings: FinetuneSettings) -> None:
+    """Train an adapter, unless it is complete."""
+    done = out / "done"
+    if not done.exists():
+        torch.set_num_threads(1)
+        finetune(base, [text], out, settings, resume=out.exists(), device="cpu")
+        done.touch()
+
+
+def figures_of(
+    arm: Arm, outs: Sequence[Path], zh: str, en: str, before: float
+) -> tuple[list[Figure], list[list[tuple[int, float]]]]:
+    """The figures of an arm's adapters, and their curves. `before`: the base's perplexity."""
+    tokenizer = Tokenizer(arm.base / "tokenizer.model")
+    bytes_per_token = len(zh.encode()) / len(tokenizer.encode(zh, bos=False))
+    found = [measure(arm.base, out, zh, en) for out in outs]
+    bits, perplexity = ([f[key] for f in found] for key in ("bits", "perplexity"))
+    worse = [100 * (p / before - 1) for p in perplexity]
+    ratio = [tokens_a_character(tokenizer, zh)]
+    figures = [
+        Figure(arm.name, "tokens a Chinese character", "", ratio, better="lower"),
+        Figure(arm.name, "held-out Chinese", "bits/byte", bits, better="lower"),
+        Figure(arm.name, "English perplexity", "", perplexity, better="lower"),
+        Figure(arm.name, "English, more than the base", "%", worse, better="lower"),
+    ]
+    return figures, [curve(out, bytes_per_token) for out in outs]
 
 
 def save_plot(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
@@ -107,13 +144,14 @@ def main(
     folder: str = "chinese-runs",
     tokens: int = 4000,
     initial: str = "parts",
-    updates: int = 150,
+    updates: int = 400,
     batch_size: int = 2,
     block: int = 256,
     rank: int = 16,
     lr: float = 1e-3,
-    embeddings_lr: float = 5.0,
+    embeddings_lr: float = 10.0,
     seeds: int = 3,
+    workers: int = 1,
     out: str | None = None,
     plot: str | None = None,
 ) -> None:
@@ -123,51 +161,53 @@ def main(
         data: Chinese text, UTF-8, paragraphs between empty lines.
         english: English text; its first 16,000 characters are measured.
         folder: for the split text, the extended model and the adapters.
+        initial: what the new rows begin as, see `llama3 extend-vocab`.
         embeddings_lr: the learning rate of the new rows, as a multiple of lr.
+        workers: how many models are trained at a time.
         out: a JSON file to write.
         plot: a PNG file to write.
     """
-    check_counts(tokens=tokens, updates=updates, seeds=seeds)
+    check_counts(tokens=tokens, updates=updates, seeds=seeds, workers=workers)
     check_file("out", out, ".json")
     root = Path(folder)
     root.mkdir(parents=True, exist_ok=True)
-    train, held_out = split(Path(data), root)
+    text, held_out = split(Path(data), root)
     plain, extended = ensure_demo_model(), root / "extended"
     if not extended.exists():
-        extend_vocabulary(plain, [train], extended, tokens, scripts=["Han"], initial=initial)
+        extend_vocabulary(plain, [text], extended, tokens, scripts=["Han"], initial=initial)
     first = Tokenizer(plain / "tokenizer.model").n_words
     common: dict[str, Any] = {
-        "format": "text", "method": "lora", "rank": rank, "lr": lr, "steps": updates,
-        "batch_size": batch_size, "block": block, "samples": 0, "eval_every": max(1, updates // 5),
+        "format": "text", "val_data": str(held_out), "method": "lora", "rank": rank, "lr": lr,
+        "steps": updates, "batch_size": batch_size, "block": block, "samples": 0,
+        "eval_every": max(1, updates // 5),
     }  # fmt: skip
     rows = {"train_embeddings": True, "embeddings_from": first, "embeddings_lr": embeddings_lr}
+    arms = [
+        Arm("without new tokens", plain, common),
+        Arm("with new tokens", extended, common | rows),
+    ]
+    jobs = [
+        (arm.base, arm.out(root, seed), text, FinetuneSettings(**arm.settings, seed=seed))
+        for seed in range(seeds)
+        for arm in arms
+    ]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(train, *zip(*jobs, strict=True)))
     zh, en = held_out.read_text("utf-8"), Path(english).read_text("utf-8")[:ENGLISH]
     before = measure(plain, None, zh, en)
-    figures, curves = [], {}
-    for arm, base, more in zip(ARMS, (plain, extended), ({}, rows), strict=True):
-        tokenizer = Tokenizer(base / "tokenizer.model")
-        bytes_per_token = len(zh.encode()) / len(tokenizer.encode(zh, bos=False))
-        found: list[dict[str, float]] = []
-        curves[arm] = []
-        for seed in range(seeds):
-            result = root / f"{arm.split()[0]}-{seed}"
-            run(base, result, [train], held_out, common | more | {"seed": seed})
-            found.append(measure(base, result, zh, en))
-            curves[arm].append(curve(result, bytes_per_token))
-        bits, perplexity = ([f[key] for f in found] for key in ("bits", "perplexity"))
-        worse = [100 * (p / before["perplexity"] - 1) for p in perplexity]
-        ratio = [tokens_a_character(tokenizer, zh)]
-        figures += [
-            Figure(arm, "tokens a Chinese character", "", ratio, better="lower"),
-            Figure(arm, "held-out Chinese", "bits/byte", bits, better="lower"),
-            Figure(arm, "English perplexity", "", perplexity, better="lower"),
-            Figure(arm, "English, more than the base", "%", worse, better="lower"),
-        ]
-    figures.append(Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]))
-    figures.append(Figure("the demo model", "English perplexity", "", [before["perplexity"]]))
-    settings = common | rows | {"tokens": tokens, "initial": initial, "seeds": seeds}
+    figures = [
+        Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]),
+        Figure("the demo model", "English perplexity", "", [before["perplexity"]]),
+    ]
+    curves = {}
+    for arm in arms:
+        outs = [arm.out(root, seed) for seed in range(seeds)]
+        found, curves[arm.name] = figures_of(arm, outs, zh, en, before=before["perplexity"])
+        figures += found
     if plot is not None:
         save_plot(curves, Path(plot))
+    settings = common | rows | {"tokens": tokens, "initial": initial, "seeds": seeds}
+    del settings["val_data"]
     finish(make_result("chinese vocabulary", settings, figures, curves=curves), out)
 
 

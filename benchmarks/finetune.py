@@ -64,6 +64,7 @@ def figures_of(found: Mapping[str, Sequence[Update]], column: str) -> list[Figur
         figures += [
             Figure(name, column, "tok/s", speeds(updates), better="higher"),
             Figure(name, "update", "s", [u.seconds for u in updates], better="lower"),
+            Figure(name, "update, CPU", "s", [u.cpu for u in updates], better="lower"),
             Figure(name, "last loss", "nat", [updates[-1].loss]),
         ]
     return figures
@@ -101,6 +102,8 @@ def peft(
     figures = figures_of(found, "LoRA")
     compared = ratios(speeds(found["llama3"]), speeds(found["peft"]))
     figures.append(Figure("llama3 / peft", "LoRA", "", compared, better="higher"))
+    cpu = ratios([u.cpu for u in found["peft"]], [u.cpu for u in found["llama3"]])
+    figures.append(Figure("llama3 / peft", "speed by CPU time", "", cpu, better="higher"))
     name = f"finetune peft, {SHORT[dtype]}, {targets}"
     report(name, settings, {"runs": runs, "largest difference of losses": worst}, figures, out)
 
@@ -129,6 +132,8 @@ def full(
     figures = figures_of(found, "training")
     compared = ratios(seconds["lora"], seconds["full"])
     figures.append(Figure("lora / full", "update", "", compared, better="lower"))
+    cpu = ratios([u.cpu for u in found["lora"]], [u.cpu for u in found["full"]])
+    figures.append(Figure("lora / full", "update, CPU", "", cpu, better="lower"))
     report(f"finetune full, {SHORT[dtype]}", settings["lora"], {"runs": runs}, figures, out)
 
 
@@ -153,6 +158,7 @@ def memory(
     data: str,
     checkpoint: str | None = None,
     dtype: str = "float32",
+    int4_dtype: str = "bfloat16",
     batch_size: int = 1,
     max_seq_len: int = 512,
     recompute: bool = True,
@@ -168,15 +174,16 @@ def memory(
 
     Args:
         data, checkpoint, dtype, out: as in `peft`.
+        int4_dtype: of matmuls and of the embedding beside the base in 4 bits.
         recompute: keep no activations of a layer.
     """
     check_counts(runs=runs, batch_size=batch_size, updates=updates)
     check_file("out", out, ".json")
     folder = folder_of(checkpoint)
-    options = {"dtype": dtype, "batch_size": batch_size, "max_seq_len": max_seq_len}
+    options = {"recompute": recompute, "batch_size": batch_size, "max_seq_len": max_seq_len}
     systems = {
-        name: settings_of(quantize=scheme, recompute=recompute, **options)
-        for name, scheme in (("int4", "int4"), (SHORT[dtype], None))
+        "int4": settings_of(quantize="int4", dtype=int4_dtype, **options),
+        SHORT[dtype]: settings_of(dtype=dtype, **options),
     }
     found: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     for run in range(runs):
@@ -190,7 +197,9 @@ def memory(
             figures.append(Figure(name, column, "GiB", peaks[name], better="lower"))
         compared = ratios(peaks["int4"], peaks[SHORT[dtype]])
         figures.append(Figure(f"int4 / {SHORT[dtype]}", column, "", compared, better="lower"))
-    name = f"finetune memory, {SHORT[dtype]}{', recompute' * recompute}"
+    name = (
+        f"finetune memory, int4 in {SHORT[int4_dtype]}, {SHORT[dtype]}{', recompute' * recompute}"
+    )
     report(name, systems["int4"], {"runs": runs, "updates": updates}, figures, out)
 
 

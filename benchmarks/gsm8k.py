@@ -81,8 +81,8 @@ def gsm8k(
         for column in ("ends in #### N and stops", "correct"):
             values = [100 * score[column] for score in found]
             figures.append(Figure(row, column, "%", values, better="higher"))
-    settings = asdict(settings) | {"questions": len(dialogs), "seed": None, "seeds": list(seeds)}
-    finish(make_result("gsm8k, LoRA on the demo model", settings, figures), out)
+    recorded = asdict(settings) | {"questions": len(dialogs), "seed": None, "seeds": list(seeds)}
+    finish(make_result("gsm8k, LoRA on the demo model", recorded, figures), out)
 
 
 def read_dialogs(path: str) -> list[list[dict[str, str]]]:

@@ -38,7 +38,7 @@ CPU_FLAGS = (
     "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni",
     "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm", "sve",
 )  # fmt: skip
-PACKAGES = ("llama3", "torch", "transformers", "llama-cpp-python", "llama-models")
+PACKAGES = ("llama3", "torch", "transformers", "peft", "llama-cpp-python", "llama-models")
 Result = dict[str, Any]
 Better = Literal["higher", "lower"] | None
 

@@ -184,9 +184,6 @@ class BuildOptions:
             raise TypeError(f"adapters must be a dict of names and folders, not {self.adapters!r}")
         if self.adapter is not None and self.adapters:
             raise ValueError("adapter and adapters exclude each other: give all of them a name")
-        named = {} if self.adapters is None else self.adapters
-        if not isinstance(named, Mapping) or not all(isinstance(n, str) and n for n in named):
-            raise TypeError(f"adapters must be {{name: folder}}, not {self.adapters!r}")
         if self.adapters and self.compile:
             raise ValueError(
                 "a compiled step has the same weights for every request; leave compile out, or "

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 from llama import Llama
+from llama.checkpoints.adapted import open_adapted
 from llama.checkpoints.adapter import write_adapter
 from llama.checkpoints.convert import quantize
 from llama.checkpoints.merge import merge
@@ -26,6 +28,7 @@ from llama.text.rank_file import default_spec
 from tests import adapter_job
 from tests.checkpoints.adapters import IDS, bases, hf_logits, random_adapter
 from tests.distributed.test_tensor_parallel import torchrun
+from tests.vocabularies import rank_file
 
 __all__ = ["bases"]
 HALVES = ("tok_embeddings.weight", "output.weight")
@@ -86,7 +89,7 @@ def test_one_compiled_block_serves_every_layer(
     freqs = torch.view_as_real(llama.model.freqs_cis[:1])
     with torch.no_grad():
         for layer in llama.model.layers:
-            block(layer, torch.ones(1, 1, 64), freqs)
+            block(layer, torch.ones(1, 1, 64), freqs)  # type: ignore[arg-type]
     assert len(llama.model.layers) == 2 and counter.frame_count == 1
 
 
@@ -102,6 +105,20 @@ def test_adapters_by_name(
     expected = hf_logits(bases["hf"], adapters["dora"]).log_softmax(-1)[0]
     rows = [float(expected[i, token]) for i, token in enumerate(IDS[0][1:])]
     torch.testing.assert_close(scores[0][1:], rows, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_warning_of_other_tokens(bases: dict[str, Path], tmp_path: Path, same: bool) -> None:
+    """Requests that choose an adapter by name get the base's tokenizer."""
+    source, own = open_checkpoint(bases["meta"]), (bases["meta"] / "tokenizer.model").read_bytes()
+    ranks = own if same else rank_file({bytes([255 - i]): i for i in range(256)})
+    weights, _ = random_adapter(source, LORA)
+    write_adapter(tmp_path, source, LORA, weights, vocabulary=(ranks, {}))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        open_adapted(bases["meta"], None, {"x": tmp_path})
+    texts = [str(w.message) for w in caught]
+    assert any("adapter x: " in t and "other tokens than the base's" in t for t in texts) != same
 
 
 def test_refused(bases: dict[str, Path], adapters: dict[str, Path]) -> None:

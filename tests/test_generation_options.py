@@ -219,7 +219,7 @@ def test_every_method_takes_an_adapter(folder: Path, byte_tokenizer_path: Path) 
 
 @pytest.mark.parametrize("adapters", ["a", ["a"], {"": "folder"}, {1: "folder"}])
 def test_adapters_need_names(adapters: Any) -> None:
-    with pytest.raises(TypeError, match=r"adapters must be \{name: folder\}"):
+    with pytest.raises(TypeError, match="adapters must be a dict of names and folders"):
         BuildOptions(adapters=adapters)
 
 

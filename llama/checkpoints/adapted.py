@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +23,12 @@ from llama.checkpoints.adapter import (
 )
 from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
 from llama.checkpoints.formats.quantized import quantize_weight
-from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.open import find_vocabulary, open_checkpoint
 from llama.checkpoints.source import Source, sample
 from llama.distributed.sharding import VOCABULARY
 from llama.layers.adapter_rows import add_adapters
 from llama.model import ModelArgs, Transformer
+from llama.text.rank_file import parse_ranks
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,22 @@ def open_adapted(
                 "requests cannot choose; build with this adapter alone, or merge it into a "
                 "checkpoint: llama3 merge"
             )
+        if _has_other_tokens(found, source):
+            warnings.warn(
+                f"adapter {name}: {found.path} was trained with other tokens than the base's, "
+                "which requests get; build with this adapter alone, or give its tokenizer",
+                stacklevel=3,
+            )
     return source, Adapters(None, named)
+
+
+def _has_other_tokens(adapter: Adapter, base: Source) -> bool:
+    """Whether an adapter comes with a tokenizer whose ordinary tokens differ from the base's."""
+    found = adapter.vocabulary and find_vocabulary(base)
+    if not found or adapter.vocabulary is None:
+        return False
+    theirs = parse_ranks(adapter.vocabulary[0], str(adapter.path))
+    return theirs != parse_ranks(found[0], str(base.path))
 
 
 class AdaptedSource(Source):

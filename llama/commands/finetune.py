@@ -44,7 +44,7 @@ def finetune(
     if show:
         from llama.train.finetuning import show_rows
 
-        more = {"tokenizer_path": tokenizer_path, "color": sys.stdout.isatty()}
+        more: Any = {"tokenizer_path": tokenizer_path, "color": sys.stdout.isatty()}
         return print(show_rows(base, data, settings, show, **more))
     if out is None:
         raise ValueError("finetune needs --out: the folder that becomes the adapter or checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from reprlib import repr as short
 
 TARGETS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
@@ -33,11 +34,13 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be a positive integer, not {self.rank!r}")
+            raise ValueError(f"rank must be a positive integer, not {short(self.rank)}")
         if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be a positive number, not {self.alpha!r}")
+            raise ValueError(f"alpha must be a positive number, not {short(self.alpha)}")
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be a number from 0 to below 1, not {self.dropout!r}")
+            raise ValueError(
+                f"dropout must be a number from 0 to below 1, not {short(self.dropout)}"
+            )
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise ValueError(f"targets must be some of {', '.join(TARGETS)}, not {unknown}")

@@ -60,12 +60,7 @@ def extend_vocabulary(
         ValueError: damaged or unfit files, unknown scripts, or the text yields fewer tokens.
         OSError: the disk is full.
     """
-    if to not in ("meta", "hf", None):
-        raise ValueError(f"cannot write {to!r}; use 'meta' or 'hf'")
-    if initial not in INITIAL:
-        raise ValueError(f"initial must be one of {', '.join(INITIAL)}, not {initial!r}")
-    if type(n) is not int or n < 1:
-        raise ValueError(f"tokens must be 1 or more, not {n!r}")
+    _check_options(n, initial, to)
     chosen = Scripts(scripts)
     base, out = expand(base), expand(out)
     source = open_for_conversion(base, out)
@@ -87,3 +82,13 @@ def extend_vocabulary(
     write_checkpoint(extended, out, to, default_dtype(source))
     after = sum(len(longer.encode(text, bos=False)) for text in texts)
     return Extension(out, tokens, sum(map(len, texts)), before, after)
+
+
+def _check_options(n: int, initial: str, to: str | None) -> None:
+    """Raise a ValueError for an option of `extend_vocabulary` that is out of range."""
+    if to not in ("meta", "hf", None):
+        raise ValueError(f"cannot write {to!r}; use 'meta' or 'hf'")
+    if initial not in INITIAL:
+        raise ValueError(f"initial must be one of {', '.join(INITIAL)}, not {initial!r}")
+    if type(n) is not int or n < 1:
+        raise ValueError(f"tokens must be 1 or more, not {n!r}")

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from llama.text.tool_prompt import ToolForm
 from llama.tokenizer import Tokenizer
-from llama.train.encoding import ExampleEncoder, encode_examples
+from llama.train.encoding import ExampleEncoder, Template, encode_examples
 from llama.train.example_files import read_examples
 from llama.train.examples import Document, Example, Preference, split_examples
 from llama.train.finetune_settings import BLOCK, LONGEST, FinetuneSettings
@@ -65,7 +66,7 @@ class Samples:
             + (f"{len(held.rows):,} rows held out" if held is not None else "none held out")
         ]
         if train.pack:
-            full = train.tokens / (len(train) * self.max_seq_len)
+            full = (train.tokens - len(train.rows)) / (len(train) * self.max_seq_len)
             lines.append(f"packed: {len(train):,} rows, {full:.0%} full")
         both = [rows for rows in (train, held) if rows is not None]
         cut, dropped = sum(rows.cut for rows in both), sum(rows.dropped for rows in both)
@@ -125,13 +126,15 @@ def load_samples(
     else:
         train, held = split_examples(examples, s.val_fraction, s.seed)
     _check_combination(s, train)
+    if held:
+        _check_combination(s, held)
     block = min(s.block or BLOCK, s.max_seq_len or context)  # longer blocks would be cut
     encoded = [_encode(part, s, tokenizer, block) for part in (train, held)]
     for part in filter(None, encoded):
         check_ids(part, tokenizer, vocab_size)
     max_seq_len = s.max_seq_len
     if max_seq_len is None:
-        longest = max(len(row.ids) - 1 for part in encoded for row in part)
+        longest = max((len(row.ids) - 1 for part in encoded for row in part), default=1)
         max_seq_len = min(longest, s.block or LONGEST, context)
     elif max_seq_len > context:
         raise ValueError(f"max_seq_len must be at most {context}, which the base was trained for")
@@ -144,7 +147,7 @@ def _encode(
     examples: Sequence[Example], settings: FinetuneSettings, tokenizer: Tokenizer, block: int
 ) -> list[Row]:
     """Rows; of preferences chosen and rejected ones by turns."""
-    template, form = settings.template, settings.tool_form
+    template, form = cast(Template, settings.template), cast(ToolForm, settings.tool_form)
     if settings.method != "dpo":
         return encode_examples(examples, tokenizer, block=block, template=template, tool_form=form)
     encoder = ExampleEncoder(tokenizer, template, form)

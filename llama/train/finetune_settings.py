@@ -74,7 +74,6 @@ class FinetuneSettings(TrainerSettings):
     embeddings_lr: float = option(
         1.0, "learning rate of embeddings and output as a multiple of the others'"
     )
-    beta: float = option(0.1, "DPO: how strongly the model is kept near the base")
     pack: bool = option(False, "fill rows of max_seq_len with several samples each")
     block: int | None = option(None, f"tokens of a row of plain text; by default {BLOCK}")
     max_seq_len: int | None = option(

@@ -53,6 +53,7 @@ from llama.train.state import refuse_existing
 from llama.train.untrained_tokens import untrained_warning
 
 SAMPLE_LENGTH = 256  # most tokens of an answer that is printed
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")  # torch's messages on CPUs
 
 
 def finetune(
@@ -118,7 +119,7 @@ def advice_on_memory(device: torch.device, task: Finetuning) -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if not (isinstance(e, torch.OutOfMemoryError) or "not enough memory" in str(e)):
+        if not (isinstance(e, torch.OutOfMemoryError) or any(t in str(e) for t in OUT_OF_MEMORY)):
             raise
         raise MemoryError(f"{device} has too little memory; {task.remedy()}") from None
 

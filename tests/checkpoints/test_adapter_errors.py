@@ -72,6 +72,20 @@ def test_options_that_change_the_result(change: dict[str, Any], match: str) -> N
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        *("peft_type", "target_modules", "modules_to_save", "bias", "init_lora_weights"),
+        *("use_dora", "r", "lora_alpha", "lora_dropout", "x" * 9999),
+    ],
+)
+def test_values_are_cut_in_messages(key: str) -> None:
+    for value in ("\x1b[31m" * 5000, ["\x1b[31m" * 5000]):
+        with pytest.raises(ValueError) as error:
+            parse_config(PLAIN | {key: value})
+        assert len(str(error.value)) < 400 and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
     ("modules", "targets"),
     [
         ("all-linear", ("wq", "wk", "wv", "wo", "w1", "w2", "w3")),

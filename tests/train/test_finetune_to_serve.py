@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from llama import Llama
 from llama.checkpoints.convert import convert
@@ -52,6 +53,6 @@ def test_finetune_merge_convert_serve(
         assert reply.choices[0].finish_reason == "stop"
         return reply.choices[0].message.content
 
-    size = {"max_seq_len": 128, "device": "cpu", "dtype": "fp32"}
+    size: dict[str, Any] = {"max_seq_len": 128, "device": "cpu", "dtype": "fp32"}
     assert answer(Llama.build(base, adapter=adapter, **size)) == ANSWER
     assert answer(Llama.build(tmp_path / "hf", **size)) == ANSWER

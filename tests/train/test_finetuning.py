@@ -121,7 +121,8 @@ def test_embeddings_are_trained_beside_weights_of_another_dtype(
 @pytest.mark.parametrize("stored", [False, True])
 def test_quantized_base(tmp_path: Path, bases: dict[str, Path], data: Path, stored: bool) -> None:
     """The adapter has its loss on the quantized base, computed by `Llama`."""
-    base, out, changes = bases["meta"], tmp_path / "run", {} if stored else {"quantize": "int8"}
+    base, out = bases["meta"], tmp_path / "run"
+    changes: dict[str, Any] = {} if stored else {"quantize": "int8"}
     if stored:
         base = quantize(base, tmp_path / "int8", "int8")
     loss = run(base, data, out, **changes)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.train.data_parallel import DataParallel
+from llama.train.loop import Trainer
 from llama.train.objective import Objective
 from tests.distributed.test_tensor_parallel import torchrun
 from tests.train.tiny_task import (
@@ -120,6 +121,23 @@ def test_dropout_masks_follow_from_step_and_part() -> None:
 
     assert loss(0, 0) == loss(0, 0)
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+
+
+def test_each_micro_batch_of_a_run_has_a_key_of_its_own() -> None:
+    """Over updates, accumulation and ranks: the second of two ranks has parts 2 and 3."""
+    settings = replace(SETTINGS, batch_size=2, accumulate=2)
+    trainer = Trainer(TinyTask(Path(), "lora", settings, dropout=0.5), replace(ONE, rank=1, size=2))
+    given = []
+    begin = trainer.objective.begin
+
+    def recorded(step: int, part: int) -> None:
+        given.append((step, part))
+        begin(step, part)
+
+    trainer.objective.begin = recorded  # type: ignore[method-assign]
+    for step in (0, 5):
+        trainer.backward(step, trainer.task.batches(step, 1, 2), 10)
+    assert given == [(0, 2), (0, 3), (5, 2), (5, 3)]
 
 
 def test_evaluation_is_without_dropout(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, NamedTuple
 
 import torch
@@ -82,27 +83,32 @@ def read_peft_config(path: Path) -> PeftConfig:
 def parse_config(config: Mapping[str, Any]) -> PeftConfig:
     """See `read_peft_config`; messages do not name the file."""
     if (kind := config.get("peft_type")) != "LORA":
-        raise ValueError(f"peft_type is {kind!r}; only adapters of type 'LORA' can be loaded")
+        raise ValueError(f"peft_type is {short(kind)}; only adapters of type 'LORA' can be loaded")
     initial = config.get("init_lora_weights", True)
     if initial not in INITIAL_VALUES:
         raise ValueError(
-            f"init_lora_weights is {initial!r}, which changes the base's weights; save the adapter "
-            "as plain LoRA: PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=)"
+            f"init_lora_weights is {short(initial)}, which changes the base's weights; save the "
+            "adapter as plain LoRA: PEFT's save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=)"
         )
     if (bias := config.get("bias", "none")) != "none":
-        raise ValueError(f"bias is {bias!r}; only adapters without biases ('none') can be loaded")
+        raise ValueError(
+            f"bias is {short(bias)}; only adapters without biases ('none') can be loaded"
+        )
     others = config.keys() - READ - WITHOUT_EFFECT
-    if unknown := [f"{k} ({config[k]!r})" for k in sorted(others) if _is_set(config[k])]:
+    if unknown := [
+        f"{short(k)[1:-1]} ({short(config[k])})" for k in sorted(others) if _is_set(config[k])
+    ]:
         raise ValueError(
             f"it sets {listing(unknown, 3)}, which this library does not compute; train without "
             "this option, or merge the adapter with PEFT (merge_and_unload) and convert the result"
         )
     whole = config.get("modules_to_save") or []
     if not isinstance(whole, list) or not all(_last(name) in WHOLE for name in whole):
-        raise ValueError(f"modules_to_save is {whole!r}; only {list(WHOLE)} can be loaded")
+        raise ValueError(f"modules_to_save is {short(whole)}; only {list(WHOLE)} can be loaded")
     for key in ("use_rslora", "use_dora", "ensure_weight_tying"):
         if type(config.get(key, False)) is not bool:
-            raise ValueError(f"{key} must be true or false, not {config[key]!r}")
+            raise ValueError(f"{key} must be true or false, not {short(config[key])}")
     lora = LoRAConfig(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
@@ -132,14 +138,14 @@ def _targets(modules: object) -> tuple[str, ...]:
     if isinstance(modules, str) and modules in LINEARS:
         modules = [modules]
     if not isinstance(modules, list) or not modules:
-        what = f"the pattern {modules!r}" if isinstance(modules, str) else repr(modules)
+        what = f"the pattern {short(modules)}" if isinstance(modules, str) else short(modules)
         raise ValueError(
             f"target_modules is {what}; only 'all-linear' or a list of {', '.join(LINEARS)} can be "
             "loaded: name the modules when training"
         )
     found = {LINEARS.get(_last(name)) for name in modules}
     if None in found:
-        wrong = [str(name) for name in modules if _last(name) not in LINEARS]
+        wrong = [short(name).strip("'") for name in modules if _last(name) not in LINEARS]
         raise ValueError(
             f"target_modules has {listing(wrong, 3)}; only {', '.join(LINEARS)} of every layer can "
             "be loaded; train embed_tokens and lm_head as modules_to_save"
