@@ -50,7 +50,7 @@ def learn_tokens(
         if token is None:
             raise ValueError(
                 f"the text yields no more than {i} new tokens, not {n}; give more text of these "
-                f"scripts, or ask for {i} or fewer"
+                "scripts, or " + (f"ask for {i} or fewer" if i else "name other scripts")
             )
         found.append(token)
     return {token: first_id + i for i, token in enumerate(found)}

@@ -254,12 +254,16 @@ class Finetuning:
         trained, total = trained_share(model, s)
         per_epoch = self.samples.train.steps_per_epoch(ranks)
         rows = s.batch_size * s.accumulate * ranks
-        what = {"full": "all weights", "embeddings": "embedding and output"}
+        whole = "embedding and output" + (
+            f" from row {s.embeddings_from} on" if s.embeddings_from else ""
+        )
+        lora = f"LoRA of rank {s.rank} on {s.targets}" + f", {whole}" * s.train_embeddings
+        what = {"full": "all weights", "embeddings": whole}
         return "\n".join(
             [
                 *self.samples.summary(),
                 f"trained: {trained:,} of {total:,} parameters ({trained / total:.2%}): "
-                f"{what.get(s.method) or f'LoRA of rank {s.rank} on {s.targets}'}",
+                f"{what.get(s.method, lora)}",
                 f"{self.steps} updates of up to {rows} rows ({self.steps / per_epoch:.2g} epochs), "
                 f"learning rate {s.peak_lr:g}",
             ]

@@ -257,4 +257,5 @@ class Trainer:
         """Raise a ValueError: training has diverged."""
         best, out = self.result.best_step, self.task.out
         kept = f"{out} keeps the model of step {best}" if best else "no model was saved yet"
-        raise ValueError(f"{what} at step {step}; {kept}. Try a lower --lr, in another folder")
+        advice = "Try a lower --lr, in another folder" if step else "Check the base: llama3 verify"
+        raise ValueError(f"{what} at step {step}; {kept}. {advice}")

@@ -261,3 +261,16 @@ def test_data_that_need_a_token_without_a_row(bases: dict[str, Path], data: Path
     with pytest.raises(ValueError, match=r"need the token '<\|eot_id\|>', whose id .* beyond the"):
         load_samples(*inputs, end)
     assert load_samples(*inputs, end + 1).max_seq_len > 0
+
+
+def test_base_with_a_number_that_is_not_finite(
+    tmp_path: Path, bases: dict[str, Path], data: Path
+) -> None:
+    base = shutil.copytree(bases["meta"], tmp_path / "base")
+    state = torch.load(base / "consolidated.00.pth")
+    state["norm.weight"][0] = torch.nan
+    torch.save(state, base / "consolidated.00.pth")
+    with pytest.raises(
+        ValueError, match=r"loss is nan at step 0; .* Check the base: llama3 verify"
+    ):
+        run(base, data, tmp_path / "out")

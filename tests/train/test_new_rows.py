@@ -30,12 +30,15 @@ def settings(**changes: Any) -> FinetuneSettings:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("method", ["embeddings", "lora"])
-def test_old_rows_stay(method: str, tied: bool, write_base: Any, tmp_path: Path) -> None:
+def test_old_rows_stay(
+    method: str, tied: bool, write_base: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     data, base, out = tmp_path / "zh.txt", tmp_path / "base", tmp_path / "out"
     data.write_text(CHINESE, encoding="utf-8")
     extend_vocabulary(write_base(tied), [data], base, NEW)
     more = {"train_embeddings": True} if method == "lora" else {}
     finetune(base, [data], out, settings(method=method, **more), device="cpu")
+    assert f"embedding and output from row {PADDED} on" in capfd.readouterr().out
     if method == "lora":
         merge(base, out, tmp_path / "merged")
         out = tmp_path / "merged"
