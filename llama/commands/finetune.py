@@ -34,8 +34,8 @@ def finetune(
 
     Examples:
         llama3 finetune --data dialogs.jsonl --show 2
-        llama3 finetune -m Llama-3.2-1B-Instruct --data dialogs.jsonl --out my-adapter --pack
-        llama3 finetune -m Meta-Llama-3-8B --data alpaca.json --out my-adapter --quantize int4
+        llama3 finetune -m Llama-3.2-1B-Instruct --data chats.jsonl --out adapter --pack
+        llama3 finetune -m Meta-Llama-3-8B --data alpaca.json --out adapter --quantize int4
         llama3 finetune -m Llama-3.2-1B --data alpaca.json --out my-llama --method full
     """
     if checkpoint.ckpt_dir is not None:

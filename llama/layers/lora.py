@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +58,11 @@ class LoRALinear(nn.Module):
         self.base, self.config, self.name, self.enabled = base, config, name, True
         N, K = int(base.out_features), int(base.in_features)  # type: ignore[arg-type]
         device = next(chain(base.parameters(), base.buffers())).device
-        options: dict[str, Any] = {"dtype": dtype, "device": device}
-        self.lora_a = nn.Parameter(torch.zeros(config.rank, K, **options))
-        self.lora_b = nn.Parameter(torch.zeros(N, config.rank, **options))
-        magnitude = nn.Parameter(torch.ones(N, **options)) if config.dora else None
-        self.register_parameter("lora_magnitude", magnitude)
+        self.lora_a = nn.Parameter(torch.zeros(config.rank, K, dtype=dtype, device=device))
+        self.lora_b = nn.Parameter(torch.zeros(N, config.rank, dtype=dtype, device=device))
+        self.register_parameter("lora_magnitude", None)
+        if config.dora:
+            self.lora_magnitude = nn.Parameter(torch.ones(N, dtype=dtype, device=device))
         self._dropout_seed: int | None = None
         self._base_squares: Tensor | None = None  # |W|^2 of each row
         self._ratio: Tensor | None = None  # of evaluation mode

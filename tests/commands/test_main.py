@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[2]
 ALL = [verb for verbs in VERBS.values() for verb in verbs]
 # Flags for which "1" is no value.
 VALUES = {"dtype": "float32", "parallel": "ddp", "dim": "4", "quantize": "int8", "scheme": "int8"}
-VALUES |= {"cors_origin": "https://a.example"}
+VALUES |= {"cors_origin": "https://a.example", "method": "lora", "targets": "wq", "dropout": "0.1"}
+VALUES |= {"format": "auto", "template": "auto", "tool_form": "json", "beta": "0.1"}
+# --hf and --ckpt_dir exclude each other, as do these of finetune and their other form.
+EXCLUDED = {"finetune": ("--steps", "--val_data")}
 VALUES |= dict.fromkeys(("beta1", "beta2", "val_fraction", "test_fraction"), "0.1")
 DATACLASSES: dict[str, list[Any]] = {
     "complete": [Sampling, CheckpointFlags, BuildOptions],
@@ -60,7 +63,7 @@ def arguments(verb: str, dashes: bool = False) -> list[str]:
     words = [verb, *("x" for p in make_command(verb).params if p.param_type_name == "argument")]
     for flag in flags(verb):
         name = flag.opts[0]
-        if name in ("--quiet", "--hf"):  # of another call; excludes --ckpt_dir
+        if name in ("--quiet", "--hf", *EXCLUDED.get(verb, ())):  # --quiet: of another call
             continue
         words.append("--" + name[2:].replace("_", "-") if dashes else name)
         if not flag.is_flag:

@@ -26,7 +26,7 @@ CASES = [(scheme, dora) for scheme in (None, "int8", "int4") for dora in (False,
 
 
 def logits(folder: str, scheme: str | None, dora: bool) -> list[float]:
-    """Of a prefill and a decode step, as `Llama.build` makes the model."""
+    """Of the end of a prefill and a decode step, as `Llama.build` makes the model."""
     source = open_checkpoint(folder)
     args = source.args(max_seq_len=16, max_batch_size=2)
     model = load_model(source, args, CPU, torch.float32)
@@ -45,7 +45,8 @@ def logits(folder: str, scheme: str | None, dora: bool) -> list[float]:
             model(torch.arange(18).view(2, 9), 0),
             model(torch.tensor([[1], [2]]), 9),
         ]
-    found: list[float] = torch.cat(steps, dim=1).flatten().tolist()
+    # Few: lines of two ranks that exceed a pipe's room would mix.
+    found: list[float] = torch.cat(steps, dim=1)[:, -2:].flatten().tolist()
     return found
 
 

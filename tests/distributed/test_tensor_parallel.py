@@ -49,14 +49,15 @@ def start_torchrun(
 ) -> subprocess.Popen[str]:
     """Start `python COMMAND` on `n` ranks; `launcher` are torchrun's flags."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher, f"--nproc_per_node={n}"]
+    root = SCRIPT.parents[2]  # scripts of ranks import helpers of the tests
     return subprocess.Popen(
         [*torchrun, *command],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=SCRIPT.parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)} | env,
     )
 
 
