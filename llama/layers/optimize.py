@@ -8,6 +8,7 @@ from torch import nn
 from llama.distributed import tensor_parallel
 from llama.layers import cuda_ops, kernels
 from llama.layers.attention import FlashAttention, GroupedAttention, KernelAttention
+from llama.layers.fused_layers import FusedLayers
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
@@ -25,7 +26,7 @@ from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLi
 from llama.layers.lora import lora_modules
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
 from llama.layers.replace import Factory, factory_of, replace_modules
-from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
+from llama.model import Attention, DotProductAttention, FeedForward, Layers, RMSNorm, Transformer
 
 Table = dict[type[nn.Module], Factory]
 
@@ -91,5 +92,5 @@ def optimize(model: Transformer, exact: bool = False) -> None:
         if dtype == torch.bfloat16:
             table[Int4Linear] = tinygemm_or_same
     if device.type == "cpu" and kernels.load():
-        table[nn.Linear] = factory_of(KernelLinear)
+        table |= {nn.Linear: factory_of(KernelLinear), Layers: factory_of(FusedLayers)}
     replace_modules(model, table)
