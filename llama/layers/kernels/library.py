@@ -29,8 +29,8 @@ from llama.common.files import check_writable
 log = logging.getLogger("llama")
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "blocked", "job", "pointwise", "rows", "variants", "vectors")
-SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "pointwise")]
+NAMES = ("attention", "blocked", "linear", "pointwise", "rows", "variants", "vectors")
+SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "multiply", "pointwise")]
 HEADERS = [HERE / f"{name}.h" for name in NAMES]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 PREFIX = "llama3_kernels_"  # of every file and folder that this module makes
