@@ -72,7 +72,7 @@ class Operator:
     """The operator on the present weights of some blocks, if it knows all their modules."""
 
     def __init__(self, layers: Layers):
-        self._tables = [table for module in layers.modules() for table in _tables(module)]
+        self._tables = list(_tables(layers))
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
@@ -82,8 +82,8 @@ class Operator:
 
     def is_current(self) -> bool:
         """Whether the blocks still have the modules, weights and hooks that they had."""
-        values = chain.from_iterable(map(dict.values, self._tables))
-        return all(map(is_, self._values, values))
+        values = list(chain.from_iterable(map(dict.values, self._tables)))
+        return len(values) == len(self._values) and all(map(is_, values, self._values))
 
     def supports(self, dtype: torch.dtype, cache: Sequence[KVCache]) -> bool:
         return self._layers is not None and dtype == self._dtype == cache[0].k.dtype
@@ -97,15 +97,28 @@ class Operator:
         return out
 
 
-def _tables(module: nn.Module) -> Iterator[dict[Any, Any]]:
-    """The dictionaries of a module in which a change can replace what the operator reads."""
-    for name in ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"):
-        yield module.__dict__[name]
+def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
+    """The dictionaries in which a change can replace what the operator reads.
+
+    They are few: each step reads them all, from memory, because the weights have filled the caches.
+    """
+    yield layers.__dict__["_modules"]
+    for block in layers:
+        yield block.__dict__["_modules"]
+        yield block.__dict__["_forward_hooks"]
+        yield block.__dict__["_forward_pre_hooks"]
+        for part in block.children():
+            if any(True for _ in part.children()):
+                yield part.__dict__["_modules"]
+        for module in block.modules():
+            for name in ("_parameters", "_buffers"):
+                if module.__dict__[name]:
+                    yield module.__dict__[name]
 
 
 def _is_known(block: nn.Module) -> bool:
     """Whether the operator computes what this block does."""
-    if type(block) is not TransformerBlock or any(map(_has_hooks, block.modules())):
+    if type(block) is not TransformerBlock or block._forward_hooks or block._forward_pre_hooks:
         return False
     attention, feed_forward = block.attention, block.feed_forward
     if (type(attention), type(feed_forward)) != (KernelHeads, KernelFeedForward):
@@ -116,13 +129,11 @@ def _is_known(block: nn.Module) -> bool:
     if any(type(linear) not in LINEARS for linear in _linears(block)):
         return False
     tensors = chain(block.parameters(), block.buffers())
-    return all(t.is_cpu and t.is_contiguous() for t in tensors) and all(
-        norm.weight.dtype in kernels.KIND and norm.eps == norms[0].eps for norm in norms
+    return (
+        all(t.is_cpu and t.is_contiguous() for t in tensors)
+        and all(weight.dtype in kernels.KIND for weight in block.parameters())
+        and norms[0].eps == norms[1].eps
     )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _linears(block: TransformerBlock) -> list[nn.Module]:

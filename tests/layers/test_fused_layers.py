@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -255,3 +259,29 @@ def test_errors_name_the_argument(ops: object) -> None:
             layers.forward(**{**good, name: bad})
     layers.forward(**good)
     assert kernels.supports(h)
+
+
+CODE = """
+import os, torch
+from tests.layers.test_fused_layers import SHAPES, Case, build, check
+model = build(SHAPES[4], torch.bfloat16)
+torch.set_num_threads(4)
+check(model, Case(3, 2, 9, 0), exact=True)
+if (pid := os.fork()) == 0:  # without the threads of its parent
+    torch.set_num_threads(1)
+    check(model, Case(3, 2, 9, 0), exact=True)
+    print("child", flush=True)
+    os._exit(0)
+os.waitpid(pid, 0)
+print("parent")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limits", [{}, {"OMP_THREAD_LIMIT": "1"}, {"OMP_DYNAMIC": "true"}])
+def test_fewer_threads_than_asked_for_and_a_fork(ops: object, limits: dict[str, str]) -> None:
+    environment = {**os.environ, **limits, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-c", CODE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["child", "parent"], done.stderr

@@ -9,6 +9,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
 
 #if defined(__x86_64__)
@@ -31,13 +32,16 @@ class Team {
 
     // Calls work(begin, end) for parts of the units [0, count), each on one thread, and returns
     // when all parts are done. Parts are large first and small last, but no less than `least`.
-    // `work` must not throw.
     template <class F>
     void share(int64_t count, int64_t least, const F& work) {
       Stage& stage = team_.stages_[stage_++];
       int64_t begin, end;
       while (stage.claim(begin, end, count, least, team_.threads_)) {
-        work(begin, end);
+        try {
+          work(begin, end);
+        } catch (...) {  // the other threads must not wait for ever; `run` throws it
+          if (!team_.failed_.exchange(true)) team_.error_ = std::current_exception();
+        }
         stage.complete(end - begin, count);
       }
       stage.wait(count);
@@ -58,13 +62,14 @@ class Team {
   Team(int threads, int64_t stages) : threads_(threads), stages_(new Stage[stages]) {}
 
   // Calls work(member) on each thread of a parallel region. There may be fewer threads than asked
-  // for, such as one inside another parallel region.
+  // for, such as one inside another parallel region. Throws what a stage has thrown.
   template <class F>
   void run(const F& work) {
     at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t) {
       Member member(*this, begin);
       work(member);
     });
+    if (error_) std::rethrow_exception(error_);
   }
 
  private:
@@ -105,5 +110,7 @@ class Team {
 
   const int threads_;
   const std::unique_ptr<Stage[]> stages_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
 };
 }  // namespace llama3
