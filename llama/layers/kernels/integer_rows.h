@@ -217,6 +217,7 @@ TARGET void multiply_many(const Weights& w, const Activations& x, const Outputs&
   static thread_local std::vector<Line> panels(WIDTH * DEPTH * PANEL / 64), partial;
   static thread_local std::vector<int8_t> padded[WIDTH];
   partial.resize(WIDTH * x.M);
+  const int64_t passes = (x.M + MOST - 1) / MOST, rows = (x.M + passes - 1) / passes;
   auto* sums = (Floats*)partial.data();
   auto* panel = (int8_t*)panels.data();
   for (int64_t t = begin; t < end; t += WIDTH) {
@@ -226,10 +227,10 @@ TARGET void multiply_many(const Weights& w, const Activations& x, const Outputs&
     for (int64_t first = 0; first < x.blocks; first += DEPTH) {
       const int64_t last = std::min(first + DEPTH, x.blocks);
       for (int64_t i = 0; i < tiles; i++) fill(panel + i * DEPTH * PANEL, tile[i], first, last);
-      for (int64_t m = 0; m < x.M; m += MOST) 
+      for (int64_t m = 0; m < x.M; m += rows)
         for (int64_t i = 0; i < tiles; i++) {
           const Part part{x, w, out, (t + i) * LANES, first, last, sums + i * x.M};
-          multiply_rows<MOST, 1>(part, Panel{panel + i * DEPTH * PANEL, tile[i].next, first}, m, std::min(m + MOST, x.M));
+          multiply_rows<MOST, 1>(part, Panel{panel + i * DEPTH * PANEL, tile[i].next, first}, m, std::min(m + rows, x.M));
         }
     }
   }
