@@ -26,11 +26,10 @@ TARGET inline Bytes low64(Bytes a, Bytes b) { return _mm512_unpacklo_epi64(a, b)
 TARGET inline Bytes high64(Bytes a, Bytes b) { return _mm512_unpackhi_epi64(a, b); }
 // 16 columns of every fourth row.
 TARGET inline Bytes pieces(const int8_t* w, int64_t stride) {
-  const auto piece = [&](int i) TARGET { return _mm_loadu_si128((const __m128i*)(w + i * 4 * stride)); };
-  Bytes v = _mm512_castsi128_si512(piece(0));
-  v = _mm512_inserti32x4(v, piece(1), 1);
-  v = _mm512_inserti32x4(v, piece(2), 2);
-  return _mm512_inserti32x4(v, piece(3), 3);
+  Bytes v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)w));
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(w + 4 * stride)), 1);
+  v = _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(w + 8 * stride)), 2);
+  return _mm512_inserti32x4(v, _mm_loadu_si128((const __m128i*)(w + 12 * stride)), 3);
 }
 #else
 typedef __m256i Bytes;
@@ -58,12 +57,12 @@ TARGET inline Bytes pieces(const int8_t* w, int64_t stride) {
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int64_t BLOCK = BLOCK_COLUMNS;
-constexpr int64_t PANEL = BLOCK * LANES;  // bytes of a block of a tile
-constexpr int STEP = LANES / 8;           // blocks that are read at a time
-constexpr int64_t DEPTH = 32;             // blocks of a tile and of MOST rows of x that fit L1
-constexpr int64_t WIDTH = 4;              // tiles at a time
-constexpr int FEW = 4;                    // rows of x that multiply W as it is read
-constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time whose sums fit in registers
+constexpr int64_t PANEL = BLOCK * LANES;    // bytes of a block of a tile
+constexpr int STEP = LANES / 8;             // blocks that are read at a time
+constexpr int FEW = 4;                      // up to so many rows of x, W is not copied
+constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time: their sums fit in registers
+constexpr int64_t DEPTH = 32;               // blocks at a time: a panel and MOST rows of x fit L1
+constexpr int64_t WIDTH = 4;                // tiles at a time: their panels fit L2
 
 struct alignas(64) Line {  // a cache line
   char bytes[64];
@@ -115,32 +114,39 @@ struct Panel {
   }
 };
 
+// `count` numbers, at most LANES.
+template <class T>
+TARGET inline void copy(T* to, const T* from, int64_t count) {
+  if (count == LANES)
+    memcpy((void*)to, from, LANES * sizeof(T));
+  else
+    memcpy((void*)to, from, count * sizeof(T));
+}
+
 // The outputs of one row of x, from n.
 TARGET inline void put(const Weights& w, const Outputs& out, int64_t m, int64_t n, Floats sums) {
   const int64_t count = std::min<int64_t>(LANES, w.N - n);
   Floats scales = {};
-  count == LANES ? memcpy(&scales, w.scales + n, 4 * LANES) : memcpy(&scales, w.scales + n, 4 * count);
+  copy((float*)&scales, w.scales + n, count);
   sums *= scales;
   if (!out.is_bf16) {
     auto* y = static_cast<float*>(out.y) + m * out.stride + n;
-    count == LANES ? memcpy(y, &sums, 4 * LANES) : memcpy(y, &sums, 4 * count);
-    return;
+    return copy(y, (const float*)&sums, count);
   }
   const Words bits = (Words)sums, nan = Words{} + 0x7fc00000;  // to the nearest, ties to even
   const Words rounded = sums == sums ? bits + 0x7fff + (bits >> 16 & 1) : nan;
   const Halves y = __builtin_convertvector(rounded >> 16, Halves);
-  void* to = static_cast<BFloat16*>(out.y) + m * out.stride + n;
-  count == LANES ? memcpy(to, &y, 2 * LANES) : memcpy(to, &y, 2 * count);
+  copy(static_cast<BFloat16*>(out.y) + m * out.stride + n, (const BFloat16*)&y, count);
 }
 
-// What multiplies a tile: blocks [first, last) of the columns, for all rows of x.
+// A part of the work on a tile: blocks [first, last) of the columns.
 struct Part {
   const Activations& x;
   const Weights& weights;
   const Outputs& out;
-  int64_t n;                    // the first output
-  int64_t first, last;          // blocks
-  Floats* partial;              // (M,): the sums of the blocks before `first`, if there are any
+  int64_t n;            // the first output
+  int64_t first, last;  // blocks
+  Floats* partial;      // (M,): the sums of the blocks before `first`; those after `last` follow
 };
 
 // A part for rows m to m + M - 1 of x. W: a Tile or a Panel.
@@ -192,6 +198,7 @@ TARGET inline void multiply_rows(const Part& part, const W& w, int64_t m, int64_
 }
 
 // Tile t of W. One with fewer rows, or with columns that 64 does not divide, is copied to `padded`.
+// The tile to prefetch is `ahead` tiles later; 0 for none.
 TARGET inline Tile tile_of(const Weights& w, int64_t t, int64_t ahead, std::vector<int8_t>& padded) {
   const int8_t* from = static_cast<const int8_t*>(w.w) + t * LANES * w.K;
   const int64_t rows = std::min<int64_t>(LANES, w.N - t * LANES), stride = (w.K + 63) / 64 * 64;
@@ -212,33 +219,35 @@ TARGET inline void fill(int8_t* panel, const Tile& tile, int64_t first, int64_t 
 }
 
 // Tiles [begin, end) for several rows of x: DEPTH blocks of WIDTH tiles at a time.
-TARGET void multiply_many(const Weights& w, const Activations& x, const Outputs& out, int64_t begin,
-                  int64_t end) {
+TARGET inline void multiply_many(const Weights& w, const Activations& x, const Outputs& out,
+                                 int64_t begin, int64_t end) {
   static thread_local std::vector<Line> panels(WIDTH * DEPTH * PANEL / 64), partial;
   static thread_local std::vector<int8_t> padded[WIDTH];
   partial.resize(WIDTH * x.M);
-  const int64_t passes = (x.M + MOST - 1) / MOST, rows = (x.M + passes - 1) / passes;
   auto* sums = (Floats*)partial.data();
   auto* panel = (int8_t*)panels.data();
+  const int64_t passes = (x.M + MOST - 1) / MOST, rows = (x.M + passes - 1) / passes;
   for (int64_t t = begin; t < end; t += WIDTH) {
-    const int64_t tiles = std::min(WIDTH, end - t);
+    const int64_t tiles = std::min(WIDTH, end - t), ahead = t + 2 * WIDTH <= end ? WIDTH : 0;
     Tile tile[WIDTH];
-    for (int64_t i = 0; i < tiles; i++) tile[i] = tile_of(w, t + i, t + i + WIDTH < end ? WIDTH : 0, padded[i]);
+    for (int64_t i = 0; i < tiles; i++) tile[i] = tile_of(w, t + i, ahead, padded[i]);
     for (int64_t first = 0; first < x.blocks; first += DEPTH) {
       const int64_t last = std::min(first + DEPTH, x.blocks);
       for (int64_t i = 0; i < tiles; i++) fill(panel + i * DEPTH * PANEL, tile[i], first, last);
       for (int64_t m = 0; m < x.M; m += rows)
         for (int64_t i = 0; i < tiles; i++) {
           const Part part{x, w, out, (t + i) * LANES, first, last, sums + i * x.M};
-          multiply_rows<MOST, 1>(part, Panel{panel + i * DEPTH * PANEL, tile[i].next, first}, m, std::min(m + rows, x.M));
+          const Panel blocks{panel + i * DEPTH * PANEL, tile[i].next, first};
+          multiply_rows<MOST, 1>(part, blocks, m, std::min(m + rows, x.M));
         }
     }
   }
 }
 
 // Tiles [begin, end) of y = x W^T * scales.
-TARGET void tiles(const Weights& w, const Activations& x, const Outputs& out, int64_t begin,
-                  int64_t end) {
+TARGET void integer_rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
+                         int64_t end) {
+  const Activations& x = in.codes;
   if (x.M > FEW) return multiply_many(w, x, out, begin, end);
   static thread_local std::vector<int8_t> padded;
   for (int64_t t = begin; t < end; t++) {
