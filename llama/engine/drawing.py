@@ -162,9 +162,7 @@ def goes_on(place: Place, drawn: Sequence[int]) -> bool:
     return n <= len(proposed) and drawn[-1] == proposed[n - 1] and drawn[-1] not in stops
 
 
-def draw_once(
-    places: Sequence[Place], before: Sequence[Sequence[int]], logits: Tensor
-) -> Tensor:
+def draw_once(places: Sequence[Place], before: Sequence[Sequence[int]], logits: Tensor) -> Tensor:
     """One id a place from its row of (B, V) logits, or FAILED: (B,) int64.
 
     Args:

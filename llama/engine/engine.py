@@ -19,10 +19,10 @@ from llama.distributed import tensor_parallel
 from llama.engine.admission import admit, fail_running
 from llama.engine.checks import check_chunk, check_count, check_one_clock
 from llama.engine.compiled_step import CompiledStep, compile_step
+from llama.engine.draft import Draft
 from llama.engine.forward import Chunk, compute
 from llama.engine.metrics import EngineMetrics
 from llama.engine.record import record
-from llama.engine.proposal import Proposal
 from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.engine.speculation import Speculation, Speculator
@@ -47,6 +47,7 @@ class Engine:
         max_seq_len: fewer positions than the model's.
         max_queue: most requests that wait for a slot; None is no limit. It may be changed.
         speculation: proposes ids and checks several in a step; None: a step is one id a request.
+        draft: a model that also proposes them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Engine:
         max_seq_len: int | None = None,
         max_queue: int | None = None,
         speculation: Speculation | None = None,
+        draft: Draft | None = None,
     ):
         if max_queue is not None:
             check_count("max_queue", max_queue)
@@ -66,7 +68,7 @@ class Engine:
         self.compiled: CompiledStep | None = None
         self.steps = 0  # made so far
         self._seconds = [0.0, 0.0]  # of decode, of prefill
-        self._slots, self._speculator = Slots(self.cache), Speculator(speculation)
+        self._slots, self._speculator = Slots(self.cache), Speculator(speculation, draft)
         self._arranged = True  # whether the cache's rows are in the slots' order
         self._unfinished = Unfinished(len(self._slots.rows), self.room)
         self._turns = Turns()
@@ -240,7 +242,7 @@ class Engine:
                 self.cancel(generation.id)
         with self._turns.changed:
             self.compiled, self.cache = None, []
-            self._slots.cache, self._slots.rows = [], []
+            self._slots.cache, self._slots.rows, self._speculator.draft = [], [], None
             del self.model
 
     def _turn(self, ready: Callable[[], object] = lambda: False) -> AbstractContextManager[bool]:
@@ -262,13 +264,13 @@ class Engine:
         start = perf_counter()
         if decoding:
             proposals = self._speculator.propose(decoding, self._slots.rows, self.room)
-            events += self._advance(decoding, 0, 1, proposals)
+            events += self._advance(decoding, Chunk.of(decoding, 1, proposals), 0)
         middle = perf_counter()
         if prefilling:
             share = max(1, self.prefill_chunk // len(prefilling))
             # The padding must not pass the end of the cache.
             share = min(share, self.room - max(len(slot.cached) for slot in prefilling))
-            events += self._advance(prefilling, len(decoding), share)
+            events += self._advance(prefilling, Chunk.of(prefilling, share), len(decoding))
         decode, prefill = self._seconds
         self._seconds = [decode + middle - start, prefill + perf_counter() - middle]
         self.steps += 1
@@ -281,24 +283,15 @@ class Engine:
         return events
 
     def _advance(
-        self, slots: Sequence[Slot], first_row: int, most: int, proposals: Sequence[Proposal] = ()
+        self, slots: Sequence[Slot], chunks: Sequence[Chunk], first_row: int
     ) -> list[Event]:
-        """Run the model on at most `most` pending ids of each slot; draw where none is left."""
+        """Feed each slot its chunk. Compute, then update: an interrupt only repeats."""
         try:
-            return self._feed(slots, first_row, most, proposals)
+            found = compute(self.model, self.cache, chunks, first_row, self.compiled)
+            return record(slots, chunks, *found)
         except Exception as e:  # such as out of memory: the other requests go on
             if tensor_parallel.size() > 1:  # this rank must not go on without the others
                 raise
             for slot in slots:
                 slot.running.fail(e)
             return [slot.running.event() for slot in slots]
-
-    def _feed(
-        self, slots: Sequence[Slot], first_row: int, most: int, proposals: Sequence[Proposal]
-    ) -> list[Event]:
-        """Compute first, then update. What an interrupt keeps from being updated is repeated."""
-        chunks = [Chunk.pending(slot.running, len(slot.cached), most) for slot in slots]
-        if any(proposal.ids for proposal in proposals):
-            chunks = [c.with_proposal(p) for c, p in zip(chunks, proposals, strict=True)]
-        width, scored, drawn = compute(self.model, self.cache, chunks, first_row, self.compiled)
-        return record(slots, chunks, width, scored, drawn)

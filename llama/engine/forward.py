@@ -17,6 +17,7 @@ from llama.engine.forks import check_not_forked
 from llama.engine.proposal import NOTHING, Proposal
 from llama.engine.request import Generation, TopLogprobs
 from llama.engine.sampling import top_logprobs
+from llama.engine.slots import Slot
 from llama.layers.adapter_rows import selected
 from llama.model import KVCache, Transformer
 
@@ -47,14 +48,15 @@ class Chunk(NamedTuple):
     proposal: Proposal = NOTHING
 
     @staticmethod
-    def pending(generation: Generation, start: int, most: int) -> Chunk:
-        """At most `most` of a generation's ids from position `start` on."""
-        ids = generation.tokens[start : start + most]
-        return Chunk(generation, start, ids, start + len(ids) == len(generation.tokens))
-
-    def with_proposal(self, proposal: Proposal) -> Chunk:
-        """This chunk, and ids that may follow it."""
-        return self._replace(ids=[*self.ids, *proposal.ids], proposal=proposal)
+    def of(slots: Sequence[Slot], most: int, proposals: Sequence[Proposal] = ()) -> list[Chunk]:
+        """At most `most` pending ids of each slot; after them, what is proposed for each."""
+        chunks = []
+        for slot, proposal in zip(slots, proposals or [NOTHING] * len(slots), strict=True):
+            start, tokens = len(slot.cached), slot.running.tokens
+            ids = tokens[start : start + most]
+            whole = start + len(ids) == len(tokens)
+            chunks.append(Chunk(slot.running, start, [*ids, *proposal.ids], whole, proposal))
+        return chunks
 
     def kept(self, drawn: int) -> int:
         """How many of the ids stay in the row if so many were drawn: all but rejected ones."""

@@ -120,7 +120,7 @@ def limited(logits: Tensor, how: Sampling) -> Tensor:
 
 
 def distribution(logits: Tensor, how: Sampling) -> Tensor:
-    """(B, V) logits -> the probabilities with which `sample` draws each id, at a temperature > 0."""
+    """(B, V) logits -> the probability with which `sample` draws each id. Not for greedy."""
     weights, ids = nucleus(limited(logits, how), how.top_p, stable=True)
     probs = torch.zeros_like(logits).scatter_(-1, ids, weights)
     return probs / probs.sum(-1, keepdim=True)
