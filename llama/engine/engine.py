@@ -288,7 +288,7 @@ class Engine:
         """Feed each slot its chunk. Compute, then update: an interrupt only repeats."""
         try:
             found = compute(self.model, self.cache, chunks, first_row, self.compiled)
-            return record(slots, chunks, *found)
+            return record(slots, *found)
         except Exception as e:  # such as out of memory: the other requests go on
             if tensor_parallel.size() > 1:  # this rank must not go on without the others
                 raise

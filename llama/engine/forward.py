@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,6 +58,10 @@ class Chunk(NamedTuple):
             chunks.append(Chunk(slot.running, start, [*ids, *proposal.ids], whole, proposal))
         return chunks
 
+    def without_proposal(self) -> Chunk:
+        ids = self.ids[: len(self.ids) - len(self.proposal.ids)]
+        return self._replace(ids=ids, proposal=NOTHING)
+
     def kept(self, drawn: int) -> int:
         """How many of the ids stay in the row if so many were drawn: all but rejected ones."""
         return len(self.ids) - len(self.proposal.ids) + max(0, drawn - 1)
@@ -69,7 +73,7 @@ def compute(
     chunks: Sequence[Chunk],
     first_row: int,
     compiled: CompiledStep | None = None,
-) -> tuple[int, list[Scores], dict[int, list[NextId]]]:
+) -> tuple[Sequence[Chunk], int, list[Scores], dict[int, list[NextId]]]:
     """Feed neighbouring rows, score their prompts, and draw where a chunk is whole.
 
     Args:
@@ -77,7 +81,8 @@ def compute(
         compiled: used if every chunk is one id and first_row is 0; None: never.
 
     Returns:
-        (positions written in each row, scores of each row's prompt ids, `draw_at`).
+        (the chunks, positions written in each row, scores of each row's prompt ids, `draw_at`).
+        The chunks are without proposals if these have made something infinite or NaN.
 
     Raises:
         RuntimeError: the model was moved since its cache was made; or see `check_not_forked`.
@@ -91,10 +96,18 @@ def compute(
         )
     graphed = compiled is not None and compiled.graphed and tensor_parallel.size() == 1
     if compiled is not None and graphed and first_row == 0 and all(map(decodes, chunks)):
-        return 1, [Scores([], []) for _ in chunks], drawn_by_graph(compiled, chunks)
-    ids, starts = [chunk.ids for chunk in chunks], [chunk.start for chunk in chunks]
+        return chunks, 1, [Scores([], []) for _ in chunks], drawn_by_graph(compiled, chunks)
+    starts = [chunk.start for chunk in chunks]
     with selected(model, [chunk.generation.request.adapter for chunk in chunks]):
+        ids = [chunk.ids for chunk in chunks]
         h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
+        if any(chunk.proposal.ids for chunk in chunks) and not bool(h.isfinite().all()):
+            for row, start in enumerate(starts, first_row):  # NaN would stay: 0 times NaN is NaN
+                for layer in cache:
+                    layer.clear(row, start, start + h.shape[1])
+            chunks = [chunk.without_proposal() for chunk in chunks]
+            ids = [chunk.ids for chunk in chunks]
+            h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
     width = h.shape[1]
     scores = [
         score_prompt(model, chunk.generation, h[i], chunk.start, len(chunk.ids))
@@ -109,28 +122,7 @@ def compute(
         for i, chunk in enumerate(chunks)
         if chunk.whole and chunk.generation.budget > 0
     ]
-    drawn = draw_at(model, h, places) if places else {}
-    if width > 1 and not bool(h.isfinite().all()):
-        clear_rejected(cache, chunks, width, first_row, drawn)
-    return width, scores, drawn
-
-
-def clear_rejected(
-    cache: Sequence[KVCache],
-    chunks: Sequence[Chunk],
-    width: int,
-    first_row: int,
-    drawn: Mapping[int, Sequence[NextId]],
-) -> None:
-    """Zero what was written after the ids that a row keeps: nothing there may be NaN.
-
-    Args:
-        width, drawn: what `compute` returns.
-    """
-    for row, chunk in enumerate(chunks, first_row):
-        kept = chunk.kept(len(drawn.get(chunk.generation.id, ())))
-        for layer in cache:
-            layer.clear(row, chunk.start + kept, chunk.start + width)
+    return chunks, width, scores, draw_at(model, h, places) if places else {}
 
 
 def decodes(chunk: Chunk) -> bool:

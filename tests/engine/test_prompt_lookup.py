@@ -41,8 +41,8 @@ def test_a_growing_sequence_is_searched_as_if_anew(
 
 
 def test_it_prefers_a_longer_match_and_then_the_last() -> None:
-    lookup = PromptLookup((3, 2))
+    sizes = (3, 2)
     text = [1, 2, 3, 10, 7, 2, 3, 11, 8, 2, 3, 12, 9, 1, 2, 3]
-    assert lookup.find(text, 2) == ([10, 7], 3)
-    assert lookup.find([*text[:-3], 2, 3], 3) == ([12, 9, 2], 2)
-    assert lookup.find([1, 2, 3], 4) == ([], 0)
+    assert PromptLookup(sizes).find(text, 2) == ([10, 7], 3)
+    assert PromptLookup(sizes).find([*text[:-3], 2, 3], 3) == ([12, 9, 2], 2)
+    assert PromptLookup(sizes).find([1, 2, 3], 4) == ([], 0)
