@@ -210,7 +210,7 @@ class BuildOptions:
             )
 
     def _check_speculation(self) -> None:
-        if self.speculate not in (None, True, False):
+        if self.speculate is not None and type(self.speculate) is not bool:
             raise TypeError(f"speculate must be True, False or None, not {self.speculate!r}")
         if self.draft is not None and self.speculate is False:
             raise ValueError("a draft proposes tokens, and speculate=False forbids it; choose one")

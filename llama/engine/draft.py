@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.engine.proposal import Proposal, pick
+from llama.engine.proposal import Proposal
 from llama.engine.request import Generation
-from llama.engine.sampling import distribution, without
+from llama.engine.sampling import distribution, pick, without
 from llama.engine.slots import common_prefix
 from llama.model import Transformer
 

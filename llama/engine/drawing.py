@@ -44,17 +44,17 @@ class Place(NamedTuple):
     """Where the next ids of a generation are predicted.
 
     Attributes:
-        index: of its first position among the (B T) hidden states; after it come those of the
-            proposed ids.
+        first: its first position, as an index of the (B T) hidden states; after it come those of
+            the proposed ids.
     """
 
     generation: Generation
-    index: int
+    first: int
     proposal: Proposal = NOTHING
 
     @property
     def positions(self) -> range:
-        return range(self.index, self.index + len(self.proposal.ids) + 1)
+        return range(self.first, self.first + len(self.proposal.ids) + 1)
 
 
 def draw_at(model: Transformer, h: Tensor, places: Sequence[Place]) -> dict[int, list[NextId]]:

@@ -51,7 +51,7 @@ def record(
 
 def append(generation: Generation, found: Sequence[NextId]) -> list[Event]:
     """Add drawn ids up to the end of the answer; an event for each, and for an end without one."""
-    events = []
+    events: list[Event] = []
     for token, logprob, top, error in found:
         before = len(generation.tokens)
         if not math.isfinite(logprob):

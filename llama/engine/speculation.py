@@ -101,10 +101,10 @@ class Guesses:
         rate = PRIOR[source] * PRIOR_WEIGHT + self._right[source]
         plan = best_plan(rate / (PRIOR_WEIGHT + self._tried[source]), ratios)
         least = -ALLOWANCE - ALLOWANCE_PER_ID * generated
-        count = plan.count
-        while count and self.balance - (ratios[count] - 1) < least:
-            count //= 2
-        return Plan(plan.gain if count else 1.0, count, source, ratios[count] - 1)
+        number = plan.number
+        while number and self.balance - (ratios[number] - 1) < least:
+            number //= 2
+        return Plan(plan.gain if number else 1.0, number, source, ratios[number] - 1)
 
     def forget(self, source: int) -> None:
         """Let the rate of a source go back to its prior, a little in each step without it."""
@@ -135,7 +135,7 @@ class Plan(NamedTuple):
     """
 
     gain: float
-    count: int
+    number: int
     source: int = DRAFT
     cost: float = 0.0
 
@@ -211,12 +211,12 @@ class Speculator:
         if self.draft is not None:
             cost = self.draft.cost
             drafted = guesses.plan(DRAFT, [x + k * cost for k, x in enumerate(ratios)], n)
-            if drafted.count and drafted.gain > plan.gain:
+            if drafted.number and drafted.gain > plan.gain:
                 guesses.propose(drafted)
-                return self._drafted(generation, drafted.count, busy)
+                return self._drafted(generation, drafted.number, busy)
             guesses.forget(DRAFT)
         guesses.propose(plan)
-        return Proposal(found[: plan.count]) if plan.count else NOTHING
+        return Proposal(found[: plan.number]) if plan.number else NOTHING
 
     def _drafted(self, generation: Generation, count: int, busy: Sequence[int]) -> Proposal:
         """Ids of the draft model, which is given up if it fails."""

@@ -244,12 +244,12 @@ def test_wrong_ids_cost_at_most_what_is_allowed(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_count_with_the_best_gain_is_proposed() -> None:
     free, dear = [1.0] * 16, [1.0 + k for k in range(16)]
-    assert best_plan(0.9, free).count == 15 and best_plan(0.9, dear).count == 0
+    assert best_plan(0.9, free).number == 15 and best_plan(0.9, dear).number == 0
     flat = Speculation(costs=(1.0, 1.1, 1.3, 1.7, 2.5)).ratios(1)
     for rate in (0.1, 0.3, 0.6, 0.9):
         gains = [sum(rate**i for i in range(k + 1)) / flat[k] for k in range(16)]
         plan = best_plan(rate, flat)
-        assert plan.count == (gains.index(max(gains)) if max(gains) > 1.03 else 0)
+        assert plan.number == (gains.index(max(gains)) if max(gains) > 1.03 else 0)
 
 
 def test_costs_are_interpolated_and_relative_to_a_step_of_so_many_rows() -> None:
@@ -273,11 +273,11 @@ def test_a_row_that_repeats_is_proposed_more_and_more() -> None:
     for n in range(8):
         plan = guesses.plan(3, ratios, n)
         guesses.propose(plan)
-        guesses.learn(plan.count, plan.count)
-        counts.append(plan.count)
+        guesses.learn(plan.number, plan.number)
+        counts.append(plan.number)
     assert counts == sorted(counts) and counts[-1] >= 2 * counts[0] > 0
     for n in range(40):
         plan = guesses.plan(3, ratios, n)
         guesses.propose(plan)
-        guesses.learn(plan.count, 0)
-    assert guesses.plan(3, ratios, 40).count == 0
+        guesses.learn(plan.number, 0)
+    assert guesses.plan(3, ratios, 40).number == 0
