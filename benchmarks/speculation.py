@@ -114,8 +114,8 @@ def answers(
             ratios.append(median_ratio(seconds))
         figures.append(Figure(f"{kind}: median", "gain", "", [statistics.median(ratios)]))
         figures.append(Figure(f"{kind}: lowest", "gain", "", [min(ratios)]))
-    settings = {"size": size, "dtype": dtype, "quantize": quantize, "prompts": prompts}
-    settings |= {"new": new, "rounds": rounds, "temperature": temperature}
+    settings: dict[str, Any] = {"size": size, "dtype": dtype, "quantize": quantize}
+    settings |= {"prompts": prompts, "new": new, "rounds": rounds, "temperature": temperature}
     finish(make_result("speculation", settings, figures, row_heading="prompt"), out)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ V = SHAPE["vocab_size"]
 
 
 def other_model(**changes: int) -> Transformer:
-    args = SHAPE | {"dim": 16, "n_layers": 1} | changes
+    args: dict[str, Any] = SHAPE | {"dim": 16, "n_layers": 1} | changes
     model = Transformer(ModelArgs(**args))
     model.load_state_dict(random_weights(3, **args))
     return model.eval()

@@ -125,7 +125,7 @@ def test_penalties_and_bias_are_applied_at_each_position(
     answers = [(r.prompt, ids) for r, ids in zip(requests, want, strict=True)]
     propose_answers(monkeypatch, answers, wrong)
     generations = run(Engine(model, speculation=FREE), *requests)
-    assert [g.ids for g in generations] == want and sum(g.accepted for g in generations)
+    assert [g.ids for g in generations] == want and any(g.accepted for g in generations)
 
 
 @pytest.mark.parametrize("wrong", [0, 4])
