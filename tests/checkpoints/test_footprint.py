@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
 from llama.common.dtypes import parse_dtype
-from llama.engine.engine import Engine
 from llama.engine.drawing import Place, draw_at
+from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.optimize import optimize, quantize_model
