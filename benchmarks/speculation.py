@@ -27,7 +27,7 @@ from llama import Llama, Request, Sampling, ensure_demo_model
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.common.dtypes import parse_dtype
 from llama.engine.engine import Engine
-from llama.engine.speculation import COSTS, POSITIONS, Speculation
+from llama.engine.speculation import COSTS, POSITIONS, Speculation, Speculator
 from llama.layers.optimize import optimize, quantize_model
 from llama.model import Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -84,7 +84,7 @@ def answers(
         size: 135m (the demo model) or 1b.
         dtype: bfloat16 or float32.
         quantize: int8 or int4.
-        prompts: repeating, ordinary, or both.
+        prompts: repeating, ordinary, or the beginning of a prompt's name; several with commas.
         new: tokens of an answer.
         rounds: of all prompts.
         temperature: 0 is greedy; else with a seed and top_p 0.9.
@@ -95,19 +95,20 @@ def answers(
     check_file("out", out, ".json")
     model, tokenizer = build(size, dtype, quantize)
     options = Speculation(costs=COSTS[quantize or dtype])
-    engines = {"without": Engine(model), "with": Engine(model, speculation=options)}
+    engine = Engine(model)
+    ways = {"without": Speculator(None), "with": Speculator(options)}
     figures = []
     for kind in prompts.split(","):
         ratios = []
-        for name, (asked, begins) in PROMPTS[kind].items():
+        for name, (asked, begins) in chosen(kind).items():
             request = Request(
                 ids_of(tokenizer, asked, begins), new, Sampling(temperature, 0.9), 1,
                 stop_tokens=tokenizer.stop_tokens,
             )  # fmt: skip
-            seconds: dict[str, list[float]] = {which: [] for which in engines}
+            seconds: dict[str, list[float]] = {which: [] for which in ways}
             last: Any = None
             for _ in range(rounds):
-                for which, engine in engines.items():
+                for which, engine.speculator in ways.items():
                     found, last = decode(engine, request)
                     seconds[which].append(found)
             figures += figures_of(name, seconds, last)
@@ -117,6 +118,21 @@ def answers(
     settings: dict[str, Any] = {"size": size, "dtype": dtype, "quantize": quantize}
     settings |= {"prompts": prompts, "new": new, "rounds": rounds, "temperature": temperature}
     finish(make_result("speculation", settings, figures, row_heading="prompt"), out)
+
+
+def chosen(kind: str) -> dict[str, tuple[str, str]]:
+    """The prompts of a kind, or those whose name begins so.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if kind in PROMPTS:
+        return PROMPTS[kind]
+    every = PROMPTS["repeating"] | PROMPTS["ordinary"]
+    found = {name: prompt for name, prompt in every.items() if name.startswith(kind)}
+    if not found:
+        raise ValueError(f"there is no prompt {kind!r}; use repeating or ordinary")
+    return found
 
 
 def median_ratio(seconds: dict[str, list[float]]) -> float:

@@ -96,7 +96,7 @@ def test_a_draft_proposes_and_is_closed_with_the_llama(
     assert llama.engine.metrics().proposed_tokens
     drawn, _ = llama.generate([[1, 2, 3]], 30, temperature=1.0, seed=3)
     assert llama.generate([[1, 2, 3]], 30, temperature=1.0, seed=3)[0] == drawn
-    speculator = llama.engine._speculator
+    speculator = llama.engine.speculator
     llama.close()
     assert speculator.draft is None
 

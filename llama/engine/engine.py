@@ -68,7 +68,7 @@ class Engine:
         self.compiled: CompiledStep | None = None
         self.steps = 0  # made so far
         self._seconds = [0.0, 0.0]  # of decode, of prefill
-        self._slots, self._speculator = Slots(self.cache), Speculator(speculation, draft)
+        self._slots, self.speculator = Slots(self.cache), Speculator(speculation, draft)
         self._arranged = True  # whether the cache's rows are in the slots' order
         self._unfinished = Unfinished(len(self._slots.rows), self.room)
         self._turns = Turns()
@@ -242,7 +242,7 @@ class Engine:
                 self.cancel(generation.id)
         with self._turns.changed:
             self.compiled, self.cache = None, []
-            self._slots.cache, self._slots.rows, self._speculator.draft = [], [], None
+            self._slots.cache, self._slots.rows, self.speculator.draft = [], [], None
             del self.model
 
     def _turn(self, ready: Callable[[], object] = lambda: False) -> AbstractContextManager[bool]:
@@ -263,7 +263,7 @@ class Engine:
         self._arranged = True
         start = perf_counter()
         if decoding:
-            proposals = self._speculator.propose(decoding, self._slots.rows, self.room)
+            proposals = self.speculator.propose(decoding, self._slots.rows, self.room)
             events += self._advance(decoding, Chunk.of(decoding, 1, proposals), 0)
         middle = perf_counter()
         if prefilling:

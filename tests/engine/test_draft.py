@@ -199,7 +199,7 @@ def test_close_lets_go_of_the_draft(model: Transformer) -> None:
     engine = engine_of(model, other_model())
     run(engine, greedy([1, 2], 5))
     engine.close()
-    assert engine._speculator.draft is None
+    assert engine.speculator.draft is None
     assert list(itertools.chain(engine.cache)) == []
 
 
