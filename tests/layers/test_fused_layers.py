@@ -40,7 +40,7 @@ SHAPES = [
     Shape(160, 2, 1),
     Shape(256, 2, 1, 96),
     Shape(288, 9, 3, 160),
-    Shape(1024, 8, 1, 64),
+    Shape(512, 4, 1, 64),
 ]
 
 
@@ -100,10 +100,8 @@ def run(model: Transformer, case: Case, cache: list[KVCache], h: Tensor, fused: 
     layers = model.layers
     assert type(layers) is FusedLayers
     if fused:
-        calls = layers._operator
         out: Tensor = layers(h, freqs_cis, mask, cache, at)
-        assert layers._operator is not None and layers._operator is (calls or layers._operator)
-        assert layers._operator._layers is not None
+        assert layers._operator is not None and layers._operator.supports(h.dtype, cache)
         return out
     return Layers.forward(layers, h, freqs_cis, mask, cache, at)
 
@@ -124,7 +122,7 @@ def check(model: Transformer, case: Case, exact: bool) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 2, 4])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -138,7 +136,7 @@ def test_equals_the_blocks(variant: str, dtype: torch.dtype, scheme: str | None)
     """Bit for bit up to 64 positions in bf16; over more of them attention is divided otherwise."""
     for i, shape in enumerate(SHAPES):
         model = build(shape, dtype, scheme)
-        for case in cases(i, 2, dtype, 64):
+        for case in cases(i, 3, dtype, 64):
             check(model, case, exact=dtype == torch.bfloat16)
         for case in cases(i, 1, dtype, ROOM):
             check(model, case, exact=False)
@@ -147,7 +145,7 @@ def test_equals_the_blocks(variant: str, dtype: torch.dtype, scheme: str | None)
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_any_number_of_threads(ops: object, threads: int, scheme: str | None) -> None:
     model = build(SHAPES[4], torch.bfloat16, scheme)
-    for case in cases(7, 12, torch.bfloat16, 64):
+    for case in cases(7, 6, torch.bfloat16, 64):
         check(model, case, exact=True)
 
 

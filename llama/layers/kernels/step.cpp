@@ -62,7 +62,7 @@ class Step {
   }
 
  private:
-  static constexpr int64_t STAGES = 8;   // most calls of `share` for a block
+  static constexpr int64_t STAGES = 9;    // of a block: attention, and two for each of 4 inputs
   static constexpr int64_t SOLO = 2;     // up to so many rows, each thread prepares x for itself
   static constexpr int64_t PART = 128;   // keys of an attention task: the same for any batch
   static constexpr int64_t LEAST = 8192;  // bytes of weights that a thread takes at least
