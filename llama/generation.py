@@ -1005,7 +1005,9 @@ def speculation_of(
     wanted = by_default if options.speculate is None else options.speculate
     if not wanted and options.draft is None:
         return None
-    return Speculation(costs=COSTS.get(kind, COSTS["bfloat16"]))
+    if w.device.type != "cpu":
+        kind = "compiled" if options.compile else "gpu"
+    return Speculation(costs=COSTS.get(kind, COSTS["float32"]))
 
 
 def build_draft(path: str | Path, model: Transformer, tokenizer: Tokenizer, rows: int) -> Draft:

@@ -23,13 +23,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("llama")
 
-# What a step with this many positions takes, relative to one position.
+# What a step with this many positions takes, relative to one position; measured on a CPU by
+# `python -m benchmarks.speculation costs`, and rounded up.
 POSITIONS = (1, 2, 4, 8, 16)
 COSTS = {
     "bfloat16": (1.0, 1.04, 1.08, 1.15, 1.6),
     "float32": (1.0, 1.4, 1.7, 2.2, 4.4),
     "int8": (1.0, 1.4, 1.7, 2.0, 2.8),
     "int4": (1.0, 1.3, 1.5, 2.1, 3.2),
+    # Estimates: launching operations limits a step on a GPU; only steps of one position are
+    # compiled, which makes them three times as fast.
+    "gpu": (1.0, 1.1, 1.1, 1.2, 1.3),
+    "compiled": (1.0, 3.0, 3.0, 3.1, 3.3),
 }
 DRAFT = 0  # in the place of the length of a match: the draft model has proposed
 # How often an id proposed after a match of so many ids is right, until the row shows it.
