@@ -1,4 +1,4 @@
-"""With speculation the server's replies are those without: streams, tools, grammars, stop strings."""
+"""With speculation the replies are those without: streams, tools, grammars, stop strings."""
 
 from __future__ import annotations
 
