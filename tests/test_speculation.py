@@ -110,8 +110,10 @@ def test_what_is_refused(
     (other / "tokenizer.model").write_text("\n".join(swapped))
     with pytest.raises(ValueError, match=r"has another vocabulary .* same model family"):
         build(draft=other)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent; check draft"):
         build(draft=other / "absent")
+    with pytest.raises(FileNotFoundError, match="no tokenizer; put there its tokenizer.model"):
+        build(draft=tiny_checkpoint(dim=32, n_layers=1, vocab_size=VOCABULARY))
     with pytest.raises(ValueError, match="exact and speculate"):
         build(exact=True, speculate=True)
     with pytest.raises(ValueError, match="exact and speculate"):
