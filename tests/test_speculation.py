@@ -112,7 +112,7 @@ def test_what_is_refused(
         build(draft=other)
     with pytest.raises(FileNotFoundError, match="absent; check draft"):
         build(draft=other / "absent")
-    with pytest.raises(FileNotFoundError, match="no tokenizer; put there its tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer; put there its tokenizer\.model"):
         build(draft=tiny_checkpoint(dim=32, n_layers=1, vocab_size=VOCABULARY))
     with pytest.raises(ValueError, match="exact and speculate"):
         build(exact=True, speculate=True)
