@@ -98,10 +98,7 @@ def answers(
     check_file("out", out, ".json")
     model, tokenizer = build(size, dtype, quantize)
     options = Speculation(costs=COSTS[quantize or dtype])
-    drafted = None
-    if draft is not None:
-        path = ensure_demo_model() if draft == "demo" else draft
-        drafted = build_draft(path, model, tokenizer, options.rows)
+    drafted = build_draft(ensure_demo_model() if draft == "demo" else draft, model, tokenizer)
     engine = Engine(model)
     ways = {"without": Speculator(None), "with": Speculator(options, drafted)}
     figures = []
