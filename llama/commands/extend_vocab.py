@@ -23,8 +23,9 @@ def extend_vocab(
     ] = None,
     initial: Annotated[
         str,
-        "what new rows of the model are: mean (of all old rows), or parts (the mean of the tokens "
-        "that each is made of)",
+        "what new rows of the model are: mean (of all old rows), parts (the mean of the tokens "
+        "that each is made of), or shares (parts, and as probable as they are in the text; "
+        "loads the model)",
     ] = "mean",
     to: Annotated[
         str | None, "meta (the official layout) or hf (Hugging Face); by default like BASE"
