@@ -51,7 +51,7 @@ def extend_vocabulary(
     n: int,
     *,
     scripts: Collection[str] | None = None,
-    initial: str = "mean",
+    initial: str = "shares",
     to: str | None = None,
 ) -> Extension:
     """Write the checkpoint `base` with `n` more tokens as the folder `out`, see `learn_tokens`.
@@ -109,7 +109,11 @@ def log_odds(texts: Sequence[Sequence[int]], new: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def mean_state(source: Source, texts: Sequence[Sequence[int]]) -> Tensor:
-    """The mean normed state before the output, (D,) float64, over windows spread over `texts`."""
+    """The mean normed state before the output, (D,) float64, over windows spread over `texts`.
+
+    Raises:
+        ValueError: it is not finite.
+    """
     ids = [i for text in texts for i in text]
     size, device = min(WINDOW, source.context), pick_device(None)
     model = load_model(source, source.args(max_seq_len=size), device, pick_dtype(None, device))
@@ -119,6 +123,8 @@ def mean_state(source: Source, texts: Sequence[Sequence[int]]) -> Tensor:
         window = torch.tensor([ids[start : start + size]], device=device)
         total += model.hidden(window)[0].double().sum(0).cpu()
         count += window.numel()
+    if not total.isfinite().all():
+        raise ValueError(f"{source.path}: its states are NaN or infinite; run `llama3 verify`")
     return total / count
 
 

@@ -86,7 +86,7 @@ def test_old_tokens_lose_at_most_the_new_ones_share(
     tied: bool, to: str, write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     base, out = write_base(tied), tmp_path / "out"
-    done = extend_vocabulary(base, [text], out, NEW, scripts=["Han"], to=to)
+    done = extend_vocabulary(base, [text], out, NEW, scripts=["Han"], initial="mean", to=to)
     assert list(done.tokens.values()) == list(range(PADDED, PADDED + NEW))
     source, old = open_checkpoint(out), open_checkpoint(base)
     assert source.tied == tied
@@ -250,6 +250,10 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
     bare = write_base()
     (bare / "tokenizer.model").unlink()
     quantize(base, tmp_path / "int8", "int8")
+    broken = write_base()
+    state = torch.load(broken / "consolidated.00.pth")
+    state["norm.weight"][0] = math.nan
+    torch.save(state, broken / "consolidated.00.pth")
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "empty", {"data": [empty]}),
         (ValueError, "UTF-8", {"data": [latin]}),
@@ -261,6 +265,7 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
         (ValueError, "initial must be one of mean, parts, shares, not 'zero'", {"initial": "zero"}),
         (ValueError, "cannot write 'gguf'", {"to": "gguf"}),
         (FileNotFoundError, "has no tokenizer", {"base": bare}),
+        (ValueError, "its states are NaN or infinite; run `llama3 verify`", {"base": broken}),
         (ValueError, "quantized already", {"base": tmp_path / "int8"}),
         (FileExistsError, "exists already", {"out": text}),
         (FileNotFoundError, "nowhere", {"base": tmp_path / "nowhere"}),
