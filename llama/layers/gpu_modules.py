@@ -223,7 +223,7 @@ class TinygemmLinear(nn.Module):
     def in_features(self) -> int:
         return self.scales_and_zeros.shape[0] * self.group
 
-    def blocks(self) -> Iterator[Tensor]:
+    def row_parts(self) -> Iterator[Tensor]:
         """See `weight_blocks`."""
         return (rows.float() for rows in self.dequantized().split(BLOCK))
 

@@ -37,10 +37,10 @@ log = logging.getLogger("llama")
 
 # Up to this many rows of x the kernels are faster than F.linear (int8 and int4: than dequantizing
 # and F.linear) for every size of matrix. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
-MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
+MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 0}
 # The same for x in bf16 on processors with AVX512_BF16 instructions.
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY}
+MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY, "blocks": 0}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x and of plain weights
 
 _lock = threading.Lock()
