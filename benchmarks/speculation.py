@@ -154,6 +154,8 @@ def answers(
     medians = medians_of_steps(x for each in found.values() for some in each.values() for x in some)
     figures = [figure for name in found for figure in figures_of(name, found[name], medians)]
     for kind, asked in kinds.items():
+        if len(asked) == 1:
+            continue
         gains = [f.runs[0] for f in figures if f.row in asked and f.column == GAIN]
         figures.append(Figure(f"{kind}: median", GAIN, "", [statistics.median(gains)]))
         figures.append(Figure(f"{kind}: lowest", GAIN, "", [min(gains)]))

@@ -30,7 +30,7 @@ def test_the_widened_model_computes_the_same(
     narrow = load_model(source, source.args(max_seq_len=32, max_batch_size=1), CPU, torch.bfloat16)
     wide = widened_model.widened(folder, 32)
     assert wide.params.dim == 4 * narrow.params.dim
-    assert wide.layers[0].feed_forward.w1.weight.shape == (192, 256)  # type: ignore[union-attr,operator]
+    assert wide.layers[0].feed_forward.w1.weight.shape == (192, 256)  # type: ignore[union-attr]
     tokens = torch.arange(20).unsqueeze(0) * 7
     with torch.no_grad():
         want, found = narrow.float()(tokens), wide.float()(tokens)
