@@ -137,32 +137,47 @@ def answers(
     model, tokenizer = build(size, dtype, quantize)
     options = Speculation(costs=COSTS[quantize or dtype])
     drafted = build_draft(ensure_demo_model() if draft == "demo" else draft, model, tokenizer)
-    engine = Engine(model)
-    ways = {"without": Speculator(None), "with": Speculator(options, drafted)}
-    found: dict[str, dict[str, list[Answer]]] = {}
     kinds = {kind: chosen(kind) for kind in prompts.split(",")}
-    for asked in kinds.values():
-        for name, prompt in asked.items():
-            request = Request(
-                ids_of(tokenizer, *prompt), new, Sampling(temperature, 0.9), 1,
-                stop_tokens=tokenizer.stop_tokens,
-            )  # fmt: skip
-            found[name] = {way: [] for way in ways}
-            for _ in range(rounds):
-                for way, engine.speculator in ways.items():
-                    found[name][way].append(decode(engine, request))
-    medians = medians_of_steps(x for each in found.values() for some in each.values() for x in some)
-    figures = [figure for name in found for figure in figures_of(name, found[name], medians)]
-    for kind, asked in kinds.items():
-        if len(asked) == 1:
-            continue
-        gains = [f.runs[0] for f in figures if f.row in asked and f.column == GAIN]
-        figures.append(Figure(f"{kind}: median", GAIN, "", [statistics.median(gains)]))
-        figures.append(Figure(f"{kind}: lowest", GAIN, "", [min(gains)]))
+    requests = {
+        name: Request(
+            ids_of(tokenizer, *prompt), new, Sampling(temperature, 0.9), 1,
+            stop_tokens=tokenizer.stop_tokens,
+        )
+        for asked in kinds.values() for name, prompt in asked.items()
+    }  # fmt: skip
+    ways = {"without": Speculator(None), "with": Speculator(options, drafted)}
+    figures = measured(Engine(model), ways, requests, rounds)
+    figures += [figure for kind, asked in kinds.items() for figure in summary(kind, asked, figures)]
     settings: dict[str, Any] = {"size": size, "dtype": dtype, "quantize": quantize}
     settings |= {"prompts": prompts, "new": new, "rounds": rounds, "temperature": temperature}
     settings |= {"draft": draft}
     finish(make_result("speculation", settings, figures, row_heading="prompt"), out)
+
+
+def measured(
+    engine: Engine, ways: Mapping[str, Speculator], requests: Mapping[str, Request], rounds: int
+) -> list[Figure]:
+    """Answer alternately in both ways: a row for each request."""
+    found: dict[str, dict[str, list[Answer]]] = {}
+    for name, request in requests.items():
+        found[name] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, engine.speculator in ways.items():
+                found[name][way].append(decode(engine, request))
+    medians = medians_of_steps(x for each in found.values() for some in each.values() for x in some)
+    return [figure for name in found for figure in figures_of(name, found[name], medians)]
+
+
+def summary(kind: str, names: Iterable[str], figures: Sequence[Figure]) -> list[Figure]:
+    """The median and the lowest ratio of some prompts; nothing for one prompt."""
+    ratios = [f.runs[0] for f in figures if f.row in names and f.column == GAIN]
+    if len(ratios) == 1:
+        return []
+    median, lowest = statistics.median(ratios), min(ratios)
+    return [
+        Figure(f"{kind}: median", GAIN, "", [median], better="higher"),
+        Figure(f"{kind}: lowest", GAIN, "", [lowest], better="higher"),
+    ]
 
 
 def chosen(kind: str) -> dict[str, tuple[str, str]]:
