@@ -22,7 +22,7 @@ from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
 from llama.common.files import check_free_space, new_folder
 from llama.distributed.sharding import weight_shapes
-from llama.layers.quantized_linear import check_scheme
+from llama.layers.schemes import Scheme, find_scheme
 
 # Suffixes of the files that a conversion writes.
 WRITTEN_SUFFIXES = {".pth", ".json", ".model", ".safetensors"}
@@ -96,7 +96,7 @@ def write_checkpoint(
             write_hf(source, open_tokenizer(source), folder, dtype)
 
 
-def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = None) -> Path:
+def quantize(src: str | Path, dst: str | Path, scheme: Scheme | str) -> Path:
     """Write the checkpoint `src`, of any layout, quantized, as the folder `dst`; returns `dst`.
 
     The result has the numbers that `Llama.build(src, ..., quantize=scheme)` computes from the
@@ -105,21 +105,18 @@ def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = 
 
     Args:
         scheme: "int8" or "int4"; `llama.layers.quantized_linear` says which weights stay plain.
-        group: 32, 64 or 128 inputs of an int4 weight share a scale; None: 32.
 
     Raises:
-        ValueError: unknown scheme or group, a group that does not divide a weight, or a `src` that
-            is quantized already.
+        ValueError: unknown scheme, a weight that it cannot store, or a `src` that is quantized
+            already.
         FileExistsError, FileNotFoundError, ImportError, OSError: as `convert`.
     """
-    check_scheme(scheme, 32 if group is None else group)
-    if scheme == "int8" and group is not None:
-        raise ValueError("group is for int4: int8 has one scale per output")
+    quantization = find_scheme(scheme)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
-    chosen, quantization = default_dtype(source), (scheme, group or 32)
+    chosen = default_dtype(source)
     needed = 0
-    for name, w in stored_tensors(source.args(), *quantization).items():
+    for name, w in stored_tensors(source.args(), quantization).items():
         dtype = chosen or source.dtype(name) if name.endswith(".weight") else w.dtype
         needed += w.numel() * dtype.itemsize
     with new_folder(dst) as folder:
@@ -139,8 +136,8 @@ def open_for_conversion(src: Path, dst: Path) -> Source:
     source = open_checkpoint(src)
     if source.quantization is not None:
         raise ValueError(
-            f"{src} is quantized already ({source.quantization[0]}) and cannot be converted; give "
-            "the original checkpoint"
+            f"{src} is quantized already ({source.quantization.name}) and cannot be converted; "
+            "give the original checkpoint"
         )
     if dst.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise ValueError(f"{dst} contains the source itself; choose another folder")

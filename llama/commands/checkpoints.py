@@ -93,10 +93,7 @@ def quantize(
     src: Annotated[str, CHECKPOINT],
     dst: Annotated[str, "the folder to write"],
     *,
-    scheme: Annotated[str, "int8, or int4 (with the output layer in int8)"],
-    group: Annotated[
-        int | None, "inputs that share a scale in int4: 32, 64 or 128; by default 32"
-    ] = None,
+    scheme: Annotated[str, "int8, or int4 (4.5 bits a weight; the output layer 6.5)"],
 ) -> None:
     """Write a checkpoint with weights of 8 or 4 bits.
 
@@ -106,7 +103,7 @@ def quantize(
     from llama.checkpoints.convert import quantize as quantize_checkpoint
 
     check_local(src)
-    print_report(quantize_checkpoint(src, dst, scheme, group))
+    print_report(quantize_checkpoint(src, dst, scheme))
 
 
 def download(

@@ -16,6 +16,7 @@ from llama.checkpoints.source import Source, released_context
 from llama.common.files import write_json
 from llama.common.progress import progress
 from llama.distributed.sharding import rank_counts, weight_shapes
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs
 
 log = logging.getLogger("llama")
@@ -27,7 +28,7 @@ def write_meta(
     folder: Path,
     dtype: torch.dtype | None = None,
     mp: int = 1,
-    quantization: tuple[str, int] | None = None,
+    quantization: Scheme | None = None,
 ) -> None:
     """Write params.json, `mp` shards and the tokenizer into an existing folder.
 
@@ -35,7 +36,7 @@ def write_meta(
         vocabulary: content of tokenizer.model and its sidecar (empty: no sidecar is written);
             None: no tokenizer is written.
         dtype: of all plain weights; None: the stored dtypes.
-        quantization: (scheme, group) to quantize the linears to, with `mp` 1; None: plain weights.
+        quantization: how the linears are stored, with `mp` 1; None: plain weights.
 
     Raises:
         ValueError: `mp` ranks cannot share this model, or it cannot be quantized like this.
@@ -46,7 +47,7 @@ def write_meta(
     possible = [n for n in rank_counts(args) if args.vocab_size % n == 0]
     if mp not in possible:
         raise ValueError(f"this model cannot be split over {mp}; use one of {possible}")
-    params = quantized_params(source, *quantization) if quantization else source.params
+    params = quantized_params(source, quantization) if quantization else source.params
     if source.context != released_context(params):  # Meta's files do not say it
         params = params | {"max_seq_len": source.context}
     write_json(folder / "params.json", params)
@@ -99,7 +100,7 @@ def _quantized_shard(
     names = list(weight_shapes(args))
     for name in progress(names, "quantizing", len(names), "tensor"):
         w = source.read(name)
-        for key, tensor in quantize_weight(name, w.to(dtype or w.dtype), *quantization).items():
+        for key, tensor in quantize_weight(name, w.to(dtype or w.dtype), quantization).items():
             # Scales and zeros are computed from each group's extremes, so they are not finite
             # either.
             if key != name and tensor.is_floating_point() and not tensor.isfinite().all():
