@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def write_meta(
     dtype: torch.dtype | None = None,
     mp: int = 1,
     quantization: Scheme | None = None,
+    calibrated: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write params.json, `mp` shards and the tokenizer into an existing folder.
 
@@ -37,6 +39,8 @@ def write_meta(
             None: no tokenizer is written.
         dtype: of all plain weights; None: the stored dtypes.
         quantization: how the linears are stored, with `mp` 1; None: plain weights.
+        calibrated: (stored name, tensor) of all weights, quantized as `quantization` says; None:
+            quantize the weights of `source`.
 
     Raises:
         ValueError: `mp` ranks cannot share this model, or it cannot be quantized like this.
@@ -60,6 +64,9 @@ def write_meta(
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=folder) as spill:
             if quantization is None:
                 state = _plain_shard(source, args, dtype, rank=rank, mp=mp, spill=Path(spill))
+            elif calibrated is not None:
+                shown = progress(calibrated, "calibrating", len(weight_shapes(args)), "tensor")
+                state = {n: _on_disk(w, Path(spill) / str(i)) for i, (n, w) in enumerate(shown)}
             else:
                 state = _quantized_shard(
                     source, args, dtype, quantization=quantization, spill=Path(spill)
