@@ -37,7 +37,7 @@ def parts_of_blocks(blocks: Tensor, n: int) -> Iterator[tuple[Tensor, int]]:
 
 def unpack_blocks(x: Tensor, blocks: Tensor, n: int) -> Tensor:
     """`dequantize_blocks` in x's dtype."""
-    if kernels.supports(x) and False:
+    if kernels.supports(x):
         w: Tensor = torch.ops.llama3.unpack_blocks(x, blocks, n)
         return w
     return dequantize_blocks(blocks, n).to(x.dtype)

@@ -37,10 +37,10 @@ log = logging.getLogger("llama")
 
 # Up to this many rows of x the kernels are faster than F.linear (int8 and int4: than dequantizing
 # and F.linear) for every size of matrix. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
-MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 0}
+MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 1 << 31}
 # The same for x in bf16 on processors with AVX512_BF16 instructions.
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY, "blocks": 0}
+MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY, "blocks": ANY}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x and of plain weights
 
 _lock = threading.Lock()
@@ -120,6 +120,10 @@ def _load() -> bool:
     torch.library.register_fake("llama3::swiglu", lambda a, b: a.new_empty(a.shape))
     torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
     torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
+    torch.library.register_fake("llama3::linear_blocks", lambda x, blocks, n: _fake(x, n))
+    torch.library.register_fake(
+        "llama3::unpack_blocks", lambda x, blocks, n: x.new_empty(n, block_width(blocks))
+    )
     torch.library.register_fake(
         "llama3::unpack_int4", lambda x, p, scale, zero, n: x.new_empty(n, p.shape[1] * 8)
     )

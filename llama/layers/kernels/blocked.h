@@ -1,5 +1,5 @@
 // y = x W^T for several rows of bf16 x, by AVX512_BF16: pairs of bf16 are multiplied exactly and
-// summed in fp32 (denormals count as zero). linear.cpp includes this inside a namespace, with
+// summed in fp32 (denormals count as zero). multiply.cpp includes this inside a namespace, with
 // TARGET defined, as variants.h includes rows.h.
 //
 // W is read from memory once for any M. bf16 and int8 weights: vectors run along K, 16 accumulators
@@ -76,17 +76,19 @@ TARGET __attribute__((noinline)) __m512 tile(const Rows& x_rows, const Rows& w_r
   return sums(acc);
 }
 
-TARGET inline void put_tile(const Job& job, int64_t m, int64_t n, __m512 values) {
-  const int outputs = (int)std::min<int64_t>(4, job.N - n);
-  if (job.scales) {
-    const __m128 scales = _mm_maskz_loadu_ps((1 << outputs) - 1, job.scales + n);
+// 4 rows of y from m on, as far as there are M, times 4 outputs from n on, as far as there are N.
+TARGET inline void put_tile(const Weights& w, const Outputs& out, int64_t M, int64_t m, int64_t n,
+                            __m512 values) {
+  const int outputs = (int)std::min<int64_t>(4, w.N - n);
+  if (w.scales) {
+    const __m128 scales = _mm_maskz_loadu_ps((1 << outputs) - 1, w.scales + n);
     values *= _mm512_broadcast_f32x4(scales);
   }
   uint64_t rows[4];
   const __m256bh half = _mm512_cvtneps_pbh(values);
   memcpy(rows, &half, sizeof rows);
-  auto* y = static_cast<BFloat16*>(job.y) + m * job.N + n;
-  for (int i = 0; i < std::min<int64_t>(4, job.M - m); i++, y += job.N)
+  auto* y = static_cast<BFloat16*>(out.y) + m * out.stride + n;
+  for (int i = 0; i < std::min<int64_t>(4, M - m); i++, y += out.stride)
     if (outputs == 4)
       memcpy((void*)y, rows + i, 8);
     else
@@ -112,17 +114,18 @@ TARGET inline const BFloat16* widened(const int8_t* from, int64_t columns, BFloa
 // read from `partial`; the new sums are stored there unless these columns are the last. Beyond the
 // last row of x or W the last one is repeated, and put_tile drops it.
 template <class W>
-TARGET void block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1, int64_t k0,
-                  BFloat16* plain, __m512* partial) {
-  const int64_t K = job.K, depth = std::min(DEPTH, K - k0), x_tiles = (m1 - m0 + 3) / 4;
-  const auto* from = static_cast<const W*>(job.w) + k0;
+TARGET void block(const Weights& weights, const Inputs& in, const Outputs& out, int64_t m0,
+                  int64_t m1, int64_t n0, int64_t n1, int64_t k0, BFloat16* plain,
+                  __m512* partial) {
+  const int64_t K = in.K, depth = std::min(DEPTH, K - k0), x_tiles = (m1 - m0 + 3) / 4;
+  const auto* from = static_cast<const W*>(weights.w) + k0;
   const BFloat16* lines[WIDTH + 3];
   for (int64_t n = n0; n < n1; n++)
     lines[n - n0] = widened(from + n * K, depth, plain + (n - n0) * DEPTH);
   for (int64_t n = n1; n < n1 + 3; n++) lines[n - n0] = lines[n1 - 1 - n0];
   for (int64_t m = m0; m < m1; m += 4) {
     Rows x, w;
-    for (int i = 0; i < 4; i++) x[i] = job.x_bf16 + std::min(m + i, m1 - 1) * K + k0;
+    for (int i = 0; i < 4; i++) x[i] = in.bf16() + std::min(m + i, m1 - 1) * K + k0;
     for (int64_t n = n0; n < n1; n += 4, partial++) {
       for (int i = 0; i < 4; i++) w[i] = lines[n - n0 + i];
       // Prefetch each line of the next block once, spread over the work on this one.
@@ -132,20 +135,21 @@ TARGET void block(const Job& job, int64_t m0, int64_t m1, int64_t n0, int64_t n1
       if (k0 + depth < K)
         *partial = values;
       else
-        put_tile(job, m, n, values);
+        put_tile(weights, out, in.M, m, n, values);
     }
   }
 }
 
 // Rows 4 begin to 4 end of y = x W^T * scales, for W of bf16 or int8.
 template <class W>
-TARGET void blocks(const Job& job, int64_t begin, int64_t end) {
+TARGET void blocks(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
+                   int64_t end) {
   static thread_local std::vector<Line> plain(WIDTH * DEPTH / 32), partial(HEIGHT * WIDTH / 16);
-  const int64_t stop = std::min(4 * end, job.N), width = job.M <= FEW ? 4 : WIDTH;
+  const int64_t stop = std::min(4 * end, w.N), width = in.M <= FEW ? 4 : WIDTH;
   for (int64_t n = 4 * begin; n < stop; n += width)
-    for (int64_t m = 0; m < job.M; m += HEIGHT)
-      for (int64_t k = 0; k < job.K; k += DEPTH)
-        block<W>(job, m, std::min(m + HEIGHT, job.M), n, std::min(n + width, stop), k,
+    for (int64_t m = 0; m < in.M; m += HEIGHT)
+      for (int64_t k = 0; k < in.K; k += DEPTH)
+        block<W>(w, in, out, m, std::min(m + HEIGHT, in.M), n, std::min(n + width, stop), k,
                  (BFloat16*)plain.data(), (__m512*)partial.data());
 }
 
@@ -160,28 +164,29 @@ TARGET void blocks(const Job& job, int64_t begin, int64_t end) {
   for (; m + 2 <= M; m += 2) make(2)    \
   for (; m < M; m++) make(1)
 
-// Groups [begin, end) of C rows of x in the order in which tile_int4 reads them, (K / 8, C, 4) with
-// columns k and k + 4 of eight in one word; and the sum of each group, (K / group, C).
-TARGET inline void fill_panel(const Job& job, int64_t m, int64_t C, int64_t begin, int64_t end) {
-  const int64_t K = job.K;
+// A panel is C rows of x in the order in which tile_int4 reads them, (K / 8, C, 4) with columns k and
+// k + 4 of eight in one word; and the sum of each group, (K / group, C). This fills the rows [begin,
+// end) of the panel from row m on.
+TARGET inline void fill_panel(const Inputs& in, int64_t m, int64_t C, int64_t begin, int64_t end) {
+  const int64_t K = in.K, first = std::max(begin, m) - m, last = std::min(end, m + C) - m;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
-  for (int64_t g = begin; g < end; g++)
-    for (int64_t c = 0; c < C; c++) {
-      const BFloat16* x = job.x_bf16 + (m + c) * K;
+  for (int64_t g = 0; g < K / in.group; g++)
+    for (int64_t c = first; c < last; c++) {
+      const BFloat16* x = in.bf16() + (m + c) * K;
       __m512 sum = _mm512_setzero_ps();
-      for (int64_t k = g * job.group; k < (g + 1) * job.group; k += 8) {
+      for (int64_t k = g * in.group; k < (g + 1) * in.group; k += 8) {
         const __m128i eight = _mm_loadu_si128((const __m128i*)(x + k));
-        uint32_t* to = job.panels.get() + m * K / 2 + (k / 8 * C + c) * 4;
+        uint32_t* to = in.panels + m * K / 2 + (k / 8 * C + c) * 4;
         _mm_storeu_si128((__m128i*)to, _mm_unpacklo_epi16(eight, _mm_srli_si128(eight, 8)));
         if (k % 32 == 0) sum = _mm512_dpbf16_ps(sum, load(x + k, ~0u), ones);
       }
-      job.group_sums.get()[m * (K / job.group) + g * C + c] = _mm512_reduce_add_ps(sum);
+      in.sums[m * (K / in.group) + g * C + c] = _mm512_reduce_add_ps(sum);
     }
 }
 
-TARGET void fill_panels(const Job& job, int64_t begin, int64_t end) {
-#define FILL(C) fill_panel(job, m, C, begin, end);
-  EACH_PANEL(job.M, FILL)
+TARGET void fill_panels(const Inputs& in, int64_t begin, int64_t end) {
+#define FILL(C) fill_panel(in, m, C, begin, end);
+  EACH_PANEL(in.M, FILL)
 #undef FILL
 }
 
@@ -194,22 +199,23 @@ TARGET inline __m512 from_bf16(const BFloat16* from) {
 // the fifth bit of an index belongs to the next code, so the table contains every value twice. A
 // group's scale and zero are applied to its fp32 sums.
 template <int C>
-TARGET inline void tile_int4(const Job& job, int64_t m, int64_t tile) {
+TARGET inline void tile_int4(const Weights& weights, const Inputs& in, const Outputs& out,
+                             int64_t m, int64_t tile) {
   alignas(64) static constexpr uint16_t TABLE[32] = {
       0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120,
       0x4130, 0x4140, 0x4150, 0x4160, 0x4170, 0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0,
       0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170};
   const __m512i table = _mm512_load_si512(TABLE);
-  const int64_t groups = job.K / job.group;
-  const auto* w = static_cast<const uint32_t*>(job.w) + tile * job.K / 8 * 16;
-  const BFloat16* scales = job.int4_scales + tile * groups * 16;
-  const BFloat16* zeros = job.int4_zeros + tile * groups * 16;
-  const uint32_t* x = job.panels.get() + m * job.K / 2;
-  const float* x_sums = job.group_sums.get() + m * groups;
+  const int64_t groups = in.K / in.group;
+  const auto* w = static_cast<const uint32_t*>(weights.w) + tile * in.K / 8 * 16;
+  const BFloat16* scales = weights.group_scales + tile * groups * 16;
+  const BFloat16* zeros = weights.group_zeros + tile * groups * 16;
+  const uint32_t* x = in.panels + m * in.K / 2;
+  const float* x_sums = in.sums + m * groups;
   __m512 total[C] = {};
   for (int64_t g = 0; g < groups; g++, scales += 16, zeros += 16, x_sums += C) {
     __m512 sums[C] = {};
-    for (int64_t k = 0; k < job.group; k += 8, w += 16, x += 4 * C) {
+    for (int64_t k = 0; k < in.group; k += 8, w += 16, x += 4 * C) {
       const __m512i codes = _mm512_loadu_si512(w);
       _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
       for (int i = 0; i < 4; i++) {
@@ -223,17 +229,18 @@ TARGET inline void tile_int4(const Job& job, int64_t m, int64_t tile) {
     for (int c = 0; c < C; c++) total[c] += scale * sums[c] + zero * x_sums[c];
   }
   const int64_t n = tile * 16;
-  const __mmask16 outputs = job.N - n < 16 ? (1 << (job.N - n)) - 1 : 0xffff;
+  const __mmask16 outputs = weights.N - n < 16 ? (1 << (weights.N - n)) - 1 : 0xffff;
   for (int c = 0; c < C; c++) {
-    auto* y = static_cast<BFloat16*>(job.y) + (m + c) * job.N + n;
+    auto* y = static_cast<BFloat16*>(out.y) + (m + c) * out.stride + n;
     _mm256_mask_storeu_epi16(y, outputs, (__m256i)_mm512_cvtneps_pbh(total[c]));
   }
 }
 
-TARGET void tiles(const Job& job, int64_t begin, int64_t end) {
+TARGET void tiles(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
+                  int64_t end) {
   for (int64_t t = begin; t < end; t++) {
-#define TILE(C) tile_int4<C>(job, m, t);
-    EACH_PANEL(job.M, TILE)
+#define TILE(C) tile_int4<C>(w, in, out, m, t);
+    EACH_PANEL(in.M, TILE)
 #undef TILE
   }
 }

@@ -1,25 +1,46 @@
-// Torch operators of weights in blocks of 4 or 6 bits: y = x W^T, and the dequantized weight. Knows
-// nothing about models. The arithmetic is in blocks_vnni.h and, for other processors, in blocks.h.
-//
-// Letters: M rows of x, N rows of W (outputs), K columns of both.
+// Chooses how weights in blocks are multiplied and unpacked: by blocks_vnni.h on processors with
+// AVX512_VNNI, else by blocks.h.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
-#include <memory>
-
-#include "activations.h"
 #include "block_layout.h"
+#include "linear.h"
+
+namespace {
+using namespace llama3;
+}
 
 #define ARITHMETIC "blocks.h"
 #include "variants.h"
 
 namespace {
-using at::Tensor;
-using llama3::Activations;
-using llama3::BlockView;
-using llama3::BlockWeights;
-using llama3::Outputs;
+#define METHODS(ns) {{Form::fp32, 16, ns::tiles<false>}, {Form::fp32, 16, ns::tiles<true>}}
+const Method methods[][2] = {EACH_VARIANT(METHODS)};
+
+#if defined(__x86_64__)
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+namespace with_vnni {
+#include "blocks_vnni.h"
+}
+const Method vnni[] = {{Form::codes, 16, with_vnni::tiles<false>},
+                       {Form::codes, 16, with_vnni::tiles<true>}};
+const bool has_vnni = __builtin_cpu_supports("avx512vnni");
+#else
+const Method vnni[2] = {};
+const bool has_vnni = false;
+#endif
+
+#define UNPACK(ns) {ns::unpack<float>, ns::unpack<BFloat16>}
+void (*const unpack[][2])(const Weights&, void*, int64_t, int64_t) = {EACH_VARIANT(UNPACK)};
+}  // namespace
+
+namespace llama3 {
+Method block_method(Kind kind) {
+  const int variant = llama3::variant(), top = kind == Kind::blocks6;
+  const bool is_avx512 = variant <= AVX512_BF16 + 1;
+  return has_vnni && is_avx512 ? vnni[top] : methods[variant][top];
+}
+
+void unpack_blocks(const Weights& w, void* y, bool is_bf16, int64_t begin, int64_t end) {
+  unpack[variant()][is_bf16](w, y, begin, end);
+}
+}  // namespace llama3

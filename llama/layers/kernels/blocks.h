@@ -38,19 +38,20 @@ TARGET inline Vec weights(const Lanes& group, int column) {
 
 // LANES outputs of a tile for M rows of x.
 template <bool TOP, int M>
-TARGET inline void tile_part(const BlockWeights& w, const float* x, int64_t x_stride, const Outputs& y,
-                             int64_t m, int64_t tile, int first) {
+TARGET inline void tile_part(const Weights& w, const Inputs& in, const Outputs& y, int64_t m,
+                             int64_t tile, int first) {
   Vec acc[M][4] = {};
-  x += m * x_stride;
-  for (int64_t b = 0; b < w.blocks; b++) {
+  const int64_t stride = in.stride;
+  const float* x = in.fp32 + m * stride;
+  for (int64_t b = 0; b < w.K / w.columns; b++) {
     const BlockView block(w, tile, b);
-    for (int64_t g = 0; g < w.groups; g++, x += 32) {
+    for (int64_t g = 0; g < w.columns / 32; g++, x += 32) {
       Lanes group;
       load_group(group, block, g, first);
 #pragma GCC unroll 32
       for (int k = 0; k < 32; k++) {
         const Vec values = weights<TOP>(group, k);
-        for (int j = 0; j < M; j++) acc[j][k % 4] += values * x[j * x_stride + k];
+        for (int j = 0; j < M; j++) acc[j][k % 4] += values * x[j * stride + k];
       }
     }
   }
@@ -63,13 +64,13 @@ TARGET inline void tile_part(const BlockWeights& w, const float* x, int64_t x_st
 
 // Tiles [begin, end) of y = x W^T.
 template <bool TOP>
-TARGET void tiles(const BlockWeights& w, const float* x, int64_t x_stride, int64_t M,
-                  const Outputs& y, int64_t begin, int64_t end) {
+TARGET void tiles(const Weights& w, const Inputs& in, const Outputs& y, int64_t begin,
+                  int64_t end) {
   for (int64_t tile = begin; tile < end; tile++)
     for (int first = 0; first < 16; first += LANES) {
       int64_t m = 0;
-      for (; m + 4 <= M; m += 4) tile_part<TOP, 4>(w, x, x_stride, y, m, tile, first);
-      for (; m < M; m++) tile_part<TOP, 1>(w, x, x_stride, y, m, tile, first);
+      for (; m + 4 <= in.M; m += 4) tile_part<TOP, 4>(w, in, y, m, tile, first);
+      for (; m < in.M; m++) tile_part<TOP, 1>(w, in, y, m, tile, first);
     }
 }
 
@@ -109,8 +110,9 @@ TARGET void unpack_row(const BlockView& block, int64_t groups, int r, T* to) {
 
 // Tiles [begin, end) of the dequantized weight, (N, K).
 template <class T>
-TARGET void unpack(const BlockWeights& w, T* y, int64_t begin, int64_t end) {
+TARGET void unpack(const Weights& w, void* y, int64_t begin, int64_t end) {
+  T* to = static_cast<T*>(y) + begin * 16 * w.K;
   for (int64_t n = begin * 16; n < std::min(end * 16, w.N); n++)
-    for (int64_t b = 0; b < w.blocks; b++)
-      unpack_row(BlockView(w, n / 16, b), w.groups, n % 16, y + n * w.K + b * w.groups * 32);
+    for (int64_t b = 0; b < w.K / w.columns; b++, to += w.columns)
+      unpack_row(BlockView(w, n / 16, b), w.columns / 32, n % 16, to);
 }

@@ -74,18 +74,19 @@ TARGET inline void put_tile(const Outputs& y, int64_t m, int64_t n, int64_t N, _
 
 // The 16 outputs of a tile for M rows of x.
 template <bool TOP, int M>
-TARGET inline void tile(const BlockWeights& w, const Activations& x, const Outputs& y, int64_t m,
+TARGET inline void tile(const Weights& w, const Inputs& in, const Outputs& y, int64_t m,
                         int64_t tile) {
+  const Activations& x = in.codes;
   const int8_t* codes = x.codes + m * x.stride;
   const float* scales = x.scales + m * x.blocks;
   const int32_t* sums = x.sums + m * x.blocks;
   __m512 total[M];
 #pragma GCC unroll 16
   for (int j = 0; j < M; j++) total[j] = _mm512_setzero_ps();
-  for (int64_t b = 0; b < w.blocks; b++) {
+  for (int64_t b = 0; b < w.K / w.columns; b++) {
     const BlockView block(w, tile, b);
     const __m512 unit = widen(block.units), zero_unit = widen(block.zero_units);
-    for (int64_t g = 0; g < w.groups; g++, codes += 32, scales++, sums++) {
+    for (int64_t g = 0; g < w.columns / 32; g++, codes += 32, scales++, sums++) {
       __m512 scale, zero;
       __m512i q[8];
       load_scales(block, g, unit, zero_unit, scale, zero);
@@ -111,17 +112,17 @@ TARGET inline void tile(const BlockWeights& w, const Activations& x, const Outpu
 
 // Tiles [begin, end) of y = x W^T.
 template <bool TOP>
-TARGET void tiles(const BlockWeights& w, const Activations& x, const Outputs& y, int64_t begin,
+TARGET void tiles(const Weights& w, const Inputs& in, const Outputs& y, int64_t begin,
                   int64_t end) {
   constexpr int64_t HEIGHT = 128;  // rows of x at a time, which stay in L2
-  for (int64_t start = 0; start < x.M; start += HEIGHT) {
-    const int64_t stop = std::min(start + HEIGHT, x.M);
+  for (int64_t start = 0; start < in.M; start += HEIGHT) {
+    const int64_t stop = std::min(start + HEIGHT, in.M);
     for (int64_t t = begin; t < end; t++) {
       int64_t m = start;
-      for (; m + 8 <= stop; m += 8) tile<TOP, 8>(w, x, y, m, t);
-      for (; m + 4 <= stop; m += 4) tile<TOP, 4>(w, x, y, m, t);
-      for (; m + 2 <= stop; m += 2) tile<TOP, 2>(w, x, y, m, t);
-      for (; m < stop; m++) tile<TOP, 1>(w, x, y, m, t);
+      for (; m + 8 <= stop; m += 8) tile<TOP, 8>(w, in, y, m, t);
+      for (; m + 4 <= stop; m += 4) tile<TOP, 4>(w, in, y, m, t);
+      for (; m + 2 <= stop; m += 2) tile<TOP, 2>(w, in, y, m, t);
+      for (; m < stop; m++) tile<TOP, 1>(w, in, y, m, t);
     }
   }
 }

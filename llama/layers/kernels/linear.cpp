@@ -1,106 +1,112 @@
-// y = x W^T; for few rows of x (decoding) it is limited only by reading W. Torch operators for
-// weights of fp32 or bf16, int8 with a scale per output, int4 with a scale and a zero per group.
-// Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is in rows.h and
-// blocked.h.
+// Torch operators for y = x W^T, with weights of fp32 or bf16, int8 with a scale per output, int4
+// with a scale and a zero per group. For few rows of x (decoding) they are limited only by reading
+// W. Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is chosen in
+// multiply.cpp.
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
-#include "job.h"
+#include "linear.h"
 
-#define ARITHMETIC "rows.h"
-#include "variants.h"
+#include "block_layout.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <string>
 
 namespace {
-using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
-struct Blocked {
-  Kernel bf16, int8, int4, fill_panels;
+using at::Tensor;
+using llama3::Inputs;
+using llama3::Kind;
+using llama3::Method;
+using llama3::Outputs;
+using llama3::Weights;
+
+constexpr int64_t SHARE = 32768;  // least number of bytes per thread
+
+struct alignas(64) Line {  // a cache line
+  char bytes[64];
 };
-#if defined(__x86_64__)
-#undef TARGET
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-namespace with_bf16 {
-#include "blocked.h"
-}
-const Blocked blocked = {with_bf16::blocks<BFloat16>, with_bf16::blocks<int8_t>, with_bf16::tiles,
-                         with_bf16::fill_panels};
-#else
-const Blocked blocked = {};
-#endif
 
-struct Kernels {
-  Kernel fp32, bf16, int8, int4, unpack_fp32, unpack_bf16, widen;
-};
-#define KERNELS(ns)                                                        \
-  Kernels{ns::rows<float>, ns::rows<BFloat16>,   ns::rows<int8_t>, \
-          ns::tiles,       ns::unpack<float>, ns::unpack<BFloat16>, ns::widen}
-const Kernels kernels[] = {EACH_VARIANT(KERNELS)};
-
-const Kernels& variant() { return kernels[llama3::variant()]; }
-
-#define NAME(ns) #ns
-const char* const names[] = {EACH_VARIANT(NAME)};
-
-std::vector<std::string> variant_names() {
-  std::vector<std::string> found;
-  for (const int index : llama3::variants()) found.emplace_back(names[index]);
-  return found;
+void check_cpu(const char* name, const Tensor& t) {
+  TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, not on ", t.device());
+  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
 }
 
-// For tests. "" selects the fastest variant again.
-void use_variant(std::string name) {
-  int found = -1;
-  for (const int index : llama3::variants())
-    if (name == names[index]) found = index;
-  TORCH_CHECK(found >= 0 || name.empty(), "this processor has no variant ", std::string(name));
-  llama3::chosen.store(found);
+void check_matrix(const char* name, const Tensor& w) {
+  check_cpu(name, w);
+  TORCH_CHECK(w.dim() == 2, name, " must be a matrix (N, K), not ", w.sizes());
 }
 
-// Whether to use blocked.h, which is the fastest for `rows` rows of x or more.
-bool in_blocks(const Job& job, int64_t rows) {
-  return job.x_bf16 && job.M >= rows && job.K > 0 && llama3::variant() == llama3::AVX512_BF16;
+template <class F>
+void in_parallel(int64_t count, int64_t bytes_each, const F& f) {
+  if (count == 0) return;
+  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
+  at::parallel_for(0, count, grain, f);
 }
 
-void run(const Job& job, Kernel kernel, int64_t blocks, int64_t bytes_per_block) {
-  if (job.M == 0 || blocks == 0) return;
-  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_per_block));
-  at::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) { kernel(job, begin, end); });
+// (M, K) of x (..., K), after a check of its type and that K is the width of w.
+int64_t rows_of(const Tensor& x, int64_t K) {
+  TORCH_CHECK(x.dim() >= 1 && x.size(-1) == K, "x must be (..., ", K, "), as wide as w; got ",
+              x.sizes());
+  const auto dtype = x.scalar_type();
+  TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); i++) M *= x.size(i);
+  return M;
 }
 
-// x (..., K) and several w (N, K), all fp32 or all bf16 -> (..., N) in x's dtype for each w, in one
+// x (..., K) -> (..., N) in x's dtype for each of several weights of one kind and group, in one
 // parallel loop.
-std::vector<Tensor> linears(const Tensor& x, at::TensorList ws) {
-  std::vector<Tensor> ys(ws.size());
-  std::vector<Job> jobs(ws.size());
-  std::vector<int64_t> ends;  // the end of each job's blocks, numbered over all jobs
-  TORCH_CHECK(!ws.empty(), "ws is empty; give at least one w");
-  const bool bf16 = ws[0].scalar_type() == at::kBFloat16;
-  bool by_blocks = bf16;
-  for (size_t i = 0; i < ws.size(); i++) {
-    const Tensor& w = ws[i];
-    check_matrix("w", w);
-    TORCH_CHECK(w.scalar_type() == (bf16 ? at::kBFloat16 : at::kFloat),
-                "all w must be fp32, or all bf16, not ", w.scalar_type());
-    jobs[i].N = w.size(0), jobs[i].K = w.size(1);
-    prepare(jobs[i], x, ys[i]);
-    jobs[i].w = w.const_data_ptr();
-    by_blocks = by_blocks && in_blocks(jobs[i], 2);
+std::vector<Tensor> multiply(const Tensor& x_any, const std::vector<Weights>& ws) {
+  int64_t M = 0;
+  for (const Weights& w : ws) M = rows_of(x_any, w.K);
+  const Tensor x = x_any.contiguous();
+  check_cpu("x", x);
+  const bool is_bf16 = x.scalar_type() == at::kBFloat16;
+  const Method method = llama3::method_for(ws[0], M, is_bf16);
+  const int64_t K = ws[0].K, group = ws[0].group;
+  std::vector<Tensor> ys;
+  std::vector<Outputs> outs;
+  std::vector<int64_t> ends;  // the end of each weight's blocks, numbered over all weights
+  auto sizes = x.sizes().vec();
+  for (const Weights& w : ws) {
+    sizes.back() = w.N;
+    ys.push_back(at::empty(sizes, x.options()));
+    outs.push_back({ys.back().mutable_data_ptr(), is_bf16, w.N});
+    ends.push_back((ends.empty() ? 0 : ends.back()) + method.blocks(w));
   }
-  for (Job& job : jobs) {
-    if (!by_blocks) widen_x(job);
-    ends.push_back((ends.empty() ? 0 : ends.back()) + (by_blocks ? (job.N + 3) / 4 : job.N));
-  }
-  const Kernel kernel = by_blocks ? blocked.bf16 : bf16 ? variant().bf16 : variant().fp32;
-  const int64_t bytes = jobs[0].K * ws[0].element_size() * (by_blocks ? 4 : 1);
-  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes));
-  if (jobs[0].M == 0) return ys;
-  at::parallel_for(0, ends.back(), grain, [&](int64_t begin, int64_t end) {
-    for (size_t i = 0; i < jobs.size(); i++) {
+  if (M == 0) return ys;
+  const std::unique_ptr<Line[]> scratch(new Line[llama3::scratch_bytes(method.form, M, K, group) / 64]);
+  const Inputs in =
+      llama3::inputs_of(method.form, x.const_data_ptr(), is_bf16, M, K, group, scratch.get());
+  in_parallel(M, 4 * K, [&](int64_t begin, int64_t end) { llama3::prepare(in, begin, end); });
+  const int64_t bytes = method.outputs * llama3::row_bytes(ws[0]);
+  in_parallel(ends.back(), bytes, [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < ws.size(); i++) {
       const int64_t first = i ? ends[i - 1] : 0;
       const int64_t from = std::max(begin, first) - first, to = std::min(end, ends[i]) - first;
-      if (from < to) kernel(jobs[i], from, to);
+      if (from < to) method.multiply(ws[i], in, outs[i], from, to);
     }
   });
   return ys;
+}
+
+// x (..., K) and several w (N, K), all fp32 or all bf16 -> (..., N) in x's dtype for each w.
+std::vector<Tensor> linears(const Tensor& x, at::TensorList ws) {
+  TORCH_CHECK(!ws.empty(), "ws is empty; give at least one w");
+  const bool bf16 = ws[0].scalar_type() == at::kBFloat16;
+  std::vector<Weights> views;
+  for (const Tensor& w : ws) {
+    check_matrix("w", w);
+    TORCH_CHECK(w.scalar_type() == (bf16 ? at::kBFloat16 : at::kFloat),
+                "all w must be fp32, or all bf16, not ", w.scalar_type());
+    views.push_back({bf16 ? Kind::bf16 : Kind::fp32, w.size(0), w.size(1), w.const_data_ptr()});
+  }
+  return multiply(x, views);
 }
 
 Tensor linear(const Tensor& x, const Tensor& w) { return linears(x, w)[0]; }
@@ -112,19 +118,8 @@ Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
   TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
   TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == q.size(0),
               "scale must be fp32 (", q.size(0), "), one an output; got ", scale.sizes());
-  Tensor y;
-  Job job;
-  job.N = q.size(0), job.K = q.size(1);
-  prepare(job, x, y);
-  job.w = q.const_data_ptr();
-  job.scales = scale.const_data_ptr<float>();
-  if (in_blocks(job, 5)) {
-    run(job, blocked.int8, (job.N + 3) / 4, 4 * job.K);
-    return y;
-  }
-  widen_x(job);
-  run(job, variant().int8, job.N, job.K);
-  return y;
+  Weights w{Kind::int8, q.size(0), q.size(1), q.const_data_ptr(), scale.const_data_ptr<float>()};
+  return multiply(x, {w})[0];
 }
 
 // q, any int8, in bf16.
@@ -132,37 +127,16 @@ Tensor widen_int8(const Tensor& q) {
   check_cpu("q", q);
   TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
   Tensor w = at::empty(q.sizes(), q.options().dtype(at::kBFloat16));
-  Job job;
-  job.M = 1;
-  job.w = q.const_data_ptr();
-  job.y = w.mutable_data_ptr();
-  run(job, variant().widen, q.numel(), 1);
+  const auto* from = q.const_data_ptr<int8_t>();
+  auto* to = w.mutable_data_ptr<c10::BFloat16>();
+  in_parallel(q.numel(), 1,
+              [&](int64_t begin, int64_t end) { llama3::widen_int8(from, to, begin, end); });
   return w;
-}
-
-// Prepares x for tile_part: divides it by the place value of its code in the word, and sums each
-// group.
-void prepare_int4(Job& job) {
-  const int64_t groups = job.K / job.group;
-  job.x_sums.resize(job.M * groups);
-  for (int64_t m = 0; m < job.M; m++)
-    for (int64_t g = 0; g < groups; g++) {
-      float* x = job.x.data() + m * job.x_stride + g * job.group;
-      float sum = 0;
-      for (int64_t k = 0; k < job.group; k += 8) {
-        float place = 1;
-        for (int i = 0; i < 8; i++, place /= 16) {
-          sum += x[k + i];
-          if (i < 7) x[k + i] *= place;  // the last one is shifted down
-        }
-      }
-      job.x_sums[m * groups + g] = sum;
-    }
 }
 
 // packed (T, K / 8, 16) int32, scale and zero (T, K / group, 16) bf16, for T tiles of 16 outputs.
 // In a tile, code k of output n is bits 4 (k % 8) to 4 (k % 8) + 3 of packed[n / 16, k / 8, n % 16].
-void set_int4(Job& job, const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N) {
+Weights int4(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N) {
   TORCH_CHECK(packed.scalar_type() == at::kInt && packed.dim() == 3 && packed.size(2) == 16 &&
                   packed.size(0) == (N + 15) / 16,
               "packed must be int32 (", (N + 15) / 16, ", K / 8, 16) for ", N, " outputs; got ",
@@ -175,31 +149,17 @@ void set_int4(Job& job, const Tensor& packed, const Tensor& scale, const Tensor&
                 "scale and zero must be bf16 (", packed.size(0), ", K / group, 16); got ",
                 t->sizes());
   check_cpu("packed", packed), check_cpu("scale", scale), check_cpu("zero", zero);
-  job.N = N, job.K = K, job.group = K / groups;
-  job.w = packed.const_data_ptr();
-  job.int4_scales = scale.const_data_ptr<BFloat16>();
-  job.int4_zeros = zero.const_data_ptr<BFloat16>();
+  Weights w{Kind::int4, N, K, packed.const_data_ptr()};
+  w.group = K / groups;
+  w.group_scales = scale.const_data_ptr<c10::BFloat16>();
+  w.group_zeros = zero.const_data_ptr<c10::BFloat16>();
+  return w;
 }
 
 // x (..., K) -> the first N columns of x (q * scale + zero)^T, of x's dtype.
 Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
                    int64_t N) {
-  Tensor y;
-  Job job;
-  set_int4(job, packed, scale, zero, N);
-  prepare(job, x, y);
-  const int64_t groups = job.K / job.group, bytes = job.K * 8 + groups * 64;
-  if (job.group % 32 == 0 && in_blocks(job, 1)) {
-    job.panels.reset(new uint32_t[job.M * job.K / 2]);
-    job.group_sums.reset(new float[job.M * groups]);
-    run(job, blocked.fill_panels, groups, job.M * job.group * 2);
-    run(job, blocked.int4, packed.size(0), bytes);
-    return y;
-  }
-  widen_x(job);
-  prepare_int4(job);
-  run(job, variant().int4, packed.size(0), bytes);
-  return y;
+  return multiply(x, {int4(packed, scale, zero, N)})[0];
 }
 
 // The dequantized weight, (N, K), in x's dtype.
@@ -207,13 +167,57 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
                    int64_t N) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
-  Job job;
-  set_int4(job, packed, scale, zero, N);
-  Tensor w = at::empty({N, job.K}, x.options());
-  job.M = 1;
-  job.y = w.mutable_data_ptr();
-  run(job, bf16 ? variant().unpack_bf16 : variant().unpack_fp32, packed.size(0), job.K * 8);
-  return w;
+  const Weights w = int4(packed, scale, zero, N);
+  Tensor y = at::empty({N, w.K}, x.options());
+  void* to = y.mutable_data_ptr();
+  in_parallel(packed.size(0), w.K * 8, [&](int64_t begin, int64_t end) {
+    llama3::unpack_int4(w, to, bf16, begin, end);
+  });
+  return y;
+}
+
+// blocks (T, B, bytes of a block) uint8, for T tiles of 16 outputs; see block_layout.h.
+Weights blocks_of(const Tensor& blocks, int64_t N) {
+  check_cpu("blocks", blocks);
+  TORCH_CHECK(blocks.scalar_type() == at::kByte && blocks.dim() == 3 && N > 0 &&
+                  blocks.size(0) == (N + 15) / 16 && blocks.size(1) > 0,
+              "blocks must be uint8 (", (N + 15) / 16, ", blocks, bytes) for ", N, " outputs; got ",
+              blocks.sizes());
+  for (const Kind kind : {Kind::blocks4, Kind::blocks6})
+    for (int64_t groups = 1; groups <= 8; groups++)
+      if (llama3::block_bytes(kind, groups) == blocks.size(2)) {
+        Weights w{kind, N, 32 * groups * blocks.size(1), blocks.const_data_ptr()};
+        w.columns = 32 * groups;
+        return w;
+      }
+  TORCH_CHECK(false, "no block has ", blocks.size(2), " bytes");
+}
+
+// x (..., K) times the transpose of the weight in blocks, (..., N), of x's dtype.
+Tensor linear_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
+  return multiply(x, {blocks_of(blocks, N)})[0];
+}
+
+// The dequantized weight, (N, K), in x's dtype.
+Tensor unpack_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
+  const Weights w = blocks_of(blocks, N);
+  Tensor y = at::empty({N, w.K}, x.options());
+  void* to = y.mutable_data_ptr();
+  in_parallel(blocks.size(0), w.K * 8, [&](int64_t begin, int64_t end) {
+    llama3::unpack_blocks(w, to, bf16, begin, end);
+  });
+  return y;
+}
+
+std::vector<std::string> variants() {
+  const auto names = llama3::variant_names();
+  return {names.begin(), names.end()};
+}
+
+void use_variant(std::string name) {
+  TORCH_CHECK(llama3::use_variant(name.c_str()), "this processor has no variant ", name);
 }
 }  // namespace
 
@@ -222,9 +226,11 @@ TORCH_LIBRARY(llama3, m) {
   m.def("linears(Tensor x, Tensor[] ws) -> Tensor[]");
   m.def("linear_int8(Tensor x, Tensor q, Tensor scale) -> Tensor");
   m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
+  m.def("linear_blocks(Tensor x, Tensor blocks, int n) -> Tensor");
+  m.def("unpack_blocks(Tensor x, Tensor blocks, int n) -> Tensor");
   m.def("widen_int8(Tensor q) -> Tensor");
   m.def("unpack_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
-  m.def("variants() -> str[]", &variant_names);
+  m.def("variants() -> str[]", &variants);
   m.def("use_variant(str name) -> ()", &use_variant);
 }
 
@@ -233,6 +239,8 @@ TORCH_LIBRARY_IMPL(llama3, CPU, m) {
   m.impl("linears", &linears);
   m.impl("linear_int8", &linear_int8);
   m.impl("linear_int4", &linear_int4);
+  m.impl("linear_blocks", &linear_blocks);
+  m.impl("unpack_blocks", &unpack_blocks);
   m.impl("widen_int8", &widen_int8);
   m.impl("unpack_int4", &unpack_int4);
 }

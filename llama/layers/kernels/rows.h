@@ -1,4 +1,4 @@
-// The arithmetic of linear.cpp, compiled once per instruction set: variants.h includes this file
+// The arithmetic of multiply.cpp, compiled once per instruction set: variants.h includes this file
 // inside a namespace for each, after vectors.h. No #include, no #pragma once: they break that.
 //
 // Activations are fp32; each weight is converted to fp32 and multiplied; only sums are rounded.
@@ -22,11 +22,12 @@ TARGET inline void multiply(Vec (&acc)[R][M][U], const W* w, int64_t w_stride, c
 
 // y[m, n] for M rows of x and R rows of W: 4 M independent sums, enough to hide the latency.
 template <class W, int R, int M>
-TARGET inline void dots(const Job& job, int64_t m, int64_t n) {
+TARGET inline void dots(const Weights& weights, const Inputs& in, const Outputs& out, int64_t m,
+                        int64_t n) {
   constexpr int U = 4 / R, STEP = U * LANES;
-  const int64_t K = job.K, stride = job.x_stride;
-  const float* x = job.x.data() + m * stride;
-  const W* w = static_cast<const W*>(job.w) + n * K;
+  const int64_t K = in.K, stride = in.stride;
+  const float* x = in.fp32 + m * stride;
+  const W* w = static_cast<const W*>(weights.w) + n * K;
   Vec acc[R][M][U] = {};
   int64_t k = 0;
   for (; k + STEP <= K; k += STEP) {
@@ -41,53 +42,55 @@ TARGET inline void dots(const Job& job, int64_t m, int64_t n) {
     multiply(acc, tail[0], STEP, x + k, stride);
   }
   for (int r = 0; r < R; r++) {
-    const float scale = job.scales ? job.scales[n + r] : 1.0f;
+    const float scale = weights.scales ? weights.scales[n + r] : 1.0f;
     for (int j = 0; j < M; j++) {
       for (int u = 1; u < U; u++) acc[r][j][0] += acc[r][j][u];
-      job.put(m + j, n + r, scale * sum(acc[r][j][0]));
+      out.put(m + j, n + r, scale * sum(acc[r][j][0]));
     }
   }
 }
 
 template <class W, int R>
-TARGET void block(const Job& job, int64_t n) {
+TARGET void block(const Weights& w, const Inputs& in, const Outputs& out, int64_t n) {
   int64_t m = 0;  // beyond four rows of x, this block of W is read from the cache
-  for (; m + 4 <= job.M; m += 4) dots<W, R, 4>(job, m, n);
-  for (; m + 2 <= job.M; m += 2) dots<W, R, 2>(job, m, n);
-  for (; m < job.M; m++) dots<W, R, 1>(job, m, n);
+  for (; m + 4 <= in.M; m += 4) dots<W, R, 4>(w, in, out, m, n);
+  for (; m + 2 <= in.M; m += 2) dots<W, R, 2>(w, in, out, m, n);
+  for (; m < in.M; m++) dots<W, R, 1>(w, in, out, m, n);
 }
 
 // Outputs [begin, end) of y = x W^T * scales, for W of fp32, bf16 or int8.
 template <class W>
-TARGET void rows(const Job& job, int64_t begin, int64_t end) {
+TARGET void rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
+                 int64_t end) {
   constexpr int R = LANES / 4;  // as many as fit in registers with 4 rows of x
   int64_t n = begin;
-  if (job.M > 1)  // one row is limited by memory, which reads one row of W faster than several
-    for (; n + R <= end; n += R) block<W, R>(job, n);
-  for (; n < end; n++) block<W, 1>(job, n);
+  if (in.M > 1)  // one row is limited by memory, which reads one row of W faster than several
+    for (; n + R <= end; n += R) block<W, R>(w, in, out, n);
+  for (; n < end; n++) block<W, 1>(w, in, out, n);
 }
 
 // LANES of the 16 outputs of a tile of int4 weights, for M rows of x. A word holds 8 neighbouring
 // weights of one output, so a lane is an output: no sum across lanes, and a group's scales are one
 // vector. Code i of a word is not shifted: it counts as q * 16^i, x is divided by 16^i, exactly.
 template <int M>
-TARGET inline void tile_part(const Job& job, int64_t m, int64_t tile, int part) {
-  const int64_t groups = job.K / job.group;
-  const auto* w = static_cast<const uint32_t*>(job.w) + tile * job.K / 8 * 16 + part;
-  const auto* scales = job.int4_scales + tile * groups * 16 + part;
-  const auto* zeros = job.int4_zeros + tile * groups * 16 + part;
+TARGET inline void tile_part(const Weights& weights, const Inputs& in, const Outputs& out,
+                             int64_t m, int64_t tile, int part) {
+  const int64_t groups = in.K / in.group;
+  const auto* w = static_cast<const uint32_t*>(weights.w) + tile * in.K / 8 * 16 + part;
+  const auto* scales = weights.group_scales + tile * groups * 16 + part;
+  const auto* zeros = weights.group_zeros + tile * groups * 16 + part;
   Vec acc[M] = {};
   for (int64_t g = 0; g < groups; g++) {
     Vec sums[M][4] = {};
-    const float* x = job.x.data() + m * job.x_stride + g * job.group;
-    for (int k = 0; k < job.group; k += 8, w += 16) {
+    const float* x = in.fp32 + m * in.stride + g * in.group;
+    for (int k = 0; k < in.group; k += 8, w += 16) {
       Words codes;
       memcpy(&codes, w, sizeof codes);
       __builtin_prefetch(w + AHEAD / 4);
       for (int i = 0; i < 8; i++) {
         const Words code = i < 7 ? codes & (15u << (4 * i)) : codes >> 28;
         const Vec q = __builtin_convertvector((Ints)code, Vec);
-        for (int j = 0; j < M; j++) sums[j][i % 4] += q * x[j * job.x_stride + k + i];
+        for (int j = 0; j < M; j++) sums[j][i % 4] += q * x[j * in.stride + k + i];
       }
     }
     Vec scale, zero;
@@ -95,22 +98,23 @@ TARGET inline void tile_part(const Job& job, int64_t m, int64_t tile, int part) 
     load(zero, zeros + g * 16);
     for (int j = 0; j < M; j++) {
       acc[j] += scale * ((sums[j][0] + sums[j][1]) + (sums[j][2] + sums[j][3]));
-      acc[j] += zero * job.x_sums[(m + j) * groups + g];
+      acc[j] += zero * in.sums[(m + j) * groups + g];
     }
   }
   for (int j = 0; j < M; j++)
     for (int i = 0; i < LANES; i++)
-      if (tile * 16 + part + i < job.N) job.put(m + j, tile * 16 + part + i, acc[j][i]);
+      if (tile * 16 + part + i < weights.N) out.put(m + j, tile * 16 + part + i, acc[j][i]);
 }
 
 // Tiles [begin, end) of y = x W^T for int4 weights.
-TARGET void tiles(const Job& job, int64_t begin, int64_t end) {
+TARGET void tiles(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
+                  int64_t end) {
   for (int64_t tile = begin; tile < end; tile++)
     for (int part = 0; part < 16; part += LANES) {
       int64_t m = 0;
-      for (; m + 4 <= job.M; m += 4) tile_part<4>(job, m, tile, part);
-      for (; m + 2 <= job.M; m += 2) tile_part<2>(job, m, tile, part);
-      for (; m < job.M; m++) tile_part<1>(job, m, tile, part);
+      for (; m + 4 <= in.M; m += 4) tile_part<4>(w, in, out, m, tile, part);
+      for (; m + 2 <= in.M; m += 2) tile_part<2>(w, in, out, m, tile, part);
+      for (; m < in.M; m++) tile_part<1>(w, in, out, m, tile, part);
     }
 }
 
@@ -129,16 +133,16 @@ TARGET inline void store(BFloat16* to, const Vec8& v) {  // to the nearest, ties
 
 // Tiles [begin, end) of the dequantized weight, (N, K).
 template <class T>
-TARGET void unpack(const Job& job, int64_t begin, int64_t end) {
-  const int64_t groups = job.K / job.group, words = job.K / 8;
+TARGET void unpack(const Weights& weights, void* to, int64_t begin, int64_t end) {
+  const int64_t K = weights.K, groups = K / weights.group, words = K / 8;
   const Words8 places = {0, 4, 8, 12, 16, 20, 24, 28};
-  for (int64_t n = begin * 16; n < std::min(end * 16, job.N); n++) {
-    const auto* w = static_cast<const uint32_t*>(job.w) + n / 16 * words * 16 + n % 16;
-    T* y = static_cast<T*>(job.y) + n * job.K;
+  for (int64_t n = begin * 16; n < std::min(end * 16, weights.N); n++) {
+    const auto* w = static_cast<const uint32_t*>(weights.w) + n / 16 * words * 16 + n % 16;
+    T* y = static_cast<T*>(to) + n * K;
     for (int64_t g = 0; g < groups; g++) {
       const int64_t at = (n / 16 * groups + g) * 16 + n % 16;
-      const float scale = job.int4_scales[at], zero = job.int4_zeros[at];
-      for (int64_t k = 0; k < job.group; k += 8, w += 16, y += 8) {
+      const float scale = weights.group_scales[at], zero = weights.group_zeros[at];
+      for (int64_t k = 0; k < weights.group; k += 8, w += 16, y += 8) {
         const Ints8 codes = (Ints8)((Words8{} + *w) >> places & 15);
         store(y, __builtin_convertvector(codes, Vec8) * scale + zero);
       }
@@ -147,10 +151,8 @@ TARGET void unpack(const Job& job, int64_t begin, int64_t end) {
 }
 
 // Elements [begin, end) of an int8 weight, exactly in bf16.
-TARGET void widen(const Job& job, int64_t begin, int64_t end) {
+TARGET void widen(const int8_t* w, BFloat16* y, int64_t begin, int64_t end) {
   typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-  const auto* w = static_cast<const int8_t*>(job.w);
-  auto* y = static_cast<BFloat16*>(job.y);
   for (; begin + LANES <= end; begin += LANES) {
     Vec v;
     load(v, w + begin);
