@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.layers.schemes import BLOCK_GROUP, TILE, block_columns, block_layout
+from llama.layers.schemes import BLOCK_GROUP, TILE, block_bytes, block_columns, block_layout
 
 MOST_STEPS = 63
 # Ranges of codes that are tried for a group: its largest weight may be cut off, or not be reached.

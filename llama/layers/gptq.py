@@ -83,14 +83,15 @@ def _round_block(w: Tensor, factor: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     w = w.T.contiguous()  # (C, N): a column is contiguous
     codes, errors = torch.empty_like(w, dtype=torch.uint8), torch.empty_like(w)
     for start in range(0, len(w), BLOCK_GROUP):
-        group = slice(start, start + BLOCK_GROUP)
-        if start:  # its weights have changed since `find_grid`
-            refit_group(grid, start // BLOCK_GROUP, w[group].T, bits, importance[group])
-        scale, zero = (t[:, start // BLOCK_GROUP].contiguous() for t in (grid.scale(), grid.zero()))
+        end, g = start + BLOCK_GROUP, start // BLOCK_GROUP
+        if start:  # these weights have changed since `find_grid`
+            refit_group(grid, g, w[start:end].T, bits, importance[start:end])
+        scale, zero = grid.scale()[:, g].contiguous(), grid.zero()[:, g].contiguous()
         step = scale.where(scale > 0, 1)
-        for i in range(start, start + BLOCK_GROUP):
+        for i in range(start, end):
             code = ((w[i] + zero) / step).round_().clamp_(0, 2**bits - 1)
             codes[i] = code
             errors[i] = (w[i] - (code * scale - zero)) / factor[i, i]
-            w[i + 1 :].addr_(factor[i, i + 1 :], errors[i], alpha=-1)
+            w[i + 1 : end].addr_(factor[i, i + 1 : end], errors[i], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
     return pack(grid, codes.T.contiguous(), bits), errors
