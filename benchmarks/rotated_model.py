@@ -1,4 +1,4 @@
-"""A checkpoint whose residual stream is rotated at random: the same function, other weights.
+"""A checkpoint whose residual stream is rotated at random: nearly the same function, other weights.
 
     python -m benchmarks.rotated_model SRC DST
 
@@ -6,7 +6,8 @@ The weights of the demo model lie on a 4-bit grid, on which int4 loses nothing. 
 lie on no grid, so that rounding them costs what it costs with a model that was never quantized.
 
 With R orthogonal, h becomes h R: an RMS norm without weights commutes with R, so the norms' weights
-are first multiplied into the linears that read them.
+are first multiplied into the linears that read them. Everything is computed in fp64 and stored in
+bf16.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def rotated_model(src: str, dst: str, *, seed: int = 0) -> None:
         for file in Path(source.path).glob("tokenizer.model*"):
             shutil.copyfile(file, folder / file.name)
         rotated = rotate(weights, source.args().n_layers, seed)
-        torch.save(rotated, folder / "consolidated.00.pth")
+        torch.save({n: w.bfloat16() for n, w in rotated.items()}, folder / "consolidated.00.pth")
 
 
 if __name__ == "__main__":
