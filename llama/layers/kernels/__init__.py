@@ -7,6 +7,8 @@ nothing about models.
     llama3::linear(x, w)                            x w^T; w (N, K) fp32 or bf16
     llama3::linears(x, ws)                          the same for several w of one dtype
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
+    llama3::linear_blocks(x, blocks, n)             blocks as in layers/blocks.py; n rows
+    llama3::unpack_blocks(x, blocks, n)             the dequantized weight, (n, K), in x's dtype
     llama3::linear_int4(x, packed, scale, zero, n)  packed as by `quantize_int4`
     llama3::attend(xq, keys, values, positions)     as `KernelAttention` in layers/attention.py
     llama3::rms_norm(x, w, eps), rotary(x, turns), swiglu(a, b)    as in llama/model.py
@@ -14,7 +16,9 @@ nothing about models.
     llama3::unpack_int4(x, packed, scale, zero, n)  the dequantized weight, (n, K), in x's dtype
 
 x is (..., K), fp32 or bf16; results are (..., N) in x's dtype; sums are fp32. No operator has a
-gradient.
+gradient. On processors with integer dot products (`llama3::variants` names one that ends in -vnni)
+int8 weights are multiplied with x in 8 bits, see activations.h; a row's result does not depend on
+the rows beside it there.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +38,35 @@ from torch import Tensor
 
 from llama.layers.kernels.library import library_path as library_path
 from llama.layers.kernels.library import open_library
+from llama.layers.schemes import block_layout
 
 log = logging.getLogger("llama")
 
 # Up to this many rows of x the kernels are faster than F.linear (int8 and int4: than dequantizing
 # and F.linear) for every size of matrix. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
-MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 1 << 31}
+MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 32}
 # The same for x in bf16 on processors with AVX512_BF16 instructions.
 ANY = 1 << 31
 MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY, "blocks": ANY}
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x and of plain weights
 
+# {operator: what it gives for tensors of the meta device}, which torch.compile asks for.
+SHAPED: dict[str, Callable[..., Any]] = {
+    "linear": lambda x, w: _shaped(x, w.shape[0]),
+    "linears": lambda x, ws: [_shaped(x, w.shape[0]) for w in ws],
+    "linear_int8": lambda x, q, scale: _shaped(x, q.shape[0]),
+    "linear_int4": lambda x, packed, scale, zero, n: _shaped(x, n),
+    "linear_blocks": lambda x, blocks, n: _shaped(x, n),
+    "unpack_blocks": lambda x, blocks, n: _unpacked(x, blocks, n),
+    "attend": lambda xq, keys, values, positions: xq.new_empty(xq.shape),
+    "rms_norm": lambda x, w, eps: x.new_empty(x.shape),
+    "rotary": lambda x, turns: x.new_empty(x.shape),
+    "swiglu": lambda a, b: a.new_empty(a.shape),
+    "widen_int8": lambda q: q.to(torch.bfloat16),
+    "unpack_int4": lambda x, packed, scale, zero, n: x.new_empty(n, packed.shape[1] * 8),
+}
+
+_registered: list[torch.library.Library] = []  # which forget their functions when deleted
 _lock = threading.Lock()
 _loaded: bool | None = None
 _max_rows = dict.fromkeys(KIND, MAX_ROWS)  # {dtype of x: limits}; `_load` sets this processor's
@@ -109,26 +133,22 @@ def _load() -> bool:
     with open_library() as file:
         # By the open file: a path could lead elsewhere by now.
         ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
-    if "avx512bf16" in torch.ops.llama3.variants():
+    variants = torch.ops.llama3.variants()
+    if "avx512bf16" in variants:
         _max_rows[torch.bfloat16] = MAX_ROWS_BF16
-    torch.library.register_fake("llama3::linear", lambda x, w: _fake(x, w.shape[0]))
-    torch.library.register_fake("llama3::linears", lambda x, ws: [_fake(x, w.shape[0]) for w in ws])
-    torch.library.register_fake("llama3::linear_int8", lambda x, q, scale: _fake(x, q.shape[0]))
-    torch.library.register_fake("llama3::attend", lambda xq, k, v, at: xq.new_empty(xq.shape))
-    torch.library.register_fake("llama3::rms_norm", lambda x, w, eps: x.new_empty(x.shape))
-    torch.library.register_fake("llama3::rotary", lambda x, turns: x.new_empty(x.shape))
-    torch.library.register_fake("llama3::swiglu", lambda a, b: a.new_empty(a.shape))
-    torch.library.register_fake("llama3::widen_int8", lambda q: q.to(torch.bfloat16))
-    torch.library.register_fake("llama3::linear_int4", lambda x, p, scale, zero, n: _fake(x, n))
-    torch.library.register_fake("llama3::linear_blocks", lambda x, blocks, n: _fake(x, n))
-    torch.library.register_fake(
-        "llama3::unpack_blocks", lambda x, blocks, n: x.new_empty(n, block_width(blocks))
-    )
-    torch.library.register_fake(
-        "llama3::unpack_int4", lambda x, p, scale, zero, n: x.new_empty(n, p.shape[1] * 8)
-    )
+    if variants[0].endswith("-vnni"):
+        for dtype, limits in _max_rows.items():
+            _max_rows[dtype] = limits | {"int8": ANY, "blocks": ANY}
+    meta = torch.library.Library("llama3", "IMPL", "Meta")  # `register_fake` takes 20 ms
+    for name, shaped in SHAPED.items():
+        meta.impl(name, shaped)
+    _registered.append(meta)
     return True
 
 
-def _fake(x: Tensor, n: int) -> Tensor:
+def _shaped(x: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _unpacked(x: Tensor, blocks: Tensor, n: int) -> Tensor:
+    return x.new_empty(n, blocks.shape[1] * block_layout(blocks.shape[2])[1])

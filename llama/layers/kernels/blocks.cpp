@@ -23,10 +23,8 @@ namespace with_vnni {
 }
 const Method vnni[] = {{Form::codes, 16, with_vnni::tiles<false>},
                        {Form::codes, 16, with_vnni::tiles<true>}};
-const bool has_vnni = __builtin_cpu_supports("avx512vnni");
 #else
 const Method vnni[2] = {};
-const bool has_vnni = false;
 #endif
 
 #define UNPACK(ns) {ns::unpack<float>, ns::unpack<BFloat16>}
@@ -35,9 +33,8 @@ void (*const unpack[][2])(const Weights&, void*, int64_t, int64_t) = {EACH_VARIA
 
 namespace llama3 {
 Method block_method(Kind kind) {
-  const int variant = llama3::variant(), top = kind == Kind::blocks6;
-  const bool is_avx512 = variant <= AVX512_BF16 + 1;
-  return has_vnni && is_avx512 ? vnni[top] : methods[variant][top];
+  const int top = kind == Kind::blocks6;
+  return integer_lanes() == 16 ? vnni[top] : methods[variant()][top];
 }
 
 void unpack_blocks(const Weights& w, void* y, bool is_bf16, int64_t begin, int64_t end) {
