@@ -2,8 +2,8 @@
 
     python -m benchmarks.rotated_model SRC DST
 
-The weights of the demo model lie on a 4-bit grid, on which int4 loses nothing. After a rotation they
-lie on no grid, so that rounding them costs what it costs with a model that was never quantized.
+The weights of the demo model lie on a 4-bit grid, on which int4 loses nothing. After a rotation
+they lie on no grid, so that rounding costs what it costs with a model that was never quantized.
 
 With R orthogonal, h becomes h R: an RMS norm without weights commutes with R, so the norms' weights
 are first multiplied into the linears that read them. Everything is computed in fp64 and stored in

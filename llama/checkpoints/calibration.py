@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class Calibration:
     Attributes:
         text: of the kind that the model is for; some hundred kilobytes.
         windows: the most windows of it that are used, spread evenly.
-        max_seq_len: tokens of a window.
+        max_seq_len: tokens of a window, at most as many as the model was trained for.
     """
 
     text: str
@@ -52,15 +51,18 @@ class Calibration:
                 raise ValueError(f"{name} must be {least} or more, not {value!r}")
 
 
-def cut_windows(calibration: Calibration, tokenizer: Tokenizer) -> Tensor:
+def cut_windows(calibration: Calibration, tokenizer: Tokenizer, context: int) -> Tensor:
     """(B, T) ids; each window starts with the begin token, if there is one.
+
+    Args:
+        context: tokens in a row that the model was trained for.
 
     Raises:
         ValueError: the text has fewer tokens than a window.
     """
     ids = tokenizer.encode(calibration.text, bos=False, eos=False)
     begin = [tokenizer.bos_id] if tokenizer.bos_id >= 0 else []
-    length = calibration.max_seq_len - len(begin)
+    length = min(calibration.max_seq_len, context) - len(begin)
     count = min(len(ids) // length, calibration.windows)
     if count < 1:
         raise ValueError(
@@ -107,7 +109,7 @@ def calibrated_weights(
     names = [name for name in weight_shapes(args) if name.startswith("layers.0.")]
     for i in range(args.n_layers):
         weights = {name: read(name) for name in (n.replace("0", str(i), 1) for n in names)}
-        blocks = quantize_layer(i, weights, text, partial(rounding, bits=scheme.layers.bits))
+        blocks = quantize_layer(i, weights, text, bits=scheme.layers.bits, rounding=rounding)
         for name, w in weights.items():
             layer = name.removesuffix(".weight")
             yield (f"{layer}.blocks", blocks[layer]) if layer in blocks else (name, w)
@@ -161,21 +163,25 @@ class Text:
             h += outputs(h)
 
 
+def make_layer(i: int, weights: dict[str, Tensor], text: Text) -> TransformerBlock:
+    """Layer i, which computes in the text's dtype, with these weights under Meta's names."""
+    with without_memory():
+        layer = TransformerBlock(i, text.args)
+    own = {n.removeprefix(f"layers.{i}."): w.to(text.dtype) for n, w in weights.items()}
+    layer.load_state_dict(own, assign=True)
+    return layer.requires_grad_(False)
+
+
 def quantize_layer(
-    i: int, weights: dict[str, Tensor], text: Text, rounding: Callable[[Tensor, Tensor], Tensor]
+    i: int, weights: dict[str, Tensor], text: Text, *, bits: int, rounding: Rounding
 ) -> dict[str, Tensor]:
     """{linear: blocks} of layer i, such as "layers.0.attention.wq"; `text` passes the layer.
 
     The linears are quantized in the order of their use: each reads what the quantized ones before
     it have computed.
     """
-    prefix, blocks = f"layers.{i}.", {}
-    with without_memory():
-        layer = TransformerBlock(i, text.args)
-    layer.load_state_dict(
-        {name.removeprefix(prefix): w.to(text.dtype) for name, w in weights.items()}, assign=True
-    )
-    layer.requires_grad_(False)
+    prefix, blocks = f"layers.{i}.", dict[str, Tensor]()
+    layer = make_layer(i, weights, text)
     attention, ffn = layer.attention, layer.feed_forward
 
     def attend(h: Tensor) -> Tensor:
@@ -189,7 +195,7 @@ def quantize_layer(
     def quantize(factor: Tensor, *names: str) -> None:
         for name in names:
             w, linear = weights[f"{prefix}{name}.weight"], layer.get_submodule(name)
-            blocks[prefix + name] = rounding(w, factor)
+            blocks[prefix + name] = rounding(w, factor, bits)
             rounded = dequantize_blocks(blocks[prefix + name], len(w))
             linear.weight = nn.Parameter(rounded.to(text.dtype), requires_grad=False)
 

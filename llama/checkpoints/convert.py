@@ -138,7 +138,8 @@ def quantize(
         check_free_space(dst, 2 * needed)  # while it is written, it is on the disk twice
         vocabulary, weights = checked_vocabulary(source), None
         if calibration is not None:
-            ids = cut_windows(calibration, tokenizer_for_calibration(source, vocabulary))
+            tokenizer = tokenizer_for_calibration(source, vocabulary)
+            ids = cut_windows(calibration, tokenizer, source.context)
             weights = calibrated_weights(source, chosen, quantization, ids)
         write_meta(
             source, vocabulary, folder, dtype=chosen, quantization=quantization, calibrated=weights

@@ -55,11 +55,12 @@ def test_windows(byte_tokenizer_path: Path) -> None:
     """Of 1,000 ids, the first and the last window are at the ends; all begin with the begin id."""
     tokenizer = Tokenizer(byte_tokenizer_path)
     text = "".join(chr(32 + i * 7 % 90) for i in range(1000))
-    rows = cut_windows(Calibration(text, windows=4, max_seq_len=101), tokenizer)
+    rows = cut_windows(Calibration(text, windows=4, max_seq_len=101), tokenizer, 8192)
     assert rows.shape == (4, 101) and (rows[:, 0] == tokenizer.bos_id).all()
     parts = ["".join(map(chr, row[1:].tolist())) for row in rows]
     assert parts == [text[i : i + 100] for i in (0, 300, 600, 900)]
-    assert len(cut_windows(Calibration(text, max_seq_len=101), tokenizer)) == 10
+    assert len(cut_windows(Calibration(text, max_seq_len=101), tokenizer, 8192)) == 10
+    assert cut_windows(Calibration(text), tokenizer, 64).shape == (15, 64)
 
 
 @torch.inference_mode()

@@ -62,7 +62,7 @@ def test_uncorrelated_inputs_are_plain_rounding(moments: Tensor) -> None:
 
 
 def test_singular_moments() -> None:
-    """One input vector, and inputs that are always zero: weights of these stay near their values."""
+    """One input vector with zeros, whose weights stay near their values."""
     x, w = torch.randn(1, 64), torch.randn(16, 64)
     x[:, 5:40] = 0
     blocks = compensated_blocks(w, inverse_factor(x.T @ x), 4)
