@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llama.checkpoints.source import Source
 from llama.common.meta_device import without_memory
+from llama.common.progress import progress
 from llama.distributed.sharding import weight_shapes
 from llama.layers.blocks import dequantize_blocks
 from llama.layers.gptq import compensated_blocks, inverse_factor
@@ -107,7 +108,7 @@ def calibrated_weights(
     yield "tok_embeddings.weight", embedding
     text = Text(embedding, ids, args)
     names = [name for name in weight_shapes(args) if name.startswith("layers.0.")]
-    for i in range(args.n_layers):
+    for i in progress(range(args.n_layers), "calibrating", args.n_layers, "layer"):
         weights = {name: read(name) for name in (n.replace("0", str(i), 1) for n in names)}
         blocks = quantize_layer(i, weights, text, bits=scheme.layers.bits, rounding=rounding)
         for name, w in weights.items():

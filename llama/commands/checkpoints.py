@@ -9,7 +9,6 @@ from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.commands.model import check_local
 from llama.commands.terminal import print_report
 from llama.common.printable import printable_line
-from llama.engine.scoring import read_text
 
 CHECKPOINT = "a checkpoint: Meta's or Hugging Face's folder, or a GGUF file"
 
@@ -115,6 +114,7 @@ def quantize(
     """
     from llama.checkpoints.calibration import Calibration
     from llama.checkpoints.convert import quantize as quantize_checkpoint
+    from llama.engine.scoring import read_text
 
     check_local(src)
     given = {"windows": windows, "max_seq_len": max_seq_len}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +64,9 @@ def write_meta(
         with tempfile.TemporaryDirectory(prefix=".spill-", dir=folder) as spill:
             if quantization is None:
                 state = _plain_shard(source, args, dtype, rank=rank, mp=mp, spill=Path(spill))
-            elif calibrated is not None:
-                shown = progress(calibrated, "calibrating", len(weight_shapes(args)), "tensor")
-                state = {n: _on_disk(w, Path(spill) / str(i)) for i, (n, w) in enumerate(shown)}
             else:
-                state = _quantized_shard(
-                    source, args, dtype, quantization=quantization, spill=Path(spill)
-                )
+                weights = calibrated or _quantized(source, args, dtype, quantization)
+                state = {n: _on_disk(w, Path(spill) / str(i)) for i, (n, w) in enumerate(weights)}
             log.info("writing %s", path.name)
             try:
                 torch.save(state, path)
@@ -94,28 +90,19 @@ def _plain_shard(
     return state
 
 
-def _quantized_shard(
-    source: Source,
-    args: ModelArgs,
-    dtype: torch.dtype | None,
-    *,
-    quantization: tuple[str, int],
-    spill: Path,
-) -> dict[str, Tensor]:
-    """The state dict of the whole quantized model, in files of `spill`, not in memory."""
-    state: dict[str, Tensor] = {}
+def _quantized(
+    source: Source, args: ModelArgs, dtype: torch.dtype | None, scheme: Scheme
+) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, tensor) of each weight of the whole quantized model."""
     names = list(weight_shapes(args))
     for name in progress(names, "quantizing", len(names), "tensor"):
         w = source.read(name)
-        for key, tensor in quantize_weight(name, w.to(dtype or w.dtype), quantization).items():
-            # Scales and zeros are computed from each group's extremes, so they are not finite
-            # either.
-            if key != name and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(
-                    f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
-                )
-            state[key] = _on_disk(tensor, spill / str(len(state)))
-    return state
+        stored = quantize_weight(name, w.to(dtype or w.dtype), scheme)
+        if name not in stored and not w.isfinite().all():  # codes would not show it
+            raise ValueError(
+                f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
+            )
+        yield from stored.items()
 
 
 def _on_disk(w: Tensor, path: Path) -> Tensor:
