@@ -11,6 +11,7 @@ weights alone; activations are in the stored dtype.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,7 @@ def calibration(
     out: str | None = None,
 ) -> None:
     """Quantize SRC in each way and print its perplexity on another text."""
-    settings = {"calibrate": calibrate, "windows": windows, "max_seq_len": max_seq_len}
+    settings: dict[str, Any] = {"calibrate": calibrate, "windows": windows, "max_seq_len": max_seq_len}
     settings |= {"test": test, "test_windows": test_windows}
     source = open_checkpoint(src)
     tokenizer = open_tokenizer(source)
@@ -101,7 +102,7 @@ def calibration(
         if rounding is not None:
             more = 100 * (found / base - 1)
             figures.append(Figure(arm, "more than not quantized", "%", [more], better="lower"))
-    finish(make_result("calibration of int4, perplexity", figures, settings), out)
+    finish(make_result("calibration of int4, perplexity", settings, figures), out)
 
 
 if __name__ == "__main__":

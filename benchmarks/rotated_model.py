@@ -34,7 +34,8 @@ def random_rotation(dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(dim, dim, dtype=torch.float64, generator=generator)
     q, r = torch.linalg.qr(normal)
-    return q * r.diagonal().sign()
+    rotation: Tensor = q * r.diagonal().sign()
+    return rotation
 
 
 def rotate(weights: dict[str, Tensor], n_layers: int, seed: int = 0) -> dict[str, Tensor]:

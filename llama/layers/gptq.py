@@ -41,7 +41,8 @@ def inverse_factor(moments: Tensor) -> Tensor:
         # With rows and columns reversed, the lower factor of H becomes an upper one: V V^T = H.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return factor
         damping *= 10
     return identity
 

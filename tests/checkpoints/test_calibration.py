@@ -157,7 +157,7 @@ def test_impossible(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     fails(ValueError, r"layers\.1\.attention\.wq: its inputs are NaN or infinite", "int4", SMALL)
     for options in ({"windows": 0}, {"max_seq_len": 1}, {"windows": 2.5}):
         with pytest.raises(ValueError, match=f"{next(iter(options))} must be . or more, not"):
-            Calibration("x", **options)  # type: ignore[arg-type]
+            Calibration("x", **options)
 
 
 def test_no_inputs(folder: Path, tmp_path: Path) -> None:
