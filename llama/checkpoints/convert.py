@@ -184,8 +184,8 @@ def open_for_conversion(src: Path, dst: Path) -> Source:
     source = open_checkpoint(src)
     if source.quantization is not None:
         raise ValueError(
-            f"{src} is quantized already ({source.quantization.name}) and cannot be converted; give "
-            "the original checkpoint"
+            f"{src} is quantized already ({source.quantization.name}) and cannot be converted; "
+            "give the original checkpoint"
         )
     if dst.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise ValueError(f"{dst} contains the source itself; choose another folder")

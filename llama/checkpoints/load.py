@@ -32,8 +32,8 @@ def check_quantize(source: Source, args: ModelArgs, quantize: str | None) -> Non
     stored = source.quantization
     if stored and quantize not in (None, stored.name):
         raise ValueError(
-            f"{source.path} is quantized already, to {stored.name}; quantize={quantize!r} needs the "
-            "original checkpoint"
+            f"{source.path} is quantized already, to {stored.name}; quantize={quantize!r} needs "
+            "the original checkpoint"
         )
     if scheme := stored or quantize:
         check_ranks(args, scheme)

@@ -174,7 +174,9 @@ def report(
     out: dict[str, Any] = {
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
         "n_kv_heads": args.kv_heads, "hidden_dim": args.hidden_dim, "vocab_size": args.vocab_size,
-        "tied": footprint.tied, "dtype": footprint.dtype, "quantize": scheme.name if scheme else None, "linears": scheme.words() if scheme else None,
+        "tied": footprint.tied, "dtype": footprint.dtype,
+        "quantize": scheme.name if scheme else None,
+        "linears": scheme.words() if scheme else None,
         "ranks": footprint.ranks, "batch": batch, "context": context,
         "trained_context": args.max_seq_len,
         "ranks_a_kv_head": max(footprint.ranks // args.kv_heads, 1),

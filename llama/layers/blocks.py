@@ -12,7 +12,7 @@ them; r is a row of the block, g a group, code[c] that of column c of a group:
     zero_units  (16,) bf16
     low         (G, 16)        steps & 15, and zero_steps & 15 in the upper half of the byte
     high        (G / 2, 16)    2 bits each: steps >> 4, zero_steps >> 4, of group 2i and of 2i + 1
-    nibbles     (G, 4, 16, 4)  [g, v, r, j]: code[8v + j] & 15, and in the upper half code[8v + 4 + j]
+    nibbles     (G, 4, 16, 4)  [g, v, r, j]: code[8v + j] & 15, above it code[8v + 4 + j] & 15
     top         (G, 2, 16, 4)  only of 6 bits: code[16v + 4i + j] >> 4 in bits 2i and 2i + 1
 
 Shapes: N rows (outputs) and K columns of a weight, T tiles of 16 rows, B blocks of a tile, Q groups
@@ -151,7 +151,9 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
             best = error, scale, zero
         else:
             better = error < best[0]
-            best = tuple(new.where(better, old) for new, old in zip((error, scale, zero), best))
+            best = tuple(
+                new.where(better, old) for new, old in zip((error, scale, zero), best, strict=True)
+            )
     assert best is not None
     return best[1], best[2]
 
@@ -210,7 +212,7 @@ def _steps(
             else:
                 better = error < best[0]
                 new = error, steps, zero_steps
-                best = tuple(a.where(better, b) for a, b in zip(new, best))
+                best = tuple(a.where(better, b) for a, b in zip(new, best, strict=True))
     assert best is not None
     return best[1], best[2]
 

@@ -11,19 +11,24 @@ from llama.layers.attention import FlashAttention, GroupedAttention, KernelAtten
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
-    JoinedFeedForward,
-    JoinedHeads,
     TritonLinear,
+    blocks_on_gpu,
     flash_works,
     is_ampere,
-    joined,
     tinygemm_or_same,
     triton_int8_or_same,
     triton_works,
 )
+from llama.layers.joined import JoinedFeedForward, JoinedHeads, joined
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
 from llama.layers.lora import lora_modules
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
+from llama.layers.quantized_linear import (
+    BlockLinear,
+    Int4Linear,
+    Int8Linear,
+    check_ranks,
+    quantized,
+)
 from llama.layers.replace import Factory, factory_of, replace_modules
 from llama.layers.schemes import Scheme
 from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
@@ -91,6 +96,7 @@ def optimize(model: Transformer, exact: bool = False) -> None:
             table |= TRITON
         if dtype == torch.bfloat16:
             table[Int4Linear] = tinygemm_or_same
+        table[BlockLinear] = blocks_on_gpu(dtype == torch.bfloat16, triton_works(device))
     if device.type == "cpu" and kernels.load():
         table[nn.Linear] = factory_of(KernelLinear)
     replace_modules(model, table)

@@ -32,7 +32,7 @@ from llama.layers.quantized_grad import (
     multiply_back_int8,
 )
 from llama.layers.replace import Factory
-from llama.layers.schemes import BLOCK, Form, Scheme, find_scheme, undivided
+from llama.layers.schemes import BLOCK, Form, Scheme, block_layout, find_scheme, undivided
 from llama.layers.schemes import check_scheme as check_scheme
 from llama.layers.schemes import possible_ranks as possible_ranks
 
@@ -147,6 +147,10 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return frozen_linear(x, self)
+
+    @property
+    def bits(self) -> int:
+        return block_layout(self.blocks.shape[2])[0]
 
     def multiply(self, x: Tensor) -> Tensor:
         return linear_blocks(x, self.blocks, self.n)

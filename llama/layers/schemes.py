@@ -1,4 +1,4 @@
-"""The quantization schemes: their names, sizes and limits. Imports no torch, so that a plan needs none.
+"""The quantization schemes: names, sizes and limits. Imports no torch, so that a plan needs none.
 
 A form is how one weight is stored, a scheme the forms of a model's linears. `quantized_linear.py`
 has the module of each form.
