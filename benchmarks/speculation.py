@@ -28,6 +28,7 @@ from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.common.dtypes import parse_dtype
 from llama.engine.engine import Engine
 from llama.engine.speculation import COSTS, POSITIONS, Speculation, Speculator
+from llama.generation import build_draft
 from llama.layers.optimize import optimize, quantize_model
 from llama.model import Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
@@ -76,6 +77,7 @@ def answers(
     new: int = 128,
     rounds: int = 3,
     temperature: float = 0.0,
+    draft: str | None = None,
     out: str | None = None,
 ) -> None:
     """Answer each prompt with and without speculation.
@@ -88,6 +90,7 @@ def answers(
         new: tokens of an answer.
         rounds: of all prompts.
         temperature: 0 is greedy; else with a seed and top_p 0.9.
+        draft: a checkpoint that also proposes; "demo" is the demo model.
         out: a JSON file to write.
     """
     check(size, dtype, quantize)
@@ -95,8 +98,9 @@ def answers(
     check_file("out", out, ".json")
     model, tokenizer = build(size, dtype, quantize)
     options = Speculation(costs=COSTS[quantize or dtype])
+    drafted = build_draft(ensure_demo_model() if draft == "demo" else draft, model, tokenizer)
     engine = Engine(model)
-    ways = {"without": Speculator(None), "with": Speculator(options)}
+    ways = {"without": Speculator(None), "with": Speculator(options, drafted)}
     figures = []
     for kind in prompts.split(","):
         ratios = []
@@ -117,6 +121,7 @@ def answers(
         figures.append(Figure(f"{kind}: lowest", "gain", "", [min(ratios)]))
     settings: dict[str, Any] = {"size": size, "dtype": dtype, "quantize": quantize}
     settings |= {"prompts": prompts, "new": new, "rounds": rounds, "temperature": temperature}
+    settings |= {"draft": draft}
     finish(make_result("speculation", settings, figures, row_heading="prompt"), out)
 
 

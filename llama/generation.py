@@ -548,11 +548,8 @@ class Llama:
             quantize_model(model, None if source.quantization else options.quantize)
             adapters.attach(model)
             optimize(model, options.exact)
-        speculation, draft = speculation_of(model, source.quantization, options), None
         with tensor_parallel.fails_on_all_ranks():
-            if speculation is not None and options.draft is not None:
-                draft = build_draft(options.draft, model, tokenizer, speculation.rows)
-            llama = Llama(model, tokenizer, speculation, draft)
+            llama = Llama(model, tokenizer, *proposers(model, tokenizer, source, options))
         if job.is_leader():
             loaded = summary(source, model, time.time() - start, options.quantize)
             for line in (loaded, *adapters.lines(), chat_summary(llama)):
@@ -987,6 +984,14 @@ def check_same_build(
     tensor_parallel.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
 
 
+def proposers(
+    model: Transformer, tokenizer: Tokenizer, source: Source, options: BuildOptions
+) -> tuple[Speculation | None, Draft | None]:
+    """What `Llama` takes beside model and tokenizer."""
+    speculation = speculation_of(model, source.quantization, options)
+    return speculation, build_draft(options.draft, model, tokenizer)
+
+
 def speculation_of(
     model: Transformer, stored: tuple[str, int] | None, options: BuildOptions
 ) -> Speculation | None:
@@ -1005,20 +1010,24 @@ def speculation_of(
     wanted = by_default if options.speculate is None else options.speculate
     if not wanted and options.draft is None:
         return None
-    return Speculation(costs=COSTS.get(kind, COSTS["bfloat16"]))
+    if w.device.type != "cpu":
+        kind = "compiled" if options.compile else "gpu"
+    return Speculation(costs=COSTS.get(kind, COSTS["float32"]))
 
 
-def build_draft(path: str | Path, model: Transformer, tokenizer: Tokenizer, rows: int) -> Draft:
-    """The draft model of a checkpoint, on the device and in the dtype of `model`.
+def build_draft(path: str | Path | None, model: Transformer, tokenizer: Tokenizer) -> Draft | None:
+    """The draft model of a checkpoint, on the device and in the dtype of `model`; None for None.
 
     Raises:
         FileNotFoundError, ValueError: as `Llama.build`, or see `load_draft`.
     """
+    if path is None:
+        return None
     room, w = model.params.max_seq_len, model.norm.weight
     small = load_draft(path, tokenizer, room, w.device, w.dtype)
     optimize(small)
     cost = weight_bytes(small) / weight_bytes(model)
-    draft = Draft(small, rows, room, model.vocab_size, cost)
+    draft = Draft(small, Speculation.rows, room, model.vocab_size, cost)
     cache = sum(layer.k.nbytes + layer.v.nbytes for layer in draft.cache)
     log.info(
         "Draft %s: %.2f GB of weights, %.2f GB of KV cache; a step costs %.0f %% of the model's",
