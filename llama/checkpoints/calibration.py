@@ -147,10 +147,11 @@ class Text:
         Raises:
             ValueError: these are NaN or infinite.
         """
-        moments = torch.zeros((), dtype=torch.float32, device="cpu")
+        moments: Tensor | None = None
         for h in self.batches:
             x = inputs(h).flatten(0, 1).float()
-            moments = moments + x.T @ x
+            moments = x.T @ x if moments is None else moments.addmm_(x.T, x)
+        assert moments is not None
         if not moments.isfinite().all():
             raise ValueError(
                 f"{reader}: its inputs are NaN or infinite with the calibration text; check the "

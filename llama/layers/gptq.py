@@ -37,11 +37,15 @@ def inverse_factor(moments: Tensor) -> Tensor:
     identity = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     mean, damping = moments.diagonal().mean(), DAMPING
     while mean > 0 and damping <= MOST_DAMPING:
-        damped = moments / mean + damping * identity
+        damped = moments / mean
+        damped.diagonal().add_(damping)
         # With rows and columns reversed, the lower factor of H becomes an upper one: V V^T = H.
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        del damped  # these matrices are large
         if not failed:
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            upper = lower.flip(0, 1)
+            del lower
+            factor: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
             return factor
         damping *= 10
     return identity
