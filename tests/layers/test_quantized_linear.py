@@ -67,7 +67,9 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
         assert not torch.allclose(want, untouched(tokens), atol=1e-3)
     kind = Int8Linear if scheme == "int8" else BlockLinear
     found = [type(m) for m in model.modules() if isinstance(m, QUANTIZED)]
-    assert found == [kind] * (7 * 2 + 1) and not any(isinstance(m, nn.Linear) for m in model.modules())
+    assert found == [kind] * (7 * 2 + 1) and not any(
+        isinstance(m, nn.Linear) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
