@@ -48,6 +48,7 @@ from llama.engine.speculation import COSTS, Speculation
 from llama.layers import cuda_ops, kernels
 from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
@@ -993,7 +994,7 @@ def proposers(
 
 
 def speculation_of(
-    model: Transformer, stored: tuple[str, int] | None, options: BuildOptions
+    model: Transformer, stored: Scheme | None, options: BuildOptions
 ) -> Speculation | None:
     """How a model speculates.
 
@@ -1003,7 +1004,7 @@ def speculation_of(
         stored: the checkpoint's quantization.
     """
     w = model.norm.weight
-    kind = stored[0] if stored else options.quantize or dtype_name(w.dtype)
+    kind = stored.name if stored else options.quantize or dtype_name(w.dtype)
     measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
     measured = all(tensor_parallel.gather_json(measured))
     by_default = measured and not options.exact and not options.compile
