@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.layers.schemes import BLOCK_GROUP, TILE, block_columns, block_layout
+from llama.layers.schemes import BLOCK_GROUP, TILE, block_bytes, block_columns, block_layout
 
 MOST_STEPS = 63
 # Ranges of codes that are tried for a group: its largest weight may be cut off, or not be reached.
@@ -66,6 +66,10 @@ def _times(steps: Tensor, unit: Tensor) -> Tensor:
 
 def quantize_blocks(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """Codes and their grid: (N, K) -> (T, B, bytes of a block) uint8. See `find_grid`."""
+    if w.is_meta:  # nothing is computed there: it would import torch._dynamo
+        T, columns = -(-len(w) // TILE), block_columns(w.shape[1])
+        shape = T, w.shape[1] // columns, block_bytes(bits, columns)
+        return torch.empty(shape, dtype=torch.uint8, device=w.device)
     w = F.pad(w.float(), (0, 0, 0, -len(w) % TILE))
     grid = find_grid(w, bits, importance)
     return pack(grid, nearest_codes(w, grid, bits), bits)
@@ -89,6 +93,20 @@ def find_grid(w: Tensor, bits: int, importance: Tensor | None = None) -> Grid:
     each = [t.float().repeat_interleave(columns // BLOCK_GROUP, dim=1) for t in (unit, zero_unit)]
     steps, zero_steps = _steps(groups, p, top, (scale, zero, *each))
     return Grid(unit, zero_unit, steps.to(torch.uint8), zero_steps.to(torch.uint8))
+
+
+def refit_group(grid: Grid, g: int, w: Tensor, bits: int, importance: Tensor) -> None:
+    """Change group g of a block's grid to fit the weights w (N, 32), with the units as they are.
+
+    Args:
+        importance: (32,), see `find_grid`.
+    """
+    groups, p = _by_group(w), _by_group(importance.unsqueeze(0))
+    top = 2**bits - 1
+    units = grid.unit.float(), grid.zero_unit.float()
+    steps, zero_steps = _steps(groups, p, top, (*_fit(groups, p, top), *units))
+    grid.steps[:, g] = steps[:, 0]
+    grid.zero_steps[:, g] = zero_steps[:, 0]
 
 
 def _by_group(w: Tensor) -> Tensor:

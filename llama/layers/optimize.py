@@ -8,6 +8,7 @@ from torch import nn
 from llama.distributed import tensor_parallel
 from llama.layers import cuda_ops, kernels
 from llama.layers.attention import FlashAttention, GroupedAttention, KernelAttention
+from llama.layers.fused_layers import FusedLayers
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
@@ -31,7 +32,7 @@ from llama.layers.quantized_linear import (
 )
 from llama.layers.replace import Factory, factory_of, replace_modules
 from llama.layers.schemes import Scheme
-from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
+from llama.model import Attention, DotProductAttention, FeedForward, Layers, RMSNorm, Transformer
 
 Table = dict[type[nn.Module], Factory]
 
@@ -98,5 +99,5 @@ def optimize(model: Transformer, exact: bool = False) -> None:
             table[Int4Linear] = tinygemm_or_same
         table[BlockLinear] = blocks_on_gpu(dtype == torch.bfloat16, triton_works(device))
     if device.type == "cpu" and kernels.load():
-        table[nn.Linear] = factory_of(KernelLinear)
+        table |= {nn.Linear: factory_of(KernelLinear), Layers: factory_of(FusedLayers)}
     replace_modules(model, table)
