@@ -90,6 +90,8 @@ def optimize(model: Transformer, exact: bool = False) -> None:
             table |= TRITON
         if dtype == torch.bfloat16:
             table[Int4Linear] = tinygemm_or_same
-    if device.type == "cpu" and kernels.load():
+    fast = device.type == "cpu" and kernels.load()
+    tensor_parallel.share_sums(fast)
+    if fast:
         table[nn.Linear] = factory_of(KernelLinear)
     replace_modules(model, table)
