@@ -48,6 +48,7 @@ from llama.engine.speculation import COSTS, Speculation
 from llama.layers import cuda_ops, kernels
 from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
@@ -548,11 +549,8 @@ class Llama:
             quantize_model(model, None if source.quantization else options.quantize)
             adapters.attach(model)
             optimize(model, options.exact)
-        speculation, draft = speculation_of(model, source.quantization, options), None
         with agreement.fails_on_all_ranks():
-            if speculation is not None and options.draft is not None:
-                draft = build_draft(options.draft, model, tokenizer, speculation.rows)
-            llama = Llama(model, tokenizer, speculation, draft)
+            llama = Llama(model, tokenizer, *proposers(model, tokenizer, source, options))
         if job.is_leader():
             loaded = summary(source, model, time.time() - start, options.quantize)
             for line in (loaded, *adapters.lines(), chat_summary(llama)):
@@ -987,8 +985,16 @@ def check_same_build(
     agreement.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
 
 
+def proposers(
+    model: Transformer, tokenizer: Tokenizer, source: Source, options: BuildOptions
+) -> tuple[Speculation | None, Draft | None]:
+    """What `Llama` takes beside model and tokenizer."""
+    speculation = speculation_of(model, source.quantization, options)
+    return speculation, build_draft(options.draft, model, tokenizer)
+
+
 def speculation_of(
-    model: Transformer, stored: tuple[str, int] | None, options: BuildOptions
+    model: Transformer, stored: Scheme | None, options: BuildOptions
 ) -> Speculation | None:
     """How a model speculates.
 
@@ -998,27 +1004,31 @@ def speculation_of(
         stored: the checkpoint's quantization.
     """
     w = model.norm.weight
-    kind = stored[0] if stored else options.quantize or dtype_name(w.dtype)
+    kind = stored.name if stored else options.quantize or dtype_name(w.dtype)
     measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
     measured = all(tensor_parallel.gather_json(measured))
     by_default = measured and not options.exact and not options.compile
     wanted = by_default if options.speculate is None else options.speculate
     if not wanted and options.draft is None:
         return None
-    return Speculation(costs=COSTS.get(kind, COSTS["bfloat16"]))
+    if w.device.type != "cpu":
+        kind = "compiled" if options.compile else "gpu"
+    return Speculation(costs=COSTS.get(kind, COSTS["float32"]))
 
 
-def build_draft(path: str | Path, model: Transformer, tokenizer: Tokenizer, rows: int) -> Draft:
-    """The draft model of a checkpoint, on the device and in the dtype of `model`.
+def build_draft(path: str | Path | None, model: Transformer, tokenizer: Tokenizer) -> Draft | None:
+    """The draft model of a checkpoint, on the device and in the dtype of `model`; None for None.
 
     Raises:
         FileNotFoundError, ValueError: as `Llama.build`, or see `load_draft`.
     """
+    if path is None:
+        return None
     room, w = model.params.max_seq_len, model.norm.weight
     small = load_draft(path, tokenizer, room, w.device, w.dtype)
     optimize(small)
     cost = weight_bytes(small) / weight_bytes(model)
-    draft = Draft(small, rows, room, model.vocab_size, cost)
+    draft = Draft(small, Speculation.rows, room, model.vocab_size, cost)
     cache = sum(layer.k.nbytes + layer.v.nbytes for layer in draft.cache)
     log.info(
         "Draft %s: %.2f GB of weights, %.2f GB of KV cache; a step costs %.0f %% of the model's",

@@ -16,6 +16,7 @@ from llama.checkpoints.footprint import Footprint
 from llama.checkpoints.hardware import Hardware, parse_size
 from llama.checkpoints.plan import PlanOptions, Release, as_text, make_plan, release, report
 from llama.model import ModelArgs
+from llama.layers.schemes import SCHEMES
 from tests.checkpoints.test_inspect import RELEASES
 from tests.checkpoints.test_inspect import release as published
 
@@ -186,7 +187,7 @@ def test_mistakes(changes: dict[str, Any], message: str) -> None:
 def test_int4_needs_whole_groups_on_each_rank() -> None:
     args = ModelArgs(dim=64, n_layers=1, n_heads=8, vocab_size=104, multiple_of=64)
     with pytest.raises(ValueError, match=r"4 ranks .* model in int4; use one of \[1, 2\]"):
-        Footprint(args, False, 4, "bf16", "int4")
+        Footprint(args, False, 4, "bf16", SCHEMES["int4"])
     assert report(Footprint(args, False, 4), 1, 8)["possible_ranks"] == [1, 2, 4, 8]
 
 
