@@ -14,6 +14,7 @@ from llama import Llama
 from llama.commands.parser import parse
 from llama.generation import BuildOptions, speculation_of
 from llama.layers import kernels
+from llama.layers.schemes import SCHEMES
 from tests.engine.guessing import propose_answers
 
 Tiny = Callable[..., Path]
@@ -148,5 +149,5 @@ def test_costs_follow_from_the_weights(build: Callable[..., Llama]) -> None:
     options = {name: BuildOptions(speculate=True, quantize=name) for name in (None, "int8", "int4")}
     found = {n: speculation_of(llama.model, None, o) for n, o in options.items()}
     assert len({s.costs for s in found.values() if s}) == 3
-    stored = speculation_of(llama.model, ("int8", 32), options[None])
+    stored = speculation_of(llama.model, SCHEMES["int8"], options[None])
     assert stored == found["int8"]

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.layers.schemes import BLOCK_GROUP, TILE, block_columns, block_layout
+from llama.layers.schemes import BLOCK_GROUP, TILE, block_bytes, block_columns, block_layout
 
 MOST_STEPS = 63
 # Ranges of codes that are tried for a group: its largest weight may be cut off, or not be reached.
@@ -66,6 +66,10 @@ def _times(steps: Tensor, unit: Tensor) -> Tensor:
 
 def quantize_blocks(w: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """Codes and their grid: (N, K) -> (T, B, bytes of a block) uint8. See `find_grid`."""
+    if w.is_meta:  # nothing is computed there: it would import torch._dynamo
+        T, columns = -(-len(w) // TILE), block_columns(w.shape[1])
+        shape = T, w.shape[1] // columns, block_bytes(bits, columns)
+        return torch.empty(shape, dtype=torch.uint8, device=w.device)
     w = F.pad(w.float(), (0, 0, 0, -len(w) % TILE))
     grid = find_grid(w, bits, importance)
     return pack(grid, nearest_codes(w, grid, bits), bits)
@@ -91,6 +95,20 @@ def find_grid(w: Tensor, bits: int, importance: Tensor | None = None) -> Grid:
     return Grid(unit, zero_unit, steps.to(torch.uint8), zero_steps.to(torch.uint8))
 
 
+def refit_group(grid: Grid, g: int, w: Tensor, bits: int, importance: Tensor) -> None:
+    """Change group g of a block's grid to fit the weights w (N, 32), with the units as they are.
+
+    Args:
+        importance: (32,), see `find_grid`.
+    """
+    groups, p = _by_group(w), _by_group(importance.unsqueeze(0))
+    top = 2**bits - 1
+    units = grid.unit.float(), grid.zero_unit.float()
+    steps, zero_steps = _steps(groups, p, top, (*_fit(groups, p, top), *units))
+    grid.steps[:, g] = steps[:, 0]
+    grid.zero_steps[:, g] = zero_steps[:, 0]
+
+
 def _by_group(w: Tensor) -> Tensor:
     """(N, K) -> (32, N, Q): sums over a group are sums of whole matrices."""
     return w.unflatten(1, (-1, BLOCK_GROUP)).permute(2, 0, 1).contiguous()
@@ -112,13 +130,13 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros (N, Q) with a small squared error: for each of several ranges, the codes
     are rounded and the scale and zero of least squares for these codes are computed.
     """
-    low, high = groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
+    depth, high = 0 - groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
     count = _total(torch.ones_like(groups[:, :1]), p)
     total = _total(groups, p)
     best = None
     for change in RANGES:
-        first = _no_zeros((high - low) / _number(top + change, low))
-        codes = _round(groups, first, -low, top)
+        first = _no_zeros((high + depth) / _number(top + change, high))
+        codes = _round(groups, first, depth, top)
         q, qq, qw = _total(codes, p), _total(codes * codes, p), _total(codes * groups, p)
         determinant = count * qq - q * q
         scale = (count * qw - q * total) / _no_zeros(determinant)
@@ -127,7 +145,7 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         scale = scale.where(zero >= 0, qw / _no_zeros(qq))
         zero = zero.clamp(min=0)
         solved = (determinant > 0) & (scale > 0)
-        scale, zero = scale.where(solved, first), zero.where(solved, -low)
+        scale, zero = scale.where(solved, first), zero.where(solved, depth)
         error = scale * (scale * qq - 2 * (zero * q + qw)) + zero * (zero * count + 2 * total)
         if best is None:
             best = error, scale, zero

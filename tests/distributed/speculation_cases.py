@@ -38,5 +38,5 @@ def answers(folder: str, speculate: bool = True) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = {"rank": int(os.environ["RANK"])} | answers(*sys.argv[1:])
+    result = {"rank": int(os.environ["RANK"])} | answers(sys.argv[1])
     sys.stdout.write(json.dumps(result) + "\n")

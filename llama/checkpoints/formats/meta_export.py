@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def write_meta(
     dtype: torch.dtype | None = None,
     mp: int = 1,
     quantization: Scheme | None = None,
+    calibrated: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write params.json, `mp` shards and the tokenizer into an existing folder.
 
@@ -37,6 +39,8 @@ def write_meta(
             None: no tokenizer is written.
         dtype: of all plain weights; None: the stored dtypes.
         quantization: how the linears are stored, with `mp` 1; None: plain weights.
+        calibrated: (stored name, tensor) of all weights, quantized as `quantization` says; None:
+            quantize the weights of `source`.
 
     Raises:
         ValueError: `mp` ranks cannot share this model, or it cannot be quantized like this.
@@ -61,9 +65,8 @@ def write_meta(
             if quantization is None:
                 state = _plain_shard(source, args, dtype, rank=rank, mp=mp, spill=Path(spill))
             else:
-                state = _quantized_shard(
-                    source, args, dtype, quantization=quantization, spill=Path(spill)
-                )
+                weights = calibrated or _quantized(source, args, dtype, quantization)
+                state = {n: _on_disk(w, Path(spill) / str(i)) for i, (n, w) in enumerate(weights)}
             log.info("writing %s", path.name)
             try:
                 torch.save(state, path)
@@ -87,28 +90,19 @@ def _plain_shard(
     return state
 
 
-def _quantized_shard(
-    source: Source,
-    args: ModelArgs,
-    dtype: torch.dtype | None,
-    *,
-    quantization: tuple[str, int],
-    spill: Path,
-) -> dict[str, Tensor]:
-    """The state dict of the whole quantized model, in files of `spill`, not in memory."""
-    state: dict[str, Tensor] = {}
+def _quantized(
+    source: Source, args: ModelArgs, dtype: torch.dtype | None, scheme: Scheme
+) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, tensor) of each weight of the whole quantized model."""
     names = list(weight_shapes(args))
     for name in progress(names, "quantizing", len(names), "tensor"):
         w = source.read(name)
-        for key, tensor in quantize_weight(name, w.to(dtype or w.dtype), quantization).items():
-            # Scales and zeros are computed from each group's extremes, so they are not finite
-            # either.
-            if key != name and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(
-                    f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
-                )
-            state[key] = _on_disk(tensor, spill / str(len(state)))
-    return state
+        stored = quantize_weight(name, w.to(dtype or w.dtype), scheme)
+        if name not in stored and not w.isfinite().all():  # codes would not show it
+            raise ValueError(
+                f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
+            )
+        yield from stored.items()
 
 
 def _on_disk(w: Tensor, path: Path) -> Tensor:
