@@ -64,8 +64,9 @@ def build(shape: Shape, dtype: torch.dtype, scheme: Any = None) -> Transformer:
             weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, spread)
     model = model.to(dtype).eval()
     if scheme == "int4 in groups":  # of checkpoints that were stored so
-        linears = {nn.Linear: lambda name, linear: Int4Linear(linear.weight.detach())}
-        replace_modules(model.layers, linears)
+        replace_modules(
+            model.layers, {nn.Linear: lambda name, linear: Int4Linear(linear.weight.detach())}
+        )
     else:
         quantize_model(model, scheme)
     optimize(model)
@@ -187,7 +188,7 @@ def test_weights_are_never_stale(ops: object) -> None:
     model = build(Shape(), torch.bfloat16)
     case = Case(2, 1, 10, 0)
     check(model, case, exact=True)
-    first = model.layers[0]
+    first: Any = model.layers[0]
     with torch.no_grad():
         first.attention.wq.weight.mul_(2)
     check(model, case, exact=True)
