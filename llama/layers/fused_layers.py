@@ -77,9 +77,10 @@ class Operator:
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
-        if all(map(_is_known, layers)):
-            self._dtype = layers[0].attention_norm.weight.dtype
-            self._layers = _operator_of(list(layers))
+        blocks = [block for block in layers if isinstance(block, TransformerBlock)]
+        if len(blocks) == len(layers) and all(map(_is_known, blocks)):
+            self._dtype = blocks[0].attention_norm.weight.dtype
+            self._layers = _operator_of(blocks)
 
     def is_current(self) -> bool:
         """Whether the blocks still have the modules, weights and hooks that they had."""
@@ -117,7 +118,7 @@ def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
                     yield module.__dict__[name]
 
 
-def _is_known(block: nn.Module) -> bool:
+def _is_known(block: TransformerBlock) -> bool:
     """Whether the operator computes what this block does."""
     if type(block) is not TransformerBlock or block._forward_hooks or block._forward_pre_hooks:
         return False
