@@ -165,6 +165,10 @@ TARGET __attribute__((noinline)) void multiply_tile(const Part& part, const W& w
       _mm_prefetch((const char*)w.next + first * PANEL + 64 * i, _MM_HINT_T1);
     Bytes ws[8 * BLOCKS];
     w.template load<BLOCKS>(ws, first);
+    if (BLOCKS == 1 && first % 2 == 0)  // and of many rows of x, columns that L1 has not yet
+#pragma GCC unroll 12
+      for (int j = 0; j < M; j++)
+        _mm_prefetch((const char*)codes + j * x.stride + first * BLOCK + 192, _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int64_t b = first; b < first + BLOCKS; b++) {
       Bytes sum[M];
