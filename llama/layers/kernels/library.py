@@ -29,7 +29,7 @@ from llama.common.files import check_writable
 log = logging.getLogger("llama")
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "blocked", "linear", "pointwise", "rows", "variants", "vectors")
+NAMES = ("attention", "blocked", "linear", "pointwise", "prefill", "rows", "variants", "vectors")
 SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "multiply", "pointwise")]
 HEADERS = [HERE / f"{name}.h" for name in NAMES]
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]

@@ -24,23 +24,28 @@ struct Many {
   Method method;
 };
 constexpr int64_t NEVER = INT64_MAX;
+const int64_t PROMPT = getenv("PF") ? atoi(getenv("PF")) : 64;
 
 #if defined(__x86_64__)
 #undef TARGET
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 namespace with_bf16 {
 #include "blocked.h"
+#include "prefill.h"
 }
 const Many many[KINDS] = {{NEVER, {}},
                           {2, {Form::bf16, 4, with_bf16::blocks<BFloat16>}},
                           {5, {Form::bf16, 4, with_bf16::blocks<int8_t>}},
                           {1, {Form::panels, 16, with_bf16::tiles}}};
-void fill_panels(const Inputs& in, int64_t begin, int64_t end) {
-  with_bf16::fill_panels(in, begin, end);
+const Many prompt = {PROMPT, {Form::columns, 12, with_bf16::many_rows}};  // bf16 weights
+void fill(const Inputs& in, int64_t begin, int64_t end) {
+  if (in.form == Form::panels) with_bf16::fill_panels(in, begin, end);
+  if (in.form == Form::columns) with_bf16::fill_columns(in, begin, end);
 }
 #else
+const Many prompt = {NEVER, {}};
 const Many many[KINDS] = {{NEVER, {}}, {NEVER, {}}, {NEVER, {}}, {NEVER, {}}};
-void fill_panels(const Inputs&, int64_t, int64_t) {}
+void fill(const Inputs&, int64_t, int64_t) {}
 #endif
 
 #define UNPACK(ns) {ns::unpack<float>, ns::unpack<BFloat16>}
@@ -86,6 +91,7 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
     case Form::fp32:
     case Form::places: return 4 * M * padded(K);
     case Form::panels: return lines(2 * M * K);
+    case Form::columns: return lines((M + 15) / 16 * 16 * (K + 1) / 2 * 4);
     case Form::bf16: return 0;
   }
   return 0;
@@ -95,6 +101,8 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
 namespace llama3 {
 Method method_for(const Weights& w, int64_t M, bool x_is_bf16) {
   const int kind = static_cast<int>(w.kind);
+  if (x_is_bf16 && variant() == AVX512_BF16 && w.kind == Kind::bf16 && M >= prompt.rows && w.K > 0)
+    return prompt.method;
   if (x_is_bf16 && variant() == AVX512_BF16 && M >= many[kind].rows && w.K > 0 && w.group % 32 == 0)
     return many[kind].method;
   return methods[variant()][kind];
@@ -126,8 +134,7 @@ Inputs inputs_of(Form form, const void* x, bool is_bf16, int64_t M, int64_t K, i
 }
 
 void prepare(const Inputs& in, int64_t begin, int64_t end) {
-  if (in.form == Form::panels) return fill_panels(in, begin, end);
-  if (in.form == Form::bf16) return;
+  if (in.form != Form::fp32 && in.form != Form::places) return fill(in, begin, end);
   for (int64_t m = begin; m < end; m++) {
     in.is_bf16 ? widen_row<BFloat16>(in, m) : widen_row<float>(in, m);
     if (in.form == Form::places) divide_by_places(in, m);
