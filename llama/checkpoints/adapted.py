@@ -10,25 +10,20 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llama.checkpoints.adapter import (
-    Adapter,
-    attach_adapter,
-    equal_halves,
-    read_adapter,
-)
 from llama.checkpoints.formats.chat_settings import StoredTemplates, read_hf_templates
-from llama.checkpoints.formats.quantized import quantize_weight
 from llama.checkpoints.open import find_vocabulary, open_checkpoint
 from llama.checkpoints.source import Source, sample
 from llama.distributed.sharding import VOCABULARY
-from llama.layers.adapter_rows import add_adapters
 from llama.model import ModelArgs, Transformer
 from llama.text.rank_file import parse_ranks
+
+if TYPE_CHECKING:  # a model without adapters does without these modules
+    from llama.checkpoints.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,12 @@ class Adapters:
     def attach(self, model: Transformer) -> None:
         """Add the adapters to a loaded model. All ranks call it at the same time."""
         if self.only is not None:
+            from llama.checkpoints.adapter import attach_adapter
+
             attach_adapter(model, self.only)
         elif self.named:
+            from llama.layers.adapter_rows import add_adapters
+
             add_adapters(model, {name: (a.config, a.weights) for name, a in self.named.items()})
 
     def fingerprints(self) -> dict[str, str]:
@@ -82,6 +81,10 @@ def open_adapted(
             `read_adapter`; or a named adapter that is more than low-rank.
     """
     source = open_checkpoint(path)
+    if adapter is None and not adapters:
+        return source, Adapters(None, {})
+    from llama.checkpoints.adapter import read_adapter
+
     if adapter is not None:
         only = read_adapter(adapter, source)
         return AdaptedSource(source, only), Adapters(only, {})
@@ -119,6 +122,9 @@ class AdaptedSource(Source):
     """
 
     def __init__(self, base: Source, adapter: Adapter):
+        from llama.checkpoints.adapter import equal_halves
+        from llama.checkpoints.formats.quantized import quantize_weight
+
         self.base, self.adapter = base, adapter
         self.path, self.layout, self.n_shards = base.path, base.layout, base.n_shards
         self.quantization = base.quantization

@@ -172,4 +172,8 @@ def sample(w: Tensor) -> bytes:
 
 def same_weights(a: Tensor, b: Tensor) -> bool:
     """Whether two weights are equal. Different ones mostly differ in the first row already."""
-    return a.shape == b.shape and torch.equal(a[:1], b[:1]) and torch.equal(a, b)
+    if a.shape != b.shape:
+        return False
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.dtype == b.dtype:
+        return True  # stored once
+    return torch.equal(a[:1], b[:1]) and torch.equal(a, b)

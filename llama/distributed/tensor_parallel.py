@@ -21,13 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from llama.distributed import job
-
-try:
-    from fairscale.nn.model_parallel import initialize as fs_init
-    from fairscale.nn.model_parallel import mappings
-except ModuleNotFoundError:  # one rank runs without it
-    fs_init = mappings = None
+from llama.distributed import groups, job
 
 # Between steps a rank may wait without limit: another one loads, or a person types.
 NO_TIMEOUT = timedelta(days=300)
@@ -58,7 +52,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
             f"model_parallel_size {wanted} does not divide the {world} running process(es); "
             f"start them with: torchrun --nproc_per_node {max(wanted, 1)} YOUR_SCRIPT"
         )
-    if _is_initialized():
+    if groups.is_initialized():
         if size() != wanted:
             raise ValueError(
                 f"this process already runs model_parallel_size {size()}; it cannot also run "
@@ -77,7 +71,7 @@ def initialize(model_parallel_size: int | None, device: torch.device) -> None:
 
 def _create_groups(model_parallel_size: int, backend: str) -> None:
     global _control, _ranks
-    if fs_init is None:
+    if not groups.is_installed():
         raise ImportError("several ranks need fairscale: pip install fairscale")
     if not dist.is_initialized():
         if not dist.is_backend_available(backend) or not dist.is_backend_available("gloo"):
@@ -96,9 +90,9 @@ def _create_groups(model_parallel_size: int, backend: str) -> None:
         )
         close_at_exit()
     with contextlib.redirect_stdout(sys.stderr):  # fairscale prints
-        fs_init.initialize_model_parallel(model_parallel_size)
+        groups.initialize.initialize_model_parallel(model_parallel_size)
     # New groups do not inherit the timeout of `init_process_group`.
-    _set_pg_timeout(job.timeout(), fs_init.get_model_parallel_group())
+    _set_pg_timeout(job.timeout(), groups.initialize.get_model_parallel_group())
     for first in range(0, dist.get_world_size(), model_parallel_size):
         ranks = list(range(first, first + model_parallel_size))
         group = dist.new_group(ranks, NO_TIMEOUT, "gloo")
@@ -137,8 +131,8 @@ def _close_groups() -> None:
         if control is not None:
             dist.destroy_process_group(control)
         return
-    if fs_init is not None:
-        fs_init.destroy_model_parallel()
+    if groups.initialize is not None:
+        groups.initialize.destroy_model_parallel()
     del control
     dist.destroy_process_group()
 
@@ -189,10 +183,6 @@ def is_collective_error(error: BaseException) -> bool:
     )
 
 
-def _is_initialized() -> bool:
-    return fs_init is not None and bool(fs_init.model_parallel_is_initialized())
-
-
 def size() -> int:
     """Number of ranks that share one model.
 
@@ -201,45 +191,46 @@ def size() -> int:
     """
     if _fault is not None:
         raise _fault.exception()
-    if not _is_initialized():
+    if not groups.is_initialized():
         return 1
-    return int(fs_init.get_model_parallel_world_size())
+    return int(groups.initialize.get_model_parallel_world_size())
 
 
 def rank() -> int:
     """This process's rank in its model-parallel group."""
-    if not _is_initialized():
+    if not groups.is_initialized():
         return 0
-    return int(fs_init.get_model_parallel_rank())
+    return int(groups.initialize.get_model_parallel_rank())
 
 
 def copy_to_ranks(x: Tensor) -> Tensor:
     """Identity, whose gradient is summed over the ranks; before linears with split outputs."""
-    return x if size() == 1 else mappings.copy_to_model_parallel_region(x)
+    return x if size() == 1 else groups.mappings.copy_to_model_parallel_region(x)
 
 
 def reduce_from_ranks(x: Tensor) -> Tensor:
     """Sum over the ranks (all-reduce); after linears with split inputs."""
-    return x if size() == 1 else mappings.reduce_from_model_parallel_region(x)
+    return x if size() == 1 else groups.mappings.reduce_from_model_parallel_region(x)
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
     """Elementwise maximum over the ranks. NaN counts as infinity."""
     if size() > 1:
         x = x.masked_fill(x.isnan(), torch.inf)
-        dist.all_reduce(x, dist.ReduceOp.MAX, fs_init.get_model_parallel_group())
+        dist.all_reduce(x, dist.ReduceOp.MAX, groups.initialize.get_model_parallel_group())
     return x
 
 
 def gather_from_ranks(x: Tensor) -> Tensor:
     """Concatenate the ranks' tensors along the last dimension (all-gather)."""
-    return x if size() == 1 else mappings.gather_from_model_parallel_region(x)
+    return x if size() == 1 else groups.mappings.gather_from_model_parallel_region(x)
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Overwrite `x` by that of the group's first rank; return it."""
     if size() > 1:
-        dist.broadcast(x, fs_init.get_model_parallel_src_rank(), fs_init.get_model_parallel_group())
+        first = groups.initialize.get_model_parallel_src_rank()
+        dist.broadcast(x, first, groups.initialize.get_model_parallel_group())
     return x
 
 

@@ -173,15 +173,16 @@ class MetaSource(Source):
         return copies
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = {}
-        for name, w in self.shards[0].items():
-            shape, dim = list(w.shape), shard_dim(name) if "." in name else None
-            if dim is not None and dim < len(shape):
-                shape[dim] *= self.n_shards
-                if self._is_kv(name):
-                    shape[dim] //= self.kv_copies
-            shapes[name] = tuple(shape)
-        return shapes
+        return {name: self._shape(name) for name in self.shards[0]}
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        shape = list(self.shards[0][name].shape)
+        dim = shard_dim(name) if "." in name else None
+        if dim is not None and dim < len(shape):
+            shape[dim] *= self.n_shards
+            if self._is_kv(name):
+                shape[dim] //= self.kv_copies
+        return tuple(shape)
 
     @staticmethod
     def _is_kv(name: str) -> bool:
@@ -198,7 +199,7 @@ class MetaSource(Source):
         if split != dim:
             whole = torch.cat(parts, split) if len(parts) > 1 else parts[0]
             return whole[start:stop] if dim == 0 else whole[:, start:stop]
-        size = self.shapes()[name][dim]
+        size = self._shape(name)[dim]
         if self.kv_copies > 1 and self._is_kv(name):
             return self._read_kv_heads(parts, start, size if stop is None else stop)
         return _concatenated_range(parts, dim, start, size if stop is None else stop)

@@ -29,9 +29,7 @@ from llama.common.files import check_writable
 log = logging.getLogger("llama")
 
 HERE = Path(__file__).parent
-NAMES = ("attention", "blocked", "linear", "pointwise", "prefill", "rows", "variants", "vectors")
-SOURCES = [HERE / f"{name}.cpp" for name in ("attention", "linear", "multiply", "pointwise")]
-HEADERS = [HERE / f"{name}.h" for name in NAMES]
+SOURCES, HEADERS = sorted(HERE.glob("*.cpp")), sorted(HERE.glob("*.h"))
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fopenmp", "-w"]
 PREFIX = "llama3_kernels_"  # of every file and folder that this module makes
 PATIENCE = 900.0  # seconds to wait for another process that compiles

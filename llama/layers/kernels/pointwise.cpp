@@ -1,5 +1,6 @@
 // The operators between a layer's matmuls, each in one pass over memory: RMSNorm, the rotary
-// embedding and SwiGLU's gate. Results are rounded at the same points as by torch's operators.
+// embedding and SwiGLU's gate. Results are rounded at the same points as by torch's operators. And
+// the rows of activations.h as tensors, for tests.
 // Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is in pointwise.h.
 
 #include <ATen/Parallel.h>
@@ -8,7 +9,10 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <tuple>
 #include <utility>
+
+#include "activations.h"
 
 namespace {
 using at::Tensor;
@@ -92,16 +96,41 @@ Tensor rotary(const Tensor& x_any, const Tensor& turns_any) {
                    [&](int64_t begin, int64_t end) { kernels.rotate(job, begin, end); });
   return y;
 }
+
+// x (M, K) in 8 bits: codes (M, K'), scales and sums (M, K' / 32), K' a multiple of 64.
+std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x_any) {
+  variant(x_any, x_any);
+  TORCH_CHECK(x_any.dim() == 2, "x must be (M, K), not ", x_any.sizes());
+  const Tensor x = x_any.contiguous();
+  llama3::Activations to(x.size(0), x.size(1), nullptr);
+  const auto on = x.options();
+  Tensor codes = at::empty({to.M, to.stride}, on.dtype(at::kChar));
+  Tensor scales = at::empty({to.M, to.blocks}, on.dtype(at::kFloat));
+  Tensor sums = at::empty({to.M, to.blocks}, on.dtype(at::kInt));
+  to.codes = codes.mutable_data_ptr<int8_t>();
+  to.scales = scales.mutable_data_ptr<float>();
+  to.sums = sums.mutable_data_ptr<int32_t>();
+#if defined(__x86_64__)
+  TORCH_CHECK(__builtin_cpu_supports("avx2"), "this processor has no AVX2");
+  x.scalar_type() == at::kFloat ? llama3::quantize(x.const_data_ptr<float>(), to, 0, to.M)
+                                : llama3::quantize(x.const_data_ptr<BFloat16>(), to, 0, to.M);
+#else
+  TORCH_CHECK(false, "this processor has no AVX2");
+#endif
+  return {codes, scales, sums};
+}
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(llama3, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rotary(Tensor x, Tensor turns) -> Tensor");
   m.def("swiglu(Tensor a, Tensor b) -> Tensor");
+  m.def("quantize_rows(Tensor x) -> (Tensor codes, Tensor scales, Tensor sums)");
 }
 
 TORCH_LIBRARY_IMPL(llama3, CPU, m) {
   m.impl("rms_norm", &rms_norm);
   m.impl("rotary", &rotary);
   m.impl("swiglu", &swiglu);
+  m.impl("quantize_rows", &quantize_rows);
 }
