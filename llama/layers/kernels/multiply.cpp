@@ -30,6 +30,7 @@ const int64_t PROMPT = getenv("PF") ? atoi(getenv("PF")) : 64;
 #undef TARGET
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 namespace with_bf16 {
+#include "bf16.h"
 #include "blocked.h"
 #include "prefill.h"
 }

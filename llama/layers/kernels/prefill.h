@@ -14,44 +14,11 @@ constexpr int64_t CROWD = 256;            // rows of x at a time: with SPAN colu
 constexpr int64_t GROUP = 8;              // tiles for which these rows and columns stay in L2
 constexpr int64_t STRIDE = SPAN / 2 + 16; // words of a copied row; not a multiple of 4 KB
 
-inline int64_t words(int64_t columns) { return (columns + 1) / 2; }
-
 // Where panel p (rows 16 p to 16 p + 15) begins, at columns k, a multiple of SPAN: (K / SPAN, M / 16,
 // SPAN / 2, 16) words.
 inline uint32_t* panel(const Inputs& in, int64_t p, int64_t k) {
   const int64_t panels = (in.M + 15) / 16, depth = std::min(SPAN, in.K - k);
   return in.panels + 16 * (panels * k / 2 + p * words(depth));
-}
-
-// Transposes 16 rows of 16 words.
-TARGET inline void transpose(__m512i (&a)[16]) {
-  __m512i b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-    }
-  // Now a[4 i + j] has the columns j, 4 + j, 8 + j, 12 + j of the rows 4 i to 4 i + 3.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; j++) {
-    const __m512i even_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88);
-    const __m512i even_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
-    b[j] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
-    b[8 + j] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
-    b[4 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    b[12 + j] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) a[i] = b[i];
 }
 
 // Fills the panels whose first row is in [begin, end). Rows beyond M and columns beyond K are 0.
