@@ -24,24 +24,27 @@ import torch
 from typing_extensions import Unpack
 
 from llama.checkpoints.adapted import Adapters, open_adapted
+from llama.checkpoints.draft import load_draft
 from llama.checkpoints.load import check_quantize, load_model, summary
 from llama.checkpoints.memory import check_memory
 from llama.checkpoints.open import open_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.async_reader import read_in_thread
-from llama.common.dtypes import parse_dtype
+from llama.common.dtypes import dtype_name, parse_dtype
 from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
 from llama.distributed import job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.checks import check_count, check_seed
 from llama.engine.compiled_step import check_cache
+from llama.engine.draft import Draft
 from llama.engine.engine import Engine
 from llama.engine.forks import check_not_forked
 from llama.engine.grammar import Grammar
 from llama.engine.request import FinishReason, Generation, Request, TopLogprobs
 from llama.engine.sampling import Sampling, sample_top_p
 from llama.engine.scoring import Perplexity, perplexity, score_ids
+from llama.engine.speculation import COSTS, Speculation
 from llama.layers import cuda_ops, kernels
 from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
@@ -104,6 +107,8 @@ class MoreBuildOptions(TypedDict, total=False):
     quantize: str | None
     exact: bool
     compile: bool
+    speculate: bool | None
+    draft: str | Path | None
     adapter: str | Path | None
     adapters: Mapping[str, str | Path] | None
 
@@ -126,6 +131,11 @@ class BuildOptions:
         quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
         exact: the reference's arithmetic, bit-identical to Meta's code, instead of the fastest.
         compile: decode by a compiled step, on one rank. Without a compiler: a warning, and eager.
+        speculate: propose tokens that followed the same ones earlier in the prompt or answer, and
+            check several in a step: faster where an answer repeats text, with the same result.
+            None: where it cannot be slower, see `speculation_of`.
+        draft: a smaller checkpoint with the same vocabulary, whose model also proposes tokens.
+            On one rank only.
         adapter: the folder of an adapter in PEFT's format that all requests use; None: the base.
         adapters: {name: folder} of adapters that each request chooses from; low-rank only.
 
@@ -153,6 +163,14 @@ class BuildOptions:
     )
     exact: bool = option(False, "the reference's arithmetic, bit-identical to Meta's code")
     compile: bool = option(False, "decode by a compiled step")
+    speculate: bool | None = option(
+        None,
+        "check several tokens in a step where the text repeats itself; the same result, sooner; "
+        "by default on a CPU with its kernels",
+    )
+    draft: str | Path | None = option(
+        None, "a smaller checkpoint with the same vocabulary, which proposes tokens to check"
+    )
     adapter: str | Path | None = option(
         None, "the folder of an adapter of this model, as finetune and PEFT write it"
     )
@@ -173,6 +191,7 @@ class BuildOptions:
         for name in ("exact", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        self._check_speculation()
         if self.exact and self.compile:
             raise ValueError("exact and compile: a compiled step rounds differently; choose one")
         if self.compile and job.environment().world > 1:
@@ -189,6 +208,18 @@ class BuildOptions:
                 "a compiled step has the same weights for every request; leave compile out, or "
                 "build with one adapter="
             )
+
+    def _check_speculation(self) -> None:
+        if self.speculate is not None and type(self.speculate) is not bool:
+            raise TypeError(f"speculate must be True, False or None, not {self.speculate!r}")
+        if self.draft is not None and self.speculate is False:
+            raise ValueError("a draft proposes tokens, and speculate=False forbids it; choose one")
+        if self.exact and (self.speculate or self.draft is not None):
+            raise ValueError(
+                "exact and speculate: several tokens in a step round differently; choose one"
+            )
+        if self.draft is not None and job.environment().world > 1:
+            raise ValueError("a draft runs on one rank; leave draft out, or run one process")
 
 
 class MoreOptions(TypedDict, total=False):
@@ -457,8 +488,15 @@ class Llama:
         formatter: the chat format; None if there is none, or its template cannot be used.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer):
-        self.model, self.tokenizer, self.engine = model, tokenizer, Engine(model)
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        speculation: Speculation | None = None,
+        draft: Draft | None = None,
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.engine = Engine(model, speculation=speculation, draft=draft)
         rows, device = model.vocab_size, model.norm.weight.device
         unused = tokenizer.pad_to(rows)
         model.unused = torch.tensor(unused, device=device) if unused else None
@@ -510,8 +548,11 @@ class Llama:
             quantize_model(model, None if source.quantization else options.quantize)
             adapters.attach(model)
             optimize(model, options.exact)
+        speculation, draft = speculation_of(model, source.quantization, options), None
         with tensor_parallel.fails_on_all_ranks():
-            llama = Llama(model, tokenizer)
+            if speculation is not None and options.draft is not None:
+                draft = build_draft(options.draft, model, tokenizer, speculation.rows)
+            llama = Llama(model, tokenizer, speculation, draft)
         if job.is_leader():
             loaded = summary(source, model, time.time() - start, options.quantize)
             for line in (loaded, *adapters.lines(), chat_summary(llama)):
@@ -938,8 +979,57 @@ def check_same_build(
         "max_batch_size": args.max_batch_size,
     }
     fields |= {"device": device.type, "dtype": str(dtype), "quantize": options.quantize}
-    fields |= {"exact": options.exact, "the tokenizer": fingerprint(tokenizer)}
+    fields |= {
+        "exact": options.exact,
+        "speculate": options.speculate,
+        "the tokenizer": fingerprint(tokenizer),
+    }
     tensor_parallel.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
+
+
+def speculation_of(
+    model: Transformer, stored: tuple[str, int] | None, options: BuildOptions
+) -> Speculation | None:
+    """How a model speculates.
+
+    By default where it cannot be slower: with the CPU kernels, for which the costs were measured.
+
+    Args:
+        stored: the checkpoint's quantization.
+    """
+    w = model.norm.weight
+    kind = stored[0] if stored else options.quantize or dtype_name(w.dtype)
+    measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
+    measured = all(tensor_parallel.gather_json(measured))
+    by_default = measured and not options.exact and not options.compile
+    wanted = by_default if options.speculate is None else options.speculate
+    if not wanted and options.draft is None:
+        return None
+    return Speculation(costs=COSTS.get(kind, COSTS["bfloat16"]))
+
+
+def build_draft(path: str | Path, model: Transformer, tokenizer: Tokenizer, rows: int) -> Draft:
+    """The draft model of a checkpoint, on the device and in the dtype of `model`.
+
+    Raises:
+        FileNotFoundError, ValueError: as `Llama.build`, or see `load_draft`.
+    """
+    room, w = model.params.max_seq_len, model.norm.weight
+    small = load_draft(path, tokenizer, room, w.device, w.dtype)
+    optimize(small)
+    cost = weight_bytes(small) / weight_bytes(model)
+    draft = Draft(small, rows, room, model.vocab_size, cost)
+    cache = sum(layer.k.nbytes + layer.v.nbytes for layer in draft.cache)
+    log.info(
+        "Draft %s: %.2f GB of weights, %.2f GB of KV cache; a step costs %.0f %% of the model's",
+        path, weight_bytes(small) / 1e9, cache / 1e9, 100 * cost,
+    )  # fmt: skip
+    return draft
+
+
+def weight_bytes(model: Transformer) -> int:
+    """Bytes of this rank's weights; tied ones count once."""
+    return sum({w.data_ptr(): w.nbytes for w in model.state_dict().values()}.values())
 
 
 def chat_summary(llama: Llama) -> str:

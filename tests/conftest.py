@@ -62,6 +62,18 @@ def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
     torch.ops.llama3.use_variant("")
 
 
+@pytest.fixture
+def exact_products() -> Iterator[None]:
+    """Without the integer products, which round x to 8 bits; for comparisons with plain torch."""
+    if not kernels.load():
+        yield
+        return
+    exact = [name for name in torch.ops.llama3.variants() if not name.endswith("-vnni")]
+    torch.ops.llama3.use_variant(exact[0])
+    yield
+    torch.ops.llama3.use_variant("")
+
+
 @pytest.fixture(scope="session")
 def demo_dir() -> Path:
     """The demo model in Meta's layout."""

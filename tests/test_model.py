@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama import ModelArgs, Transformer
-from llama.engine import forward
+from llama.engine import drawing, forward
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.attention import grouped_attention
@@ -176,9 +176,10 @@ def test_cuda_path_keeps_every_tensor_on_the_device(
             logits = model.logits(h.flatten(0, 1).index_select(0, last))
             assert logits.device.type == "cuda" and logits.dtype == torch.float32
             for how in Sampling(0), Sampling(0.6, 0.9, 20, 0.01):
-                ids = forward.draw([Generation(Request(p, sampling=how)) for p in prompts], logits)
+                places = [drawing.Place(Generation(Request(p, sampling=how)), 0) for p in prompts]
+                ids = drawing.draw_once(places, [[]] * 3, logits)
                 assert ids.device.type == "cuda" and ids.shape == (3,)
-            assert forward.chosen_logprobs(logits, ids).device.type == "cuda"
+            assert drawing.chosen_logprobs(logits, ids).device.type == "cuda"
         tokens = torch.zeros(3, 9, dtype=torch.long, device="cuda")
         assert model(tokens, 9).shape == (3, 9, 300)
         assert model(tokens).device.type == "cuda"

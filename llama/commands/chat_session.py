@@ -282,6 +282,9 @@ def _status(generation: Generation, reason: str | None, first: float, rate: floa
         f"{prompt} prompt tokens: {reused} reused, {prompt - reused} prefilled",
         f"first token {first:.2f} s" if first else "",
         f"{n} tokens" + (f", {rate:.1f} tok/s" if rate else ""),
+        f"{generation.accepted} of {generation.proposed} proposed tokens right"
+        if generation.proposed
+        else "",
         {"cancelled": "stopped", "length": "cut at the maximum length"}.get(reason or "", ""),
     ]
     return " | ".join(filter(None, parts))

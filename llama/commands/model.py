@@ -42,7 +42,10 @@ class CheckpointFlags:
 # The build options of a verb that generates.
 BuildFlags = Annotated[
     BuildOptions,
-    Only("max_seq_len", "seed", "quantize", "compile", "device", "dtype", "adapter"),
+    Only(
+        *("max_seq_len", "seed", "quantize", "compile", "speculate", "draft"),
+        *("device", "dtype", "adapter"),
+    ),
 ]
 
 

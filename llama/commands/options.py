@@ -4,7 +4,7 @@ A verb is a plain function. What its parameters become:
 
 - a positional parameter, `prompt: Annotated[str, "help"]`: an argument, `PROMPT`;
 - a keyword-only parameter, `json: Annotated[bool, "help"] = False`: a flag, `--json`; a list of
-  texts is a flag that may be repeated;
+  texts is a flag that may be repeated; `bool | None` is `--json` and `--no-json`;
 - a frozen dataclass, `sampling: Sampling`: one flag for each of its fields, which are declared with
   `llama.common.options.option`. `Annotated[BuildOptions, Only("seed")]` offers some of them, and
   the others keep their defaults.
@@ -124,7 +124,10 @@ def _flag(
     if positional:
         info = typer.Argument(metavar=name.upper(), help=help)
     else:
-        info = typer.Option(f"--{name}", *filter(None, [SHORT.get(name)]), help=help)
+        # What may be on by default can be switched off.
+        optional = bool in get_args(kind) or (kind is bool and default is True)
+        flag = f"--{name}/--no-{name}" if optional else f"--{name}"
+        info = typer.Option(flag, *filter(None, [SHORT.get(name)]), help=help)
     annotation = Annotated[_text_or_itself(kind), info]  # type: ignore[valid-type]
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation

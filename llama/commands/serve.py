@@ -27,7 +27,11 @@ def serve(
     sampling: Sampling,
     checkpoint: CheckpointFlags,
     build: Annotated[
-        BuildOptions, Only("max_seq_len", "seed", "quantize", "compile", "device", "dtype")
+        BuildOptions,
+        Only(
+            *("max_seq_len", "seed", "quantize", "compile", "speculate", "draft"),
+            *("device", "dtype"),
+        ),
     ],
 ) -> None:
     """Serve a model over HTTP, as OpenAI's API does, with a chat page.

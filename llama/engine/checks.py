@@ -24,6 +24,15 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
+def check_chunk(value: int | None, on_gpu: bool) -> int:
+    """The prefill_chunk to use; raise a ValueError unless it is a positive integer or None."""
+    if value is None:
+        return 2048 if on_gpu else 512
+    if type(value) is not int or value < 1:
+        raise ValueError(f"prefill_chunk must be a positive integer, not {value!r}")
+    return value
+
+
 def check_top_logprobs(value: object) -> None:
     """Raise a TypeError or ValueError unless `value` is an integer from 0 to 20."""
     if check_count("top_logprobs", value) > MOST_TOP_LOGPROBS:
@@ -44,6 +53,15 @@ def check_time_limit(value: object) -> None:
     """Raise a TypeError or ValueError unless `value` is None or a number of seconds above 0."""
     if value is not None and not 0 < check_number("time_limit", value) < math.inf:
         raise ValueError(f"time_limit must be more than 0 seconds, not {value}")
+
+
+def check_one_clock(time_limit: float | None, ranks: int) -> None:
+    """Raise a ValueError for a time limit with several ranks."""
+    if time_limit is not None and ranks > 1:
+        raise ValueError(
+            "time_limit is for one rank: several have clocks that differ; "
+            "cancel the request between two steps, on every rank, instead"
+        )
 
 
 def check_bias(bias: object) -> None:

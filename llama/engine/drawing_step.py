@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama.engine.compiled_step import CompiledStep
-from llama.engine.sampling import GREEDY_BELOW, Sampling, sample_rows, uniform_of, without
+from llama.engine.sampling import Sampling, sample_rows, uniform_of, without
 
 ALL = 1 << 31  # a top_k that no vocabulary exceeds
 
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     @property
     def greedy(self) -> bool:
-        return self.sampling.temperature < GREEDY_BELOW
+        return self.sampling.greedy
 
 
 class Drawn(NamedTuple):

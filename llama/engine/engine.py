@@ -17,13 +17,15 @@ import torch
 from llama.common.errors import refuse_copies
 from llama.distributed import tensor_parallel
 from llama.engine.admission import admit, fail_running
-from llama.engine.checks import check_count
+from llama.engine.checks import check_chunk, check_count, check_one_clock
 from llama.engine.compiled_step import CompiledStep, compile_step
+from llama.engine.draft import Draft
 from llama.engine.forward import Chunk, compute
 from llama.engine.metrics import EngineMetrics
 from llama.engine.record import record
 from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
+from llama.engine.speculation import Speculation, Speculator
 from llama.engine.turns import Turns
 from llama.engine.unfinished import Unfinished, check_siblings
 from llama.layers.adapter_rows import adapter_names
@@ -44,6 +46,8 @@ class Engine:
             on a GPU, whose matmuls need many rows, and 512 elsewhere.
         max_seq_len: fewer positions than the model's.
         max_queue: most requests that wait for a slot; None is no limit. It may be changed.
+        speculation: proposes ids and checks several in a step; None: a step is one id a request.
+        draft: a model that also proposes them.
     """
 
     def __init__(
@@ -52,20 +56,19 @@ class Engine:
         prefill_chunk: int | None = None,
         max_seq_len: int | None = None,
         max_queue: int | None = None,
+        speculation: Speculation | None = None,
+        draft: Draft | None = None,
     ):
-        if prefill_chunk is None:
-            prefill_chunk = 2048 if model.norm.weight.is_cuda else 512
-        if type(prefill_chunk) is not int or prefill_chunk < 1:
-            raise ValueError(f"prefill_chunk must be a positive integer, not {prefill_chunk!r}")
         if max_queue is not None:
             check_count("max_queue", max_queue)
-        self.model, self.max_queue, self.prefill_chunk = model, max_queue, prefill_chunk
+        self.model, self.max_queue = model, max_queue
+        self.prefill_chunk = check_chunk(prefill_chunk, model.norm.weight.is_cuda)
         self.room = model.params.max_seq_len if max_seq_len is None else max_seq_len
         self.cache = model.new_cache(model.params.max_batch_size, self.room)
         self.compiled: CompiledStep | None = None
         self.steps = 0  # made so far
         self._seconds = [0.0, 0.0]  # of decode, of prefill
-        self._slots = Slots(self.cache)
+        self._slots, self.speculator = Slots(self.cache), Speculator(speculation, draft)
         self._arranged = True  # whether the cache's rows are in the slots' order
         self._unfinished = Unfinished(len(self._slots.rows), self.room)
         self._turns = Turns()
@@ -122,11 +125,7 @@ class Engine:
         with self._turns.changed:
             self._check_open()
             request.check(self.model.params.vocab_size, self.room, adapter_names(self.model))
-        if request.time_limit is not None and tensor_parallel.size() > 1:
-            raise ValueError(
-                "time_limit is for one rank: several have clocks that differ; "
-                "cancel the request between two steps, on every rank, instead"
-            )
+        check_one_clock(request.time_limit, tensor_parallel.size())
 
     def _check_open(self) -> None:
         if self._closed:
@@ -243,7 +242,7 @@ class Engine:
                 self.cancel(generation.id)
         with self._turns.changed:
             self.compiled, self.cache = None, []
-            self._slots.cache, self._slots.rows = [], []
+            self._slots.cache, self._slots.rows, self.speculator.draft = [], [], None
             del self.model
 
     def _turn(self, ready: Callable[[], object] = lambda: False) -> AbstractContextManager[bool]:
@@ -264,13 +263,14 @@ class Engine:
         self._arranged = True
         start = perf_counter()
         if decoding:
-            events += self._advance(decoding, 0, 1)
+            proposals = self.speculator.propose(decoding, self._slots.rows, self.room)
+            events += self._advance(decoding, Chunk.of(decoding, 1, proposals), 0)
         middle = perf_counter()
         if prefilling:
             share = max(1, self.prefill_chunk // len(prefilling))
             # The padding must not pass the end of the cache.
             share = min(share, self.room - max(len(slot.cached) for slot in prefilling))
-            events += self._advance(prefilling, len(decoding), share)
+            events += self._advance(prefilling, Chunk.of(prefilling, share), len(decoding))
         decode, prefill = self._seconds
         self._seconds = [decode + middle - start, prefill + perf_counter() - middle]
         self.steps += 1
@@ -282,19 +282,16 @@ class Engine:
         self._slots = Slots(self.cache)
         return events
 
-    def _advance(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
-        """Run the model on at most `most` pending ids of each slot; draw where none is left."""
+    def _advance(
+        self, slots: Sequence[Slot], chunks: Sequence[Chunk], first_row: int
+    ) -> list[Event]:
+        """Feed each slot its chunk. Compute, then update: an interrupt only repeats."""
         try:
-            return self._feed(slots, first_row, most)
+            found = compute(self.model, self.cache, chunks, first_row, self.compiled)
+            return record(slots, *found)
         except Exception as e:  # such as out of memory: the other requests go on
             if tensor_parallel.size() > 1:  # this rank must not go on without the others
                 raise
             for slot in slots:
                 slot.running.fail(e)
             return [slot.running.event() for slot in slots]
-
-    def _feed(self, slots: Sequence[Slot], first_row: int, most: int) -> list[Event]:
-        """Compute first, then update. What an interrupt keeps from being updated is repeated."""
-        chunks = [Chunk.pending(slot.running, len(slot.cached), most) for slot in slots]
-        width, scored, drawn = compute(self.model, self.cache, chunks, first_row, self.compiled)
-        return record(slots, chunks, width, scored, drawn)

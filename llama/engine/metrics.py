@@ -22,6 +22,8 @@ class EngineMetrics:
         prompt_tokens: prompt ids of the requests that got a slot, cached ones included.
         cached_tokens: those of them that were cached already.
         generated_tokens: generated ids, without stop tokens.
+        proposed_tokens, accepted_tokens: ids that speculation has proposed; those of them that
+            were right.
         finished: how many requests ended for each reason.
         prefill_seconds, decode_seconds: time of the steps' two parts.
     """
@@ -33,6 +35,8 @@ class EngineMetrics:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    proposed_tokens: int = 0
+    accepted_tokens: int = 0
     finished: dict[FinishReason, int] = field(default_factory=dict)
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -45,12 +49,15 @@ class EngineMetrics:
     def plus(self, generations: Iterable[Generation]) -> EngineMetrics:
         """Also the tokens of these, and the reasons of those that have ended."""
         prompt, cached, generated = self.prompt_tokens, self.cached_tokens, self.generated_tokens
+        proposed, accepted = self.proposed_tokens, self.accepted_tokens
         finished = dict(self.finished)
         for generation in generations:
             if generation.placed_at is not None:
                 prompt += len(generation.request.prompt)
                 cached += generation.reused
             generated += len(generation.tokens) - len(generation.request.prompt)
+            proposed += generation.proposed
+            accepted += generation.accepted
             reason = generation.finish_reason
             if reason is not None:
                 finished[reason] = finished.get(reason, 0) + 1
@@ -59,5 +66,7 @@ class EngineMetrics:
             prompt_tokens=prompt,
             cached_tokens=cached,
             generated_tokens=generated,
+            proposed_tokens=proposed,
+            accepted_tokens=accepted,
             finished=finished,
         )

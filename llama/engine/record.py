@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from llama.engine.forward import Chunk, NextId, Scores
-from llama.engine.request import Event
+from llama.engine.drawing import NextId
+from llama.engine.event import Event
+from llama.engine.forward import Chunk, Scores
+from llama.engine.request import Generation
 from llama.engine.slots import Slot
 
 
@@ -15,9 +17,9 @@ def record(
     chunks: Sequence[Chunk],
     width: int,
     scored: Sequence[Scores],
-    drawn: Mapping[int, NextId],
+    drawn: Mapping[int, Sequence[NextId]],
 ) -> list[Event]:
-    """Update the slots and their generations.
+    """Update the slots and their generations. Each id that was drawn is an event.
 
     Args:
         chunks: what each slot was fed.
@@ -27,24 +29,42 @@ def record(
     for slot, chunk, scores in zip(slots, chunks, scored, strict=True):
         generation = slot.running
         slot.written = max(slot.written, chunk.start + width)
-        found = drawn.get(generation.id)
-        before = len(generation.tokens)
+        found = drawn.get(generation.id, ())
         # Before its end is visible to other threads.
         generation.add_scores(chunk.start, scores.logprobs, scores.top)
-        known = scores.logprobs if found is None else [*scores.logprobs, found.logprob]
-        if not all(map(math.isfinite, known)):
-            name = generation.request.name
-            generation.fail(ValueError(f"{name} made the model's logits not a number"))
-        elif found is not None and found.error is not None:
-            generation.fail(found.error)
-        elif found is not None:
-            generation.append(found.token, found.logprob, found.top)
-        elif chunk.whole and generation.finish_reason is None:  # it was only to be scored
+        if not all(map(math.isfinite, scores.logprobs)):
+            generation.fail(not_a_number(generation))
+        elif chunk.whole and not found and generation.finish_reason is None:  # only to be scored
             generation.end("length")
-        slot.cached += chunk.ids
-        if chunk.whole or generation.finish_reason is not None:
-            if found is not None and len(generation.tokens) > before:
-                events.append(generation.event(found.token, found.logprob))
-            else:
-                events.append(generation.event())
+        new = append(generation, found)
+        slot.cached += chunk.ids[: chunk.kept(len(found))]
+        proposed, accepted = len(chunk.proposal.ids), max(0, len(found) - 1)
+        generation.proposed += proposed
+        generation.accepted += accepted
+        if slot.guesses is not None:
+            slot.guesses.learn(proposed, accepted)
+        if not new and (chunk.whole or generation.finish_reason is not None):
+            new = [generation.event()]
+        events += new
     return events
+
+
+def append(generation: Generation, found: Sequence[NextId]) -> list[Event]:
+    """Add drawn ids up to the end of the answer; an event for each, and for an end without one."""
+    events: list[Event] = []
+    for token, logprob, top, error in found:
+        before = len(generation.tokens)
+        if not math.isfinite(logprob):
+            generation.fail(not_a_number(generation))
+        elif error is not None:
+            generation.fail(error)
+        else:
+            generation.append(token, logprob, top)
+        if len(generation.tokens) == before:
+            return [*events, generation.event()]
+        events.append(generation.event(token, logprob))
+    return events
+
+
+def not_a_number(generation: Generation) -> ValueError:
+    return ValueError(f"{generation.request.name} made the model's logits not a number")

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -21,12 +21,13 @@ from llama.engine.checks import (
     check_time_limit,
     check_top_logprobs,
 )
+from llama.engine.event import Event as Event
+from llama.engine.event import FinishReason as FinishReason
 from llama.engine.grammar import Grammar
 from llama.engine.sampling import Sampling
 from llama.engine.steering import Steering
 
 log = logging.getLogger("llama")
-FinishReason = Literal["stop", "length", "timeout", "cancelled", "error"]
 # Fields of a request that must match on all ranks, beside the prompt.
 SHARED = (
     "max_gen_len", "score_from", "stop_tokens", "logprobs", "top_logprobs", "reuse", "adapter",
@@ -155,6 +156,7 @@ class Generation:
         top_logprobs: for each generated id the most probable ids in its place, if asked for.
         prompt_top_logprobs: likewise of each prompt id, aligned with prompt_logprobs.
         reused: how many prompt ids were cached already.
+        proposed, accepted: ids that speculation has proposed, and those of them that were right.
         finish_reason: None while it goes on. "stop": a stop token or a stop string; "length":
             max_gen_len, or no room left; "timeout": time_limit; "cancelled"; "error": see `error`.
         stop_token, stop_score: the id that ended it; its log-probability and top_logprobs.
@@ -173,6 +175,8 @@ class Generation:
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     prompt_top_logprobs: list[TopLogprobs | None] = field(default_factory=list)
     reused: int = 0
+    proposed: int = 0
+    accepted: int = 0
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     stop_score: tuple[float, TopLogprobs] | None = None
@@ -280,20 +284,3 @@ class Generation:
         log.debug("%s failed", self.request.name, exc_info=error)
         self.error = without_frames(error)
         self.end("error")
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for a request.
-
-    Attributes:
-        id: of its `Generation`.
-        token: the id generated; None for a stop token or where the request ended without one.
-        logprob: of `token`, if the request asked for it.
-        finish_reason: None while the request goes on.
-    """
-
-    id: int
-    token: int | None = None
-    logprob: float | None = None
-    finish_reason: FinishReason | None = None

@@ -66,6 +66,11 @@ class Sampling:
             raise ValueError(f"top_k must be 0 (no limit) or a positive integer, not {self.top_k}")
 
     @property
+    def greedy(self) -> bool:
+        """Whether the most probable id is taken."""
+        return self.temperature < GREEDY_BELOW
+
+    @property
     def penalized(self) -> bool:
         """Whether generated ids change the logits."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
@@ -84,16 +89,9 @@ def sample(
     Returns:
         (B,) int64.
     """
-    if how.temperature < GREEDY_BELOW:
+    if how.greedy:
         return torch.argmax(logits, dim=-1)
-    probs = torch.softmax(logits / min(how.temperature, UNIFORM_ABOVE), dim=-1)
-    if 0 < how.top_k < probs.shape[-1]:
-        kth = torch.topk(probs, how.top_k, dim=-1).values.narrow(-1, how.top_k - 1, 1)
-        probs = probs.where(probs >= kth, 0.0)
-    if how.min_p > 0:
-        probs = probs.where(probs >= how.min_p * probs.amax(-1, keepdim=True), 0.0)
-    if how.top_k or how.min_p > 0:
-        probs = probs / probs.sum(-1, keepdim=True)
+    probs = limited(logits, how)
     if generators is None:
         return sample_top_p(probs, how.top_p).reshape(-1)
     weights, ids = nucleus(probs, how.top_p, stable=True)
@@ -106,6 +104,41 @@ def sample(
     target = uniform.unsqueeze(-1) * mass.narrow(-1, mass.shape[-1] - 1, 1)
     chosen = torch.searchsorted(mass, target, right=True).clamp_max(mass.shape[-1] - 1)
     return ids.gather(-1, chosen).reshape(-1)
+
+
+def limited(logits: Tensor, how: Sampling) -> Tensor:
+    """(B, V) logits -> probabilities after temperature, top_k and min_p; `nucleus` comes next."""
+    probs = torch.softmax(logits / min(how.temperature, UNIFORM_ABOVE), dim=-1)
+    if 0 < how.top_k < probs.shape[-1]:
+        kth = torch.topk(probs, how.top_k, dim=-1).values.narrow(-1, how.top_k - 1, 1)
+        probs = probs.where(probs >= kth, 0.0)
+    if how.min_p > 0:
+        probs = probs.where(probs >= how.min_p * probs.amax(-1, keepdim=True), 0.0)
+    if how.top_k or how.min_p > 0:
+        probs = probs / probs.sum(-1, keepdim=True)
+    return probs
+
+
+def distribution(logits: Tensor, how: Sampling) -> Tensor:
+    """(B, V) logits -> the probability with which `sample` draws each id. Not for greedy."""
+    weights, ids = nucleus(limited(logits, how), how.top_p, stable=True)
+    probs = torch.zeros_like(logits).scatter_(-1, ids, weights)
+    return probs / probs.sum(-1, keepdim=True)
+
+
+def pick(weights: Tensor, generator: torch.Generator | None) -> int:
+    """Draw an id with a probability proportional to its weight.
+
+    Args:
+        weights: (V,), not all 0.
+        generator: on the CPU; None is torch's global one.
+    """
+    mass = weights.cumsum(-1)
+    uniform = torch.rand(1, generator=generator, dtype=torch.float32, device="cpu").item()
+    token = int(torch.searchsorted(mass, uniform * mass[-1:], right=True))
+    if token < len(mass):
+        return token
+    return int(weights.nonzero().max())  # by rounding
 
 
 def without(logits: Tensor, unused: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from llama.engine.request import Generation
+from llama.engine.speculation import Guesses
 from llama.model import KVCache
 
 # Copying fewer cached positions from one row to another costs more than it saves.
@@ -25,6 +26,7 @@ class Slot:
         stale: no later request may build upon `cached`.
         group: of the last request placed here: its siblings may always build upon `cached`.
         adapter: of the last request placed here, with which `cached` was computed.
+        guesses: about ids proposed to its request; None before the first time.
     """
 
     generation: Generation | None = None
@@ -34,6 +36,7 @@ class Slot:
     stale: bool = False
     group: int = 0
     adapter: str | None = None
+    guesses: Guesses | None = None
 
     @property
     def running(self) -> Generation:
@@ -50,7 +53,7 @@ class Slot:
         """Free the slot. Nobody builds upon what a failed request computed."""
         if self.stale or (self.generation is not None and self.generation.finish_reason == "error"):
             self.cached = []
-        self.generation = None
+        self.generation, self.guesses = None, None
 
 
 class Slots:

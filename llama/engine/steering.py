@@ -45,9 +45,9 @@ class Steering:
             ValueError: the grammar allows no id that has a chance.
             Exception: whatever the grammar raises.
         """
-        # Where an interrupt comes below, the next call starts over.
+        # Where an interrupt comes below, the next call starts over; also where one has undone ids.
         followed, self._followed = self._followed, None
-        if followed is None:
+        if followed is None or followed > len(tokens) - prompt:
             followed = 0
             self._start()
         for token in tokens[prompt + followed :]:

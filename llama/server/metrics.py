@@ -94,6 +94,8 @@ COUNTERS = {
     "prompt_tokens": "Tokens of prompts, also those that were cached.",
     "cached_tokens": "Tokens of prompts that were cached.",
     "generated_tokens": "Tokens generated.",
+    "proposed_tokens": "Tokens that speculation has proposed.",
+    "accepted_tokens": "Proposed tokens that were right.",
     "prefill_seconds": "Seconds in computing prompts.",
     "decode_seconds": "Seconds in generating.",
 }

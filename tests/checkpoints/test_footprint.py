@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints.footprint import PREFILL_CHUNK, Footprint
 from llama.common.dtypes import parse_dtype
+from llama.engine.drawing import Place, draw_at
 from llama.engine.engine import Engine
-from llama.engine.forward import draw_at
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.optimize import optimize, quantize_model
@@ -130,7 +130,7 @@ def test_activations_are_close_to_torchs_peak(dtype: str, scheme: str | None) ->
         """Feed each row its last `length` ids, and sample one for each."""
         tokens = torch.zeros(batch, length, dtype=torch.int64)
         h = model.hidden(tokens, torch.full((batch,), context - length), cache, context)
-        draw_at(model, h, [(generation, generation.id * length) for generation in generations])
+        draw_at(model, h, [Place(generation, generation.id * length) for generation in generations])
 
     step(1)  # allocates what is kept between steps
     for length in (PREFILL_CHUNK // batch, 1):

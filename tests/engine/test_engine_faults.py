@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.engine import forward
+from llama.engine import drawing
 from llama.engine.engine import Engine
 from llama.engine.request import Request
 from llama.engine.sampling import Sampling
@@ -82,7 +82,7 @@ def test_an_interrupt_loses_nothing(monkeypatch: pytest.MonkeyPatch, where: str)
     model = make_model()
     engine = Engine(model, prefill_chunk=6)
     generations = [engine.add(request) for request in (greedy(SHARED, 5), greedy([1, 2], 9))]
-    owner = forward if where == "chosen_logprobs" else model
+    owner = drawing if where == "chosen_logprobs" else model
     function, calls = getattr(owner, where), 0
 
     def interrupted(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from llama.layers.quantization import linear_int8, quantize_int8
 
 BLOCK = 32
 SMALLEST = 2.0**-119  # blocks below count as zero
@@ -27,6 +31,12 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = (blocks.where(used, 0) * inverse).round().double()
     scales = (largest / torch.full_like(largest, 127)).where(used, 0)
     return codes, scales.where(finite, torch.nan)[..., 0], codes.sum(dim=2)
+
+
+def activation_error(x: Tensor, w: Tensor) -> Tensor:
+    """The most that x in 8 bits changes x w^T: half a scale for each weight, (M, N) fp64."""
+    half = quantize(x)[1].double().repeat_interleave(BLOCK, dim=1)[:, : x.shape[1]] * 0.50001
+    return half.clamp(min=SMALLEST) @ w.double().abs().T
 
 
 def rows_of(kind: str, M: int, K: int) -> Tensor:
@@ -76,3 +86,145 @@ def test_wrong_rows_are_named(integer_ops: None) -> None:
     ]:
         with pytest.raises(RuntimeError, match=message):
             torch.ops.llama3.quantize_rows(x)
+
+
+@pytest.fixture(params=["avx512-vnni", "avx2-vnni"])
+def vnni(request: pytest.FixtureRequest, ops: object) -> Iterator[None]:
+    """The integer products of one width of vectors."""
+    if request.param not in torch.ops.llama3.variants():
+        pytest.skip(f"this processor has no {request.param}")
+    torch.ops.llama3.use_variant(request.param)
+    yield
+    torch.ops.llama3.use_variant("")
+
+
+def product(x: Tensor, q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x in 8 bits times an int8 weight in fp64, (M, N); and how far fp32 sums may be from it."""
+    codes, scales, _ = quantize(x)
+    blocks = F.pad(q.double(), (0, -q.shape[1] % 64)).unflatten(1, (-1, BLOCK))
+    sums = torch.einsum("mbk,nbk->mnb", codes, blocks) * scales.double()[:, None]
+    error = sums.abs().sum(dim=2) * scale.double() * (2 + sums.shape[2]) * 2**-24
+    return sums.sum(dim=2) * scale.double(), error
+
+
+def weights(N: int, K: int) -> tuple[Tensor, Tensor]:
+    """Any codes, also -128, and scales."""
+    generator = torch.Generator().manual_seed(N * K)
+    q = torch.randint(-128, 128, (N, K), dtype=torch.int8, generator=generator)
+    return q, torch.rand(N, generator=generator) + 0.01
+
+
+def check(y: Tensor, x: Tensor, q: Tensor, scale: Tensor) -> None:
+    exact, error = product(x, q, scale)
+    rounding = torch.finfo(x.dtype).eps / 2 * exact.abs() + torch.finfo(x.dtype).tiny
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    assert bool(((y.double() - exact).abs() <= error + rounding).all())
+
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+# Fewer columns than a block, remainders of blocks and of cache lines, several parts of a tile.
+COLUMNS = [1, 31, 32, 33, 64, 96, 576, 1000, 1024, 2112]
+
+
+@DTYPES
+@pytest.mark.parametrize("K", COLUMNS)
+def test_products_of_all_numbers_of_rows(vnni: None, dtype: torch.dtype, K: int) -> None:
+    """Also: the outputs of a row are the same bits beside any number of other rows."""
+    x = rows_of("usual", 50, K).to(dtype)
+    for N in (1, 15, 16, 33, 130):
+        q, scale = weights(N, K)
+        whole = torch.ops.llama3.linear_int8(x, q, scale)
+        check(whole, x, q, scale)
+        for M in (*range(1, 15), 24, 25, 37):
+            y = torch.ops.llama3.linear_int8(x[50 - M :], q, scale)
+            assert torch.equal(y, whole[50 - M :]), (M, N)
+
+
+@DTYPES
+@pytest.mark.parametrize("M", [1, 3, 14, 40])
+def test_values_that_are_not_finite_huge_tiny_or_zero(
+    vnni: None, dtype: torch.dtype, M: int
+) -> None:
+    q, scale = weights(21, 100)
+    x = rows_of("usual", M, 100).to(dtype)
+    usual = torch.ops.llama3.linear_int8(x, q, scale)
+    for value in (float("inf"), float("-inf"), float("nan")):
+        for row, column in ((0, 0), (M - 1, 99), (M // 2, 40)):
+            bad = x.clone()
+            bad[row, column] = value
+            y = torch.ops.llama3.linear_int8(bad, q, scale)
+            assert y[row].isnan().all()
+            assert torch.equal(y[torch.arange(M) != row], usual[torch.arange(M) != row])
+    for kind in ("tiny", "zero"):
+        x = rows_of(kind, M, 100).to(dtype)
+        check(torch.ops.llama3.linear_int8(x, q, scale), x, q, scale)
+    # As long as the sum of |x q| is not above fp32's range, no intermediate result is.
+    x = (rows_of("usual", M, 100).sign() * 2e34).to(dtype)
+    check(torch.ops.llama3.linear_int8(x, q, scale), x, q, scale)
+
+
+@DTYPES
+def test_beside_the_product_that_is_not_quantized(vnni: None, dtype: torch.dtype) -> None:
+    for M, N, K in [(1, 576, 576), (3, 17, 1536), (20, 40, 333)]:
+        x = rows_of("usual", M, K).to(dtype)
+        w = torch.randn(N, K, generator=torch.Generator().manual_seed(K)) * 0.05
+        q, scale = quantize_int8(w)
+        w = q.double() * scale.double()[:, None]
+        exact = x.double() @ w.T
+        difference = torch.ops.llama3.linear_int8(x, q, scale).double() - exact
+        rounding = torch.finfo(dtype).eps * exact.abs() + 1e-4
+        assert bool((difference.abs() <= activation_error(x, w) + rounding).all())
+        # Errors are independent, so they are far from adding up.
+        assert difference.norm() < 0.01 * exact.norm()
+
+
+def test_threads_split_tiles_anywhere(vnni: None) -> None:
+    threads = torch.get_num_threads()
+    q, scale = weights(16 * 37 + 5, 640)
+    try:
+        for M in (1, 6, 30):
+            x, results = rows_of("usual", M, 640), []
+            for count in (1, 2, 3, 7):
+                torch.set_num_threads(count)
+                results.append(torch.ops.llama3.linear_int8(x, q, scale))
+            assert all(torch.equal(y, results[0]) for y in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_empty_inputs_views_and_wrong_shapes(vnni: None) -> None:
+    linear, (q, scale) = torch.ops.llama3.linear_int8, weights(6, 40)
+    assert linear(torch.empty(0, 40), q, scale).shape == (0, 6)
+    assert linear(torch.empty(2, 40), q[:0], scale[:0]).shape == (2, 0)
+    assert linear(torch.empty(2, 0), q[:, :0].contiguous(), scale).tolist() == [[0.0] * 6] * 2
+    x = torch.randn(40, 3, 2).transpose(0, 2)  # (2, 3, 40), not contiguous
+    check(linear(x, q, scale).flatten(0, 1), x.flatten(0, 1), q, scale)
+    odd = torch.randn(81)[1:].view(2, 40)  # not aligned
+    check(
+        linear(odd, torch.cat([q, q]).flatten()[1:241].view(6, 40), scale),
+        odd,
+        torch.cat([q, q]).flatten()[1:241].view(6, 40),
+        scale,
+    )
+    for bad in ((x[..., :39], q, scale), (x, q, scale[:5]), (x, q.T, scale), (x, q.int(), scale)):
+        with pytest.raises(RuntimeError, match="must be"):
+            linear(*bad)
+
+
+def test_integer_products_can_be_switched_off(ops: object) -> None:
+    """`use_variant` of a name without -vnni; they are on wherever the processor has them."""
+    names = torch.ops.llama3.variants()
+    exact = [name for name in names if not name.endswith("-vnni")]
+    assert "plain" in exact and all(f"{name}-vnni" in names or name in exact for name in names)
+    q, scale = weights(16, 64)
+    x = rows_of("usual", 1, 64)
+    torch.ops.llama3.use_variant(exact[0])
+    y = torch.ops.llama3.linear_int8(x, q, scale)
+    torch.testing.assert_close(y, (x.double() @ (q.double() * scale[:, None]).T).float())
+    torch.ops.llama3.use_variant("")
+    same = torch.equal(torch.ops.llama3.linear_int8(x, q, scale), y)
+    assert same == (names[0] == exact[0])
+    if not same:
+        check(linear_int8(x.expand(70, -1), q, scale), x.expand(70, -1), q, scale)
+    with pytest.raises(RuntimeError, match="no variant plain-vnni"):
+        torch.ops.llama3.use_variant("plain-vnni")

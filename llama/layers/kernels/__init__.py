@@ -14,7 +14,9 @@ nothing about models.
     llama3::unpack_int4(x, packed, scale, zero, n)  the dequantized weight, (n, K), in x's dtype
 
 x is (..., K), fp32 or bf16; results are (..., N) in x's dtype; sums are fp32. No operator has a
-gradient.
+gradient. On processors with integer dot products (`llama3::variants` names one that ends in -vnni)
+int8 weights are multiplied with x in 8 bits, see activations.h; a row's result does not depend on
+the rows beside it there.
 """
 
 from __future__ import annotations
@@ -126,8 +128,12 @@ def _load() -> bool:
     with open_library() as file:
         # By the open file: a path could lead elsewhere by now.
         ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
-    if "avx512bf16" in torch.ops.llama3.variants():
+    variants = torch.ops.llama3.variants()
+    if "avx512bf16" in variants:
         _max_rows[torch.bfloat16] = MAX_ROWS_BF16
+    if variants[0].endswith("-vnni"):
+        for dtype, limits in _max_rows.items():
+            _max_rows[dtype] = limits | {"int8": ANY}
     meta = torch.library.Library("llama3", "IMPL", "Meta")  # `register_fake` takes 20 ms
     for name, shaped in SHAPED.items():
         meta.impl(name, shaped)

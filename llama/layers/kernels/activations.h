@@ -29,19 +29,22 @@ constexpr float SMALLEST = 0x1p-119f;  // 127 times the least normal number, and
 // M rows in 8 bits: a view of memory that the caller owns.
 struct Activations {
   int64_t M = 0, K = 0;
-  int64_t stride = 0, blocks = 0;  // bytes from a row of codes to the next; stride / 32
-  int8_t* codes = nullptr;         // (M, stride)
+  int64_t stride = 0, blocks = 0;  // bytes from a row of codes to the next; of a row
+  int8_t* codes = nullptr;         // (M, stride), the first 32 * blocks of each row
   float* scales = nullptr;         // (M, blocks)
   int32_t* sums = nullptr;         // (M, blocks)
 
   Activations() = default;
   Activations(int64_t M, int64_t K, void* memory)  // bytes(M, K) of it, aligned to 64
-      : M(M), K(K), stride((K + 63) / 64 * 64), blocks(stride / BLOCK_COLUMNS) {
+      : M(M), K(K), stride(stride_of(K)), blocks((K + 63) / 64 * 2) {
     codes = static_cast<int8_t*>(memory);
     scales = reinterpret_cast<float*>(codes + M * stride);
     sums = reinterpret_cast<int32_t*>(scales + M * blocks);
   }
-  static size_t bytes(int64_t M, int64_t K) { return M * ((K + 63) / 64 * 64 / BLOCK_COLUMNS) * 40; }
+  static size_t bytes(int64_t M, int64_t K) { return M * (stride_of(K) + (K + 63) / 64 * 16); }
+
+  // An odd number of cache lines: neighbouring rows are in different sets of the cache.
+  static int64_t stride_of(int64_t K) { return ((K + 63) / 64 | 1) * 64; }
 };
 
 #if defined(__x86_64__)

@@ -22,6 +22,7 @@ using std::memset;
 constexpr int64_t BLOCK = 64;       // keys and values converted to fp32 at a time: they fit L1
 constexpr int64_t ROWS = 64;        // most queries x heads of a task
 constexpr int64_t FEW = 8;          // up to so many of them, values are not converted beforehand
+constexpr int64_t PROMPT = 16;      // from so many queries a row on, prompt_attention.h is used
 constexpr int64_t PART = 64;        // a task with fewer keys is not divided
 constexpr int64_t SHARE = 1 << 19;  // least number of multiplications per thread
 
@@ -63,6 +64,17 @@ struct alignas(64) Line {
 
 #define ARITHMETIC "attention.h"
 #include "variants.h"
+
+#if defined(__x86_64__)
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+namespace {
+namespace with_bf16 {
+#include "bf16.h"
+#include "prompt_attention.h"
+}  // namespace with_bf16
+}  // namespace
+#endif
 
 namespace {
 struct Kernels {
@@ -107,6 +119,16 @@ std::vector<Task> tasks_of(const Job& job, int64_t heads, int64_t queries, int64
           tasks.push_back({row, head, head + heads, begin, std::min(begin + queries, job.T), first,
                            first + step});
   return tasks;
+}
+
+// What computes the tasks of so many queries a row.
+Kernels kernels_for(const Job& job, bool is_bf16) {
+  Kernels kernels = (is_bf16 ? bf16 : fp32)[llama3::variant()];
+#if defined(__x86_64__)
+  if (is_bf16 && job.T >= PROMPT && llama3::variant() == llama3::AVX512_BF16)
+    kernels.attend = with_bf16::attend_prompt;
+#endif
+  return kernels;
 }
 
 void run(const Job& job, const Kernels& kernels, int64_t longest) {
@@ -171,7 +193,7 @@ Tensor attend(const Tensor& xq, const Tensor& keys, const Tensor& values, const 
                 " is outside the ", job.S, " that keys and values have");
     longest = std::max(longest, job.positions[i] + 1);
   }
-  run(job, (q.scalar_type() == at::kBFloat16 ? bf16 : fp32)[llama3::variant()], longest);
+  run(job, kernels_for(job, q.scalar_type() == at::kBFloat16), longest);
   return out;
 }
 }  // namespace

@@ -187,13 +187,8 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   return y;
 }
 
-std::vector<std::string> variants() {
-  const auto names = llama3::variant_names();
-  return {names.begin(), names.end()};
-}
-
 void use_variant(std::string name) {
-  TORCH_CHECK(llama3::use_variant(name.c_str()), "this processor has no variant ", name);
+  TORCH_CHECK(llama3::use_variant(name), "this processor has no variant ", name);
 }
 }  // namespace
 
@@ -204,7 +199,7 @@ TORCH_LIBRARY(llama3, m) {
   m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
   m.def("widen_int8(Tensor q) -> Tensor");
   m.def("unpack_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
-  m.def("variants() -> str[]", &variants);
+  m.def("variants() -> str[]", &llama3::variant_names);
   m.def("use_variant(str name) -> ()", &use_variant);
 }
 

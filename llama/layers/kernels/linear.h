@@ -9,7 +9,10 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <string>
 #include <vector>
+
+#include "activations.h"
 
 namespace llama3 {
 using c10::BFloat16;
@@ -24,8 +27,9 @@ constexpr int KINDS = 4;
 //   places  fp32, each divided by the place value of its int4 code, and the sums of the groups
 //   bf16    the caller's rows
 //   panels  bf16 in the order of blocked.h for int4, and the sums of the groups
+//   codes   8 bits, see activations.h
 //   columns bf16 in the order of prefill.h
-enum class Form { fp32, places, bf16, panels, columns };
+enum class Form { fp32, places, bf16, panels, codes, columns };
 
 // The weight of one linear: a view.
 struct Weights {
@@ -47,6 +51,7 @@ struct Inputs {
   float* fp32 = nullptr;    // fp32, places: (M, stride)
   float* sums = nullptr;    // places: (M, K / group); panels: see blocked.h
   uint32_t* panels = nullptr;  // panels, columns
+  Activations codes;  // codes
 
   const BFloat16* bf16() const { return static_cast<const BFloat16*>(x); }
 };
@@ -78,6 +83,12 @@ struct Method {
 // The fastest method on this processor for M rows of x.
 Method method_for(const Weights& w, int64_t M, bool x_is_bf16);
 
+// The method with x in 8 bits, in integer.cpp; null where this processor or kind has none.
+const Method* integer_method(Kind kind);
+
+// Fills the rows [begin, end) of in.codes. For processors that have an `integer_method`.
+void quantize(const Inputs& in, int64_t begin, int64_t end);
+
 // Bytes of one output's weights, about.
 int64_t row_bytes(const Weights& w);
 
@@ -99,6 +110,6 @@ void widen_int8(const int8_t* w, BFloat16* y, int64_t begin, int64_t end);
 
 // Names of the variants that this processor can run, and the choice of one, for tests; "" chooses
 // the fastest again. False if there is none of that name.
-std::vector<const char*> variant_names();
-bool use_variant(const char* name);
+std::vector<std::string> variant_names();
+bool use_variant(std::string name);
 }  // namespace llama3

@@ -57,6 +57,7 @@ void (*const widen[])(const int8_t*, BFloat16*, int64_t, int64_t) = {EACH_VARIAN
 
 #define NAME(ns) #ns
 const char* const names[] = {EACH_VARIANT(NAME)};
+const char VNNI[] = "-vnni";  // after the name of a variant: with integer_method
 
 template <class T>
 void widen_row(const Inputs& in, int64_t m) {
@@ -92,7 +93,8 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
     case Form::fp32:
     case Form::places: return 4 * M * padded(K);
     case Form::panels: return lines(2 * M * K);
-    case Form::columns: return lines((M + 15) / 16 * 16 * (K + 1) / 2 * 4);
+    case Form::codes: return lines(Activations::bytes(M, K));
+    case Form::columns: return (M + 15) / 16 * 64 * ((K + 1) / 2);
     case Form::bf16: return 0;
   }
   return 0;
@@ -101,6 +103,7 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
 
 namespace llama3 {
 Method method_for(const Weights& w, int64_t M, bool x_is_bf16) {
+  if (const Method* found = integer_method(w.kind)) return *found;
   const int kind = static_cast<int>(w.kind);
   if (x_is_bf16 && variant() == AVX512_BF16 && w.kind == Kind::bf16 && M >= prompt.rows && w.K > 0)
     return prompt.method;
@@ -131,11 +134,14 @@ Inputs inputs_of(Form form, const void* x, bool is_bf16, int64_t M, int64_t K, i
   in.fp32 = reinterpret_cast<float*>(bytes);
   in.panels = reinterpret_cast<uint32_t*>(bytes);
   in.sums = reinterpret_cast<float*>(bytes + rows_bytes(form, M, K));
+  if (form == Form::codes) in.codes = Activations(M, K, scratch);
   return in;
 }
 
 void prepare(const Inputs& in, int64_t begin, int64_t end) {
-  if (in.form != Form::fp32 && in.form != Form::places) return fill(in, begin, end);
+  if (in.form == Form::panels || in.form == Form::columns) return fill(in, begin, end);
+  if (in.form == Form::codes) return quantize(in, begin, end);
+  if (in.form == Form::bf16) return;
   for (int64_t m = begin; m < end; m++) {
     in.is_bf16 ? widen_row<BFloat16>(in, m) : widen_row<float>(in, m);
     if (in.form == Form::places) divide_by_places(in, m);
@@ -150,18 +156,23 @@ void widen_int8(const int8_t* w, BFloat16* y, int64_t begin, int64_t end) {
   widen[variant()](w, y, begin, end);
 }
 
-std::vector<const char*> variant_names() {
-  std::vector<const char*> found;
+std::vector<std::string> variant_names() {
+  std::vector<std::string> found;
+  for (const int index : variants())
+    if (has_vnni(index)) found.push_back(std::string(names[index]) + VNNI);
   for (const int index : variants()) found.push_back(names[index]);
   return found;
 }
 
-bool use_variant(const char* name) {
+bool use_variant(std::string name) {
+  const bool vnni = name.ends_with(VNNI);
+  if (vnni) name.resize(name.size() - std::strlen(VNNI));
   int found = -1;
   for (const int index : variants())
-    if (!std::strcmp(name, names[index])) found = index;
-  if (found < 0 && *name) return false;
+    if (name == names[index] && (!vnni || has_vnni(index))) found = index;
+  if (found < 0 && (vnni || !name.empty())) return false;
   chosen.store(found);
+  integers.store(vnni || name.empty());
   return true;
 }
 }  // namespace llama3

@@ -104,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_rows(const Tensor& x_any) {
   const Tensor x = x_any.contiguous();
   llama3::Activations to(x.size(0), x.size(1), nullptr);
   const auto on = x.options();
+  to.stride = to.blocks * llama3::BLOCK_COLUMNS;
   Tensor codes = at::empty({to.M, to.stride}, on.dtype(at::kChar));
   Tensor scales = at::empty({to.M, to.blocks}, on.dtype(at::kFloat));
   Tensor sums = at::empty({to.M, to.blocks}, on.dtype(at::kInt));

@@ -3,48 +3,13 @@
 // file, which includes the header in the namespaces avx512, avx2 and plain, after vectors.h. The
 // variant avx512bf16 is avx512 plus the .cpp file's own kernels for processors with AVX512_BF16.
 
-#include <atomic>
 #include <cstring>
-#include <vector>
+
+#include "processor.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
-
-namespace llama3 {
-// The variants that this processor can run, the fastest first: indices into EACH_VARIANT.
-inline const std::vector<int>& variants() {
-  static const std::vector<int> found = [] {
-    std::vector<int> list;
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      if (__builtin_cpu_supports("avx512bf16")) list.push_back(0);
-      list.push_back(1);
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) list.push_back(2);
-    list.push_back(3);
-#else
-    list.push_back(0);
-#endif
-    return list;
-  }();
-  return found;
-}
-
-#if defined(__x86_64__)
-constexpr int AVX512_BF16 = 0;
-#else
-constexpr int AVX512_BF16 = -1;
-#endif
-
-inline std::atomic<int> chosen{-1};  // set by tests; -1: the fastest
-
-inline int variant() {
-  const int index = chosen.load();
-  return index < 0 ? variants().front() : index;
-}
-}  // namespace llama3
 
 // LANES: floats in a vector. TARGET: the attribute that enables the instructions. WIDEN_8 and
 // WIDEN_16 load LANES int8 or uint16 into int32; gcc 12's own conversion does that lane by lane.

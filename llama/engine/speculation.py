@@ -1,0 +1,234 @@
+"""Speculation: which ids to propose to a row, and how many, so that checking them pays.
+
+A step that checks k proposed ids computes k + 1 positions of a row instead of one, and gives 1 to
+k + 1 ids (arXiv:2211.17192). Where reading the weights limits a step, this costs little more than
+one position. Knows how much by a table, and never measures time: what is proposed depends on ids
+only, so that all ranks propose the same, and a call gives the same result each time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from llama.engine.prompt_lookup import PromptLookup
+from llama.engine.proposal import NOTHING, Proposal
+from llama.engine.request import Generation
+
+if TYPE_CHECKING:
+    from llama.engine.draft import Draft
+    from llama.engine.slots import Slot
+
+log = logging.getLogger("llama")
+
+# What a step with this many positions takes, relative to one position.
+POSITIONS = (1, 2, 4, 8, 16)
+COSTS = {
+    "bfloat16": (1.0, 1.04, 1.08, 1.15, 1.6),
+    "float32": (1.0, 1.4, 1.7, 2.2, 4.4),
+    "int8": (1.0, 1.4, 1.7, 2.0, 2.8),
+    "int4": (1.0, 1.3, 1.5, 2.1, 3.2),
+}
+DRAFT = 0  # in the place of the length of a match: the draft model has proposed
+# How often an id proposed after a match of so many ids is right, until the row shows it.
+PRIOR = {6: 0.8, 3: 0.5, 2: 0.3, DRAFT: 0.7}
+PRIOR_WEIGHT = 2.0  # proposed ids that count as much as the prior
+DECAY = 0.9  # of what older proposals count, in each check
+RECOVERY = 0.98  # likewise, in each step in which a draft proposes nothing
+WORTH = 1.03  # the least expected gain for which ids are proposed
+# Time that checks may cost more than they have saved, in steps: this, and this for each id.
+ALLOWANCE, ALLOWANCE_PER_ID = 0.3, 0.015
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """What an engine proposes, and when.
+
+    Attributes:
+        lookup: propose what followed the same ids earlier in the prompt or the answer.
+        rows: only while at most this many rows decode: more of them share the cost of a step.
+        costs: what a step with so many `POSITIONS` takes, relative to one position.
+    """
+
+    lookup: bool = True
+    rows: int = 2
+    costs: tuple[float, ...] = COSTS["bfloat16"]
+
+    def __post_init__(self) -> None:
+        if type(self.rows) is not int or not 1 <= self.rows <= POSITIONS[-1] // 2:
+            raise ValueError(f"rows must be 1 to {POSITIONS[-1] // 2}, not {self.rows!r}")
+        if len(self.costs) != len(POSITIONS) or not all(c >= 1 for c in self.costs):
+            raise ValueError(f"costs must be {len(POSITIONS)} numbers of at least 1")
+
+    def ratios(self, rows: int) -> list[float]:
+        """For k = 0, 1, ...: what a step takes that proposes k ids to each of `rows` rows.
+
+        Relative to one that proposes none; as far as the table goes.
+        """
+        cost = [self._cost(rows * (k + 1)) for k in range(POSITIONS[-1] // rows)]
+        return [c / cost[0] for c in cost]
+
+    def _cost(self, positions: int) -> float:
+        i = next(i for i, n in enumerate(POSITIONS[1:]) if positions <= n)
+        (a, b), (low, high) = POSITIONS[i : i + 2], self.costs[i : i + 2]
+        return low + (high - low) * (positions - a) / (b - a)
+
+
+class Guesses:
+    """What is known about the ids proposed to one row: how often they were right, what they cost.
+
+    Attributes:
+        balance: steps that were saved, less the time of the checks in steps.
+    """
+
+    def __init__(self) -> None:
+        self.lookup = PromptLookup()
+        self.balance = 0.0
+        self._right = dict.fromkeys(PRIOR, 0.0)  # by the length of the match, or DRAFT
+        self._tried = dict.fromkeys(PRIOR, 0.0)
+        self._source, self._cost = DRAFT, 0.0  # of what was proposed last
+
+    def plan(self, source: int, ratios: Sequence[float], generated: int) -> Plan:
+        """How many ids to propose, and the ids per time that are expected then.
+
+        Args:
+            source: the length of the match, or DRAFT.
+            ratios: what proposing and checking 0, 1, ... ids costs; as many as may be proposed.
+            generated: how many ids the row has generated.
+        """
+        rate = PRIOR[source] * PRIOR_WEIGHT + self._right[source]
+        plan = best_plan(rate / (PRIOR_WEIGHT + self._tried[source]), ratios)
+        least = -ALLOWANCE - ALLOWANCE_PER_ID * generated
+        number = plan.number
+        while number and self.balance - (ratios[number] - 1) < least:
+            number //= 2
+        return Plan(plan.gain if number else 1.0, number, source, ratios[number] - 1)
+
+    def forget(self, source: int) -> None:
+        """Let the rate of a source go back to its prior, a little in each step without it."""
+        self._right[source] *= RECOVERY
+        self._tried[source] *= RECOVERY
+
+    def propose(self, plan: Plan) -> None:
+        """Note what is proposed."""
+        self._source, self._cost = plan.source, plan.cost
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Note the outcome of the last proposal."""
+        if not proposed:
+            return
+        source = self._source
+        self._right[source] = self._right[source] * DECAY + accepted
+        self._tried[source] = self._tried[source] * DECAY + min(accepted + 1, proposed)
+        self.balance += accepted - self._cost
+
+
+class Plan(NamedTuple):
+    """How many ids to propose.
+
+    Attributes:
+        gain: ids per time that are expected, relative to no proposal.
+        source: see `Guesses.plan`.
+        cost: time of proposing and checking them, in steps.
+    """
+
+    gain: float
+    number: int
+    source: int = DRAFT
+    cost: float = 0.0
+
+
+def best_plan(rate: float, ratios: Sequence[float]) -> Plan:
+    """The count with the most ids per time, if each id is right with probability `rate`.
+
+    0 if no count is worth it.
+    """
+    best, chance, ids = Plan(WORTH, 0), 1.0, 1.0
+    for k in range(1, len(ratios)):
+        chance *= rate
+        ids += chance
+        if ids / ratios[k] > best.gain:
+            best = Plan(ids / ratios[k], k)
+    return best
+
+
+class Speculator:
+    """Proposes ids to the decoding rows of an engine.
+
+    Args:
+        options: None proposes nothing.
+        draft: also proposes, where the lookup finds nothing better.
+    """
+
+    def __init__(self, options: Speculation | None, draft: Draft | None = None):
+        self.draft, self.lookup = draft, options is not None and options.lookup
+        rows = 0 if options is None else options.rows
+        self._ratios = [options.ratios(n) for n in range(1, rows + 1)] if options else []
+
+    def propose(self, decoding: Sequence[Slot], slots: Sequence[Slot], room: int) -> list[Proposal]:
+        """Ids to check in each decoding slot, or NOTHING.
+
+        Args:
+            slots: all of the engine's.
+            room: positions of a cache row.
+        """
+        if len(decoding) > len(self._ratios):
+            return [NOTHING] * len(decoding)
+        running = [slot.running for slot in slots if slot.generation is not None]
+        # The order of draws from torch's global generator, and so the ids, would depend on what is
+        # proposed: rows that share it are not checked.
+        shared = sum(map(draws_globally, running)) > 1
+        # Shorter rows are padded: the longest must leave room for what is proposed to another.
+        room -= max((len(slot.cached) for slot in decoding), default=0)
+        proposals = []
+        for slot in decoding:
+            generation = slot.running
+            left = generation.budget - (len(generation.tokens) - len(generation.request.prompt))
+            ratios = self._ratios[len(decoding) - 1][: min(room, left)]
+            wanted = slot.pending == 1 and not (shared and draws_globally(generation))
+            busy = [slot.running.id for slot in decoding]
+            proposals.append(self._propose(slot, ratios, busy) if wanted else NOTHING)
+        return proposals
+
+    def _propose(self, slot: Slot, ratios: Sequence[float], busy: Sequence[int]) -> Proposal:
+        """Ids for a slot.
+
+        Args:
+            ratios: see `Guesses.plan`.
+            busy: the generations that decode.
+        """
+        if len(ratios) < 2:
+            return NOTHING
+        if slot.guesses is None:
+            slot.guesses = Guesses()
+        generation, guesses, plan = slot.running, slot.guesses, Plan(1.0, 0)
+        n, found = len(generation.tokens) - len(generation.request.prompt), list[int]()
+        if self.lookup:
+            found, size = guesses.lookup.find(generation.tokens, len(ratios) - 1)
+            plan = guesses.plan(size, ratios, n) if found else plan
+        if self.draft is not None:
+            cost = self.draft.cost
+            drafted = guesses.plan(DRAFT, [x + k * cost for k, x in enumerate(ratios)], n)
+            if drafted.number and drafted.gain > plan.gain:
+                guesses.propose(drafted)
+                return self._drafted(generation, drafted.number, busy)
+            guesses.forget(DRAFT)
+        guesses.propose(plan)
+        return Proposal(found[: plan.number]) if plan.number else NOTHING
+
+    def _drafted(self, generation: Generation, count: int, busy: Sequence[int]) -> Proposal:
+        """Ids of the draft model, which is given up if it fails."""
+        assert self.draft is not None
+        try:
+            return self.draft.propose(generation, count, busy)
+        except Exception as e:  # such as out of memory: requests go on without it
+            log.warning("the draft model has failed and is not used any more: %s", e)
+            self.draft = None
+            return NOTHING
+
+
+def draws_globally(generation: Generation) -> bool:
+    """Whether a generation takes random numbers from torch's global generator."""
+    return generation.generator is None and not generation.request.sampling.greedy
