@@ -1,5 +1,5 @@
 // Chooses how weights are multiplied: the table of methods for each kind of weight and instruction
-// set. The arithmetic is in rows.h and blocked.h.
+// set. The arithmetic is in rows.h, blocked.h and prefill.h.
 
 #include "linear.h"
 
@@ -24,7 +24,7 @@ struct Many {
   Method method;
 };
 constexpr int64_t NEVER = INT64_MAX;
-const int64_t PROMPT = getenv("PF") ? atoi(getenv("PF")) : 64;
+constexpr int64_t PROMPT = 64;  // from so many rows on, prefill.h is faster than blocked.h
 
 #if defined(__x86_64__)
 #undef TARGET
@@ -38,7 +38,7 @@ const Many many[KINDS] = {{NEVER, {}},
                           {2, {Form::bf16, 4, with_bf16::blocks<BFloat16>}},
                           {5, {Form::bf16, 4, with_bf16::blocks<int8_t>}},
                           {1, {Form::panels, 16, with_bf16::tiles}}};
-const Many prompt = {PROMPT, {Form::columns, 12, with_bf16::many_rows}};  // bf16 weights
+const Many prompt = {PROMPT, {Form::columns, with_bf16::TILE, with_bf16::many_rows}};  // bf16 weights
 void fill(const Inputs& in, int64_t begin, int64_t end) {
   if (in.form == Form::panels) with_bf16::fill_panels(in, begin, end);
   if (in.form == Form::columns) with_bf16::fill_columns(in, begin, end);
