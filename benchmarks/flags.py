@@ -14,10 +14,14 @@ def check_model(shape: str, dtype: str, quantize: str | None = None) -> None:
     """Check the names of a shape, a dtype and a quantization scheme."""
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; use one of {', '.join(SHAPES)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if quantize not in (None, "int8", "int4"):
         raise ValueError(f"unknown scheme {quantize!r}; use int8 or int4, or leave it out")
+
+
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}; use one of {', '.join(DTYPES)}")
 
 
 def check_counts(**counts: object) -> None:

@@ -2,10 +2,11 @@
 
     python -m benchmarks.kernels linear
     python -m benchmarks.kernels linear --rows 2,4,8,128 --shapes 8192x2048 --threads 1
+    python -m benchmarks.kernels linear --only bf16,int8 --variant avx512bf16
     python -m benchmarks.kernels attention --heads 32 --kv_heads 8 --head_dim 64
 
 `linear` prints GB/s of weights with their scales, and for several rows of x GFLOP/s in brackets. x
-is bf16. There are so many copies of each matrix that none stays in a cache. Everything on a line is
+is bf16; variants that end in -vnni convert it to 8 bits for int8. There are so many copies of each matrix that none stays in a cache. Everything on a line is
 timed alternately; each figure is the 10th percentile of the calls' times. "read" sums a tensor of
 1 GiB in the same rounds. `attention` prints milliseconds of one layer in bf16, and GB/s of its KV
 cache, which is not in the processor's cache either. Both print one JSON line, which --out saves.
@@ -114,7 +115,7 @@ def is_count(text: str) -> bool:
     return text.isdecimal() and int(text) > 0
 
 
-def begin(threads: int | None, out: str | None) -> None:
+def begin(threads: int | None, out: str | None, variant: str = "") -> None:
     """Check flags, load the kernels, print threads and instruction set."""
     check_file("out", out, ".json")
     if threads is not None:
@@ -122,7 +123,11 @@ def begin(threads: int | None, out: str | None) -> None:
         torch.set_num_threads(threads)
     if not kernels.load():
         raise SystemExit("the kernels cannot be compiled here")
-    print(f"{torch.get_num_threads()} threads, {torch.ops.llama3.variants()[0]}")
+    names = torch.ops.llama3.variants()
+    if variant not in ("", *names):
+        raise ValueError(f"--variant must be one of {', '.join(names)}, not {variant!r}")
+    torch.ops.llama3.use_variant(variant)
+    print(f"{torch.get_num_threads()} threads, {variant or names[0]}")
 
 
 def linear(
@@ -131,6 +136,7 @@ def linear(
     only: str = "",
     threads: int | None = None,
     seconds: float = 0.5,
+    variant: str = "",
     out: str | None = None,
 ) -> None:
     """Matrix multiplications.
@@ -141,10 +147,11 @@ def linear(
         only: names of columns, separated by commas; all if empty.
         threads: default: as torch chooses.
         seconds: of each column of a line.
+        variant: instruction set of the kernels; the fastest if empty.
         out: a JSON file to write.
     """
     Ms, sizes = counts("rows", rows, "2,4,8"), counts("shapes", shapes, "8192x2048,2048x2048")
-    begin(threads, out)
+    begin(threads, out, variant)
     big = torch.arange(1 << 27)  # 1 GiB
     figures: list[Figure] = []
     for [M] in Ms:
@@ -169,6 +176,7 @@ def linear(
         "only": only,
         "threads": threads,
         "seconds": seconds,
+        "variant": variant,
     }
     result = make_result("kernels linear", settings, figures, row_heading="N x K")
     finish(result, out, show_table=False)

@@ -24,9 +24,7 @@ from llama.tokenizer import Tokenizer
 
 CONTEXT = 131072  # positions that a file claims to be trained for
 BATCH = 512  # ids that one call computes at most; llama.cpp's own default
-# ggml's names of dtypes and of the schemes with as many bits.
-KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SCHEMES = {"int8": "Q8_0", "int4": "Q4_0"}
+KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # ggml's names of dtypes
 
 
 def write_gguf(source: Source, path: Path, dtype: str, tokenizer: Tokenizer | None = None) -> None:
@@ -124,8 +122,19 @@ def _divisors(args: ModelArgs) -> np.ndarray:
     return divisors
 
 
+def about() -> str:
+    """Version, and the instruction sets it was built for."""
+    import llama_cpp  # type: ignore[import-not-found,unused-ignore]
+
+    features = llama_cpp.llama_print_system_info().decode()
+    return f"llama-cpp-python {llama_cpp.__version__}: {features.strip(' |')}"
+
+
 def quantize_gguf(source: Path, target: Path, scheme: str) -> None:
     """Quantize a GGUF file by llama.cpp's quantizer with its default settings.
+
+    Args:
+        scheme: Q8_0, Q4_0, Q4_K_M, ...
 
     Raises:
         RuntimeError: llama.cpp failed.
@@ -134,7 +143,7 @@ def quantize_gguf(source: Path, target: Path, scheme: str) -> None:
 
     _be_quiet(llama_cpp)
     options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{SCHEMES[scheme]}")
+    options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{scheme}")
     options.nthread = torch.get_num_threads()
     paths = (str(path).encode() for path in (source, target))
     if llama_cpp.llama_model_quantize(*paths, ctypes.byref(options)):
@@ -151,7 +160,9 @@ def weight_bytes(path: Path) -> int:
 
 
 class LlamaCpp:
-    """A model on its default settings, for `rows` sequences of `length` positions.
+    """A model on its default settings, for up to `rows` sequences of `length` positions.
+
+    Each number of rows has a context of its own, so that one row is not charged for others.
 
     Args:
         precise: fp32 attention and cache; by default llama.cpp rounds both to fp16.
@@ -171,55 +182,76 @@ class LlamaCpp:
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         if not self.model:
             raise RuntimeError(f"llama.cpp could not load {path}")
-        options = llama_cpp.llama_context_default_params()
-        options.n_ctx = rows * -(-length // 256) * 256  # divided between the sequences
-        options.n_batch = options.n_ubatch = BATCH
-        options.n_seq_max = rows
-        options.n_threads = options.n_threads_batch = torch.get_num_threads()
-        if precise:
-            options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
-            options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = llama_cpp.llama_init_from_model(self.model, options)
-        if not self.context:
-            raise RuntimeError(f"llama.cpp could not create a context of {options.n_ctx} positions")
+        self.length, self.precise = length, precise
         self.V = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.batch = llama_cpp.llama_batch_init(max(BATCH, rows), 0, 1)
-        self.cached = 0  # positions of each sequence in its cache
+        self.contexts: dict[int, Any] = {}  # of each number of rows
+        self.cached: dict[int, int] = {}  # positions of each sequence in its cache
+
+    def _context(self, rows: int) -> Any:
+        if rows not in self.contexts:
+            api = self.api
+            options = api.llama_context_default_params()
+            options.n_ctx = rows * -(-self.length // 256) * 256  # divided between the sequences
+            options.n_batch = options.n_ubatch = BATCH
+            options.n_seq_max = rows
+            options.n_threads = options.n_threads_batch = torch.get_num_threads()
+            if self.precise:
+                options.type_k = options.type_v = api.GGML_TYPE_F32
+                options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            context = api.llama_init_from_model(self.model, options)
+            if not context:
+                raise RuntimeError(f"llama.cpp has no context of {options.n_ctx} positions")
+            self.contexts[rows], self.cached[rows] = context, 0
+        return self.contexts[rows]
 
     def forward(self, tokens: Tensor, position: int) -> Tensor:
         """(B, T) ids from `position` on -> (B, V) fp32 logits of the last."""
         B, T = tokens.shape
-        if position != self.cached:
-            memory = self.api.llama_get_memory(self.context)
+        context = self._context(B)
+        if position != self.cached[B]:
+            memory = self.api.llama_get_memory(context)
             for row in range(B):
                 self.api.llama_memory_seq_rm(memory, row, position, -1)
         share = max(1, BATCH // B)
         for start in range(0, T, share):
             part = tokens[:, start : start + share]
-            last = self._feed(part.tolist(), position + start, start + part.shape[1] == T)
-        self.cached = position + T
-        rows = [self.api.llama_get_logits_ith(self.context, i) for i in last]
+            keep = "last" if start + part.shape[1] == T else "none"
+            indices = self._feed(context, part.tolist(), position + start, keep)
+        self.cached[B] = position + T
+        return self._logits(context, indices)
+
+    def all_logits(self, ids: list[int]) -> Tensor:
+        """(T, V) fp32 logits after each of at most BATCH ids."""
+        context = self._context(1)
+        self.api.llama_memory_seq_rm(self.api.llama_get_memory(context), 0, 0, -1)
+        self.cached[1] = len(ids)
+        return self._logits(context, self._feed(context, [ids], 0, "all"))
+
+    def _logits(self, context: Any, indices: list[int]) -> Tensor:
+        rows = [self.api.llama_get_logits_ith(context, i) for i in indices]
         return torch.stack([torch.from_numpy(np.ctypeslib.as_array(r, (self.V,))) for r in rows])
 
-    def _feed(self, ids: list[list[int]], position: int, ends: bool) -> list[int]:
-        """Compute (B, T) ids in one call; returns each row's index of its last id.
+    def _feed(self, context: Any, ids: list[list[int]], position: int, keep: str) -> list[int]:
+        """Compute (B, T) ids in one call; returns the indices whose logits it keeps.
 
         Args:
-            ends: keep the logits of these indices.
+            keep: of each row's ids "all", the "last", or "none".
         """
-        batch, last = self.batch, []
+        batch, kept = self.batch, []
         batch.n_tokens = 0
         for row, values in enumerate(ids):
             for i, token in enumerate(values):
                 n = batch.n_tokens
                 batch.token[n], batch.pos[n] = token, position + i
                 batch.n_seq_id[n], batch.seq_id[n][0] = 1, row
-                batch.logits[n] = ends and i == len(values) - 1
+                batch.logits[n] = keep == "all" or (keep == "last" and i == len(values) - 1)
+                if batch.logits[n]:
+                    kept.append(n)
                 batch.n_tokens = n + 1
-            last.append(batch.n_tokens - 1)
-        if code := self.api.llama_decode(self.context, batch):
+        if code := self.api.llama_decode(context, batch):
             raise RuntimeError(f"llama_decode failed with code {code}")
-        return last
+        return kept
 
 
 def _be_quiet(api: Any) -> None:

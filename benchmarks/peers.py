@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,41 @@ import torch
 from torch import Tensor
 
 from benchmarks import llama_cpp_peer
-from benchmarks.llama_cpp_peer import KINDS, SCHEMES, LlamaCpp, quantize_gguf, write_gguf
+from benchmarks.llama_cpp_peer import KINDS, LlamaCpp, quantize_gguf, write_gguf
 from benchmarks.meta_peer import meta_model
 from benchmarks.ours import build, greedy
-from benchmarks.random_checkpoint import RandomSource
+from benchmarks.random_checkpoint import SHAPES, RandomSource
 from benchmarks.transformers_peer import transformers_forward
+from llama.checkpoints.demo_model import ensure_demo_model
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import Source
 from llama.distributed.device import pick_device
 from llama.engine.engine import Engine
 from llama.engine.request import Generation
 from llama.model import ModelArgs, Transformer
 
-OURS = "llama3"
-# {peer: {module it imports: package that has it}}
-PEERS: dict[str, dict[str, str]] = {
-    "reference": {"llama_models": "llama-models"},
-    "transformers": {"transformers": "transformers"},
-    "llama.cpp": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
-    "llama.cpp-bf16": {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
-    "exact": {},
-    "bf16": {},
+OURS, LLAMA_CPP, TRANSFORMERS, META = "llama3", "llama.cpp", "transformers", "Meta's code"
+# {name: (program, its scheme of weights or its attention; None: the weights as stored)}
+SYSTEMS: dict[str, tuple[str, str | None]] = {
+    "llama3": (OURS, None),
+    "llama.cpp": (LLAMA_CPP, None),
+    "transformers-eager": (TRANSFORMERS, "eager"),
+    "transformers-sdpa": (TRANSFORMERS, "sdpa"),
+    "meta": (META, None),
+    "llama3-int8": (OURS, "int8"),
+    "llama.cpp-Q8_0": (LLAMA_CPP, "Q8_0"),
+    "llama3-int4": (OURS, "int4"),
+    "llama.cpp-Q4_0": (LLAMA_CPP, "Q4_0"),
+    "llama.cpp-Q4_K_M": (LLAMA_CPP, "Q4_K_M"),
 }
-CHUNK = 512  # ids that a call computes at most, of the context before the prompts
+# {program: {module it imports: package that has it}}
+PACKAGES = {
+    OURS: {},
+    LLAMA_CPP: {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
+    TRANSFORMERS: {"transformers": "transformers"},
+    META: {"llama_models": "llama-models"},
+}
 Forward = Callable[[Tensor, int], Tensor]  # (B, T) ids, cached positions -> (B, V) last logits
 
 
@@ -51,8 +63,7 @@ class Job:
     Attributes:
         params: as in params.json.
         folder: contains the weights, see `write_weights`.
-        quantize: scheme of this library and of llama.cpp, or None.
-        compile: compile this library's decode step.
+        dtype: of the weights that are not quantized.
         rows, length: of the KV cache.
         precise: keep attention and its cache in fp32 in all systems.
     """
@@ -60,53 +71,76 @@ class Job:
     params: dict[str, Any]
     folder: Path
     dtype: str
-    quantize: str | None
-    compile: bool
     rows: int
     length: int
     precise: bool = False
 
-    def title(self, name: str) -> str:
-        """Name of a system in the table."""
-        if name.startswith("llama.cpp"):
-            quantized = self.quantize if name == "llama.cpp" else None
-            return f"llama.cpp {SCHEMES[quantized] if quantized else KINDS[self.dtype]}"
-        if name in ("reference", "transformers"):
-            return name
-        kind = self.quantize if name == OURS and self.quantize else self.dtype
-        compiled = " compiled" if name == OURS and self.compile else ""
-        return f"{OURS} {kind}{compiled}" + (" exact" if name == "exact" else "")
-
-    def gguf(self, quantize: str | None) -> Path:
+    def gguf(self, scheme: str | None) -> Path:
         """llama.cpp's file of the weights."""
-        return self.folder / f"{quantize or self.dtype}.gguf"
+        return self.folder / f"{scheme or KINDS[self.dtype]}.gguf"
 
 
-def check_peers(names: list[str]) -> None:
-    """Raise a ValueError for an unknown or repeated peer, an ImportError for a missing package."""
-    for i, name in enumerate(names):
-        if name not in PEERS:
-            raise ValueError(f"unknown peer {name!r}; the peers are {', '.join(PEERS)}")
-        if name in names[:i]:
-            raise ValueError(f"the peer {name!r} is named twice; name it once")
-        for module, package in PEERS[name].items():
-            if find_spec(module) is None:
-                raise ImportError(
-                    f"the peer {name!r} needs `pip install {package}` (docs/performance.md says "
-                    "how), or leave it out"
-                )
+def title(name: str, dtype: str) -> str:
+    """Name of a system in a table."""
+    program, scheme = SYSTEMS[name]
+    return f"{program} {scheme or (KINDS[dtype] if program == LLAMA_CPP else dtype)}"
 
 
-def write_weights(job: Job, names: list[str]) -> None:
-    """Write the random weights into the job's folder, for the systems `names`."""
-    source = RandomSource(job.params)
+def missing_package(name: str) -> str | None:
+    """A package that a system needs and that is not installed."""
+    packages = PACKAGES[SYSTEMS[name][0]]
+    return next((p for module, p in packages.items() if find_spec(module) is None), None)
+
+
+def check_systems(listed: str) -> tuple[list[str], list[str]]:
+    """(systems to measure, a note about each that cannot be) of a list separated by commas.
+
+    Raises:
+        ValueError: a name is unknown or given twice, or nothing is left.
+    """
+    names: list[str] = []
+    notes: list[str] = []
+    for name in filter(None, listed.split(",")):
+        if name not in SYSTEMS:
+            raise ValueError(f"unknown system {name!r}; the systems are {', '.join(SYSTEMS)}")
+        if name in names:
+            raise ValueError(f"the system {name!r} is named twice; name it once")
+        if package := missing_package(name):
+            notes.append(f"{name} is skipped: it needs `pip install {package}`")
+            print(notes[-1], flush=True)
+        else:
+            names.append(name)
+    if not names:
+        raise ValueError("--systems leaves nothing to measure; docs/performance.md lists systems")
+    return names, notes
+
+
+def open_source(shape: str) -> Source:
+    """The weights of a shape.
+
+    Raises:
+        ValueError: there is no such shape.
+    """
+    if shape == "demo":
+        return open_checkpoint(ensure_demo_model())
+    if shape not in SHAPES:
+        raise ValueError(f"unknown shape {shape!r}; use one of demo, {', '.join(SHAPES)}")
+    params = dict(SHAPES[shape])
+    if params.get("use_scaled_rope"):
+        params["rope_scale_factor"] = 8.0  # the only one that Meta's published code knows
+    return RandomSource(params)
+
+
+def write_weights(job: Job, source: Source, names: Sequence[str]) -> None:
+    """Write the weights of `source` into the job's folder, for the systems `names`."""
     write_meta(source, None, job.folder, getattr(torch, job.dtype))
-    if any(name.startswith("llama.cpp") for name in names):
+    schemes = [SYSTEMS[name][1] for name in names if SYSTEMS[name][0] == LLAMA_CPP]
+    if schemes:
         write_gguf(source, job.gguf(None), job.dtype)
-    if job.quantize and "llama.cpp" in names:
-        quantize_gguf(job.gguf(None), job.gguf(job.quantize), job.quantize)
-        if "llama.cpp-bf16" not in names:
-            job.gguf(None).unlink()
+    for scheme in filter(None, schemes):
+        quantize_gguf(job.gguf(None), job.gguf(scheme), scheme)
+    if schemes and None not in schemes:
+        job.gguf(None).unlink()
 
 
 def position_bytes(args: ModelArgs, itemsize: int) -> int:
@@ -127,22 +161,17 @@ class System:
         forward: computes ids at a position, and forgets what is cached from there on.
         weight_bytes: weights that a decode step reads.
         position_bytes: keys and values that it reads for each cached position of a row.
+        about: version and how it was built, if it says so.
     """
 
-    def __init__(self, forward: Forward, weight_bytes: int, position_bytes: int):
+    def __init__(
+        self, forward: Forward, weight_bytes: int, position_bytes: int, about: str | None = None
+    ):
         self.forward = forward
         self.weight_bytes = weight_bytes
         self.position_bytes = position_bytes
-        self.context: list[list[int]] = []
+        self.about = about
         self.device = pick_device(None)
-
-    @torch.inference_mode()
-    def fill(self, context: list[list[int]]) -> None:
-        """Cache (B, N) ids, which then precede every prompt."""
-        self.context = context
-        tokens = torch.tensor(context, device=self.device)
-        for start in range(0, tokens.shape[1], CHUNK):
-            self.forward(tokens[:, start : start + CHUNK], start)
 
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
@@ -150,7 +179,7 @@ class System:
         start = time.perf_counter()
         drawn: list[list[int]] = []
         tokens = torch.tensor(prompts, device=self.device)
-        position = len(self.context[0]) if self.context else 0
+        position = 0
         for _ in range(new):
             logits = self.forward(tokens, position)
             position += tokens.shape[1]
@@ -173,12 +202,7 @@ class Ours(System):
             position_bytes(model.params, engine.cache[0].k.itemsize),
         )
 
-    def fill(self, context: list[list[int]]) -> None:
-        self.context = context
-        greedy(self.engine, context, 1, reuse=True)
-
     def generate(self, prompts: list[list[int]], new: int) -> tuple[list[list[int]], float, float]:
-        context = self.context or [[] for _ in prompts]
         start, first = time.perf_counter(), 0.0
 
         def after_step(generations: Sequence[Generation]) -> None:
@@ -186,44 +210,32 @@ class Ours(System):
             if not first and all(generation.ids for generation in generations):
                 first = time.perf_counter() - start
 
-        whole = [before + prompt for before, prompt in zip(context, prompts, strict=True)]
-        ids, reused = greedy(self.engine, whole, new, bool(self.context), after_step)
-        end = time.perf_counter()
-        assert reused == [len(context[0])] * len(prompts)
-        if self.context:  # leave the cache as `fill` did
-            greedy(self.engine, self.context, 1, reuse=True)
-        return ids, first, end - start - first
+        ids, _ = greedy(self.engine, prompts, new, after_step=after_step)
+        return ids, first, time.perf_counter() - start - first
 
 
-def ours(
-    job: Job, quantize: str | None = None, exact: bool = False, compile: bool = False
-) -> Engine:
+def ours(job: Job, quantize: str | None = None, exact: bool = False) -> Engine:
     """This library's engine on the weights in the job's folder."""
-    return build(
-        open_checkpoint(job.folder),
-        job.rows,
-        job.length,
-        job.dtype,
-        quantize=quantize,
-        exact=exact,
-        compile=compile,
-    )
+    source = open_checkpoint(job.folder)
+    return build(source, job.rows, job.length, job.dtype, quantize=quantize, exact=exact)
 
 
 def make_system(name: str, job: Job) -> System:
     """A system of a job whose weights are written."""
-    if name.startswith("llama.cpp"):
-        path = job.gguf(job.quantize if name == "llama.cpp" else None)
+    program, scheme = SYSTEMS[name]
+    if program == OURS:
+        return Ours(ours(job, scheme))
+    if program == LLAMA_CPP:
+        path = job.gguf(scheme)
         theirs = LlamaCpp(path, job.rows, job.length, job.precise)
         cached = position_bytes(ModelArgs(**job.params), 2)
-        return System(theirs.forward, llama_cpp_peer.weight_bytes(path), cached)
-    if name in ("reference", "transformers"):
-        model = ours(job, exact=True).model
-        cached = position_bytes(model.params, model.norm.weight.itemsize)
-        if name == "reference":
-            meta = meta_model(model, job.params, job.rows, job.length)
-            return System(lambda t, at: meta.forward(t, at)[:, -1], bytes_read(model), cached)
-        return System(transformers_forward(model), bytes_read(model), cached)
-    if name == OURS:
-        return Ours(ours(job, job.quantize, compile=job.compile))
-    return Ours(ours(job, exact=name == "exact"))
+        return System(
+            theirs.forward, llama_cpp_peer.weight_bytes(path), cached, llama_cpp_peer.about()
+        )
+    model = ours(replace(job, rows=1), exact=True).model
+    cached = position_bytes(model.params, model.norm.weight.itemsize)
+    if program == META:
+        meta = meta_model(model, job.params, job.rows, job.length)
+        return System(lambda t, at: meta.forward(t, at)[:, -1], bytes_read(model), cached)
+    assert scheme is not None
+    return System(transformers_forward(model, scheme), bytes_read(model), cached)

@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.ours import random_prompts
-from benchmarks.peers import OURS, Job, System, make_system, write_weights
+from benchmarks.peers import (
+    OURS,
+    SYSTEMS,
+    TRANSFORMERS,
+    Job,
+    System,
+    make_system,
+    open_source,
+    write_weights,
+)
+from benchmarks.random_checkpoint import RandomSource
 from llama.distributed.device import pick_device
 
 LAYERS, VOCABULARY = 2, 1024  # upper bounds
@@ -35,7 +45,7 @@ def cached_logits(system: System, ids: list[list[int]]) -> Tensor:
 
 
 def small(job: Job, folder: Path) -> Job:
-    """The same job with few layers and a small vocabulary, in fp32 and not quantized."""
+    """The same job with few layers and a small vocabulary, in fp32."""
     params: dict[str, Any] = job.params | {
         "n_layers": min(LAYERS, job.params["n_layers"]),
         "vocab_size": min(VOCABULARY, job.params["vocab_size"]),
@@ -45,10 +55,17 @@ def small(job: Job, folder: Path) -> Job:
         params=params,
         folder=folder,
         dtype="float32",
-        quantize=None,
         length=PROMPT + SINGLE,
         precise=True,
     )
+
+
+def unquantized(name: str) -> str:
+    """The system of the same program with weights as stored."""
+    program = SYSTEMS[name][0]
+    if program == TRANSFORMERS:
+        return name
+    return next(n for n, system in SYSTEMS.items() if system == (program, None))
 
 
 def differences(job: Job, names: list[str]) -> dict[str, float]:
@@ -62,15 +79,14 @@ def differences(job: Job, names: list[str]) -> dict[str, float]:
     """
     with TemporaryDirectory(dir=job.folder) as folder:
         reduced = small(job, Path(folder))
-        alias = {"llama.cpp-bf16": "llama.cpp", "bf16": OURS}
-        kinds = {name: alias.get(name, name) for name in [OURS, *names]}
-        write_weights(reduced, list(kinds.values()))
+        kinds = {name: unquantized(name) for name in [OURS, *names]}
+        write_weights(reduced, RandomSource(reduced.params), list(kinds.values()))
         ids = random_prompts(reduced.params["vocab_size"], [reduced.length] * job.rows)
         logits = {
             kind: cached_logits(make_system(kind, reduced), ids)
             for kind in dict.fromkeys(kinds.values())
         }
-    expected = logits.get("reference", logits[OURS])
+    expected = logits.get("meta", logits[OURS])
     found = {}
     for name, kind in kinds.items():
         found[name] = float((logits[kind] - expected).abs().max() / expected.abs().max())
@@ -85,8 +101,8 @@ def differences(job: Job, names: list[str]) -> dict[str, float]:
 class Preparation:
     """The work before the timing, as an object for a `Worker`."""
 
-    def run(self, job: Job, names: list[str]) -> dict[str, float]:
-        """Check the systems, write the weights, return `differences`."""
+    def run(self, job: Job, shape: str, names: list[str]) -> dict[str, float]:
+        """Check the systems, write the weights of a shape, return `differences`."""
         found = differences(job, names)
-        write_weights(job, [OURS, *names])
+        write_weights(job, open_source(shape), names)
         return found

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +29,15 @@ from llama import Llama, Request, Sampling, ensure_demo_model
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.common.dtypes import parse_dtype
 from llama.engine.engine import Engine
+from llama.engine.request import Generation
 from llama.engine.speculation import COSTS, POSITIONS, Speculation, Speculator
+from llama.generation import build_draft
 from llama.layers.optimize import optimize, quantize_model
 from llama.model import Transformer
 from llama.tokenizer import ChatFormat, Tokenizer
 
 ROOM = 1024  # positions of the cache
+GAIN = "ratio by medians of steps"
 PROMPTS = {"repeating": REPEATING, "ordinary": {text: (text, "") for text in ORDINARY}}
 
 
@@ -58,14 +63,48 @@ def ids_of(tokenizer: Tokenizer, asked: str, begins: str) -> list[int]:
     return prompt + tokenizer.encode(begins, bos=False, eos=False)
 
 
-def decode(engine: Engine, request: Request) -> tuple[float, Any]:
-    """(seconds a token after the first, the generation)."""
+@dataclass
+class Answer:
+    """One answer, without the step that computed its prompt.
+
+    Attributes:
+        steps: (positions, seconds) of each.
+    """
+
+    generation: Generation
+    tokens: int
+    steps: list[tuple[int, float]]
+
+    @property
+    def seconds(self) -> float:
+        """A token."""
+        return sum(seconds for _, seconds in self.steps) / self.tokens
+
+    def seconds_by(self, medians: Mapping[int, float]) -> float:
+        """A token, if each step took the median of all steps with so many positions."""
+        return sum(medians[positions] for positions, _ in self.steps) / self.tokens
+
+
+def decode(engine: Engine, request: Request) -> Answer:
+    """Answer a prompt; the time counts from its first token on."""
     generation = engine.add(request)
-    engine.wait(lambda: generation.ids or generation.finish_reason)
-    before, start = len(generation.ids), time.perf_counter()
-    engine.wait(lambda: generation.finish_reason)
-    seconds = time.perf_counter() - start
-    return seconds / max(1, len(generation.ids) - before), generation
+    while not generation.ids and not generation.finish_reason:
+        engine.step()
+    before, steps = len(generation.ids), []
+    while not generation.finish_reason:
+        proposed, start = generation.proposed, time.perf_counter()
+        engine.step()
+        steps.append((generation.proposed - proposed + 1, time.perf_counter() - start))
+    return Answer(generation, max(1, len(generation.ids) - before), steps)
+
+
+def medians_of_steps(answers: Iterable[Answer]) -> dict[int, float]:
+    """{positions: median seconds} of all steps."""
+    found: dict[int, list[float]] = {}
+    for answer in answers:
+        for positions, seconds in answer.steps:
+            found.setdefault(positions, []).append(seconds)
+    return {positions: statistics.median(some) for positions, some in found.items()}
 
 
 def answers(
@@ -76,6 +115,7 @@ def answers(
     new: int = 128,
     rounds: int = 3,
     temperature: float = 0.0,
+    draft: str | None = None,
     out: str | None = None,
 ) -> None:
     """Answer each prompt with and without speculation.
@@ -88,6 +128,7 @@ def answers(
         new: tokens of an answer.
         rounds: of all prompts.
         temperature: 0 is greedy; else with a seed and top_p 0.9.
+        draft: a checkpoint that also proposes; "demo" is the demo model.
         out: a JSON file to write.
     """
     check(size, dtype, quantize)
@@ -95,29 +136,48 @@ def answers(
     check_file("out", out, ".json")
     model, tokenizer = build(size, dtype, quantize)
     options = Speculation(costs=COSTS[quantize or dtype])
-    engine = Engine(model)
-    ways = {"without": Speculator(None), "with": Speculator(options)}
-    figures = []
-    for kind in prompts.split(","):
-        ratios = []
-        for name, (asked, begins) in chosen(kind).items():
-            request = Request(
-                ids_of(tokenizer, asked, begins), new, Sampling(temperature, 0.9), 1,
-                stop_tokens=tokenizer.stop_tokens,
-            )  # fmt: skip
-            seconds: dict[str, list[float]] = {which: [] for which in ways}
-            last: Any = None
-            for _ in range(rounds):
-                for which, engine.speculator in ways.items():
-                    found, last = decode(engine, request)
-                    seconds[which].append(found)
-            figures += figures_of(name, seconds, last)
-            ratios.append(median_ratio(seconds))
-        figures.append(Figure(f"{kind}: median", "gain", "", [statistics.median(ratios)]))
-        figures.append(Figure(f"{kind}: lowest", "gain", "", [min(ratios)]))
+    drafted = build_draft(ensure_demo_model() if draft == "demo" else draft, model, tokenizer)
+    kinds = {kind: chosen(kind) for kind in prompts.split(",")}
+    requests = {
+        name: Request(
+            ids_of(tokenizer, *prompt), new, Sampling(temperature, 0.9), 1,
+            stop_tokens=tokenizer.stop_tokens,
+        )
+        for asked in kinds.values() for name, prompt in asked.items()
+    }  # fmt: skip
+    ways = {"without": Speculator(None), "with": Speculator(options, drafted)}
+    figures = measured(Engine(model), ways, requests, rounds)
+    figures += [figure for kind, asked in kinds.items() for figure in summary(kind, asked, figures)]
     settings: dict[str, Any] = {"size": size, "dtype": dtype, "quantize": quantize}
     settings |= {"prompts": prompts, "new": new, "rounds": rounds, "temperature": temperature}
+    settings |= {"draft": draft}
     finish(make_result("speculation", settings, figures, row_heading="prompt"), out)
+
+
+def measured(
+    engine: Engine, ways: Mapping[str, Speculator], requests: Mapping[str, Request], rounds: int
+) -> list[Figure]:
+    """Answer alternately in both ways: a row for each request."""
+    found: dict[str, dict[str, list[Answer]]] = {}
+    for name, request in requests.items():
+        found[name] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, engine.speculator in ways.items():
+                found[name][way].append(decode(engine, request))
+    medians = medians_of_steps(x for each in found.values() for some in each.values() for x in some)
+    return [figure for name in found for figure in figures_of(name, found[name], medians)]
+
+
+def summary(kind: str, names: Iterable[str], figures: Sequence[Figure]) -> list[Figure]:
+    """The median and the lowest ratio of some prompts; nothing for one prompt."""
+    ratios = [f.runs[0] for f in figures if f.row in names and f.column == GAIN]
+    if len(ratios) == 1:
+        return []
+    median, lowest = statistics.median(ratios), min(ratios)
+    return [
+        Figure(f"{kind}: median", GAIN, "", [median], better="higher"),
+        Figure(f"{kind}: lowest", GAIN, "", [lowest], better="higher"),
+    ]
 
 
 def chosen(kind: str) -> dict[str, tuple[str, str]]:
@@ -135,27 +195,27 @@ def chosen(kind: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def median_ratio(seconds: dict[str, list[float]]) -> float:
-    """The gain: median time without over median time with."""
-    return statistics.median(seconds["without"]) / statistics.median(seconds["with"])
-
-
-def figures_of(name: str, seconds: dict[str, list[float]], last: Any) -> list[Figure]:
+def figures_of(
+    name: str, found: Mapping[str, Sequence[Answer]], medians: Mapping[int, float]
+) -> list[Figure]:
     """A row of the table.
 
     Args:
-        last: the last generation with speculation.
+        found: the answers without and with speculation.
+        medians: of all steps, by positions. A gain by these does not depend on when the machine
+            was busy.
     """
-    speeds = [
-        Figure(name, which, "tok/s", [1 / x for x in some], better="higher")
-        for which, some in seconds.items()
-    ]
+    speeds = {way: [1 / answer.seconds for answer in some] for way, some in found.items()}
+    without, last = found["without"][-1], found["with"][-1]
+    ratio = statistics.median(speeds["with"]) / statistics.median(speeds["without"])
+    gain = without.seconds_by(medians) / last.seconds_by(medians)
     return [
-        *speeds,
-        Figure(name, "gain", "", [median_ratio(seconds)], better="higher"),
-        Figure(name, "tokens", "", [len(last.ids)]),
-        Figure(name, "proposed", "", [last.proposed]),
-        Figure(name, "accepted", "", [last.accepted]),
+        *(Figure(name, way, "tok/s", some, better="higher") for way, some in speeds.items()),
+        Figure(name, "ratio", "", [ratio], better="higher"),
+        Figure(name, GAIN, "", [gain], better="higher"),
+        Figure(name, "tokens", "", [len(last.generation.ids)]),
+        Figure(name, "proposed", "", [last.generation.proposed]),
+        Figure(name, "accepted", "", [last.generation.accepted]),
     ]
 
 

@@ -55,12 +55,17 @@ def transformers_model(ours: Transformer) -> nn.Module:
     return theirs.train()
 
 
-def transformers_forward(ours: Transformer) -> Callable[[Tensor, int], Tensor]:
-    """A function: (B, T) ids at a position -> (B, V) logits of the last; with the default cache."""
+def transformers_forward(ours: Transformer, attention: str) -> Callable[[Tensor, int], Tensor]:
+    """A function: (B, T) ids at a position -> (B, V) logits of the last; with the default cache.
+
+    Args:
+        attention: its implementation, "eager" or "sdpa".
+    """
     from transformers import DynamicCache, LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = config_of(ours.params)
+    config._attn_implementation = attention
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(transformers_weights(ours), strict=True, assign=True)

@@ -33,7 +33,7 @@ from llama.common.async_reader import read_in_thread
 from llama.common.dtypes import dtype_name, parse_dtype
 from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
-from llama.distributed import job, tensor_parallel
+from llama.distributed import agreement, job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.checks import check_count, check_seed
 from llama.engine.compiled_step import check_cache
@@ -48,6 +48,7 @@ from llama.engine.speculation import COSTS, Speculation
 from llama.layers import cuda_ops, kernels
 from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantized_linear import check_scheme
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs, Transformer
 from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
@@ -534,7 +535,7 @@ class Llama:
         start, device = time.time(), pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         prepare_process(device, options)
-        with tensor_parallel.fails_on_all_ranks():
+        with agreement.fails_on_all_ranks():
             source, adapters = open_adapted(ckpt_dir, options.adapter, options.adapters)
             args = sizes_to_build(source, options)
             check_quantize(source, args, options.quantize)
@@ -542,17 +543,14 @@ class Llama:
             tokenizer = open_tokenizer(source, tokenizer_path)
         check_same_build(source, adapters, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
-        with tensor_parallel.fails_on_all_ranks():
+        with agreement.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
         with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
             quantize_model(model, None if source.quantization else options.quantize)
             adapters.attach(model)
             optimize(model, options.exact)
-        speculation, draft = speculation_of(model, source.quantization, options), None
-        with tensor_parallel.fails_on_all_ranks():
-            if speculation is not None and options.draft is not None:
-                draft = build_draft(options.draft, model, tokenizer, speculation.rows)
-            llama = Llama(model, tokenizer, speculation, draft)
+        with agreement.fails_on_all_ranks():
+            llama = Llama(model, tokenizer, *proposers(model, tokenizer, source, options))
         if job.is_leader():
             loaded = summary(source, model, time.time() - start, options.quantize)
             for line in (loaded, *adapters.lines(), chat_summary(llama)):
@@ -984,11 +982,19 @@ def check_same_build(
         "speculate": options.speculate,
         "the tokenizer": fingerprint(tokenizer),
     }
-    tensor_parallel.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
+    agreement.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
+
+
+def proposers(
+    model: Transformer, tokenizer: Tokenizer, source: Source, options: BuildOptions
+) -> tuple[Speculation | None, Draft | None]:
+    """What `Llama` takes beside model and tokenizer."""
+    speculation = speculation_of(model, source.quantization, options)
+    return speculation, build_draft(options.draft, model, tokenizer)
 
 
 def speculation_of(
-    model: Transformer, stored: tuple[str, int] | None, options: BuildOptions
+    model: Transformer, stored: Scheme | None, options: BuildOptions
 ) -> Speculation | None:
     """How a model speculates.
 
@@ -998,27 +1004,31 @@ def speculation_of(
         stored: the checkpoint's quantization.
     """
     w = model.norm.weight
-    kind = stored[0] if stored else options.quantize or dtype_name(w.dtype)
+    kind = stored.name if stored else options.quantize or dtype_name(w.dtype)
     measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
     measured = all(tensor_parallel.gather_json(measured))
     by_default = measured and not options.exact and not options.compile
     wanted = by_default if options.speculate is None else options.speculate
     if not wanted and options.draft is None:
         return None
-    return Speculation(costs=COSTS.get(kind, COSTS["bfloat16"]))
+    if w.device.type != "cpu":
+        kind = "compiled" if options.compile else "gpu"
+    return Speculation(costs=COSTS.get(kind, COSTS["float32"]))
 
 
-def build_draft(path: str | Path, model: Transformer, tokenizer: Tokenizer, rows: int) -> Draft:
-    """The draft model of a checkpoint, on the device and in the dtype of `model`.
+def build_draft(path: str | Path | None, model: Transformer, tokenizer: Tokenizer) -> Draft | None:
+    """The draft model of a checkpoint, on the device and in the dtype of `model`; None for None.
 
     Raises:
         FileNotFoundError, ValueError: as `Llama.build`, or see `load_draft`.
     """
+    if path is None:
+        return None
     room, w = model.params.max_seq_len, model.norm.weight
     small = load_draft(path, tokenizer, room, w.device, w.dtype)
     optimize(small)
     cost = weight_bytes(small) / weight_bytes(model)
-    draft = Draft(small, rows, room, model.vocab_size, cost)
+    draft = Draft(small, Speculation.rows, room, model.vocab_size, cost)
     cache = sum(layer.k.nbytes + layer.v.nbytes for layer in draft.cache)
     log.info(
         "Draft %s: %.2f GB of weights, %.2f GB of KV cache; a step costs %.0f %% of the model's",

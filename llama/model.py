@@ -382,6 +382,22 @@ class TransformerBlock(nn.Module):
         return out
 
 
+class Layers(nn.ModuleList):
+    """The blocks, one after the other."""
+
+    def forward(
+        self,
+        h: Tensor,
+        freqs_cis: Tensor,
+        mask: Tensor | None = None,
+        cache: Sequence[KVCache] | None = None,
+        at: CacheSlice | None = None,
+    ) -> Tensor:
+        for i, layer in enumerate(self):
+            h = layer(h, freqs_cis, mask, None if cache is None else cache[i], at)
+        return h
+
+
 class Transformer(nn.Module):
     """Llama 3. The state dict's names are those of Meta's checkpoints.
 
@@ -405,7 +421,7 @@ class Transformer(nn.Module):
         self.n_layers = params.n_layers
         share = vocabulary_share(params, ranks)
         self.tok_embeddings = nn.Embedding(share, params.dim, dtype=torch.float32)
-        self.layers = nn.ModuleList(TransformerBlock(i, params) for i in range(params.n_layers))
+        self.layers = Layers(TransformerBlock(i, params) for i in range(params.n_layers))
         self.norm = RMSNorm(params.dim, eps=params.norm_eps)
         self.output = plain_linear(params.dim, share)
         self.cache: list[KVCache] | None = None  # of `model(tokens, start_pos)` alone
@@ -516,9 +532,7 @@ class Transformer(nn.Module):
         """
         B, T = tokens.shape
         freqs_cis, mask, at = self.locate((B, T), start_pos, cache, cache_len, first_row)
-        h = self.embed(tokens)
-        for i, layer in enumerate(self.layers):
-            h = layer(h, freqs_cis, mask, None if cache is None else cache[i], at)
+        h = self.layers(self.embed(tokens), freqs_cis, mask, cache, at)
         out: Tensor = self.norm(h)
         return out
 

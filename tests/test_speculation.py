@@ -14,6 +14,8 @@ from llama import Llama
 from llama.commands.parser import parse
 from llama.generation import BuildOptions, speculation_of
 from llama.layers import kernels
+from llama.layers.schemes import SCHEMES
+from tests.engine.guessing import propose_answers
 
 Tiny = Callable[..., Path]
 VOCABULARY = 512  # of `byte_tokenizer_path`
@@ -66,11 +68,16 @@ def test_ids_and_scores_are_those_without(build: Callable[..., Llama], temperatu
     assert found[0] == found[1] and fast.engine.metrics().proposed_tokens
 
 
-def test_a_stream_is_the_completion(build: Callable[..., Llama]) -> None:
+def test_a_stream_is_the_completion(
+    build: Callable[..., Llama], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A piece may have several tokens; a stop string may be anywhere in them."""
     fast, plain = build(speculate=True), build(speculate=False)
     options: dict[str, Any] = {"temperature": 0, "max_gen_len": 40, "logprobs": True}
-    prompt = "abcabcabcabc" * 2
+    prompt = "abcabc"
+    ids = plain.tokenizer.encode(prompt, bos=True, eos=False)
+    [answer], _ = plain.generate([ids], 40, temperature=0)
+    propose_answers(monkeypatch, [(ids, answer)], wrong=5)
     [whole] = plain.text_completion([prompt], **options)
     pieces = list(fast.text_stream(prompt, **options))
     assert "".join(p.text for p in pieces) == whole["generation"]
@@ -110,8 +117,10 @@ def test_what_is_refused(
     (other / "tokenizer.model").write_text("\n".join(swapped))
     with pytest.raises(ValueError, match=r"has another vocabulary .* same model family"):
         build(draft=other)
-    with pytest.raises(FileNotFoundError, match="absent"):
+    with pytest.raises(FileNotFoundError, match="absent; check draft"):
         build(draft=other / "absent")
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer; put there its tokenizer\.model"):
+        build(draft=tiny_checkpoint(dim=32, n_layers=1, vocab_size=VOCABULARY))
     with pytest.raises(ValueError, match="exact and speculate"):
         build(exact=True, speculate=True)
     with pytest.raises(ValueError, match="exact and speculate"):
@@ -140,5 +149,5 @@ def test_costs_follow_from_the_weights(build: Callable[..., Llama]) -> None:
     options = {name: BuildOptions(speculate=True, quantize=name) for name in (None, "int8", "int4")}
     found = {n: speculation_of(llama.model, None, o) for n, o in options.items()}
     assert len({s.costs for s in found.values() if s}) == 3
-    stored = speculation_of(llama.model, ("int8", 32), options[None])
+    stored = speculation_of(llama.model, SCHEMES["int8"], options[None])
     assert stored == found["int8"]

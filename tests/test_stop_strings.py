@@ -19,7 +19,9 @@ from llama.generation import Answer
 def tiny(tiny_checkpoint: Callable[..., Path], llama3_tokenizer_path: Path) -> Llama:
     """A random model with the real vocabulary, 64 positions, 4 rows."""
     folder = tiny_checkpoint()
-    return Llama.build(folder, llama3_tokenizer_path, 64, 4, device="cpu", dtype=torch.float32)
+    return Llama.build(
+        folder, llama3_tokenizer_path, 64, 4, device="cpu", dtype=torch.float32, speculate=False
+    )
 
 
 def stop_in_a_batch(llama: Llama) -> tuple[dict[str, Any], list[Any], int]:

@@ -135,7 +135,7 @@ class AdaptedSource(Source):
         self._whole: dict[str, Tensor] = {}
         for name, w in adapter.whole.items():
             scheme = base.quantization
-            self._whole |= quantize_weight(name, w.float(), *scheme) if scheme else {name: w}
+            self._whole |= quantize_weight(name, w.float(), scheme) if scheme else {name: w}
 
     @property
     def context(self) -> int:

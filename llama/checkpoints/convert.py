@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llama.checkpoints.calibration import Calibration, calibrated_weights, cut_windows
 from llama.checkpoints.formats.meta_export import write_meta
 from llama.checkpoints.formats.quantized import stored_tensors
 from llama.checkpoints.locate import expand
@@ -21,8 +22,10 @@ from llama.checkpoints.open import (
 from llama.checkpoints.source import Source
 from llama.common.dtypes import parse_dtype
 from llama.common.files import check_free_space, new_folder
+from llama.distributed import job
 from llama.distributed.sharding import weight_shapes
-from llama.layers.quantized_linear import check_scheme
+from llama.layers.schemes import Scheme, find_scheme
+from llama.tokenizer import Tokenizer
 
 # Suffixes of the files that a conversion writes.
 WRITTEN_SUFFIXES = {".pth", ".json", ".model", ".safetensors"}
@@ -96,37 +99,79 @@ def write_checkpoint(
             write_hf(source, open_tokenizer(source), folder, dtype)
 
 
-def quantize(src: str | Path, dst: str | Path, scheme: str, group: int | None = None) -> Path:
+def quantize(
+    src: str | Path,
+    dst: str | Path,
+    scheme: Scheme | str,
+    calibration: Calibration | None = None,
+) -> Path:
     """Write the checkpoint `src`, of any layout, quantized, as the folder `dst`; returns `dst`.
 
     The result has the numbers that `Llama.build(src, ..., quantize=scheme)` computes from the
     weights in their stored dtype (bfloat16 for a GGUF). Needs memory for two weights, and twice the
     disk space of the result. An interrupted quantization leaves no `dst`.
 
+    A calibrated int4 has the same size and speed and smaller errors. It needs a tokenizer, the
+    time of about three prefills of the calibration's text, and memory for a layer, the moments of
+    its inputs and the text's hidden states.
+
     Args:
         scheme: "int8" or "int4"; `llama.layers.quantized_linear` says which weights stay plain.
-        group: 32, 64 or 128 inputs of an int4 weight share a scale; None: 32.
+        calibration: see `llama.checkpoints.calibration`; None: each weight by itself.
 
     Raises:
-        ValueError: unknown scheme or group, a group that does not divide a weight, or a `src` that
-            is quantized already.
+        ValueError: unknown scheme, a weight that it cannot store, a `src` that is quantized
+            already, or a calibration that is impossible.
         FileExistsError, FileNotFoundError, ImportError, OSError: as `convert`.
     """
-    check_scheme(scheme, 32 if group is None else group)
-    if scheme == "int8" and group is not None:
-        raise ValueError("group is for int4: int8 has one scale per output")
+    quantization = find_scheme(scheme)
+    if calibration is not None:
+        check_calibrated(quantization)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)
-    chosen, quantization = default_dtype(source), (scheme, group or 32)
+    chosen = default_dtype(source)
     needed = 0
-    for name, w in stored_tensors(source.args(), *quantization).items():
+    for name, w in stored_tensors(source.args(), quantization).items():
         dtype = chosen or source.dtype(name) if name.endswith(".weight") else w.dtype
         needed += w.numel() * dtype.itemsize
     with new_folder(dst) as folder:
         check_free_space(dst, 2 * needed)  # while it is written, it is on the disk twice
-        vocabulary = checked_vocabulary(source)
-        write_meta(source, vocabulary, folder, dtype=chosen, quantization=quantization)
+        vocabulary, weights = checked_vocabulary(source), None
+        if calibration is not None:
+            tokenizer = tokenizer_for_calibration(source, vocabulary)
+            ids = cut_windows(calibration, tokenizer, source.context)
+            weights = calibrated_weights(source, chosen, quantization, ids)
+        write_meta(
+            source, vocabulary, folder, dtype=chosen, quantization=quantization, calibrated=weights
+        )
     return dst
+
+
+def check_calibrated(scheme: Scheme) -> None:
+    """Check that a calibration can choose the codes of a scheme, in this process alone.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if scheme.layers.kind != "blocks":
+        raise ValueError(f"a calibration is for int4; {scheme.name} loses too little to need one")
+    if not job.is_single_process():
+        raise ValueError("a calibration runs in one process: call it without torchrun")
+
+
+def tokenizer_for_calibration(
+    source: Source, vocabulary: tuple[bytes, dict[str, Any]] | None
+) -> Tokenizer:
+    """The tokenizer of what `find_vocabulary` found.
+
+    Raises:
+        FileNotFoundError: it found none.
+    """
+    if vocabulary is None:
+        raise FileNotFoundError(
+            f"{source.path} has no tokenizer, which a calibration needs; add its tokenizer.model"
+        )
+    return tokenizer_of(source, vocabulary)
 
 
 def open_for_conversion(src: Path, dst: Path) -> Source:
@@ -139,8 +184,8 @@ def open_for_conversion(src: Path, dst: Path) -> Source:
     source = open_checkpoint(src)
     if source.quantization is not None:
         raise ValueError(
-            f"{src} is quantized already ({source.quantization[0]}) and cannot be converted; give "
-            "the original checkpoint"
+            f"{src} is quantized already ({source.quantization.name}) and cannot be converted; "
+            "give the original checkpoint"
         )
     if dst.resolve() in (source.path.resolve(), *source.path.resolve().parents):
         raise ValueError(f"{dst} contains the source itself; choose another folder")

@@ -22,8 +22,12 @@ def load_draft(
         FileNotFoundError, ValueError: as for any checkpoint; or its tokens are not those of
             `tokenizer`.
     """
-    source = open_checkpoint(path)
-    own = open_tokenizer(source, None)
+    try:
+        source = open_checkpoint(path)
+        own = open_tokenizer(source)
+    except FileNotFoundError as e:
+        message = str(e).replace("ckpt_dir", "draft").replace("give the path of", "put there")
+        raise FileNotFoundError(message) from None
     check_vocabulary(path, own, tokenizer)
     args = source.args(max_seq_len=room, max_batch_size=1)
     check_memory(source, args, device, dtype)

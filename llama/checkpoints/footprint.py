@@ -11,14 +11,7 @@ from dataclasses import dataclass
 
 from llama.common.dtype_names import SIZES, full_name
 from llama.distributed.sharding import Sizes, rank_shapes
-from llama.layers.schemes import (
-    BLOCK,
-    EXACT_SCORES,
-    GROUPS,
-    TILE,
-    check_scheme,
-    possible_ranks,
-)
+from llama.layers.schemes import BLOCK, EXACT_SCORES, INT8, Scheme, possible_ranks
 
 PREFILL_CHUNK = 512  # tokens of a prefill step of `Engine`
 # Per id of the vocabulary, to sample: logits, probabilities, both sorted, sums, ids of int64.
@@ -32,34 +25,30 @@ class Footprint:
     Attributes:
         tied: the output's weights are those of the embedding.
         dtype: of plain weights, KV cache and activations, such as "bf16" or "bfloat16".
-        quantize: "int8", "int4" or None; see `llama.layers.quantized_linear`.
-        group: inputs that share a scale in int4.
+        scheme: how the linears' weights are stored; None: they are plain.
 
     Raises:
-        ValueError: unknown dtype or scheme, or the model cannot be shared by so many ranks.
+        ValueError: unknown dtype, or the model cannot be shared by so many ranks.
     """
 
     args: Sizes
     tied: bool
     ranks: int = 1
     dtype: str = "bf16"
-    quantize: str | None = None
-    group: int = GROUPS[0]
+    scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         _ = self.itemsize  # raises for an unknown name
-        if self.quantize is not None:
-            check_scheme(self.quantize, self.group)
         possible = self.possible_ranks()
         if type(self.ranks) is not int or self.ranks not in possible:
-            scheme = f" in {self.quantize}" if self.quantize else ""
+            scheme = f" in {self.scheme.name}" if self.scheme else ""
             raise ValueError(
                 f"{self.ranks!r} ranks cannot share this model{scheme}; use one of {possible}"
             )
 
     def possible_ranks(self) -> list[int]:
         """Numbers of ranks that can share the model."""
-        return possible_ranks(self.args, self.quantize, self.group)
+        return possible_ranks(self.args, self.scheme)
 
     @property
     def itemsize(self) -> int:
@@ -75,21 +64,17 @@ class Footprint:
             in_layer = name.startswith("layers.")
             kind = name.split(".")[2 if in_layer else 0]
             kind = "norms" if "norm" in kind else kind.replace("tok_embeddings", "embedding")
-            if kind == "output" and self.tied and self.quantize is None:
+            if kind == "output" and self.tied and self.scheme is None:
                 continue
             times = self.args.n_layers if in_layer else 1
             sums[kind] += times * self._weight_bytes(kind, shape)
         return sums
 
     def _weight_bytes(self, kind: str, shape: tuple[int, ...]) -> int:
-        """Bytes of one weight: plain, or the buffers of its `Int8Linear` or `Int4Linear`."""
-        if self.quantize is None or kind in ("embedding", "norms"):
+        """Bytes of one weight, plain or quantized."""
+        if self.scheme is None or kind in ("embedding", "norms"):
             return math.prod(shape) * self.itemsize
-        rows, columns = shape
-        if self.quantize == "int8" or kind == "output":
-            return rows * (columns + 4)  # codes, and a scale in fp32
-        padded = -(-rows // TILE) * TILE
-        return padded * (columns // 2 + columns // self.group * 4)  # codes; scale and zero in bf16
+        return self.scheme.form(kind).bytes(shape[0], shape[1])
 
     def cache_token(self) -> int:
         """Bytes of the KV cache for one token."""
@@ -128,9 +113,13 @@ class Footprint:
         if wide:  # one layer's keys are copied too if there are several rows
             scores = min(rows * args.n_heads // self.ranks * context, EXACT_SCORES)
             attention += batch * context * kv * s + 8 * scores
-        unpacked = {None: 0, "int8": s, "int4": 16}[self.quantize] * BLOCK * max(dim, hidden)
+        unpacked = (
+            (0 if self.scheme is None else s if self.scheme.layers is INT8 else 16)
+            * BLOCK
+            * max(dim, hidden)
+        )
         vocabulary = rank_shapes(args, self.ranks)["output.weight"][0]
-        if self.quantize and full_name(self.dtype) == "float16":  # int8 is unpacked as a whole
+        if self.scheme and full_name(self.dtype) == "float16":  # int8 is unpacked as a whole
             unpacked = max(unpacked, 8 * dim * max(vocabulary, hidden))
         layer = max(rows * max(norm, rotation, feed_forward), attention)
         sampling = rows * dim * s + batch * args.vocab_size * SAMPLING_BYTES

@@ -66,7 +66,7 @@ def describe(source: Source, max_batch_size: int = 1, max_seq_len: int | None = 
         ("KV cache", f"{_with_unit(cache)} in bf16 for {max_batch_size} x {max_seq_len} tokens"),
         ("", f"{cache_bytes(args, 1, 1):,} bytes a token"),
     ]
-    for i, ranks in enumerate(possible_ranks(args, *source.quantization or ())):
+    for i, ranks in enumerate(possible_ranks(args, source.quantization)):
         each = _with_unit(rank_bytes(source, args, ranks))
         rows.append(("" if i else "ranks", f"{ranks:<4} {each:>9} of weights each"))
     return "\n".join(f"{label:<12}{text}" for label, text in rows)
@@ -120,13 +120,11 @@ def _stored_format(source: Source, args: ModelArgs) -> str:
     """The dtypes; for quantized weights the scheme and the bits per weight, scales included."""
     if source.quantization is None:
         return _plain_dtypes(source)
-    scheme, group = source.quantization
     plain = prod(weight_shapes(args)["tok_embeddings.weight"]) + (2 * args.n_layers + 1) * args.dim
     stored = _stored_bytes(source)
     codes = sum(n for name, n in stored.items() if not name.endswith(".weight"))
     bits = 8 * codes / (parameter_count(args, tied=False) - plain)
-    how = "int8" if scheme == "int8" else f"int4 in groups of {group}, the output in int8"
-    return f"{how}: {bits:.2f} bits a weight"
+    return f"{source.quantization.words()}: {bits:.2f} bits a weight"
 
 
 def _plain_dtypes(source: Source) -> str:

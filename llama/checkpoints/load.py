@@ -18,6 +18,7 @@ from llama.distributed import job, tensor_parallel
 from llama.distributed.sharding import VOCABULARY, rank_part, vocabulary_share
 from llama.layers.quantized_linear import check_ranks, check_scheme, quantized
 from llama.layers.replace import replace_modules
+from llama.layers.schemes import TILE
 from llama.model import ModelArgs, Transformer
 
 
@@ -30,13 +31,13 @@ def check_quantize(source: Source, args: ModelArgs, quantize: str | None) -> Non
     if quantize is not None:
         check_scheme(quantize)
     stored = source.quantization
-    if stored and quantize not in (None, stored[0]):
+    if stored and quantize not in (None, stored.name):
         raise ValueError(
-            f"{source.path} is quantized already, to {stored[0]}; quantize={quantize!r} needs the "
-            "original checkpoint"
+            f"{source.path} is quantized already, to {stored.name}; quantize={quantize!r} needs "
+            "the original checkpoint"
         )
-    if stored or quantize:
-        check_ranks(args, *(stored or (quantize,)))
+    if scheme := stored or quantize:
+        check_ranks(args, scheme)
 
 
 def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) -> Tensor:
@@ -53,7 +54,11 @@ def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) 
     dim, start, stop = part
     if weight not in VOCABULARY:
         return source.read_slice(name, dim, start, stop)
-    missing = vocabulary_share(args, size) - (stop - start)
+    share = vocabulary_share(args, size)
+    if name.endswith(".blocks"):  # whole tiles; bytes of zero are weights of zero
+        tiles = source.read_slice(name, dim, start, stop)
+        return F.pad(tiles, (0, 0, 0, 0, 0, -(-share // TILE) - len(tiles)))
+    missing = share - (stop - start)
     rows = source.read_slice(name, dim, min(start, stop - 1), stop)  # at least one, for the width
     rows = rows.narrow(0, len(rows) - (stop - start), stop - start)
     return F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, missing]) if missing else rows
@@ -73,11 +78,11 @@ def load_model(
     """
     rank, size = tensor_parallel.rank(), tensor_parallel.size()
     if source.quantization is not None:
-        check_ranks(args, *source.quantization)
+        check_ranks(args, source.quantization)
     with without_memory():
         model = Transformer(args)
     if source.quantization is not None:
-        replace_modules(model, {nn.Linear: quantized(*source.quantization)})
+        replace_modules(model, {nn.Linear: quantized(source.quantization)})
     weights: dict[str, Tensor] = {}
     names = list(model.state_dict())
     shown = progress(names, f"loading on {device}", len(names), "tensor")
@@ -101,7 +106,7 @@ def summary(source: Source, model: Transformer, seconds: float, quantize: str | 
     parameters = parameter_count(model.params, source.tied)
     size = sum(w.nbytes for w in distinct)
     w = model.norm.weight
-    scheme = source.quantization[0] if source.quantization else quantize
+    scheme = source.quantization.name if source.quantization else quantize
     kind = dtype_name(w.dtype) + (f" and {scheme}" if scheme else "")
     warning, max_seq_len = "", model.params.max_seq_len
     if max_seq_len > source.context:

@@ -18,7 +18,7 @@ from llama.checkpoints.serving import largest
 from llama.checkpoints.source import Source
 from llama.common.dtypes import dtype_name, parse_dtype
 from llama.distributed import job, tensor_parallel
-from llama.layers.schemes import GROUPS, possible_ranks
+from llama.layers.schemes import SCHEMES, find_scheme, possible_ranks
 from llama.model import ModelArgs
 
 LINEARS = ("attention", "feed_forward", "output")
@@ -88,13 +88,15 @@ def check_memory(
         quantize: as of `Llama.build`.
         available: bytes that are free on a device; None: unknown, and nothing is refused.
     """
-    ranks, (scheme, group) = tensor_parallel.size(), source.quantization or (quantize, GROUPS[0])
-    if ranks not in possible_ranks(args, scheme, group):
+    ranks, scheme = tensor_parallel.size(), source.quantization
+    if scheme is None and quantize is not None:
+        scheme = find_scheme(quantize)
+    if ranks not in possible_ranks(args, scheme):
         return  # the model says so when it is built
-    footprint = Footprint(args, source.tied, ranks, dtype_name(dtype), scheme, group)
+    footprint = Footprint(args, source.tied, ranks, dtype_name(dtype), scheme)
     here = job.local_ranks() if device.type == "cpu" else 1  # that share this memory
     weights = here * _allocated(footprint, source, device)
-    loaded = here * _allocated(replace(footprint, quantize=None), source, device)
+    loaded = here * _allocated(replace(footprint, scheme=None), source, device)
     loading = loaded if scheme and not source.quantization else 0
 
     def needed(batch: int, context: int) -> int:
@@ -133,7 +135,7 @@ def _allocated(footprint: Footprint, source: Source, device: torch.device) -> in
     mapped = source.dtype("tok_embeddings.weight") == parse_dtype(footprint.dtype)
     total = 0
     for kind, size in kinds.items():
-        quantized = footprint.quantize is not None and kind in LINEARS
+        quantized = footprint.scheme is not None and kind in LINEARS
         in_files = source.quantization is not None if quantized else mapped
         total += 0 if in_files else size
     return total
@@ -153,12 +155,12 @@ def _what_fits(fits: Callable[[int, int], bool], batch: int, context: int) -> st
 
 def _smaller_weights(footprint: Footprint, free: int) -> str:
     """What to do where the weights leave no room, as the end of a message."""
-    for scheme in () if footprint.quantize else ("int8", "int4"):
-        if footprint.ranks not in possible_ranks(footprint.args, scheme, footprint.group):
+    for scheme in () if footprint.scheme else SCHEMES.values():
+        if footprint.ranks not in possible_ranks(footprint.args, scheme):
             continue
-        size = sum(replace(footprint, quantize=scheme).weights().values())
+        size = sum(replace(footprint, scheme=scheme).weights().values())
         if size < free:
-            return f"`llama3 quantize --scheme {scheme}` makes the weights {gigabytes(size)}"
+            return f"`llama3 quantize --scheme {scheme.name}` makes the weights {gigabytes(size)}"
     return "use more ranks, each with memory of its own, or a smaller model"
 
 

@@ -79,8 +79,8 @@ def merge(
     source = open_checkpoint(base)
     if source.quantization is not None:
         raise ValueError(
-            f"{base} is quantized ({source.quantization[0]}), and merging would round its weights "
-            "again; merge into the original checkpoint, then quantize the result"
+            f"{base} is quantized ({source.quantization.name}), and merging would round its "
+            "weights again; merge into the original checkpoint, then quantize the result"
         )
     found = read_adapter(adapter, source)
     for path in (source.path, found.path):

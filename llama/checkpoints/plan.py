@@ -20,7 +20,7 @@ from llama.checkpoints.hardware import (
 from llama.checkpoints.serving import as_lines, collective_time, largest, serving
 from llama.common.options import option
 from llama.distributed.sharding import Sizes
-from llama.layers.schemes import GROUPS
+from llama.layers.schemes import find_scheme
 
 
 @dataclass
@@ -48,7 +48,6 @@ SHAPES = {
     "405b": Release(16384, 126, 128, 53248),
 }
 FIRST_CONTEXT = 8192  # of Llama 3, before 3.1
-LINEARS = {None: "", "int8": ", linears in int8", "int4": ", linears in int4, output in int8"}
 TIED = ("1b", "3b")
 RELEASES = {
     "3-8b": "8b", "3.1-8b": "8b", "3-70b": "70b", "3.1-70b": "70b", "3.3-70b": "70b",
@@ -91,7 +90,7 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
     """
     if (options.shape is None) == (options.ckpt_dir is None):
         raise ValueError("give either --shape or --ckpt_dir")
-    quantize, group = options.quantize, GROUPS[0]
+    scheme = None if options.quantize is None else find_scheme(options.quantize)
     args: Sizes
     if options.shape is not None:
         args, tied = release(options.shape)
@@ -102,10 +101,10 @@ def make_plan(options: PlanOptions) -> dict[str, Any]:
         assert options.ckpt_dir is not None
         source = open_checkpoint(options.ckpt_dir)
         args, tied = source.args(max_seq_len=source.context), source.tied
-        check_quantize(source, args, quantize)
-        quantize, group = source.quantization or (quantize, group)
+        check_quantize(source, args, options.quantize)
+        scheme = source.quantization or scheme
     dtype = "bf16" if options.dtype in (None, "auto") else str(options.dtype)
-    footprint = Footprint(args, tied, options.ranks, dtype, quantize, group)
+    footprint = Footprint(args, tied, options.ranks, dtype, scheme)
     hardware, context = hardware_of(options), options.max_seq_len
     figures = report(footprint, options.max_batch_size, context, hardware)
     prompt, answer = options.prompt_tokens, options.answer_tokens
@@ -171,11 +170,13 @@ def report(
     for name, value in (("max_batch_size", batch), ("max_seq_len", context)):
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} must be a positive integer, not {value!r}")
-    args, hardware = footprint.args, hardware or Hardware()
+    args, hardware, scheme = footprint.args, hardware or Hardware(), footprint.scheme
     out: dict[str, Any] = {
         "dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads,
         "n_kv_heads": args.kv_heads, "hidden_dim": args.hidden_dim, "vocab_size": args.vocab_size,
-        "tied": footprint.tied, "dtype": footprint.dtype, "quantize": footprint.quantize,
+        "tied": footprint.tied, "dtype": footprint.dtype,
+        "quantize": scheme.name if scheme else None,
+        "linears": scheme.words() if scheme else None,
         "ranks": footprint.ranks, "batch": batch, "context": context,
         "trained_context": args.max_seq_len,
         "ranks_a_kv_head": max(footprint.ranks // args.kv_heads, 1),
@@ -221,7 +222,7 @@ def as_text(figures: dict[str, Any]) -> str:
     tied = ", output tied to the embedding" if f["tied"] else ""
     lines = [
         ("model", f"{shape}, {heads}, {f['vocab_size']} tokens"),
-        ("held as", f["dtype"] + LINEARS[f["quantize"]] + tied),
+        ("held as", f["dtype"] + (f", linears in {f['linears']}" if f["linears"] else "") + tied),
         ("ranks", f"{f['ranks']}" + (f", each KV head on {copies} of them" if copies > 1 else "")),
         ("on each rank", ""),
     ]

@@ -18,6 +18,7 @@ from torch import Tensor
 from llama.checkpoints.formats.chat_settings import StoredTemplates
 from llama.common.listing import listing
 from llama.distributed.sharding import weight_shapes
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs
 
 # Tokens in a row that the releases were trained for: Llama 3, and 3.1 and later.
@@ -40,8 +41,7 @@ class Source(ABC):
         layout: "meta", "hf" or "gguf".
         n_shards: number of files that each weight is split over (1 if files do not split weights).
         tied: the output's weights are those of the embedding.
-        quantization: (scheme, group) of the linears' weights, as in
-            `llama.layers.quantized_linear`; None: not quantized.
+        quantization: how the linears' weights are stored; None: they are plain.
         replaces_vocabulary: `vocabulary` decides, whatever tokenizer lies beside the weights.
     """
 
@@ -50,7 +50,7 @@ class Source(ABC):
     layout: str
     n_shards: int = 1
     tied: bool = False
-    quantization: tuple[str, int] | None = None
+    quantization: Scheme | None = None
     replaces_vocabulary: bool = False
 
     @property

@@ -93,20 +93,36 @@ def quantize(
     src: Annotated[str, CHECKPOINT],
     dst: Annotated[str, "the folder to write"],
     *,
-    scheme: Annotated[str, "int8, or int4 (with the output layer in int8)"],
-    group: Annotated[
-        int | None, "inputs that share a scale in int4: 32, 64 or 128; by default 32"
+    scheme: Annotated[str, "int8, or int4 (4.5 bits a weight; the output layer 6.5)"],
+    calibrate: Annotated[
+        str | None,
+        "a text file in UTF-8 like what the model will read: int4 then keeps what the layers "
+        "compute from it, and is better at the same size",
+    ] = None,
+    windows: Annotated[
+        int | None, "with --calibrate, the most windows of the text that are used; by default 128"
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, "with --calibrate, tokens of a window; by default 512"
     ] = None,
 ) -> None:
     """Write a checkpoint with weights of 8 or 4 bits.
 
     Examples:
         llama3 quantize Meta-Llama-3-8B-Instruct llama-3-8b-int4 --scheme int4
+        llama3 quantize Meta-Llama-3-8B llama-3-8b-int4 --scheme int4 --calibrate my-texts.txt
     """
+    from llama.checkpoints.calibration import Calibration
     from llama.checkpoints.convert import quantize as quantize_checkpoint
+    from llama.engine.scoring import read_text
 
     check_local(src)
-    print_report(quantize_checkpoint(src, dst, scheme, group))
+    given = {"windows": windows, "max_seq_len": max_seq_len}
+    options = {name: value for name, value in given.items() if value is not None}
+    if calibrate is None and options:
+        raise ValueError(f"--{next(iter(options))} needs --calibrate")
+    calibration = None if calibrate is None else Calibration(read_text(calibrate), **options)
+    print_report(quantize_checkpoint(src, dst, scheme, calibration))
 
 
 def download(

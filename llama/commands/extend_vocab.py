@@ -23,9 +23,10 @@ def extend_vocab(
     ] = None,
     initial: Annotated[
         str,
-        "what new rows of the model are: mean (of all old rows), or parts (the mean of the tokens "
-        "that each is made of)",
-    ] = "mean",
+        "what new rows of the model are: shares (the mean of the tokens that each is made of, and "
+        "as probable as it is in the text; runs the model), parts (only the first) or mean (of all "
+        "old rows); these two need less memory",
+    ] = "shares",
     to: Annotated[
         str | None, "meta (the official layout) or hf (Hugging Face); by default like BASE"
     ] = None,

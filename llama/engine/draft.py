@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.engine.proposal import Proposal
+from llama.engine.proposal import NOTHING, Proposal
 from llama.engine.request import Generation
 from llama.engine.sampling import distribution, pick, without
 from llama.engine.slots import common_prefix
@@ -69,6 +69,8 @@ class Draft:
         """
         tokens, how = generation.tokens, generation.request.sampling
         row = self._row_of(generation, busy)
+        if max(tokens[self.rows[row].checked :]) >= self.model.vocab_size:
+            return NOTHING  # a special token that the draft has no embedding of
         h = self._feed(row, tokens)
         ids: list[int] = []
         probs: list[Tensor] = []

@@ -97,17 +97,7 @@ def compute(
     graphed = compiled is not None and compiled.graphed and tensor_parallel.size() == 1
     if compiled is not None and graphed and first_row == 0 and all(map(decodes, chunks)):
         return chunks, 1, [Scores([], []) for _ in chunks], drawn_by_graph(compiled, chunks)
-    starts = [chunk.start for chunk in chunks]
-    with selected(model, [chunk.generation.request.adapter for chunk in chunks]):
-        ids = [chunk.ids for chunk in chunks]
-        h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
-        if any(chunk.proposal.ids for chunk in chunks) and not bool(h.isfinite().all()):
-            for row, start in enumerate(starts, first_row):  # NaN would stay: 0 times NaN is NaN
-                for layer in cache:
-                    layer.clear(row, start, start + h.shape[1])
-            chunks = [chunk.without_proposal() for chunk in chunks]
-            ids = [chunk.ids for chunk in chunks]
-            h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
+    h, chunks = feed(model, cache, chunks, first_row, compiled)
     width = h.shape[1]
     scores = [
         score_prompt(model, chunk.generation, h[i], chunk.start, len(chunk.ids))
@@ -123,6 +113,28 @@ def compute(
         if chunk.whole and chunk.generation.budget > 0
     ]
     return chunks, width, scores, draw_at(model, h, places) if places else {}
+
+
+def feed(
+    model: Transformer,
+    cache: Sequence[KVCache],
+    chunks: Sequence[Chunk],
+    first_row: int,
+    compiled: CompiledStep | None,
+) -> tuple[Tensor, Sequence[Chunk]]:
+    """Hidden states of the chunks, and the chunks that were fed; see `compute`."""
+    starts = [chunk.start for chunk in chunks]
+    with selected(model, [chunk.generation.request.adapter for chunk in chunks]):
+        ids = [chunk.ids for chunk in chunks]
+        h = hidden_of_chunks(model, cache, ids, starts, first_row, compiled)
+        if not any(chunk.proposal.ids for chunk in chunks) or bool(h.isfinite().all()):
+            return h, chunks
+        for row, start in enumerate(starts, first_row):  # NaN would stay: 0 times NaN is NaN
+            for layer in cache:
+                layer.clear(row, start, start + h.shape[1])
+        chunks = [chunk.without_proposal() for chunk in chunks]
+        ids = [chunk.ids for chunk in chunks]
+        return hidden_of_chunks(model, cache, ids, starts, first_row, compiled), chunks
 
 
 def decodes(chunk: Chunk) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+from llama.engine.guesses import Guesses
 from llama.engine.request import Generation
-from llama.engine.speculation import Guesses
 from llama.model import KVCache
 
 # Copying fewer cached positions from one row to another costs more than it saves.

@@ -1,4 +1,4 @@
-"""Replacements of the model's modules on an NVIDIA GPU: fewer and larger matmuls, other kernels.
+"""Replacements of the model's modules on an NVIDIA GPU by other kernels.
 
 Each computes what the replaced module computes. Shapes: B rows, T positions, N outputs and K inputs
 of a linear.
@@ -15,15 +15,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.distributed.tensor_parallel import copy_to_ranks, reduce_from_ranks
 from llama.layers.attention import folded_attention
-from llama.layers.kernel_modules import rotate, swiglu
-from llama.layers.quantization import codes_int4, dequantize_int8, scales_and_zeros_int4
+from llama.layers.blocks import unpack as unpack_grid
+from llama.layers.quantization import (
+    codes_int4,
+    dequantize_int8,
+    scales_and_zeros,
+    scales_and_zeros_int4,
+)
 from llama.layers.quantized_grad import frozen_linear
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, apply_to_codes
+from llama.layers.quantized_linear import (
+    BlockLinear,
+    Int4Linear,
+    Int8Linear,
+    apply_to_codes,
+)
 from llama.layers.replace import Factory, as_class
-from llama.layers.schemes import BLOCK, TILE
-from llama.model import Attention, FeedForward, RMSNorm
+from llama.layers.schemes import BLOCK, BLOCK_GROUP
+from llama.model import RMSNorm
 
 HALF = (torch.bfloat16, torch.float16)
 # Up to this many rows of x, the kernels that widen codes in registers are faster than dequantizing
@@ -79,67 +88,6 @@ class FusedRMSNorm(RMSNorm):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class JoinedHeads(Attention):
-    """Attention whose queries, keys and values come from one matmul."""
-
-    wqkv: nn.Module
-
-    def heads(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, T, _ = x.shape
-        H, K = self.n_local_heads, self.n_local_kv_heads
-        xqkv = self.wqkv(x).view(B, T, H + 2 * K, self.head_dim)
-        xq, xk, xv = xqkv.split((H, K, K), dim=2)
-        xq, xk = rotate(xq, xk, freqs_cis)
-        return xq, xk, xv
-
-
-class JoinedFeedForward(FeedForward):
-    """A feed-forward whose gate and up projections come from one matmul."""
-
-    w13: nn.Module
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(copy_to_ranks(x)).chunk(2, dim=-1)
-        return reduce_from_ranks(self.w2(swiglu(gate, up)))
-
-
-def joined(kind: type[nn.Module], whole: str, *parts: str) -> Factory:
-    """A factory that makes a `kind`, whose linear `whole` is the linears `parts` in one.
-
-    It returns the module itself where its linears cannot be joined.
-    """
-
-    def factory(name: str, module: nn.Module) -> nn.Module:
-        linear = join(*(module.get_submodule(part) for part in parts))
-        if linear is None:
-            return module
-        replacement = as_class(module, kind)
-        for part in parts:
-            delattr(replacement, part)
-        setattr(replacement, whole, linear)
-        return replacement
-
-    return factory
-
-
-def join(*linears: nn.Module) -> nn.Module | None:
-    """One linear with the outputs of several one after the other; None where that is impossible."""
-    first, kind = linears[0], type(linears[0])
-    if kind not in (nn.Linear, Int8Linear, Int4Linear) or any(type(x) is not kind for x in linears):
-        return None
-    if any(x.n % TILE for x in linears[:-1] if isinstance(x, Int4Linear)):
-        return None  # only the last may have a tile that is not full
-    whole = as_class(first, kind)
-    for name in first.state_dict():
-        rows = torch.cat([getattr(linear, name).detach() for linear in linears])
-        setattr(whole, name, nn.Parameter(rows, False) if kind is nn.Linear else rows)
-    if isinstance(whole, nn.Linear):
-        whole.out_features = len(whole.weight)
-    if isinstance(whole, Int4Linear):
-        whole.n = sum(x.n for x in linears if isinstance(x, Int4Linear))
-    return whole
-
-
 class TritonLinear(nn.Linear):
     """A linear that for one row of x is limited only by reading its weight."""
 
@@ -171,10 +119,11 @@ class TritonInt8Linear(Int8Linear):
 
 
 class TinygemmLinear(nn.Module):
-    """An `Int4Linear` in the layout of torch's int4 CUDA kernel, with the same groups. x is bf16.
+    """A linear of 4 bits in the layout of torch's int4 CUDA kernel, with the same groups and codes.
 
-    The kernel dequantizes in registers; see docs/decisions/0001-int4-on-cuda.md. It is for few
-    rows of x: for many, the weight is dequantized and multiplied by torch.
+    Scales and zeros are rounded to bf16; x is bf16. The kernel dequantizes in registers; see
+    docs/decisions/0001-int4-on-cuda.md. It is for few rows of x: for many, the weight is
+    dequantized and multiplied by torch.
 
     Args:
         unpack: whether `unpack_tinygemm` works on this device.
@@ -183,15 +132,23 @@ class TinygemmLinear(nn.Module):
     weight: Tensor
     scales_and_zeros: Tensor
 
-    def __init__(self, linear: Int4Linear, unpack: bool = True):
+    scheme = "int4"
+
+    def __init__(self, linear: Int4Linear | BlockLinear, unpack: bool = True):
         super().__init__()
-        self.n, self.group, self.unpack = linear.n, linear.group, unpack
-        codes = codes_int4(linear.packed)
+        self.n, self.unpack = linear.n, unpack
+        if isinstance(linear, Int4Linear):
+            self.group, codes = linear.group, codes_int4(linear.packed)
+            both = scales_and_zeros_int4(linear.scale, linear.zero)
+        else:
+            self.group, (grid, codes) = BLOCK_GROUP, unpack_grid(linear.blocks)
+            both = scales_and_zeros(grid.scale(), -grid.zero())
+            codes = codes.to(torch.int32)
         inner = next(tiles for tiles in (8, 4, 2) if codes.shape[1] % (16 * tiles) == 0)
         even, odd = codes.unflatten(1, (-1, 2)).unbind(2)
         pairs = (even * 16 + odd).to(torch.uint8)
         self.register_buffer("weight", torch._convert_weight_to_int4pack(pairs, inner))
-        self.register_buffer("scales_and_zeros", scales_and_zeros_int4(linear.scale, linear.zero))
+        self.register_buffer("scales_and_zeros", both)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:
@@ -223,7 +180,7 @@ class TinygemmLinear(nn.Module):
     def in_features(self) -> int:
         return self.scales_and_zeros.shape[0] * self.group
 
-    def blocks(self) -> Iterator[Tensor]:
+    def row_parts(self) -> Iterator[Tensor]:
         """See `weight_blocks`."""
         return (rows.float() for rows in self.dequantized().split(BLOCK))
 
@@ -247,16 +204,31 @@ def triton_int8_or_same(name: str, linear: Int8Linear) -> nn.Module:
     return linear
 
 
-def tinygemm_or_same(name: str, linear: Int4Linear) -> nn.Module:
-    """The `TinygemmLinear` of an `Int4Linear`; `linear` itself if it gives other results here."""
-    replacement = TinygemmLinear(linear)
-    x = probe(linear.packed.shape[1] * 8, linear.packed.device)
+def tinygemm_or_same(name: str, linear: Int4Linear | BlockLinear) -> nn.Module:
+    """The `TinygemmLinear` of a linear; `linear` itself if it gives other results here."""
+    replacement, device = TinygemmLinear(linear), next(linear.buffers()).device
+    x = probe(linear.in_features, device)
     if not close(replacement(x), expected := linear(x)):
         warn_of_wrong_results(name, "torch's int4 kernel")
         return linear
-    works = triton_works(linear.packed.device)
+    works = triton_works(device)
     replacement.unpack = works and close(F.linear(x, replacement.dequantized()), expected)
     return replacement
+
+
+def blocks_on_gpu(tinygemm: bool, triton: bool) -> Factory:
+    """A factory that replaces linears in blocks by what a GPU has kernels for.
+
+    4 bits: torch's int4 kernel, if `tinygemm`. 6 bits, of the output layer: 8 bits, rounded again.
+    """
+
+    def factory(name: str, linear: BlockLinear) -> nn.Module:
+        if linear.bits == 4:
+            return tinygemm_or_same(name, linear) if tinygemm else linear
+        widened = Int8Linear(torch.cat([rows.bfloat16() for rows in linear.row_parts()]))
+        return triton_int8_or_same(name, widened) if triton else widened
+
+    return factory
 
 
 def warn_of_wrong_results(name: str, kernel: str) -> None:

@@ -8,24 +8,31 @@ from torch import nn
 from llama.distributed import tensor_parallel
 from llama.layers import cuda_ops, kernels
 from llama.layers.attention import FlashAttention, GroupedAttention, KernelAttention
+from llama.layers.fused_layers import FusedLayers
 from llama.layers.gpu_modules import (
     HALF,
     FusedRMSNorm,
-    JoinedFeedForward,
-    JoinedHeads,
     TritonLinear,
+    blocks_on_gpu,
     flash_works,
     is_ampere,
-    joined,
     tinygemm_or_same,
     triton_int8_or_same,
     triton_works,
 )
+from llama.layers.joined import JoinedFeedForward, JoinedHeads, joined
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
 from llama.layers.lora import lora_modules
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, check_ranks, quantized
+from llama.layers.quantized_linear import (
+    BlockLinear,
+    Int4Linear,
+    Int8Linear,
+    check_ranks,
+    quantized,
+)
 from llama.layers.replace import Factory, factory_of, replace_modules
-from llama.model import Attention, DotProductAttention, FeedForward, RMSNorm, Transformer
+from llama.layers.schemes import Scheme
+from llama.model import Attention, DotProductAttention, FeedForward, Layers, RMSNorm, Transformer
 
 Table = dict[type[nn.Module], Factory]
 
@@ -47,13 +54,13 @@ GPU: Table = {RMSNorm: factory_of(FusedRMSNorm)}
 TRITON: Table = {nn.Linear: factory_of(TritonLinear), Int8Linear: triton_int8_or_same}
 
 
-def quantize_model(model: Transformer, scheme: str | None) -> None:
+def quantize_model(model: Transformer, scheme: Scheme | str | None) -> None:
     """Store the linears of a loaded model in 8 or 4 bits; see `quantized`.
 
     All ranks of the model must call this at the same time.
 
     Args:
-        scheme: "int8", "int4", or None, which changes nothing.
+        scheme: such as "int8" or "int4"; None changes nothing.
 
     Raises:
         ValueError: the model cannot be quantized this way.
@@ -90,6 +97,9 @@ def optimize(model: Transformer, exact: bool = False) -> None:
             table |= TRITON
         if dtype == torch.bfloat16:
             table[Int4Linear] = tinygemm_or_same
-    if device.type == "cpu" and kernels.load():
-        table[nn.Linear] = factory_of(KernelLinear)
+        table[BlockLinear] = blocks_on_gpu(dtype == torch.bfloat16, triton_works(device))
+    fast = device.type == "cpu" and kernels.load()
+    tensor_parallel.share_sums(fast)
+    if fast:
+        table |= {nn.Linear: factory_of(KernelLinear), Layers: factory_of(FusedLayers)}
     replace_modules(model, table)

@@ -186,8 +186,13 @@ def scales_and_zeros_int4(scale: Tensor, zero: Tensor) -> Tensor:
     Returns:
         (K / G, 16 T, 2) bf16.
     """
-    middle = (zero.float() + 8 * scale.float()).bfloat16()
-    both = torch.stack((untile(scale), untile(middle)), dim=2).transpose(0, 1)
+    return scales_and_zeros(untile(scale), untile(zero))
+
+
+def scales_and_zeros(scale: Tensor, zero: Tensor) -> Tensor:
+    """The same for scales and zeros (N, K / G) of weights that are code * scale + zero."""
+    middle = zero.float() + 8 * scale.float()
+    both = torch.stack((scale.bfloat16(), middle.bfloat16()), dim=2).transpose(0, 1)
     return both.clone(memory_format=torch.contiguous_format)
 
 

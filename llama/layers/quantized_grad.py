@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llama.layers.block_products import unpack_blocks
+from llama.layers.blocks import block_width
 from llama.layers.quantization import dequantize_int8, unpack_int4, widen_int8
 from llama.layers.schemes import GROUPS
 
@@ -75,3 +77,11 @@ def multiply_back_int4(grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor
     )
     blocks = ([part.contiguous() for part in block] for block in parts)
     return torch.cat([grad @ unpack_int4(grad, p, s, z, n) for p, s, z in blocks], dim=-1)
+
+
+def multiply_back_blocks(grad: Tensor, blocks: Tensor, n: int) -> Tensor:
+    """grad (..., n) times a weight in blocks, of n rows: (..., K) in grad's dtype."""
+    width = block_width(blocks) // blocks.shape[1]
+    parts = blocks.split(max(columns_at_once(n) // width, 1), dim=1)
+    weights = (unpack_blocks(grad, part.contiguous(), n) for part in parts)
+    return torch.cat([grad @ w for w in weights], dim=-1)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import Sizes, rank_counts, shard_dim
+from llama.layers.block_products import linear_blocks, parts_of_blocks
+from llama.layers.blocks import block_width, dequantize_blocks, quantize_blocks
 from llama.layers.quantization import (
     blocks_int4,
     dequantize_int4,
@@ -23,9 +25,14 @@ from llama.layers.quantization import (
     quantize_int8,
     row_largest,
 )
-from llama.layers.quantized_grad import frozen_linear, multiply_back_int4, multiply_back_int8
+from llama.layers.quantized_grad import (
+    frozen_linear,
+    multiply_back_blocks,
+    multiply_back_int4,
+    multiply_back_int8,
+)
 from llama.layers.replace import Factory
-from llama.layers.schemes import BLOCK, GROUPS, undivided
+from llama.layers.schemes import BLOCK, Form, Scheme, block_layout, find_scheme, undivided
 from llama.layers.schemes import check_scheme as check_scheme
 from llama.layers.schemes import possible_ranks as possible_ranks
 
@@ -38,6 +45,7 @@ class Int8Linear(nn.Module):
         largest: see `quantize_int8`.
     """
 
+    scheme = "int8"
     q: Tensor
     scale: Tensor
 
@@ -64,7 +72,7 @@ class Int8Linear(nn.Module):
     def in_features(self) -> int:
         return self.q.shape[1]
 
-    def blocks(self) -> Iterator[Tensor]:
+    def row_parts(self) -> Iterator[Tensor]:
         """See `weight_blocks`."""
         parts = zip(self.q.split(BLOCK), self.scale.split(BLOCK), strict=True)
         return (dequantize_int8(*part) for part in parts)
@@ -82,6 +90,7 @@ class Int4Linear(nn.Module):
         group: inputs that share a scale and a zero; must divide K.
     """
 
+    scheme = "int4"
     packed: Tensor
     scale: Tensor
     zero: Tensor
@@ -111,7 +120,7 @@ class Int4Linear(nn.Module):
     def in_features(self) -> int:
         return self.packed.shape[1] * 8
 
-    def blocks(self) -> Iterator[Tensor]:
+    def row_parts(self) -> Iterator[Tensor]:
         """See `weight_blocks`."""
         for block in blocks_int4(self.packed, self.scale, self.zero, self.n):
             yield dequantize_int4(*block)
@@ -121,13 +130,61 @@ class Int4Linear(nn.Module):
         return self
 
 
+class BlockLinear(nn.Module):
+    """A linear of 4 or 6 bits a weight and half a bit for scales; see blocks.py.
+
+    Args:
+        weight: (N, K). On the meta device, the blocks are on it too.
+    """
+
+    scheme = "int4"
+    blocks: Tensor
+
+    def __init__(self, weight: Tensor, bits: int = 4):
+        super().__init__()
+        self.n = len(weight)
+        self.register_buffer("blocks", quantize_blocks(weight, bits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return frozen_linear(x, self)
+
+    @property
+    def bits(self) -> int:
+        return block_layout(self.blocks.shape[2])[0]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return linear_blocks(x, self.blocks, self.n)
+
+    def multiply_back(self, grad: Tensor) -> Tensor:
+        return multiply_back_blocks(grad, self.blocks, self.n)
+
+    @property
+    def out_features(self) -> int:
+        return self.n
+
+    @property
+    def in_features(self) -> int:
+        return block_width(self.blocks)
+
+    def row_parts(self) -> Iterator[Tensor]:
+        """See `weight_blocks`."""
+        return (dequantize_blocks(*part) for part in parts_of_blocks(self.blocks, self.n))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BlockLinear:
+        apply_to_codes(self, fn, recurse)
+        return self
+
+
+QUANTIZED = (Int8Linear, Int4Linear, BlockLinear)
+
+
 def weight_blocks(linear: nn.Module) -> Iterator[Tensor]:
     """The weight of a linear of any kind, dequantized, in blocks of rows (N', K), fp32."""
     if isinstance(linear, nn.Linear):
         weight = linear.weight.detach()
         weight = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # FSDP's shards
         return (rows.float() for rows in weight.split(BLOCK))
-    blocks: Iterator[Tensor] = linear.blocks()  # type: ignore[operator]
+    blocks: Iterator[Tensor] = linear.row_parts()  # type: ignore[operator]
     return blocks
 
 
@@ -150,33 +207,41 @@ def apply_to_codes(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: b
             module.register_buffer(name, old.to(new.device))
 
 
-def quantized(scheme: str, group: int = 32, sharded: bool = False) -> Factory:
+def quantized(scheme: Scheme | str, sharded: bool = False) -> Factory:
     """A factory for `replace_modules` that quantizes linears.
 
-    "int4" stores the output layer in 8 bits: in 4 bits it costs more perplexity than all other
+    "int4" stores the output layer in 6 bits: in 4 bits it costs more perplexity than all other
     layers together (docs/performance.md). The embedding is not a linear and is not quantized.
 
     Args:
-        group: inputs that share a scale and a zero in int4.
         sharded: the linears are this rank's parts of the weights. All ranks must quantize at the
             same time; the codes and scales are those of the whole weights.
 
     Raises:
-        ValueError: there is no such scheme or group.
+        ValueError: there is no such scheme.
     """
-    check_scheme(scheme, group)
+    found = find_scheme(scheme)
 
     def quantize(name: str, linear: nn.Linear) -> nn.Module:
-        weight = linear.weight.detach()
-        if scheme == "int8" or name == "output":
-            return Int8Linear(weight, largest_over_ranks(name, weight) if sharded else None)
-        assert scheme == "int4", scheme
         try:
-            return Int4Linear(weight, group)
+            return quantized_linear(name, linear.weight.detach(), found.form(name), sharded)
         except ValueError as e:
             raise ValueError(f"{name}: {e}") from None
 
     return quantize
+
+
+def quantized_linear(name: str, weight: Tensor, form: Form, sharded: bool) -> nn.Module:
+    """The linear of a weight in this form; see `quantized`.
+
+    Raises:
+        ValueError: the form cannot store so many columns.
+    """
+    if form.kind == "rows":
+        return Int8Linear(weight, largest_over_ranks(name, weight) if sharded else None)
+    if form.kind == "groups":
+        return Int4Linear(weight, form.group)
+    return BlockLinear(weight, form.bits)
 
 
 def largest_over_ranks(name: str, weight: Tensor) -> Tensor | None:
@@ -185,20 +250,18 @@ def largest_over_ranks(name: str, weight: Tensor) -> Tensor | None:
     return tensor_parallel.max_over_ranks(row_largest(weight)) if columns else None
 
 
-def check_ranks(args: Sizes, scheme: str, group: int = 32) -> None:
-    """Check that int4's groups divide the columns that a rank has of each weight.
+def check_ranks(args: Sizes, scheme: Scheme | str) -> None:
+    """Check that ranks can share the columns of each weight.
 
     Raises:
-        ValueError: they do not; it names the weight and the possible ranks and groups.
+        ValueError: they cannot; it names the weight and the possible ranks.
     """
-    ranks, possible = tensor_parallel.size(), possible_ranks(args, scheme, group)
+    found = find_scheme(scheme)
+    ranks, possible = tensor_parallel.size(), possible_ranks(args, found)
     if ranks in possible or 1 not in possible or ranks not in rank_counts(args):
         return
-    name, columns = next(iter(undivided(args, ranks, group).items()))
-    groups = [str(g) for g in GROUPS if ranks in possible_ranks(args, scheme, g)]
+    name, (columns, unit) = next(iter(undivided(args, ranks, found.layers).items()))
     raise ValueError(
-        f"{name}: groups of {group} do not divide the {columns} columns of each of {ranks} ranks; "
-        f"use one of {possible} ranks"
-        + (f", groups of {' or '.join(groups)}" if groups else "")
-        + ", or int8"
+        f"{name}: {found.words()} keeps {unit} columns together, which do not divide the {columns} "
+        f"columns of each of {ranks} ranks; use one of {possible} ranks, or int8"
     )

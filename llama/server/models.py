@@ -8,7 +8,6 @@ from typing import Any
 from llama.engine.sampling import Sampling
 from llama.generation import Llama
 from llama.layers.adapter_rows import adapter_names
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
 from llama.server.errors import ApiError, quoted
 
 
@@ -62,4 +61,4 @@ def stored_scheme(llama: Llama) -> str | None:
     """How the weights of the layers are stored: "int8", "int4", or None."""
     linear = llama.model.get_submodule("layers.0.attention.wq")
     linear = getattr(linear, "base", linear)  # of an adapter
-    return {Int8Linear: "int8", Int4Linear: "int4"}.get(type(linear))
+    return getattr(linear, "scheme", None)

@@ -25,15 +25,14 @@ from llama.layers.lora import (
     lora_modules,
 )
 from llama.layers.new_rows import NEW_ROWS, split_rows, tie
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
+from llama.layers.quantized_linear import QUANTIZED, quantized
 from llama.layers.replace import replace_modules
+from llama.layers.schemes import find_scheme
 from llama.model import ModelArgs, Transformer
 from llama.train.data_parallel import DataParallel
 from llama.train.finetune_settings import FinetuneSettings
 from llama.train.objective import Objective, prepare_model
 from llama.train.preference import PreferenceObjective
-
-GROUP = 32  # inputs of an int4 weight that share a scale
 
 
 def check_base(source: Source, settings: FinetuneSettings) -> None:
@@ -44,7 +43,7 @@ def check_base(source: Source, settings: FinetuneSettings) -> None:
     """
     if source.quantization is None:
         return
-    scheme = source.quantization[0]
+    scheme = source.quantization.name
     remedy = "give the original checkpoint"
     if not settings.adapts:
         raise ValueError(
@@ -69,11 +68,11 @@ def model_without_weights(
     """The model on the meta device, quantized and with adapters. A tied output is one Parameter."""
     scheme = source.quantization
     if scheme is None and settings.quantize is not None:
-        scheme = settings.quantize, GROUP
+        scheme = find_scheme(settings.quantize)
     with without_memory():
         model = Transformer(args)
         if scheme is not None:
-            quantize = quantized(*scheme)
+            quantize = quantized(scheme)
 
             def replacement(name: str, linear: nn.Linear) -> nn.Module:
                 keeps = name == "output" and settings.train_embeddings
@@ -103,7 +102,7 @@ def trained_share(model: Transformer, settings: FinetuneSettings) -> tuple[int, 
     counts = {name: w.numel() for name, w in model.named_parameters()}
     trained = sum(n for name, n in counts.items() if is_trained(name, settings))
     for module in model.modules():
-        if isinstance(module, (Int8Linear, Int4Linear)):
+        if isinstance(module, QUANTIZED):
             counts[str(id(module))] = module.out_features * module.in_features
     return trained, sum(counts.values())
 
@@ -172,8 +171,8 @@ def _stored(
     if source.quantization is not None:
         yield from ((key, source.read(f"{layer}.{key}")) for key in module._buffers)
         return
-    scheme = "int4" if "packed" in module._buffers else "int8"
-    codes = quantize_weight(name, source.read(name).to(device), scheme, GROUP)
+    scheme = find_scheme(str(module.scheme))
+    codes = quantize_weight(name, source.read(name).to(device), scheme)
     yield from ((key.rpartition(".")[2], value) for key, value in codes.items())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import checkouts, chinese, compare, tables, waiting
+from benchmarks import checkouts, chinese, differences, tables, waiting
 from benchmarks.random_checkpoint import SHAPES, RandomSource, write_rank_file
 from benchmarks.report import Figure, finish, load_result, make_result, number, save, table
 from llama import Llama
@@ -20,7 +20,7 @@ from llama.tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def result(*figures: Figure, name: str = "decode tiny", **more: Any) -> dict[str, Any]:
+def result(*figures: Figure, name: str = "compare tiny", **more: Any) -> dict[str, Any]:
     return make_result(name, {"shape": "tiny"}, figures, **more)
 
 
@@ -30,7 +30,7 @@ def decode(*runs: float) -> Figure:
 
 def test_a_result_has_command_date_machine_versions_and_runs() -> None:
     measured = result(decode(10.0, 12.0, 11.0), read_GB_s=35.5)
-    assert measured["command"].startswith("python -m benchmarks.decode")
+    assert measured["command"].startswith("python -m benchmarks.compare")
     assert measured["date"][:2] == "20" and measured["machine"]["cores"] > 0
     assert measured["machine"]["read_GB_s"] == 35.5 and "flags" in measured["machine"]
     assert measured["versions"]["torch"] == torch.__version__
@@ -75,7 +75,7 @@ def test_table() -> None:
     ]
     several = table([result(decode(1.0)), result(decode(2.0), name="other", read_GB_s=9.0)])
     assert [line.split("|")[1].strip() for line in several] == [
-        "run", "-" * 24, "decode tiny", "other (reading 9.0 GB/s)",
+        "run", "-" * 24, "compare tiny", "other (reading 9.0 GB/s)",
     ]  # fmt: skip
 
 
@@ -94,9 +94,9 @@ def compared(
     for name, figures in (("old", old), ("new", new)):
         save(result(*figures), tmp_path / f"{name}.json")
     paths = [tmp_path / "old.json", tmp_path / "new.json"]
-    rows, _ = compare.compare(load_result(paths[0]), load_result(paths[1]), tolerance)
+    rows, _ = differences.compare(load_result(paths[0]), load_result(paths[1]), tolerance)
     try:
-        compare.main(str(paths[0]), str(paths[1]), tolerance)
+        differences.main(str(paths[0]), str(paths[1]), tolerance)
     except SystemExit as e:
         return int(e.code or 0), rows[0][-1]
     return 0, rows[0][-1]
@@ -116,7 +116,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(tmp_path, [*old, slow], old) == (1, "")
     assert "only in old" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--tolerance must be a number, 0 or more, not -1"):
-        compare.main("a", "b", -1)
+        differences.main("a", "b", -1)
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -134,7 +134,7 @@ def test_sections_are_rewritten(tmp_path: Path) -> None:
     save(result(decode(7.0)) | {"notes": ["Alone."]}, tmp_path / "one.json")
     page = "Text.\n\n<!-- results: one -->\nold\n<!-- end of results -->\n\nMore text.\n"
     new = tables.rewrite(page, tmp_path)
-    assert new.startswith("Text.\n\n<!-- results: one -->\n\n    python -m benchmarks.decode")
+    assert new.startswith("Text.\n\n<!-- results: one -->\n\n    python -m benchmarks.compare")
     assert "| llama3 | 7.0           |" in new and "\n- Alone.\n" in new and "old" not in new
     assert new.endswith("\n\n<!-- end of results -->\n\nMore text.\n")
     assert tables.rewrite(new, tmp_path) == new

@@ -19,7 +19,7 @@ from llama.checkpoints.convert import convert, quantize
 from llama.checkpoints.extended import mean_row
 from llama.checkpoints.open import open_checkpoint, open_tokenizer
 from llama.text.rank_file import default_spec
-from llama.train.extend_vocabulary import extend_vocabulary
+from llama.train.extend_vocabulary import WINDOW, WINDOWS, extend_vocabulary
 from tests.checkpoints.gguf_files import (
     PRE_TOKENIZERS,
     VOCAB,
@@ -86,7 +86,7 @@ def test_old_tokens_lose_at_most_the_new_ones_share(
     tied: bool, to: str, write_base: Callable[..., Path], text: Path, tmp_path: Path
 ) -> None:
     base, out = write_base(tied), tmp_path / "out"
-    done = extend_vocabulary(base, [text], out, NEW, scripts=["Han"], to=to)
+    done = extend_vocabulary(base, [text], out, NEW, scripts=["Han"], initial="mean", to=to)
     assert list(done.tokens.values()) == list(range(PADDED, PADDED + NEW))
     source, old = open_checkpoint(out), open_checkpoint(base)
     assert source.tied == tied
@@ -137,6 +137,39 @@ def test_rows_of_parts(
         )
         if ours.ranks[token] == min(again.tokens.values()):  # made of two old tokens
             torch.testing.assert_close(rows[i], before[[left, right]].double().mean(0).float())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_in_the_mean_state_a_new_token_is_as_probable_as_in_the_text(
+    tied: bool, write_base: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    base = write_base(tied)
+    parts = extend_vocabulary(base, [text], tmp_path / "parts", NEW, initial="parts")
+    done = extend_vocabulary(base, [text], tmp_path / "out", NEW, initial="shares")
+    assert done == parts._replace(path=done.path)
+    llama = Llama.build(base, max_seq_len=2048, max_batch_size=1, device="cpu")
+    ids = torch.tensor(llama.tokenizer.encode(CHINESE, bos=False))
+    with torch.no_grad():
+        windows = [llama.model.hidden(part[None])[0] for part in ids.split(WINDOW)]
+    assert len(windows) <= WINDOWS
+    state = torch.cat(windows).double().mean(0)
+    old, source = open_checkpoint(tmp_path / "parts"), open_checkpoint(done.path)
+    assert source.tied == tied
+    before, after = (s.read("output.weight").double() for s in (old, source))
+    assert after[:PADDED].equal(before[:PADDED])
+    used = [*range(ROWS), *range(PADDED, PADDED + NEW)]
+    probabilities = (after[used] @ state).softmax(0)[ROWS:]
+    encoded = open_tokenizer(source).encode(CHINESE, bos=False)
+    shares = torch.tensor([encoded.count(i) / len(encoded) for i in done.tokens.values()])
+    assert shares.min() > 0
+    torch.testing.assert_close(probabilities, shares.double(), rtol=1e-2, atol=0)
+    moved = (after - before)[PADDED:]  # along the state only, which is computed in bfloat16
+    torch.testing.assert_close(
+        moved, (moved @ state)[:, None] * state / state.dot(state), rtol=0.02, atol=1e-3
+    )
+    if not tied:
+        name = "tok_embeddings.weight"
+        assert source.read(name).equal(old.read(name))
 
 
 def test_transformers_tokenizes_alike_and_the_import_has_the_same_ids(
@@ -217,6 +250,10 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
     bare = write_base()
     (bare / "tokenizer.model").unlink()
     quantize(base, tmp_path / "int8", "int8")
+    broken = write_base()
+    state = torch.load(broken / "consolidated.00.pth")
+    state["norm.weight"][0] = math.nan
+    torch.save(state, broken / "consolidated.00.pth")
     wrong: list[tuple[type[Exception], str, dict[str, Any]]] = [
         (ValueError, "empty", {"data": [empty]}),
         (ValueError, "UTF-8", {"data": [latin]}),
@@ -225,9 +262,10 @@ def test_bad_input(write_base: Callable[..., Path], text: Path, tmp_path: Path) 
         (ValueError, r"no more than \d+ new tokens, not 100000", {"n": 100000}),
         (ValueError, "Unicode has no script 'Chinese'", {"scripts": ["Chinese"]}),
         (ValueError, "no script", {"scripts": []}),
-        (ValueError, "initial must be one of mean, parts, not 'zero'", {"initial": "zero"}),
+        (ValueError, "initial must be one of mean, parts, shares, not 'zero'", {"initial": "zero"}),
         (ValueError, "cannot write 'gguf'", {"to": "gguf"}),
         (FileNotFoundError, "has no tokenizer", {"base": bare}),
+        (ValueError, "its states are NaN or infinite; run `llama3 verify`", {"base": broken}),
         (ValueError, "quantized already", {"base": tmp_path / "int8"}),
         (FileExistsError, "exists already", {"out": text}),
         (FileNotFoundError, "nowhere", {"base": tmp_path / "nowhere"}),

@@ -21,7 +21,7 @@ from llama.engine.engine import Engine
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
 from llama.layers.optimize import optimize, quantize_model
-from llama.layers.quantized_linear import possible_ranks
+from llama.layers.schemes import SCHEMES, possible_ranks
 from tests.checkpoints import eight_ranks
 from tests.checkpoints.eight_ranks import BATCH, CONTEXT, SHAPES, cases, storage_bytes
 from tests.checkpoints.test_inspect import RELEASES, release
@@ -31,9 +31,9 @@ def planned_bytes(
     ranks: int, shape: int, tied: bool, dtype: str, scheme: str | None
 ) -> list[int] | None:
     args = ModelArgs(**SHAPES[shape])
-    if ranks not in possible_ranks(args, scheme):
+    if ranks not in possible_ranks(args, SCHEMES.get(scheme or "")):
         return None
-    footprint = Footprint(args, tied, ranks, dtype, scheme)
+    footprint = Footprint(args, tied, ranks, dtype, SCHEMES.get(scheme or ""))
     assert sum(footprint.weights().values()) == footprint.memory(BATCH, CONTEXT)["weights"]
     return [sum(footprint.weights().values()), footprint.cache(BATCH, CONTEXT)]
 
@@ -63,7 +63,9 @@ def test_weights_by_kind(scheme: str | None) -> None:
         "embedding": "tok_embeddings", "attention": ".attention.", "feed_forward": "feed_forward",
         "norms": "norm.", "output": "output",
     }  # fmt: skip
-    for kind, size in Footprint(model.params, False, 1, "fp32", scheme).weights().items():
+    for kind, size in (
+        Footprint(model.params, False, 1, "fp32", SCHEMES.get(scheme or "")).weights().items()
+    ):
         weights = (w for name, w in model.state_dict().items() if names[kind] in name)
         assert storage_bytes(weights) == size, kind
 
@@ -85,7 +87,7 @@ def test_memory_of_a_built_model(
     path = llama3_tokenizer_path
     llama = Llama.build(folder, path, 24, 2, device="cpu", dtype=torch.bfloat16, quantize=scheme)
     model = llama.model
-    planned = Footprint(model.params, tied, 1, "bf16", scheme).memory(2, 24)
+    planned = Footprint(model.params, tied, 1, "bf16", SCHEMES.get(scheme or "")).memory(2, 24)
     assert planned["weights"] == storage_bytes(iter(model.state_dict().values()))
     assert planned["kv_cache"] == sum(c.k.nbytes + c.v.nbytes for c in llama.engine.cache)
     assert planned["rotary_table"] == model.freqs_cis.nbytes
@@ -135,7 +137,7 @@ def test_activations_are_close_to_torchs_peak(dtype: str, scheme: str | None) ->
     step(1)  # allocates what is kept between steps
     for length in (PREFILL_CHUNK // batch, 1):
         measured = peak_bytes(partial(step, length))
-        estimate = Footprint(args, False, 1, dtype, scheme).activations(
+        estimate = Footprint(args, False, 1, dtype, SCHEMES.get(scheme or "")).activations(
             batch, batch * length, context
         )
         assert measured < 1.1 * estimate

@@ -13,8 +13,8 @@ from typing import Any
 import pexpect
 import pytest
 
-from llama import Llama
-from llama.commands.chat_session import ChatSession
+from llama import Generation, Llama, Request
+from llama.commands.chat_session import ChatSession, _status
 from llama.commands.terminal import piped_lines
 from tests.distributed.test_tensor_parallel import start_torchrun
 
@@ -286,3 +286,11 @@ def test_base_model_is_refused(demo: Llama, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(demo.tokenizer, "chat_templates", {"default": "{% if %}"})
     with pytest.raises(ValueError, match="chat template"):
         ChatSession(demo, OPTIONS)
+
+
+def test_the_line_below_an_answer_says_what_was_proposed() -> None:
+    generation = Generation(Request([1, 2, 3]), tokens=[1, 2, 3, 4, 5], reused=1)
+    line = "3 prompt tokens: 1 reused, 2 prefilled | first token 0.50 s | 2 tokens, 9.0 tok/s"
+    assert _status(generation, "stop", 0.5, 9.0) == line
+    generation.proposed, generation.accepted = 7, 4
+    assert _status(generation, "stop", 0.5, 9.0) == f"{line} | 4 of 7 proposed tokens right"

@@ -1,4 +1,4 @@
-"""What `llama3 complete` does before its first character, as far as that is not a matter of time."""
+"""What `llama3 complete` does before its first character, as far as no time is needed to tell."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from llama.engine.request import Request
 from llama.engine.sampling import Sampling, distribution, pick, sample
 from llama.engine.speculation import Speculation
 from llama.model import ModelArgs, Transformer
-from tests.engine.cases import GREEDY, SHAPE, SHARED, assert_as_alone, greedy, run
+from tests.engine.cases import GREEDY, SHAPE, SHARED, assert_as_alone, greedy, make_model, run
 from tests.models import random_weights
 
 # Prompt lookup is off, and a proposed id costs nothing.
@@ -31,6 +31,14 @@ def other_model(**changes: int) -> Transformer:
     model = Transformer(ModelArgs(**args))
     model.load_state_dict(random_weights(3, **args))
     return model.eval()
+
+
+def similar_model() -> Transformer:
+    """The model of the tests with other output weights, which is right more often."""
+    model, generator = make_model(), torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        model.output.weight += 0.1 * torch.randn(model.output.weight.shape, generator=generator)
+    return model
 
 
 def engine_of(model: Transformer, draft: Transformer, rows: int = 2) -> Engine:
@@ -90,7 +98,7 @@ def test_the_rule_gives_the_distribution_of_the_model(how: Sampling) -> None:
     assert q.tolist() == pytest.approx(limited_plainly(other, how), abs=1e-6)
     generator = torch.Generator().manual_seed(2)
     found = Counter[tuple[int, ...]]()
-    accepted, n = 0, 4000
+    accepted, n = 0, 2000
     for _ in range(n):
         proposed = pick(q, generator)
         token = accept_or_redraw(logits, how, proposed, q, generator)
@@ -103,7 +111,7 @@ def test_the_rule_gives_the_distribution_of_the_model(how: Sampling) -> None:
 
 def test_answers_have_the_distribution_of_the_model(model: Transformer) -> None:
     """All answers of three ids, with their exact probabilities; also at the end of a draft."""
-    how, prompt, n = Sampling(1.5, 1.0, top_k=2), [1, 2, 3], 400
+    how, prompt, n = Sampling(1.5, 1.0, top_k=2), [1, 2, 3], 300
     chances: dict[tuple[int, ...], float] = {}
 
     def add(ids: list[int], chance: float) -> None:
@@ -117,12 +125,13 @@ def test_answers_have_the_distribution_of_the_model(model: Transformer) -> None:
                 add([*ids, token], chance * p)
 
     add([], 1.0)
-    engine = engine_of(model, other_model())
+    engine = engine_of(model, similar_model())
     found = Counter[tuple[int, ...]]()
     for seed in range(0, n, 2):
         pair = run(engine, *(Request(prompt, 3, how, seed + i) for i in range(2)))
         found.update(tuple(generation.ids) for generation in pair)
-    assert engine.metrics().accepted_tokens and len(chances) == 8
+    now = engine.metrics()
+    assert 0 < now.accepted_tokens < now.proposed_tokens and len(chances) == 8
     assert abs(significance(found, chances)) < 4
 
 
@@ -152,7 +161,8 @@ def test_padded_vocabularies(model: Transformer, rows: int) -> None:
     engine = engine_of(model, draft)
     requests = [greedy([1, 2], 20), Request([3, 1], 20, Sampling(0.9), seed=1)]
     plain, drawn = run(engine, *requests)
-    assert_as_alone(model, plain)
+    last = greedy([V - 1, 2], 6)  # which the draft may have no embedding of
+    assert_as_alone(model, plain, *run(engine, last, greedy([4, 2], 6)))
     assert all(0 <= token < V for token in drawn.ids)
 
 

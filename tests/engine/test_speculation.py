@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama.engine.engine import Engine
+from llama.engine.guesses import Guesses, best_plan
 from llama.engine.request import Generation, Request
 from llama.engine.sampling import Sampling
-from llama.engine.speculation import POSITIONS, Guesses, Speculation, best_plan
+from llama.engine.speculation import POSITIONS, Speculation
 from llama.model import Transformer
 from tests.engine.cases import (
     GREEDY,

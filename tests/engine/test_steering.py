@@ -227,7 +227,7 @@ def test_unused_ids_are_never_drawn_and_never_shown(model: Transformer) -> None:
         assert math.fsum(math.exp(score) for _, score in top) < 1
 
 
-@pytest.mark.parametrize("where", ["engine/steering.py", "engine/forward.py", "engine/record.py"])
+@pytest.mark.parametrize("where", ["engine/steering.py", "engine/drawing.py", "engine/record.py"])
 def test_an_interrupt_at_any_line_keeps_grammars_and_penalties_in_step(
     model: Transformer, where: str
 ) -> None:

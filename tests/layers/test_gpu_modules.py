@@ -18,11 +18,10 @@ from llama.layers import cuda_ops, gpu_modules
 from llama.layers.attention import FlashAttention, folded_attention
 from llama.layers.gpu_modules import (
     FusedRMSNorm,
-    JoinedFeedForward,
-    JoinedHeads,
     TinygemmLinear,
     TritonLinear,
 )
+from llama.layers.joined import JoinedFeedForward, JoinedHeads, join
 from llama.layers.optimize import JOINED, optimize
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
 from llama.layers.replace import factory_of, replace_modules
@@ -59,9 +58,9 @@ def test_joined_linears(scheme: str | None) -> None:
 def test_linears_that_cannot_be_joined() -> None:
     """Rows of int4 that do not fill tiles; linears of two kinds."""
     tiles = [Int4Linear(torch.randn(n, 64)) for n in (24, 16)]
-    assert gpu_modules.join(*tiles) is None
-    assert gpu_modules.join(*reversed(tiles)) is not None
-    assert gpu_modules.join(nn.Linear(4, 4, bias=False), Int8Linear(torch.randn(4, 4))) is None
+    assert join(*tiles) is None
+    assert join(*reversed(tiles)) is not None
+    assert join(nn.Linear(4, 4, bias=False), Int8Linear(torch.randn(4, 4))) is None
 
 
 def test_norm() -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.layers import kernels, quantized_grad
-from llama.layers.gpu_modules import TinygemmLinear, join
+from llama.layers.gpu_modules import TinygemmLinear
+from llama.layers.joined import join
 from llama.layers.quantized_linear import Int4Linear, Int8Linear, weight_blocks
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
@@ -115,12 +116,12 @@ def test_joined_linears_have_the_gradient_of_their_parts() -> None:
 def test_tinygemm_linear_has_a_gradient_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight is found by multiplying unit vectors; the CUDA kernel is a plain matmul here."""
     linear = Int4Linear(random(40, 128))
-    weight = torch.cat(list(linear.blocks())).bfloat16()
+    weight = torch.cat(list(linear.row_parts())).bfloat16()
     padded = F.pad(weight, (0, 0, 0, 8))
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda pairs, inner: pairs)
     monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, *rest: x @ padded.T)
     tinygemm = TinygemmLinear(linear, unpack=False)
     assert (tinygemm.out_features, tinygemm.in_features) == (40, 128)
-    assert torch.equal(torch.cat(list(tinygemm.blocks())), weight.float())
+    assert torch.equal(torch.cat(list(tinygemm.row_parts())), weight.float())
     found, wanted = gradients(tinygemm, random(2, 3, 128).bfloat16(), random(2, 3, 40).bfloat16())
     assert (found - wanted).abs().max() <= CLOSE[torch.bfloat16] * wanted.abs().max()

@@ -23,10 +23,7 @@ from llama.layers.quantization import (
     quantize_int4,
     scales_and_zeros_int4,
 )
-from llama.layers.quantized_linear import (
-    Int4Linear,
-    Int8Linear,
-)
+from llama.layers.quantized_linear import QUANTIZED, BlockLinear, Int4Linear, Int8Linear
 from tests.models import random_weights
 
 SHAPE: dict[str, Any] = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2}
@@ -46,8 +43,8 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
     for name, module in model.named_modules():
         if isinstance(module, Int8Linear):
             w = dequantize_int8(module.q, module.scale)
-        elif isinstance(module, Int4Linear):
-            w = dequantize_int4(module.packed, module.scale, module.zero, module.n)
+        elif isinstance(module, QUANTIZED):
+            w = torch.cat(list(module.row_parts()))
         else:
             continue
         linear = plain.get_submodule(name)
@@ -56,6 +53,7 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
     return plain
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @torch.inference_mode()
 def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
@@ -68,9 +66,11 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
         torch.testing.assert_close(model(tokens), want, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(model(tokens, 0), want, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(want, untouched(tokens), atol=1e-3)
-    kinds = [Int8Linear if scheme == "int8" else Int4Linear] * 7 * 2 + [Int8Linear]
-    found = [type(m) for m in model.modules() if isinstance(m, (Int8Linear, Int4Linear))]
-    assert found == kinds and not any(isinstance(m, nn.Linear) for m in model.modules())
+    kind = Int8Linear if scheme == "int8" else BlockLinear
+    found = [type(m) for m in model.modules() if isinstance(m, QUANTIZED)]
+    assert found == [kind] * (7 * 2 + 1) and not any(
+        isinstance(m, nn.Linear) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
@@ -117,6 +117,7 @@ def test_float16_does_not_overflow(grad: bool) -> None:
     torch.testing.assert_close(linear(x), torch.full((3, 4), 40.96).half())
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
 @pytest.mark.parametrize("rows", [1, 40])
 @torch.inference_mode()

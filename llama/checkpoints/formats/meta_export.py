@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llama.checkpoints.source import Source, released_context
 from llama.common.files import write_json
 from llama.common.progress import progress
 from llama.distributed.sharding import rank_counts, weight_shapes
+from llama.layers.schemes import Scheme
 from llama.model import ModelArgs
 
 log = logging.getLogger("llama")
@@ -27,7 +29,8 @@ def write_meta(
     folder: Path,
     dtype: torch.dtype | None = None,
     mp: int = 1,
-    quantization: tuple[str, int] | None = None,
+    quantization: Scheme | None = None,
+    calibrated: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
     """Write params.json, `mp` shards and the tokenizer into an existing folder.
 
@@ -35,7 +38,9 @@ def write_meta(
         vocabulary: content of tokenizer.model and its sidecar (empty: no sidecar is written);
             None: no tokenizer is written.
         dtype: of all plain weights; None: the stored dtypes.
-        quantization: (scheme, group) to quantize the linears to, with `mp` 1; None: plain weights.
+        quantization: how the linears are stored, with `mp` 1; None: plain weights.
+        calibrated: (stored name, tensor) of all weights, quantized as `quantization` says; None:
+            quantize the weights of `source`.
 
     Raises:
         ValueError: `mp` ranks cannot share this model, or it cannot be quantized like this.
@@ -46,7 +51,7 @@ def write_meta(
     possible = [n for n in rank_counts(args) if args.vocab_size % n == 0]
     if mp not in possible:
         raise ValueError(f"this model cannot be split over {mp}; use one of {possible}")
-    params = quantized_params(source, *quantization) if quantization else source.params
+    params = quantized_params(source, quantization) if quantization else source.params
     if source.context != released_context(params):  # Meta's files do not say it
         params = params | {"max_seq_len": source.context}
     write_json(folder / "params.json", params)
@@ -60,9 +65,8 @@ def write_meta(
             if quantization is None:
                 state = _plain_shard(source, args, dtype, rank=rank, mp=mp, spill=Path(spill))
             else:
-                state = _quantized_shard(
-                    source, args, dtype, quantization=quantization, spill=Path(spill)
-                )
+                weights = calibrated or _quantized(source, args, dtype, quantization)
+                state = {n: _on_disk(w, Path(spill) / str(i)) for i, (n, w) in enumerate(weights)}
             log.info("writing %s", path.name)
             try:
                 torch.save(state, path)
@@ -86,28 +90,19 @@ def _plain_shard(
     return state
 
 
-def _quantized_shard(
-    source: Source,
-    args: ModelArgs,
-    dtype: torch.dtype | None,
-    *,
-    quantization: tuple[str, int],
-    spill: Path,
-) -> dict[str, Tensor]:
-    """The state dict of the whole quantized model, in files of `spill`, not in memory."""
-    state: dict[str, Tensor] = {}
+def _quantized(
+    source: Source, args: ModelArgs, dtype: torch.dtype | None, scheme: Scheme
+) -> Iterator[tuple[str, Tensor]]:
+    """(stored name, tensor) of each weight of the whole quantized model."""
     names = list(weight_shapes(args))
     for name in progress(names, "quantizing", len(names), "tensor"):
         w = source.read(name)
-        for key, tensor in quantize_weight(name, w.to(dtype or w.dtype), *quantization).items():
-            # Scales and zeros are computed from each group's extremes, so they are not finite
-            # either.
-            if key != name and tensor.is_floating_point() and not tensor.isfinite().all():
-                raise ValueError(
-                    f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
-                )
-            state[key] = _on_disk(tensor, spill / str(len(state)))
-    return state
+        stored = quantize_weight(name, w.to(dtype or w.dtype), scheme)
+        if name not in stored and not w.isfinite().all():  # codes would not show it
+            raise ValueError(
+                f"{name} of {source.path} has NaN or infinite numbers; run `llama3 verify`"
+            )
+        yield from stored.items()
 
 
 def _on_disk(w: Tensor, path: Path) -> Tensor:

@@ -7,6 +7,8 @@ nothing about models.
     llama3::linear(x, w)                            x w^T; w (N, K) fp32 or bf16
     llama3::linears(x, ws)                          the same for several w of one dtype
     llama3::linear_int8(x, q, scale)                q (N, K) int8, scale (N,) fp32
+    llama3::linear_blocks(x, blocks, n)             blocks as in layers/blocks.py; n rows
+    llama3::unpack_blocks(x, blocks, n)             the dequantized weight, (n, K), in x's dtype
     llama3::linear_int4(x, packed, scale, zero, n)  packed as by `quantize_int4`
     llama3::attend(xq, keys, values, positions)     as `KernelAttention` in layers/attention.py
     llama3::rms_norm(x, w, eps), rotary(x, turns), swiglu(a, b)    as in llama/model.py
@@ -37,15 +39,16 @@ from torch import Tensor
 
 from llama.layers.kernels.library import library_path as library_path
 from llama.layers.kernels.library import open_library
+from llama.layers.schemes import block_layout
 
 log = logging.getLogger("llama")
 
 # Up to this many rows of x the kernels are faster than F.linear (int8 and int4: than dequantizing
 # and F.linear) for every size of matrix. Measured on 2 cores with AVX-512 by benchmarks/kernels.py.
-MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32}
+MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 32}
 # The same for x in bf16 on processors with AVX512_BF16 instructions.
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": ANY, "fp32": 8, "int8": ANY, "int4": ANY}
+MAX_ROWS_BF16 = dict.fromkeys(MAX_ROWS, ANY) | {"fp32": 8}
 MAX_ROWS_AMX = MAX_ROWS_BF16 | {"bf16": 64}  # where torch multiplies bf16 by AMX, for more rows
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x and of plain weights
 
@@ -55,6 +58,8 @@ SHAPED: dict[str, Callable[..., Any]] = {
     "linears": lambda x, ws: [_shaped(x, w.shape[0]) for w in ws],
     "linear_int8": lambda x, q, scale: _shaped(x, q.shape[0]),
     "linear_int4": lambda x, packed, scale, zero, n: _shaped(x, n),
+    "linear_blocks": lambda x, blocks, n: _shaped(x, n),
+    "unpack_blocks": lambda x, blocks, n: _unpacked(x, blocks, n),
     "attend": lambda xq, keys, values, positions: xq.new_empty(xq.shape),
     "rms_norm": lambda x, w, eps: x.new_empty(x.shape),
     "rotary": lambda x, turns: x.new_empty(x.shape),
@@ -136,7 +141,7 @@ def _load() -> bool:
         _max_rows[torch.bfloat16] = MAX_ROWS_AMX if amx else MAX_ROWS_BF16
     if variants[0].endswith("-vnni"):
         for dtype, limits in _max_rows.items():
-            _max_rows[dtype] = limits | {"int8": ANY}
+            _max_rows[dtype] = limits | {"int8": ANY, "blocks": ANY}
     meta = torch.library.Library("llama3", "IMPL", "Meta")  # `register_fake` takes 20 ms
     for name, shaped in SHAPED.items():
         meta.impl(name, shaped)
@@ -146,3 +151,7 @@ def _load() -> bool:
 
 def _shaped(x: Tensor, n: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], n)
+
+
+def _unpacked(x: Tensor, blocks: Tensor, n: int) -> Tensor:
+    return x.new_empty(n, blocks.shape[1] * block_layout(blocks.shape[2])[1])

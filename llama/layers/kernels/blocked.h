@@ -157,9 +157,9 @@ TARGET void blocks(const Weights& w, const Inputs& in, const Outputs& out, int64
   for (; m + 2 <= M; m += 2) make(2)    \
   for (; m < M; m++) make(1)
 
-// A panel is C rows of x in the order in which tile_int4 reads them, (K / 8, C, 4) with columns k and
-// k + 4 of eight in one word; and the sum of each group, (K / group, C). This fills the rows [begin,
-// end) of the panel from row m on.
+// A panel is C rows of x in the order in which tile_int4 reads them, (K / 8, C, 4) with columns k
+// and k + 4 of eight in one word; and the sum of each group, (K / group, C). This fills the rows
+// [begin, end) of the panel that begins at row m.
 TARGET inline void fill_panel(const Inputs& in, int64_t m, int64_t C, int64_t begin, int64_t end) {
   const int64_t K = in.K, first = std::max(begin, m) - m, last = std::min(end, m + C) - m;
   const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);

@@ -59,7 +59,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int64_t BLOCK = BLOCK_COLUMNS;
 constexpr int64_t PANEL = BLOCK * LANES;    // bytes of a block of a tile
 constexpr int STEP = LANES / 8;             // blocks that are read at a time
-constexpr int FEW = 4;                      // up to so many rows of x, W is not copied
+constexpr int FEW = 16;                     // up to so many rows of x, W is not copied
 constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time: their sums fit in registers
 constexpr int64_t DEPTH = 32;               // blocks at a time: a panel and MOST rows of x fit L1
 constexpr int64_t WIDTH = 4;                // tiles at a time: their panels fit L2
@@ -218,6 +218,12 @@ TARGET inline void fill(int8_t* panel, const Tile& tile, int64_t first, int64_t 
   }
 }
 
+// Prefetches tiles that no other tile has prefetched, into L2.
+TARGET inline void prefetch(const Tile& tile, int64_t tiles) {
+  for (int64_t i = 0; i < tiles * LANES * tile.stride; i += 64)
+    _mm_prefetch((const char*)tile.w + i, _MM_HINT_T1);
+}
+
 // Tiles [begin, end) for several rows of x: DEPTH blocks of WIDTH tiles at a time.
 TARGET inline void multiply_many(const Weights& w, const Activations& x, const Outputs& out,
                                  int64_t begin, int64_t end) {
@@ -231,6 +237,7 @@ TARGET inline void multiply_many(const Weights& w, const Activations& x, const O
     const int64_t tiles = std::min(WIDTH, end - t), ahead = t + 2 * WIDTH <= end ? WIDTH : 0;
     Tile tile[WIDTH];
     for (int64_t i = 0; i < tiles; i++) tile[i] = tile_of(w, t + i, ahead, padded[i]);
+    if (t == begin) prefetch(tile[0], tiles);
     for (int64_t first = 0; first < x.blocks; first += DEPTH) {
       const int64_t last = std::min(first + DEPTH, x.blocks);
       for (int64_t i = 0; i < tiles; i++) fill(panel + i * DEPTH * PANEL, tile[i], first, last);
@@ -247,11 +254,16 @@ TARGET inline void multiply_many(const Weights& w, const Activations& x, const O
 // Tiles [begin, end) of y = x W^T * scales.
 TARGET void integer_rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
                          int64_t end) {
+  constexpr int HALF = FEW / 2;  // rows at a time
   const Activations& x = in.codes;
   if (x.M > FEW) return multiply_many(w, x, out, begin, end);
   static thread_local std::vector<int8_t> padded;
+  const int64_t rows = x.M > HALF ? (x.M + 1) / 2 : x.M;
   for (int64_t t = begin; t < end; t++) {
     const Tile tile = tile_of(w, t, t + 1 < end, padded);
-    multiply_rows<FEW, STEP>(Part{x, w, out, t * LANES, 0, x.blocks, nullptr}, tile, 0, x.M);
+    if (t == begin) prefetch(tile, 1);
+    const Part part{x, w, out, t * LANES, 0, x.blocks, nullptr};
+    for (int64_t m = 0; m < x.M; m += rows)
+      multiply_rows<HALF, STEP>(part, tile, m, std::min(m + rows, x.M));
   }
 }

@@ -5,10 +5,11 @@
 //
 // Letters: M rows of x, N rows of W (outputs), K columns of both.
 
-#include "linear.h"
+#include "weights.h"
+
+#include "block_layout.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -19,7 +20,6 @@
 namespace {
 using at::Tensor;
 using llama3::Inputs;
-using llama3::Kind;
 using llama3::Method;
 using llama3::Outputs;
 using llama3::Weights;
@@ -29,16 +29,6 @@ constexpr int64_t SHARE = 32768;  // least number of bytes per thread
 struct alignas(64) Line {  // a cache line
   char bytes[64];
 };
-
-void check_cpu(const char* name, const Tensor& t) {
-  TORCH_CHECK(t.device().is_cpu(), name, " must be on the CPU, not on ", t.device());
-  TORCH_CHECK(t.is_contiguous(), name, " must be contiguous");
-}
-
-void check_matrix(const char* name, const Tensor& w) {
-  check_cpu(name, w);
-  TORCH_CHECK(w.dim() == 2, name, " must be a matrix (N, K), not ", w.sizes());
-}
 
 // Calls f(begin, end) for parts of [0, count), large first and small last: the others go on while a
 // thread has lost its processor.
@@ -76,7 +66,7 @@ std::vector<Tensor> multiply(const Tensor& x_any, const std::vector<Weights>& ws
   int64_t M = 0;
   for (const Weights& w : ws) M = rows_of(x_any, w.K);
   const Tensor x = x_any.contiguous();
-  check_cpu("x", x);
+  llama3::check_cpu("x", x);
   const bool is_bf16 = x.scalar_type() == at::kBFloat16;
   const Method method = llama3::method_for(ws[0], M, is_bf16);
   const int64_t K = ws[0].K, group = ws[0].group;
@@ -91,7 +81,8 @@ std::vector<Tensor> multiply(const Tensor& x_any, const std::vector<Weights>& ws
     ends.push_back((ends.empty() ? 0 : ends.back()) + method.blocks(w));
   }
   if (M == 0) return ys;
-  const std::unique_ptr<Line[]> scratch(new Line[llama3::scratch_bytes(method.form, M, K, group) / 64]);
+  const int64_t lines = llama3::scratch_bytes(method.form, M, K, group) / sizeof(Line);
+  const std::unique_ptr<Line[]> scratch(new Line[lines]);
   const Inputs in =
       llama3::inputs_of(method.form, x.const_data_ptr(), is_bf16, M, K, group, scratch.get());
   in_parallel(M, 4 * K, [&](int64_t begin, int64_t end) { llama3::prepare(in, begin, end); });
@@ -109,13 +100,11 @@ std::vector<Tensor> multiply(const Tensor& x_any, const std::vector<Weights>& ws
 // x (..., K) and several w (N, K), all fp32 or all bf16 -> (..., N) in x's dtype for each w.
 std::vector<Tensor> linears(const Tensor& x, at::TensorList ws) {
   TORCH_CHECK(!ws.empty(), "ws is empty; give at least one w");
-  const bool bf16 = ws[0].scalar_type() == at::kBFloat16;
   std::vector<Weights> views;
   for (const Tensor& w : ws) {
-    check_matrix("w", w);
-    TORCH_CHECK(w.scalar_type() == (bf16 ? at::kBFloat16 : at::kFloat),
-                "all w must be fp32, or all bf16, not ", w.scalar_type());
-    views.push_back({bf16 ? Kind::bf16 : Kind::fp32, w.size(0), w.size(1), w.const_data_ptr()});
+    TORCH_CHECK(w.scalar_type() == ws[0].scalar_type(), "all w must be fp32, or all bf16, not ",
+                w.scalar_type());
+    views.push_back(llama3::plain_weights(w));
   }
   return multiply(x, views);
 }
@@ -124,18 +113,12 @@ Tensor linear(const Tensor& x, const Tensor& w) { return linears(x, w)[0]; }
 
 // x (..., K), q (N, K) int8, scale (N,) fp32 -> x (q * scale)^T, of x's dtype.
 Tensor linear_int8(const Tensor& x, const Tensor& q, const Tensor& scale) {
-  check_matrix("q", q);
-  check_cpu("scale", scale);
-  TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
-  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.dim() == 1 && scale.size(0) == q.size(0),
-              "scale must be fp32 (", q.size(0), "), one an output; got ", scale.sizes());
-  Weights w{Kind::int8, q.size(0), q.size(1), q.const_data_ptr(), scale.const_data_ptr<float>()};
-  return multiply(x, {w})[0];
+  return multiply(x, {llama3::int8_weights(q, scale)})[0];
 }
 
 // q, any int8, in bf16.
 Tensor widen_int8(const Tensor& q) {
-  check_cpu("q", q);
+  llama3::check_cpu("q", q);
   TORCH_CHECK(q.scalar_type() == at::kChar, "q must be int8, not ", q.scalar_type());
   Tensor w = at::empty(q.sizes(), q.options().dtype(at::kBFloat16));
   const auto* from = q.const_data_ptr<int8_t>();
@@ -145,32 +128,10 @@ Tensor widen_int8(const Tensor& q) {
   return w;
 }
 
-// packed (T, K / 8, 16) int32, scale and zero (T, K / group, 16) bf16, for T tiles of 16 outputs.
-// In a tile, code k of output n is bits 4 (k % 8) to 4 (k % 8) + 3 of packed[n / 16, k / 8, n % 16].
-Weights int4(const Tensor& packed, const Tensor& scale, const Tensor& zero, int64_t N) {
-  TORCH_CHECK(packed.scalar_type() == at::kInt && packed.dim() == 3 && packed.size(2) == 16 &&
-                  packed.size(0) == (N + 15) / 16,
-              "packed must be int32 (", (N + 15) / 16, ", K / 8, 16) for ", N, " outputs; got ",
-              packed.sizes());
-  TORCH_CHECK(N > 0 && packed.size(1) > 0, "packed must not be empty");
-  const int64_t K = packed.size(1) * 8, groups = scale.dim() == 3 ? scale.size(1) : 0;
-  for (const auto* t : {&scale, &zero})
-    TORCH_CHECK(t->scalar_type() == at::kBFloat16 && t->dim() == 3 && groups > 0 &&
-                    K % (groups * 8) == 0 && t->sizes().equals({packed.size(0), groups, 16}),
-                "scale and zero must be bf16 (", packed.size(0), ", K / group, 16); got ",
-                t->sizes());
-  check_cpu("packed", packed), check_cpu("scale", scale), check_cpu("zero", zero);
-  Weights w{Kind::int4, N, K, packed.const_data_ptr()};
-  w.group = K / groups;
-  w.group_scales = scale.const_data_ptr<c10::BFloat16>();
-  w.group_zeros = zero.const_data_ptr<c10::BFloat16>();
-  return w;
-}
-
 // x (..., K) -> the first N columns of x (q * scale + zero)^T, of x's dtype.
 Tensor linear_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& zero,
                    int64_t N) {
-  return multiply(x, {int4(packed, scale, zero, N)})[0];
+  return multiply(x, {llama3::int4_weights(packed, scale, zero, N)})[0];
 }
 
 // The dequantized weight, (N, K), in x's dtype.
@@ -178,11 +139,29 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
                    int64_t N) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
-  const Weights w = int4(packed, scale, zero, N);
+  const Weights w = llama3::int4_weights(packed, scale, zero, N);
   Tensor y = at::empty({N, w.K}, x.options());
   void* to = y.mutable_data_ptr();
   in_parallel(packed.size(0), w.K * 8, [&](int64_t begin, int64_t end) {
     llama3::unpack_int4(w, to, bf16, begin, end);
+  });
+  return y;
+}
+
+// x (..., K) times the transpose of the weight in blocks, (..., N), of x's dtype.
+Tensor linear_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
+  return multiply(x, {llama3::block_weights(blocks, N)})[0];
+}
+
+// The dequantized weight, (N, K), in x's dtype.
+Tensor unpack_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
+  const bool bf16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
+  const Weights w = llama3::block_weights(blocks, N);
+  Tensor y = at::empty({N, w.K}, x.options());
+  void* to = y.mutable_data_ptr();
+  in_parallel(blocks.size(0), w.K * 8, [&](int64_t begin, int64_t end) {
+    llama3::unpack_blocks(w, to, bf16, begin, end);
   });
   return y;
 }
@@ -197,6 +176,8 @@ TORCH_LIBRARY(llama3, m) {
   m.def("linears(Tensor x, Tensor[] ws) -> Tensor[]");
   m.def("linear_int8(Tensor x, Tensor q, Tensor scale) -> Tensor");
   m.def("linear_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
+  m.def("linear_blocks(Tensor x, Tensor blocks, int n) -> Tensor");
+  m.def("unpack_blocks(Tensor x, Tensor blocks, int n) -> Tensor");
   m.def("widen_int8(Tensor q) -> Tensor");
   m.def("unpack_int4(Tensor x, Tensor packed, Tensor scale, Tensor zero, int n) -> Tensor");
   m.def("variants() -> str[]", &llama3::variant_names);
@@ -208,6 +189,8 @@ TORCH_LIBRARY_IMPL(llama3, CPU, m) {
   m.impl("linears", &linears);
   m.impl("linear_int8", &linear_int8);
   m.impl("linear_int4", &linear_int4);
+  m.impl("linear_blocks", &linear_blocks);
+  m.impl("unpack_blocks", &unpack_blocks);
   m.impl("widen_int8", &widen_int8);
   m.impl("unpack_int4", &unpack_int4);
 }

@@ -19,8 +19,9 @@ using c10::BFloat16;
 
 constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of the multiplication
 
-enum class Kind { fp32, bf16, int8, int4 };  // of weights
-constexpr int KINDS = 4;
+// Of weights. int4 is the form with groups; blocks have 4 or 6 bits, see block_layout.h.
+enum class Kind { fp32, bf16, int8, int4, blocks4, blocks6 };
+constexpr int KINDS = 4;  // without blocks, whose methods are in blocks.cpp
 
 // What a method reads of x:
 //   fp32    rows padded with zeros to a multiple of 64 columns
@@ -38,6 +39,7 @@ struct Weights {
   const void* w = nullptr;                            // (N, K); int4: (N / 16, K / 8, 16) words
   const float* scales = nullptr;                      // int8: (N,)
   int64_t group = 0;                                  // int4: inputs with one scale and zero
+  int64_t columns = 0;                                // blocks: of a block
   const BFloat16 *group_scales = nullptr, *group_zeros = nullptr;  // (N / 16, K / group, 16)
 };
 
@@ -104,6 +106,12 @@ void prepare(const Inputs& in, int64_t begin, int64_t end);
 
 // The dequantized tiles [begin, end) of an int4 weight, into y (N, K), bf16 or fp32.
 void unpack_int4(const Weights& w, void* y, bool is_bf16, int64_t begin, int64_t end);
+
+// The fastest method on this processor for weights in blocks.
+Method block_method(Kind kind);
+
+// The dequantized tiles [begin, end) of a weight in blocks, into y (N, K), bf16 or fp32.
+void unpack_blocks(const Weights& w, void* y, bool is_bf16, int64_t begin, int64_t end);
 
 // Elements [begin, end) of an int8 weight, exactly in bf16.
 void widen_int8(const int8_t* w, BFloat16* y, int64_t begin, int64_t end);

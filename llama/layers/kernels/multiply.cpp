@@ -103,6 +103,7 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
 
 namespace llama3 {
 Method method_for(const Weights& w, int64_t M, bool x_is_bf16) {
+  if (w.columns) return block_method(w.kind);
   if (const Method* found = integer_method(w.kind)) return *found;
   const int kind = static_cast<int>(w.kind);
   if (x_is_bf16 && variant() == AVX512_BF16 && w.kind == Kind::bf16 && M >= prompt.rows && w.K > 0)
@@ -118,6 +119,8 @@ int64_t row_bytes(const Weights& w) {
     case Kind::bf16: return 2 * w.K;
     case Kind::int8: return w.K;
     case Kind::int4: return w.K / 2 + w.K / w.group * 4;
+    case Kind::blocks4: return w.K / 2 + w.K / 16;
+    case Kind::blocks6: return w.K / 4 * 3 + w.K / 16;
   }
   return 0;
 }

@@ -3,6 +3,8 @@
 // the rows of activations.h as tensors, for tests.
 // Knows nothing about models. Compiled and loaded by __init__.py; the arithmetic is in pointwise.h.
 
+#include "pointwise_job.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,37 +18,33 @@
 
 namespace {
 using at::Tensor;
+using namespace llama3::pointwise;
 
 constexpr int64_t SHARE = 1 << 15;  // least number of elements per thread
 
-struct Job {
-  int64_t width;
-  float eps;
-  const void *a, *b;
-  void* y;
-  int64_t heads = 1, turns = 1;
-};
 }  // namespace
 
 #define ARITHMETIC "pointwise.h"
 #include "variants.h"
 
 namespace {
-using Kernel = void (*)(const Job&, int64_t begin, int64_t end);
-struct Kernels {
-  Kernel norm, gate, rotate;
-};
 #define FP32(ns) Kernels{ns::norm<float>, ns::gate<float>, ns::rotate<float>}
 #define BF16(ns) Kernels{ns::norm<BFloat16>, ns::gate<BFloat16>, ns::rotate<BFloat16>}
 const Kernels fp32[] = {EACH_VARIANT(FP32)}, bf16[] = {EACH_VARIANT(BF16)};
+}  // namespace
 
+const Kernels& llama3::pointwise::kernels(bool is_bf16) {
+  return (is_bf16 ? bf16 : fp32)[variant()];
+}
+
+namespace {
 const Kernels& variant(const Tensor& x, const Tensor& other, bool same_dtype = true) {
   const auto dtype = x.scalar_type();
   TORCH_CHECK(x.device().is_cpu() && other.device().is_cpu(), "both must be on the CPU");
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16, "x must be fp32 or bf16, not ", dtype);
   TORCH_CHECK(!same_dtype || other.scalar_type() == dtype, "both must be ", dtype,
               "; the other is ", other.scalar_type());
-  return (dtype == at::kFloat ? fp32 : bf16)[llama3::variant()];
+  return kernels(dtype == at::kBFloat16);
 }
 
 // x (..., D) divided by its root mean square, cast to x's dtype, times weight (D,).

@@ -127,8 +127,9 @@ TARGET inline void store(float* to, const Vec8& v) { memcpy(to, &v, sizeof v); }
 
 TARGET inline void store(BFloat16* to, const Vec8& v) {  // to the nearest, ties to even
   const Words8 bits = (Words8)v;
-  const Halves8 rounded = __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, Halves8);
-  memcpy((void*)to, &rounded, sizeof rounded);
+  const Words8 rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Halves8 upper = __builtin_convertvector(rounded >> 16, Halves8);
+  memcpy((void*)to, &upper, sizeof upper);
 }
 
 // Tiles [begin, end) of the dequantized weight, (N, K).
