@@ -76,7 +76,7 @@ TARGET void attend_rows(const Job& job, const Scratch& to, int64_t row, const in
   alignas(64) float scores[M * BLOCK];
   alignas(64) uint32_t weights[M * BLOCK / 2];
   float keep[M];
-  const int64_t W = job.width, most_seen = std::min(BLOCK, *std::max_element(seen, seen + M));
+  const int64_t W = job.width, most_seen = *std::max_element(seen, seen + M);
   if (most_seen <= 0) return;
   const auto* queries = (const uint32_t*)to.queries + row * W / 2;
   add_products<M>(queries, W / 2, (const uint32_t*)to.keys, BLOCK, words(job.D), nullptr, scores,
@@ -146,7 +146,8 @@ TARGET void attend_prompt(const Job& job, const Task& task, const Scratch& to) {
     for (int64_t row = 0, m; row < rows; row += m) {
       int64_t seen[ROWS_AT_ONCE];
       m = std::min<int64_t>(ROWS_AT_ONCE, rows - row);
-      for (int64_t i = 0; i < m; i++) seen[i] = limits[task.begin + (row + i) / G] + 1 - s;
+      for (int64_t i = 0; i < m; i++)
+        seen[i] = std::min(count, limits[task.begin + (row + i) / G] + 1 - s);
       ATTEND[m - 1](job, to, row, seen);
     }
   }
