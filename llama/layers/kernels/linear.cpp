@@ -13,6 +13,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -29,11 +30,23 @@ struct alignas(64) Line {  // a cache line
   char bytes[64];
 };
 
+// Calls f(begin, end) for parts of [0, count), large first and small last: the others go on while a
+// thread has lost its processor.
 template <class F>
 void in_parallel(int64_t count, int64_t bytes_each, const F& f) {
   if (count == 0) return;
-  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
-  at::parallel_for(0, count, grain, f);
+  const int64_t least = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + least - 1) / least);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.load(); begin < count;) {
+      const int64_t part = std::max(least, (count - begin) / (2 * threads));
+      const int64_t end = std::min(count, begin + part);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      f(begin, end);
+      begin = next.load();
+    }
+  });
 }
 
 // (M, K) of x (..., K), after a check of its type and that K is the width of w.
