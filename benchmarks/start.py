@@ -54,15 +54,18 @@ def main(new: int = 8, runs: int = 5, out: str | None = None) -> None:
     check_counts(new=new, runs=runs)
     check_file("out", out, ".json")
     commands = COMMANDS | {"llama3 complete": [*COMMANDS["llama3 complete"], "-n", str(new)]}
-    times: dict[str, list[tuple[float, float]]] = {row: [] for row in commands}
+    first: dict[str, list[float]] = {row: [] for row in commands}
+    end: dict[str, list[float]] = {row: [] for row in commands}
     for i in range(runs + 1):
         for row, command in commands.items():
-            measured = seconds(command)
-            times[row] += [measured] * (i > 0)
+            times = seconds(command)
+            if i > 0:
+                first[row].append(times[0])
+                end[row].append(times[1])
     figures = []
-    for row, measured in times.items():
-        for column, values in zip(("first character", "end"), zip(*measured), strict=True):
-            figures.append(Figure(row, column, "s", list(values), better="lower"))
+    for row in commands:
+        figures.append(Figure(row, "first character", "s", first[row], better="lower"))
+        figures.append(Figure(row, "end", "s", end[row], better="lower"))
     finish(make_result("start", {"new": new, "runs": runs}, figures), out)
 
 
