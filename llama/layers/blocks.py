@@ -130,13 +130,13 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros (N, Q) with a small squared error: for each of several ranges, the codes
     are rounded and the scale and zero of least squares for these codes are computed.
     """
-    low, high = groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
+    depth, high = 0 - groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
     count = _total(torch.ones_like(groups[:, :1]), p)
     total = _total(groups, p)
     best = None
     for change in RANGES:
-        first = _no_zeros((high - low) / _number(top + change, low))
-        codes = _round(groups, first, -low, top)
+        first = _no_zeros((high + depth) / _number(top + change, high))
+        codes = _round(groups, first, depth, top)
         q, qq, qw = _total(codes, p), _total(codes * codes, p), _total(codes * groups, p)
         determinant = count * qq - q * q
         scale = (count * qw - q * total) / _no_zeros(determinant)
@@ -145,7 +145,7 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         scale = scale.where(zero >= 0, qw / _no_zeros(qq))
         zero = zero.clamp(min=0)
         solved = (determinant > 0) & (scale > 0)
-        scale, zero = scale.where(solved, first), zero.where(solved, -low)
+        scale, zero = scale.where(solved, first), zero.where(solved, depth)
         error = scale * (scale * qq - 2 * (zero * q + qw)) + zero * (zero * count + 2 * total)
         if best is None:
             best = error, scale, zero

@@ -17,7 +17,7 @@ from llama.distributed import tensor_parallel
 from llama.layers import kernels
 from llama.layers.attention import KernelAttention
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
+from llama.layers.quantized_linear import BlockLinear, Int4Linear, Int8Linear
 from llama.model import CacheSlice, KVCache, Layers, TransformerBlock
 
 MAX_ROWS = 16  # B x T; as in kernels/step.cpp
@@ -26,6 +26,7 @@ LINEARS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     KernelLinear: ("plain", ("weight",)),
     Int8Linear: ("int8", ("q", "scale")),
     Int4Linear: ("int4", ("packed", "scale", "zero")),
+    BlockLinear: ("blocks", ("blocks",)),
 }
 
 

@@ -216,6 +216,7 @@ def test_widen_int8(variant: str) -> None:
         assert torch.equal(torch.ops.llama3.widen_int8(q[:n]), q[:n].to(torch.bfloat16))
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_dispatch_by_rows(ops: object) -> None:
     """For more rows than MAX_ROWS or with a gradient, torch's operators give the same numbers."""
     w = torch.randn(24, 64)

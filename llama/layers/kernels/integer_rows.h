@@ -59,7 +59,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int64_t BLOCK = BLOCK_COLUMNS;
 constexpr int64_t PANEL = BLOCK * LANES;    // bytes of a block of a tile
 constexpr int STEP = LANES / 8;             // blocks that are read at a time
-constexpr int FEW = 4;                      // up to so many rows of x, W is not copied
+constexpr int FEW = 16;                     // up to so many rows of x, W is not copied
 constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time: their sums fit in registers
 constexpr int64_t DEPTH = 32;               // blocks at a time: a panel and MOST rows of x fit L1
 constexpr int64_t WIDTH = 4;                // tiles at a time: their panels fit L2
@@ -254,12 +254,16 @@ TARGET inline void multiply_many(const Weights& w, const Activations& x, const O
 // Tiles [begin, end) of y = x W^T * scales.
 TARGET void integer_rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
                          int64_t end) {
+  constexpr int HALF = FEW / 2;  // rows at a time
   const Activations& x = in.codes;
   if (x.M > FEW) return multiply_many(w, x, out, begin, end);
   static thread_local std::vector<int8_t> padded;
+  const int64_t rows = x.M > HALF ? (x.M + 1) / 2 : x.M;
   for (int64_t t = begin; t < end; t++) {
     const Tile tile = tile_of(w, t, t + 1 < end, padded);
     if (t == begin) prefetch(tile, 1);
-    multiply_rows<FEW, STEP>(Part{x, w, out, t * LANES, 0, x.blocks, nullptr}, tile, 0, x.M);
+    const Part part{x, w, out, t * LANES, 0, x.blocks, nullptr};
+    for (int64_t m = 0; m < x.M; m += rows)
+      multiply_rows<HALF, STEP>(part, tile, m, std::min(m + rows, x.M));
   }
 }

@@ -135,33 +135,16 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   return y;
 }
 
-// blocks (T, B, bytes of a block) uint8, for T tiles of 16 outputs; see block_layout.h.
-Weights blocks_of(const Tensor& blocks, int64_t N) {
-  check_cpu("blocks", blocks);
-  TORCH_CHECK(blocks.scalar_type() == at::kByte && blocks.dim() == 3 && N > 0 &&
-                  blocks.size(0) == (N + 15) / 16 && blocks.size(1) > 0,
-              "blocks must be uint8 (", (N + 15) / 16, ", blocks, bytes) for ", N, " outputs; got ",
-              blocks.sizes());
-  for (const Kind kind : {Kind::blocks4, Kind::blocks6})
-    for (int64_t groups = 1; groups <= 8; groups++)
-      if (llama3::block_bytes(kind, groups) == blocks.size(2)) {
-        Weights w{kind, N, 32 * groups * blocks.size(1), blocks.const_data_ptr()};
-        w.columns = 32 * groups;
-        return w;
-      }
-  TORCH_CHECK(false, "no block has ", blocks.size(2), " bytes");
-}
-
 // x (..., K) times the transpose of the weight in blocks, (..., N), of x's dtype.
 Tensor linear_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
-  return multiply(x, {blocks_of(blocks, N)})[0];
+  return multiply(x, {llama3::block_weights(blocks, N)})[0];
 }
 
 // The dequantized weight, (N, K), in x's dtype.
 Tensor unpack_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
-  const Weights w = blocks_of(blocks, N);
+  const Weights w = llama3::block_weights(blocks, N);
   Tensor y = at::empty({N, w.K}, x.options());
   void* to = y.mutable_data_ptr();
   in_parallel(blocks.size(0), w.K * 8, [&](int64_t begin, int64_t end) {
