@@ -45,7 +45,7 @@ class Predictor:
         program, scheme = SYSTEMS[name]
         if program == OURS:
             self.engine = ours(job, scheme)
-        self.theirs = None
+        self.theirs: LlamaCpp | None = None
         if program == LLAMA_CPP:
             self.theirs = LlamaCpp(job.gguf(scheme), 1, job.length, precise=False)
 

@@ -8,7 +8,6 @@ against the size of /dev/shm.
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import secrets
@@ -152,6 +151,8 @@ def _open(place: list[Any] | None, size: int) -> int | None:
 
 def _map(file: int, size: int, rank: int, place: list[Any]) -> Tensor | None:
     """The memory of a file, once this rank has locked its byte of it; None: not the right file."""
+    import fcntl  # not on Windows
+
     lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, rank, 1, 0)
     try:
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, lock)
