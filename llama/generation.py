@@ -129,7 +129,7 @@ class BuildOptions:
         device: None or "auto" takes cuda, then mps, then cpu.
         dtype: a torch dtype or its name ("bfloat16", "bf16"); None or "auto" takes bfloat16 where
             the device computes in it, else float16 (GPU) or float32 (CPU).
-        quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
+        quantize: "int8" or "int4" for the layers (an older int4 stays as stored); None: as stored.
         exact: the reference's arithmetic, bit-identical to Meta's code, instead of the fastest.
         compile: decode by a compiled step, on one rank. Without a compiler: a warning, and eager.
         speculate: propose tokens that followed the same ones earlier in the prompt or answer, and
