@@ -66,11 +66,12 @@ class Predictor:
         return logits
 
 
+COMPARED = ",".join(name for name, made in SYSTEMS.items() if made[0] in (OURS, LLAMA_CPP))
+
+
 def perplexity(
     file: str,
-    systems: str = ",".join(
-        n for n, (program, _) in SYSTEMS.items() if program in (OURS, LLAMA_CPP)
-    ),
+    systems: str = COMPARED,
     tokens: int = 8192,
     window: int = 512,
     out: str | None = None,

@@ -228,7 +228,8 @@ def reduce_from_ranks(x: Tensor) -> Tensor:
         return x
     if shared := shared_memory.for_sum(x):
         return shared.sum(x)
-    return groups.mappings.reduce_from_model_parallel_region(x)
+    y: Tensor = groups.mappings.reduce_from_model_parallel_region(x)
+    return y
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
@@ -245,7 +246,8 @@ def gather_from_ranks(x: Tensor) -> Tensor:
         return x
     if shared := shared_memory.for_tensor(x):
         return shared.stack(x).movedim(0, -2).flatten(-2)
-    return groups.mappings.gather_from_model_parallel_region(x)
+    y: Tensor = groups.mappings.gather_from_model_parallel_region(x)
+    return y
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:

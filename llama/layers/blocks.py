@@ -111,7 +111,8 @@ def refit_group(grid: Grid, g: int, w: Tensor, bits: int, importance: Tensor) ->
 
 def _by_group(w: Tensor) -> Tensor:
     """(N, K) -> (32, N, Q): sums over a group are sums of whole matrices."""
-    return w.unflatten(1, (-1, BLOCK_GROUP)).permute(2, 0, 1).contiguous()
+    groups: Tensor = w.unflatten(1, (-1, BLOCK_GROUP)).permute(2, 0, 1).contiguous()
+    return groups
 
 
 def _total(x: Tensor, p: Tensor | None = None) -> Tensor:
@@ -151,9 +152,8 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
             best = error, scale, zero
         else:
             better = error < best[0]
-            best = tuple(
-                new.where(better, old) for new, old in zip((error, scale, zero), best, strict=True)
-            )
+            e, s, z = best
+            best = error.where(better, e), scale.where(better, s), zero.where(better, z)
     assert best is not None
     return best[1], best[2]
 
@@ -211,8 +211,8 @@ def _steps(
                 best = error, steps, zero_steps
             else:
                 better = error < best[0]
-                new = error, steps, zero_steps
-                best = tuple(a.where(better, b) for a, b in zip(new, best, strict=True))
+                e, s, z = best
+                best = error.where(better, e), steps.where(better, s), zero_steps.where(better, z)
     assert best is not None
     return best[1], best[2]
 
@@ -274,7 +274,7 @@ def dequantize_blocks(blocks: Tensor, n: int) -> Tensor:
     """The first n rows: (n, K) fp32."""
     grid, codes = unpack(blocks)
     groups = codes.unflatten(1, (-1, BLOCK_GROUP)).float()
-    w = groups.mul_(grid.scale().unsqueeze(2)).sub_(grid.zero().unsqueeze(2))
+    w: Tensor = groups.mul_(grid.scale().unsqueeze(2)).sub_(grid.zero().unsqueeze(2))
     return w.flatten(1)[:n]
 
 

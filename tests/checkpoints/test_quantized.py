@@ -94,7 +94,7 @@ def write_checkpoint(kind: str, folder: Path, tmp_path: Path) -> Path:
 
 
 @torch.inference_mode()
-def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tensor:
+def logits(path: Path, dtype: torch.dtype, quantize: Scheme | str | None = None) -> Tensor:
     """Logits of a prefill and of one decode step."""
     source = open_checkpoint(path)
     model = load_model(source, source.args(max_seq_len=32), CPU, dtype)

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,14 +93,15 @@ def main() -> None:
     tensor_parallel.initialize(None, torch.device("cpu"))
     tensor_parallel.share_sums(kernels.load())
     assert shared_memory._joined is not None
-    case = {
+    cases: dict[str, Callable[[], dict[str, Any]]] = {
         "equal": equal_to_gloo,
         "shapes": other_shapes,
         "killed": lambda: other_ends("killed"),
         "leaves": lambda: other_ends("leaves"),
         "late": lambda: other_ends("late"),
-    }[sys.argv[1]]
-    print(json.dumps({"rank": job.environment().rank} | case()), flush=True)
+    }
+    found = cases[sys.argv[1]]()
+    print(json.dumps({"rank": job.environment().rank} | found), flush=True)
     os._exit(0)  # without the groups, one of which may be broken
 
 

@@ -77,8 +77,8 @@ def test_ranks_that_cannot_share_use_the_process_group(
         monkeypatch.setattr(os, "memfd_create", lambda *_: (_ for _ in ()).throw(OSError("none")))
     before = os.listdir("/proc/self/fd")
     if lacks == "file":  # the second rank's: another file has the first rank's descriptor
-        place = [os.getpid(), os.open(tmp_path, os.O_RDONLY), "00" * 16]
-        answers = [["a", "a"], [place, None], [True, False]]
+        place: list[Any] = [os.getpid(), os.open(tmp_path, os.O_RDONLY), "00" * 16]
+        answers: list[list[Any]] = [["a", "a"], [place, None], [True, False]]
         shared_memory.join(1, 2, 1.0, lambda _: answers.pop(0), True)
         os.close(place[1])
     else:
