@@ -171,7 +171,7 @@ def _unit(values: Tensor, groups: int) -> Tensor:
     """(N, Q) -> (N, B) bf16: the unit of which the values of a block are nearly multiples."""
     blocks = values.unflatten(1, (-1, groups))
     largest = blocks.amax(2, keepdim=True)
-    best = None
+    best: tuple[Tensor, Tensor] | None = None
     for i in range(UNITS):
         unit = (largest / _number(MOST_STEPS - i, values)).bfloat16()
         step = _no_zeros(unit.float())
