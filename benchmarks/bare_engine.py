@@ -15,7 +15,7 @@ class BareEngine:
     """The engine of a checkpoint, with a KV cache of `rows` x `length` positions."""
 
     def __init__(self, ckpt_dir: str, rows: int, length: int):
-        self.engine = Llama.build(ckpt_dir, None, length, rows).engine
+        self.engine = Llama.build(ckpt_dir, None, length, rows, speculate=False).engine
 
     def ready(self) -> None:
         """Return when the weights are loaded."""

@@ -85,7 +85,11 @@ def calibration(
     out: str | None = None,
 ) -> None:
     """Quantize SRC in each way and print its perplexity on another text."""
-    settings: dict[str, Any] = {"calibrate": calibrate, "windows": windows, "max_seq_len": max_seq_len}
+    settings: dict[str, Any] = {
+        "calibrate": calibrate,
+        "windows": windows,
+        "max_seq_len": max_seq_len,
+    }
     settings |= {"test": test, "test_windows": test_windows}
     source = open_checkpoint(src)
     tokenizer = open_tokenizer(source)

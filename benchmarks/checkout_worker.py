@@ -94,14 +94,18 @@ class Subject:
         longest = max(task.prompt, *task.prefill)
         self.prompt = [rng.randrange(task.vocab_size) for _ in range(longest)]
         self.ids: list[int] = []  # of the last answer
+        build = llama.Llama.build
+        known = getattr(sys.modules.get("llama.generation"), "BuildOptions", None)
+        plain: dict[str, Any] = {"speculate": False} if hasattr(known, "speculate") else {}
         start = time.perf_counter()
-        self.model = llama.Llama.build(
+        self.model = build(
             task.ckpt_dir,
             task.tokenizer_path,
             MAX_SEQ_LEN,
             1,
             dtype=getattr(torch, task.dtype),
             quantize=task.quantize,
+            **plain,
         )
         self.build_s = time.perf_counter() - start
 

@@ -23,6 +23,7 @@ from benchmarks.compare_perplexity import perplexity
 from benchmarks.flags import check_counts, check_dtype, check_file
 from benchmarks.ours import random_prompts
 from benchmarks.peers import OURS, SYSTEMS, Job, check_systems, make_system, open_source, title
+from benchmarks.random_checkpoint import RandomSource
 from benchmarks.report import Figure, finish, make_result
 from benchmarks.same_model import Preparation
 from benchmarks.script import run_benchmark
@@ -212,7 +213,8 @@ def speed(
     check_file("out", out, ".json")
     check_counts(**counts, rounds=rounds)
     names, notes = check_systems(systems)
-    params = dict(open_source(shape).params)
+    source = open_source(shape)
+    weights = source if isinstance(source, RandomSource) else source.path
     works = [
         Work(1, prompt, new, f"prefill {prompt}", f"decode after {prompt}"),
         Work(1, long_prompt, 1, f"prefill {long_prompt}"),
@@ -220,9 +222,9 @@ def speed(
     ]
     with TemporaryDirectory(prefix="benchmark-") as folder:
         length = max(prompt + new, long_prompt + 1)
-        job = Job(params, Path(folder), dtype, rows=batch, length=length)
+        job = Job(dict(source.params), Path(folder), dtype, rows=batch, length=length)
         with Worker("the preparation", Preparation) as worker:
-            differences = worker.call("run", job, shape, names)
+            differences = worker.call("run", job, weights, names)
         runs, reads = measure(job, works, names, rounds)
     notes += [f"{run.name} failed: {run.failure}" for run in runs if run.failure is not None]
     figures = speed_figures(runs, dtype, differences)

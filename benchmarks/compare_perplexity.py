@@ -45,7 +45,7 @@ class Predictor:
         program, scheme = SYSTEMS[name]
         if program == OURS:
             self.engine = ours(job, scheme)
-        self.theirs = None
+        self.theirs: LlamaCpp | None = None
         if program == LLAMA_CPP:
             self.theirs = LlamaCpp(job.gguf(scheme), 1, job.length, precise=False)
 
@@ -66,11 +66,12 @@ class Predictor:
         return logits
 
 
+COMPARED = ",".join(name for name, made in SYSTEMS.items() if made[0] in (OURS, LLAMA_CPP))
+
+
 def perplexity(
     file: str,
-    systems: str = ",".join(
-        n for n, (program, _) in SYSTEMS.items() if program in (OURS, LLAMA_CPP)
-    ),
+    systems: str = COMPARED,
     tokens: int = 8192,
     window: int = 512,
     out: str | None = None,

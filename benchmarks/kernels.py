@@ -6,10 +6,11 @@
     python -m benchmarks.kernels attention --heads 32 --kv_heads 8 --head_dim 64
 
 `linear` prints GB/s of weights with their scales, and for several rows of x GFLOP/s in brackets. x
-is bf16; variants that end in -vnni convert it to 8 bits for int8. There are so many copies of each matrix that none stays in a cache. Everything on a line is
-timed alternately; each figure is the 10th percentile of the calls' times. "read" sums a tensor of
-1 GiB in the same rounds. `attention` prints milliseconds of one layer in bf16, and GB/s of its KV
-cache, which is not in the processor's cache either. Both print one JSON line, which --out saves.
+is bf16; variants that end in -vnni convert it to 8 bits for int8. There are so many copies of each
+matrix that none stays in a cache. Everything on a line is timed alternately; each figure is the
+10th percentile of the calls' times. "read" sums a tensor of 1 GiB in the same rounds. `attention`
+prints milliseconds of one layer in bf16, and GB/s of its KV cache, which is not in the processor's
+cache either. Both print one JSON line, which --out saves.
 """
 
 from __future__ import annotations

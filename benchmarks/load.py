@@ -31,7 +31,7 @@ def main(ckpt_dir: str, max_seq_len: int = 512, tokens: int = 8, out: str | None
     figures = []
     for run in ("first", "second"):
         before, start = anonymous_bytes(), time.perf_counter()
-        llama = Llama.build(ckpt_dir, None, max_seq_len, 1)
+        llama = Llama.build(ckpt_dir, None, max_seq_len, 1, speculate=False)
         seconds, own = time.perf_counter() - start, anonymous_bytes() - before
         figures += [
             Figure(f"build, {run}", "value", "s", [seconds], better="lower"),

@@ -47,7 +47,7 @@ SYSTEMS: dict[str, tuple[str, str | None]] = {
     "llama.cpp-Q4_K_M": (LLAMA_CPP, "Q4_K_M"),
 }
 # {program: {module it imports: package that has it}}
-PACKAGES = {
+PACKAGES: dict[str, dict[str, str]] = {
     OURS: {},
     LLAMA_CPP: {"llama_cpp": "llama-cpp-python", "gguf": "gguf"},
     TRANSFORMERS: {"transformers": "transformers"},

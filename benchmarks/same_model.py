@@ -23,10 +23,11 @@ from benchmarks.peers import (
     Job,
     System,
     make_system,
-    open_source,
     write_weights,
 )
 from benchmarks.random_checkpoint import RandomSource
+from llama.checkpoints.open import open_checkpoint
+from llama.checkpoints.source import Source
 from llama.distributed.device import pick_device
 
 LAYERS, VOCABULARY = 2, 1024  # upper bounds
@@ -101,8 +102,9 @@ def differences(job: Job, names: list[str]) -> dict[str, float]:
 class Preparation:
     """The work before the timing, as an object for a `Worker`."""
 
-    def run(self, job: Job, shape: str, names: list[str]) -> dict[str, float]:
-        """Check the systems, write the weights of a shape, return `differences`."""
+    def run(self, job: Job, weights: Source | Path, names: list[str]) -> dict[str, float]:
+        """Check the systems, write the weights (of a checkpoint), return `differences`."""
         found = differences(job, names)
-        write_weights(job, open_source(shape), names)
+        source = weights if isinstance(weights, Source) else open_checkpoint(weights)
+        write_weights(job, source, names)
         return found

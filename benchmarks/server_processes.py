@@ -25,8 +25,8 @@ def free_port() -> int:
 
 
 def our_command(ckpt_dir: str, rows: int, length: int, port: int) -> list[str]:
-    """`llama3 serve` of this checkout."""
-    flags = ["--ckpt_dir", ckpt_dir, "--port", str(port)]
+    """`llama3 serve` of this checkout, without speculation: its speed depends on the text."""
+    flags = ["--ckpt_dir", ckpt_dir, "--port", str(port), "--no-speculate"]
     flags += ["--max_batch_size", str(rows), "--max_seq_len", str(length)]
     return [sys.executable, "-m", "llama", "serve", *flags]
 

@@ -46,7 +46,7 @@ def decoded_tokens() -> Iterator[int]:
     """Tokens of each step of the demo model."""
     from llama import Llama, ensure_demo_model
 
-    llama = Llama.build(ensure_demo_model(), None, max_seq_len=256, max_batch_size=1)
+    llama = Llama.build(ensure_demo_model(), None, 256, 1, speculate=False)
     while True:
         for piece in llama.text_stream("Once upon a time", max_gen_len=200, temperature=0):
             yield len(piece.tokens)

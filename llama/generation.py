@@ -33,7 +33,7 @@ from llama.common.async_reader import read_in_thread
 from llama.common.dtypes import dtype_name, parse_dtype
 from llama.common.errors import refuse_copies, without_frames
 from llama.common.options import option
-from llama.distributed import job, tensor_parallel
+from llama.distributed import agreement, job, tensor_parallel
 from llama.distributed.device import pick_device, pick_dtype
 from llama.engine.checks import check_count, check_seed
 from llama.engine.compiled_step import check_cache
@@ -129,7 +129,7 @@ class BuildOptions:
         device: None or "auto" takes cuda, then mps, then cpu.
         dtype: a torch dtype or its name ("bfloat16", "bf16"); None or "auto" takes bfloat16 where
             the device computes in it, else float16 (GPU) or float32 (CPU).
-        quantize: "int8" or "int4" (groups of 32, or as stored) for the layers; None: as stored.
+        quantize: "int8" or "int4" for the layers (an older int4 stays as stored); None: as stored.
         exact: the reference's arithmetic, bit-identical to Meta's code, instead of the fastest.
         compile: decode by a compiled step, on one rank. Without a compiler: a warning, and eager.
         speculate: propose tokens that followed the same ones earlier in the prompt or answer, and
@@ -535,7 +535,7 @@ class Llama:
         start, device = time.time(), pick_device(options.device)
         dtype = pick_dtype(options.dtype, device)
         prepare_process(device, options)
-        with tensor_parallel.fails_on_all_ranks():
+        with agreement.fails_on_all_ranks():
             source, adapters = open_adapted(ckpt_dir, options.adapter, options.adapters)
             args = sizes_to_build(source, options)
             check_quantize(source, args, options.quantize)
@@ -543,13 +543,13 @@ class Llama:
             tokenizer = open_tokenizer(source, tokenizer_path)
         check_same_build(source, adapters, tokenizer, args, options, device, dtype)
         torch.manual_seed(seed)
-        with tensor_parallel.fails_on_all_ranks():
+        with agreement.fails_on_all_ranks():
             model = load_model(source, args, device, dtype)
         with tensor_parallel.ends_job_on_error():  # ranks communicate here and must not wait
             quantize_model(model, None if source.quantization else options.quantize)
             adapters.attach(model)
             optimize(model, options.exact)
-        with tensor_parallel.fails_on_all_ranks():
+        with agreement.fails_on_all_ranks():
             llama = Llama(model, tokenizer, *proposers(model, tokenizer, source, options))
         if job.is_leader():
             loaded = summary(source, model, time.time() - start, options.quantize)
@@ -982,7 +982,7 @@ def check_same_build(
         "speculate": options.speculate,
         "the tokenizer": fingerprint(tokenizer),
     }
-    tensor_parallel.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
+    agreement.check_same_on_ranks(fields | source.fingerprints() | adapters.fingerprints())
 
 
 def proposers(

@@ -18,6 +18,7 @@ from llama.distributed import job, tensor_parallel
 from llama.distributed.sharding import VOCABULARY, rank_part, vocabulary_share
 from llama.layers.quantized_linear import check_ranks, check_scheme, quantized
 from llama.layers.replace import replace_modules
+from llama.layers.schemes import TILE
 from llama.model import ModelArgs, Transformer
 
 
@@ -53,7 +54,11 @@ def read_part(source: Source, name: str, args: ModelArgs, rank: int, size: int) 
     dim, start, stop = part
     if weight not in VOCABULARY:
         return source.read_slice(name, dim, start, stop)
-    missing = vocabulary_share(args, size) - (stop - start)
+    share = vocabulary_share(args, size)
+    if name.endswith(".blocks"):  # whole tiles; bytes of zero are weights of zero
+        tiles = source.read_slice(name, dim, start, stop)
+        return F.pad(tiles, (0, 0, 0, 0, 0, -(-share // TILE) - len(tiles)))
+    missing = share - (stop - start)
     rows = source.read_slice(name, dim, min(start, stop - 1), stop)  # at least one, for the width
     rows = rows.narrow(0, len(rows) - (stop - start), stop - start)
     return F.pad(rows, [0, 0] * (rows.dim() - 1) + [0, missing]) if missing else rows

@@ -88,9 +88,8 @@ def check_memory(
         quantize: as of `Llama.build`.
         available: bytes that are free on a device; None: unknown, and nothing is refused.
     """
-    ranks, scheme = tensor_parallel.size(), source.quantization
-    if scheme is None and quantize is not None:
-        scheme = find_scheme(quantize)
+    ranks = tensor_parallel.size()
+    scheme = source.quantization or (find_scheme(quantize) if quantize else None)
     if ranks not in possible_ranks(args, scheme):
         return  # the model says so when it is built
     footprint = Footprint(args, source.tied, ranks, dtype_name(dtype), scheme)
@@ -113,8 +112,7 @@ def check_memory(
     if free is None or needed(batch, context) <= free:
         return
 
-    def fits(batch: int, context: int) -> bool:
-        """With activations, so that what the message proposes can run."""
+    def fits(batch: int, context: int) -> bool:  # with activations: what is proposed can run
         beside = footprint.needed(batch, context) - sum(footprint.weights().values())
         return max(loading, weights + here * beside) <= free
 

@@ -6,6 +6,7 @@ Knows no rank and no tensor.
 from __future__ import annotations
 
 import contextlib
+from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
@@ -19,7 +20,8 @@ def is_installed() -> bool:
     global initialize, mappings
     if initialize is None:
         with contextlib.suppress(ModuleNotFoundError):  # one rank runs without it
-            from fairscale.nn.model_parallel import initialize, mappings
+            initialize = import_module("fairscale.nn.model_parallel.initialize")
+            mappings = import_module("fairscale.nn.model_parallel.mappings")
     return initialize is not None
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from llama.distributed import groups, job
+from llama.distributed import groups, job, shared_memory
 
 # Between steps a rank may wait without limit: another one loads, or a person types.
 NO_TIMEOUT = timedelta(days=300)
@@ -123,6 +123,7 @@ def _leave() -> None:
 def _close_groups() -> None:
     """Destroy all groups. Over gloo, waiting ranks then fail at once instead of timing out."""
     global _control
+    shared_memory.leave()
     control, _control = _control, None
     if not dist.is_initialized():
         return
@@ -203,6 +204,19 @@ def rank() -> int:
     return int(groups.initialize.get_model_parallel_rank())
 
 
+def share_sums(available: bool) -> None:
+    """Let ranks on one machine exchange tensors through shared memory from now on, if they can.
+
+    All ranks call it at the same time.
+
+    Args:
+        available: whether this rank has loaded the operators.
+    """
+    if size() > 1:
+        seconds = job.timeout().total_seconds()
+        shared_memory.join(rank(), size(), seconds, gather_json, available)
+
+
 def copy_to_ranks(x: Tensor) -> Tensor:
     """Identity, whose gradient is summed over the ranks; before linears with split outputs."""
     return x if size() == 1 else groups.mappings.copy_to_model_parallel_region(x)
@@ -210,7 +224,12 @@ def copy_to_ranks(x: Tensor) -> Tensor:
 
 def reduce_from_ranks(x: Tensor) -> Tensor:
     """Sum over the ranks (all-reduce); after linears with split inputs."""
-    return x if size() == 1 else groups.mappings.reduce_from_model_parallel_region(x)
+    if size() == 1:
+        return x
+    if shared := shared_memory.for_sum(x):
+        return shared.sum(x)
+    y: Tensor = groups.mappings.reduce_from_model_parallel_region(x)
+    return y
 
 
 def max_over_ranks(x: Tensor) -> Tensor:
@@ -223,12 +242,19 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 def gather_from_ranks(x: Tensor) -> Tensor:
     """Concatenate the ranks' tensors along the last dimension (all-gather)."""
-    return x if size() == 1 else groups.mappings.gather_from_model_parallel_region(x)
+    if size() == 1:
+        return x
+    if shared := shared_memory.for_tensor(x):
+        return shared.stack(x).movedim(0, -2).flatten(-2)
+    y: Tensor = groups.mappings.gather_from_model_parallel_region(x)
+    return y
 
 
 def broadcast_from_first(x: Tensor) -> Tensor:
     """Overwrite `x` by that of the group's first rank; return it."""
-    if size() > 1:
+    if size() > 1 and (shared := shared_memory.for_tensor(x)):
+        x.copy_(shared.stack(x)[0])
+    elif size() > 1:
         first = groups.initialize.get_model_parallel_src_rank()
         dist.broadcast(x, first, groups.initialize.get_model_parallel_group())
     return x
@@ -258,34 +284,3 @@ def gather_json(value: Any) -> list[Any]:
 def broadcast_json(value: Any) -> Any:
     """The JSON value of the group's first rank, on every rank. Waits without a timeout."""
     return gather_json(value if rank() == 0 else None)[0]
-
-
-def check_same_on_ranks(facts: dict[str, Any]) -> None:
-    """Check on every rank that all have the same facts.
-
-    Raises:
-        ValueError: they differ; the message names the first fact that does.
-    """
-    job.check_equal(dict(zip(_ranks, gather_json(facts), strict=True)))
-
-
-@contextlib.contextmanager
-def fails_on_all_ranks() -> Iterator[None]:
-    """A block in which an exception on one rank raises on all; the group stays usable.
-
-    If all ranks have the same error, each raises its own.
-
-    Raises:
-        RankError: the error of the first rank that failed.
-    """
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as e:
-        error = e
-    errors = gather_json(None if error is None else f"{type(error).__name__}: {error}")
-    if error is not None and len(set(errors)) == 1:
-        raise error
-    for number, text in zip(_ranks, errors, strict=True):
-        if text is not None:
-            raise job.RankError(f"rank {number}: {text}") from error

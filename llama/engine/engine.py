@@ -15,7 +15,7 @@ from time import perf_counter
 import torch
 
 from llama.common.errors import refuse_copies
-from llama.distributed import tensor_parallel
+from llama.distributed import agreement, tensor_parallel
 from llama.engine.admission import admit, fail_running
 from llama.engine.checks import check_chunk, check_count, check_one_clock
 from llama.engine.compiled_step import CompiledStep, compile_step
@@ -113,7 +113,7 @@ class Engine:
             self.check(generation.request)
             check_siblings(generations[0].request, generation.request)
             if tensor_parallel.size() > 1:
-                tensor_parallel.check_same_on_ranks(generation.request.shared_fields())
+                agreement.check_same_on_ranks(generation.request.shared_fields())
         with self._turns.changed:
             self._check_open()  # again: another thread may have closed the engine
             self._unfinished.add(generations, self.max_queue)

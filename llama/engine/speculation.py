@@ -24,8 +24,8 @@ log = logging.getLogger("llama")
 # `python -m benchmarks.speculation costs`, and rounded up.
 POSITIONS = (1, 2, 4, 8, 16)
 COSTS = {
-    "bfloat16": (1.0, 1.04, 1.08, 1.15, 1.6),
-    "float32": (1.0, 1.4, 1.7, 2.2, 4.4),
+    "bfloat16": (1.0, 1.1, 1.15, 1.3, 1.8),
+    "float32": (1.0, 1.8, 2.0, 2.6, 5.0),
     "int8": (1.0, 1.4, 1.7, 2.0, 2.8),
     "int4": (1.0, 1.3, 1.5, 2.1, 3.2),
     # Estimates: launching operations limits a step on a GPU; only steps of one position are

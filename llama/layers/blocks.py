@@ -111,7 +111,8 @@ def refit_group(grid: Grid, g: int, w: Tensor, bits: int, importance: Tensor) ->
 
 def _by_group(w: Tensor) -> Tensor:
     """(N, K) -> (32, N, Q): sums over a group are sums of whole matrices."""
-    return w.unflatten(1, (-1, BLOCK_GROUP)).permute(2, 0, 1).contiguous()
+    groups: Tensor = w.unflatten(1, (-1, BLOCK_GROUP)).permute(2, 0, 1).contiguous()
+    return groups
 
 
 def _total(x: Tensor, p: Tensor | None = None) -> Tensor:
@@ -130,13 +131,13 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     """Scales and zeros (N, Q) with a small squared error: for each of several ranges, the codes
     are rounded and the scale and zero of least squares for these codes are computed.
     """
-    low, high = groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
+    depth, high = 0 - groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
     count = _total(torch.ones_like(groups[:, :1]), p)
     total = _total(groups, p)
     best = None
     for change in RANGES:
-        first = _no_zeros((high - low) / _number(top + change, low))
-        codes = _round(groups, first, -low, top)
+        first = _no_zeros((high + depth) / _number(top + change, high))
+        codes = _round(groups, first, depth, top)
         q, qq, qw = _total(codes, p), _total(codes * codes, p), _total(codes * groups, p)
         determinant = count * qq - q * q
         scale = (count * qw - q * total) / _no_zeros(determinant)
@@ -145,15 +146,14 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         scale = scale.where(zero >= 0, qw / _no_zeros(qq))
         zero = zero.clamp(min=0)
         solved = (determinant > 0) & (scale > 0)
-        scale, zero = scale.where(solved, first), zero.where(solved, -low)
+        scale, zero = scale.where(solved, first), zero.where(solved, depth)
         error = scale * (scale * qq - 2 * (zero * q + qw)) + zero * (zero * count + 2 * total)
         if best is None:
             best = error, scale, zero
         else:
             better = error < best[0]
-            best = tuple(
-                new.where(better, old) for new, old in zip((error, scale, zero), best, strict=True)
-            )
+            e, s, z = best
+            best = error.where(better, e), scale.where(better, s), zero.where(better, z)
     assert best is not None
     return best[1], best[2]
 
@@ -171,7 +171,7 @@ def _unit(values: Tensor, groups: int) -> Tensor:
     """(N, Q) -> (N, B) bf16: the unit of which the values of a block are nearly multiples."""
     blocks = values.unflatten(1, (-1, groups))
     largest = blocks.amax(2, keepdim=True)
-    best = None
+    best: tuple[Tensor, Tensor] | None = None
     for i in range(UNITS):
         unit = (largest / _number(MOST_STEPS - i, values)).bfloat16()
         step = _no_zeros(unit.float())
@@ -211,8 +211,8 @@ def _steps(
                 best = error, steps, zero_steps
             else:
                 better = error < best[0]
-                new = error, steps, zero_steps
-                best = tuple(a.where(better, b) for a, b in zip(new, best, strict=True))
+                e, s, z = best
+                best = error.where(better, e), steps.where(better, s), zero_steps.where(better, z)
     assert best is not None
     return best[1], best[2]
 
@@ -274,7 +274,7 @@ def dequantize_blocks(blocks: Tensor, n: int) -> Tensor:
     """The first n rows: (n, K) fp32."""
     grid, codes = unpack(blocks)
     groups = codes.unflatten(1, (-1, BLOCK_GROUP)).float()
-    w = groups.mul_(grid.scale().unsqueeze(2)).sub_(grid.zero().unsqueeze(2))
+    w: Tensor = groups.mul_(grid.scale().unsqueeze(2)).sub_(grid.zero().unsqueeze(2))
     return w.flatten(1)[:n]
 
 

@@ -17,7 +17,7 @@ from llama.distributed import tensor_parallel
 from llama.layers import kernels
 from llama.layers.attention import KernelAttention
 from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLinear, KernelRMSNorm
-from llama.layers.quantized_linear import Int4Linear, Int8Linear
+from llama.layers.quantized_linear import BlockLinear, Int4Linear, Int8Linear
 from llama.model import CacheSlice, KVCache, Layers, TransformerBlock
 
 MAX_ROWS = 16  # B x T; as in kernels/step.cpp
@@ -26,6 +26,7 @@ LINEARS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     KernelLinear: ("plain", ("weight",)),
     Int8Linear: ("int8", ("q", "scale")),
     Int4Linear: ("int4", ("packed", "scale", "zero")),
+    BlockLinear: ("blocks", ("blocks",)),
 }
 
 
@@ -76,9 +77,10 @@ class Operator:
         self._values = list(chain.from_iterable(map(dict.values, self._tables)))
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
-        if all(map(_is_known, layers)):
-            self._dtype = layers[0].attention_norm.weight.dtype
-            self._layers = _operator_of(list(layers))
+        blocks = [block for block in layers if isinstance(block, TransformerBlock)]
+        if len(blocks) == len(layers) and all(map(_is_known, blocks)):
+            self._dtype = blocks[0].attention_norm.weight.dtype
+            self._layers = _operator_of(blocks)
 
     def is_current(self) -> bool:
         """Whether the blocks still have the modules, weights and hooks that they had."""
@@ -116,7 +118,7 @@ def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
                     yield module.__dict__[name]
 
 
-def _is_known(block: nn.Module) -> bool:
+def _is_known(block: TransformerBlock) -> bool:
     """Whether the operator computes what this block does."""
     if type(block) is not TransformerBlock or block._forward_hooks or block._forward_pre_hooks:
         return False

@@ -98,6 +98,8 @@ def optimize(model: Transformer, exact: bool = False) -> None:
         if dtype == torch.bfloat16:
             table[Int4Linear] = tinygemm_or_same
         table[BlockLinear] = blocks_on_gpu(dtype == torch.bfloat16, triton_works(device))
-    if device.type == "cpu" and kernels.load():
+    fast = device.type == "cpu" and kernels.load()
+    tensor_parallel.share_sums(fast)
+    if fast:
         table |= {nn.Linear: factory_of(KernelLinear), Layers: factory_of(FusedLayers)}
     replace_modules(model, table)

@@ -62,8 +62,7 @@ def extend_vocabulary(
         base: a checkpoint of any layout, not quantized.
         data: text files, or folders of .txt and .md files.
         scripts: see `Scripts`.
-        initial: what the new rows begin as, see `llama.checkpoints.extended`. "shares" loads the
-            model and runs it on 4,096 tokens.
+        initial: what the new rows begin as, see `llama.checkpoints.extended`; "shares" runs it.
         to: "meta" or "hf": the layout of `out`; None: Hugging Face's for a base in it, else Meta's.
 
     Raises:
@@ -81,26 +80,23 @@ def extend_vocabulary(
     to = to or ("hf" if source.layout == "hf" else "meta")
     tokenizer = open_tokenizer(source)
     first_id = first_new_id(source, tokenizer)
-    if to == "meta" and (first_id + n) % source.n_shards:
-        raise ValueError(
-            f"{base} has {source.n_shards} shards, and {first_id + n} tokens cannot be split over "
-            f"them: ask for {n + -(first_id + n) % source.n_shards} tokens, or write --to hf"
-        )
+    if to == "meta":
+        _check_shards(source, first_id, n)
     texts = [text for path in data for text in Corpus(path, 0, 0).texts()]
     before = [tokenizer.encode(text, bos=False) for text in texts]
     tokens = learn_tokens(tokenizer, texts, n, chosen, first_id=first_id)
-    longer = open_tokenizer(ExtendedSource(source, tokens))
-    after = [longer.encode(text, bos=False) for text in texts]
+    encode = open_tokenizer(ExtendedSource(source, tokens)).encode
+    after = [encode(text, bos=False) for text in texts]
     shares = None
     if initial == "shares":
-        shares = Shares(mean_state(source, before), log_odds(after, list(tokens.values())))
-    extended = ExtendedSource(source, tokens, initial, shares)
-    write_checkpoint(extended, out, to, default_dtype(source))
+        shares = Shares(mean_state(source, before), log_odds(after, tokens.values()))
+    longer = ExtendedSource(source, tokens, initial, shares)
+    write_checkpoint(longer, out, to, default_dtype(source))
     sizes = [sum(map(len, ids)) for ids in (texts, before, after)]
     return Extension(out, tokens, *sizes)
 
 
-def log_odds(texts: Sequence[Sequence[int]], new: Sequence[int]) -> Tensor:
+def log_odds(texts: Sequence[Sequence[int]], new: Collection[int]) -> Tensor:
     """See `Shares`. Every new id occurs in `texts`."""
     counts = Counter(i for ids in texts for i in ids)
     found = torch.tensor([counts[i] for i in new], dtype=torch.float64)
@@ -126,6 +122,16 @@ def mean_state(source: Source, texts: Sequence[Sequence[int]]) -> Tensor:
     if not total.isfinite().all():
         raise ValueError(f"{source.path}: its states are NaN or infinite; run `llama3 verify`")
     return total / count
+
+
+def _check_shards(source: Source, first_id: int, n: int) -> None:
+    """Raise a ValueError if the rows cannot be split over the shards of Meta's layout."""
+    rows, shards = first_id + n, source.n_shards
+    if rows % shards:
+        raise ValueError(
+            f"{source.path} has {shards} shards, and {rows} tokens cannot be split over them: "
+            f"ask for {n + -rows % shards} tokens, or write --to hf"
+        )
 
 
 def _check_options(n: int, initial: str, to: str | None) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel import initialize as fs_init
 
-from benchmarks import generation, kernels, llama_cpp_peer, ranks, train
+from benchmarks import generation, kernels, llama_cpp_peer, ranks, start, train
 from benchmarks import load as load_benchmark
 from benchmarks.random_checkpoint import SHAPES, RandomSource, write_rank_file
 from benchmarks.workers import Reader, Worker
@@ -159,6 +159,19 @@ def test_ranks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
     ranks.worker("tiny", "float32", prompt=4, new=3)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["ids"]) == 3 and result["step_s"] > 0
+
+
+def test_start(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = "import time; print(1, flush=True); time.sleep(0.05)"
+    commands = {"llama3 complete": ["-c", waits], "import torch": ["-c", "print(1)"]}
+    monkeypatch.setattr(start, "COMMANDS", commands)
+    start.main(runs=2)
+    row = figures(capsys)["llama3 complete"]
+    assert len(row["first character"]["runs"]) == 2
+    assert row["first character"]["median"] < row["end"]["median"] - 0.04
+    monkeypatch.setattr(start, "COMMANDS", commands | {"import torch": ["-c", "1 / 0"]})
+    with pytest.raises(RuntimeError, match="1 / 0` failed"):
+        start.main(runs=1)
 
 
 def test_train(capsys: pytest.CaptureFixture[str]) -> None:

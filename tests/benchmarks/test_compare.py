@@ -71,15 +71,13 @@ def test_compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         assert rows[ratio]["prefill 20"]["median"] == pytest.approx(ours / theirs)
 
 
-def test_a_failing_system_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(SYSTEMS, "broken", ("llama3", "int3"))
-    monkeypatch.setattr(compare, "pairs", lambda names: [])
-    job_ = job(Path("/nosuch"))
-    runs, reads = compare.measure(job_, [compare.Work(1, 3, 2, "prefill", "decode")], ["broken"], 1)
+def test_a_failing_system_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    work = compare.Work(1, 3, 2, "prefill", "decode")
+    runs, reads = compare.measure(job(Path("/nosuch")), [work], ["llama3"], 1)
     assert runs[0].failure is not None and "/nosuch" in runs[0].failure and len(reads) == 1
+    assert "llama3 is left out: llama3: FileNotFoundError: " in capsys.readouterr().out
     assert compare.speed_figures(runs, "float32", {}) == []
+    assert compare.ratio_figures(runs, "float32") == []
 
 
 def test_pairs_have_about_as_many_bits() -> None:

@@ -63,7 +63,9 @@ def test_weights_by_kind(scheme: str | None) -> None:
         "embedding": "tok_embeddings", "attention": ".attention.", "feed_forward": "feed_forward",
         "norms": "norm.", "output": "output",
     }  # fmt: skip
-    for kind, size in Footprint(model.params, False, 1, "fp32", SCHEMES.get(scheme or "")).weights().items():
+    for kind, size in (
+        Footprint(model.params, False, 1, "fp32", SCHEMES.get(scheme or "")).weights().items()
+    ):
         weights = (w for name, w in model.state_dict().items() if names[kind] in name)
         assert storage_bytes(weights) == size, kind
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from llama.checkpoints.load import load_model
 from llama.checkpoints.open import open_checkpoint
 from llama.checkpoints.verify import verify
 from llama.distributed import tensor_parallel
+from llama.layers.blocks import dequantize_blocks, quantize_blocks
 from llama.layers.optimize import optimize, quantize_model
 from llama.layers.quantization import quantize_int4, quantize_int8
-from llama.layers.quantized_linear import quantized
+from llama.layers.schemes import INT8, SCHEMES, Scheme, old_int4
 from tests.checkpoints import gguf_files
 
 Tiny = Callable[..., Path]
@@ -34,7 +36,7 @@ CPU = torch.device("cpu")
 # One KV head of 8 rows: half a tile of int4.
 SMALL = {"vocab_size": 300, "n_heads": 8, "n_kv_heads": 1, "multiple_of": 64}
 PTH = "consolidated.00.pth"
-SCHEMES = [("int8", None), ("int4", None), ("int4", 32), ("int4", 64)]
+CHOICES = [SCHEMES["int8"], SCHEMES["int4"], old_int4(32), old_int4(64)]
 TOKENS = torch.arange(40).view(2, 20)
 pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer")
 
@@ -67,7 +69,8 @@ def folder(tiny_checkpoint: Tiny) -> Path:
 
 @pytest.fixture
 def stored(folder: Path, tmp_path: Path) -> Path:
-    return quantize(folder, tmp_path / "int4", "int4")
+    """In the first form of int4."""
+    return quantize(folder, tmp_path / "int4", old_int4())
 
 
 def write_checkpoint(kind: str, folder: Path, tmp_path: Path) -> Path:
@@ -91,7 +94,7 @@ def write_checkpoint(kind: str, folder: Path, tmp_path: Path) -> Path:
 
 
 @torch.inference_mode()
-def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tensor:
+def logits(path: Path, dtype: torch.dtype, quantize: Scheme | str | None = None) -> Tensor:
     """Logits of a prefill and of one decode step."""
     source = open_checkpoint(path)
     model = load_model(source, source.args(max_seq_len=32), CPU, dtype)
@@ -100,21 +103,15 @@ def logits(path: Path, dtype: torch.dtype, quantize: str | None = None) -> Tenso
     return torch.cat([model(TOKENS, 0), model(TOKENS[:, :1], 20)], dim=1)
 
 
-@pytest.mark.parametrize(("scheme", "group"), SCHEMES)
+@pytest.mark.parametrize("scheme", CHOICES, ids=Scheme.words)
 @pytest.mark.parametrize(
     "kind", ["meta", "meta tied", "meta bf16", "meta two", "hf", "hf tied", "gguf", "gguf tied"]
 )
 def test_bit_identical_to_quantizing_at_build(
-    kind: str, scheme: str, group: int | None, folder: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    kind: str, scheme: Scheme, folder: Path, tmp_path: Path
+) -> None:
     src = write_checkpoint(kind, folder, tmp_path)
-    dst = quantize(src, tmp_path / "dst", scheme, group)
-    if group:
-        monkeypatch.setattr(
-            "llama.layers.optimize.quantized",
-            lambda scheme, group=group, **options: quantized(scheme, group, **options),
-        )
+    dst = quantize(src, tmp_path / "dst", scheme)
     half = kind.startswith("gguf") or "bf16" in kind
     for dtype in [torch.bfloat16] * half + [torch.float32] * (not kind.startswith("gguf")):
         assert torch.equal(logits(dst, dtype), logits(src, dtype, scheme))
@@ -141,8 +138,9 @@ def test_written_files(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.model.json").write_text('{"pat_str": "."}\n')
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     original = torch.load(folder / PTH, weights_only=True)
-    for scheme, group, most in (("int8", None, 0.8), ("int4", 32, 0.7), ("int4", 64, 0.65)):
-        dst = quantize(folder, tmp_path / f"{scheme}{group}", scheme, group)
+    for form, most in ((SCHEMES["int8"], 0.8), (old_int4(32), 0.7), (old_int4(64), 0.65)):
+        scheme, group = form.name, form.layers.group
+        dst = quantize(folder, tmp_path / f"{scheme}{group}", form)
         assert {path.name for path in dst.iterdir()} == {
             "params.json", PTH, "tokenizer.model", "tokenizer.model.json",
         }  # fmt: skip
@@ -165,12 +163,11 @@ def test_written_files(folder: Path, tmp_path: Path) -> None:
                 expected += w.numel() + 4 * len(w)
             else:
                 rows = -(-len(w) // 16) * 16  # in tiles of 16
-                expected += rows * w.shape[1] // 2 + 4 * rows * w.shape[1] // (group or 1)
+                expected += rows * w.shape[1] // 2 + 4 * rows * w.shape[1] // group
         assert expected == sum(w.nbytes for w in weights.values())
         size = (dst / PTH).stat().st_size
         assert expected < size < expected + 40_000
         if scheme == "int4":
-            assert group is not None
             name = "layers.1.attention.wk"
             w = original[f"{name}.weight"].float()
             near = int4_plain(weights, name, len(w), group)
@@ -180,6 +177,37 @@ def test_written_files(folder: Path, tmp_path: Path) -> None:
             w.nbytes for w in original.values()
         )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_written_blocks(folder: Path, tmp_path: Path) -> None:
+    """The present int4: names, sizes, numbers, and an output layer in 8 bits."""
+    edit(folder / PTH, to_bf16)
+    dst = quantize(folder, tmp_path / "int4", "int4")
+    entry = {"scheme": "int4", "form": "blocks", "output_bits": 6}
+    assert json.loads((dst / "params.json").read_text())["quantization"] == entry
+    weights = torch.load(dst / PTH, weights_only=True)
+    original = torch.load(folder / PTH, weights_only=True)
+    for name, w in original.items():
+        layer = name.removesuffix(".weight")
+        if w.dim() == 1 or layer == "tok_embeddings":
+            assert torch.equal(weights.pop(name), w)
+            continue
+        blocks, bits = weights.pop(f"{layer}.blocks"), 6 if layer == "output" else 4
+        assert torch.equal(blocks, quantize_blocks(w, bits))
+        near = dequantize_blocks(blocks, len(w))
+        assert (near - w.float()).norm() < (0.02 if bits == 6 else 0.09) * w.float().norm()
+    assert not weights
+    text = describe(open_checkpoint(dst))
+    assert "\nstored as   int4, the output in 6 bits: " in text
+    assert verify(dst, open_checkpoint) == [f"{dst / 'tokenizer.model'} is missing; download it"]
+    eight = quantize(folder, tmp_path / "8", replace(SCHEMES["int4"], output=INT8))
+    assert "int4, the output in 8 bits: " in describe(open_checkpoint(eight))
+    names = set(torch.load(eight / PTH, weights_only=True))
+    assert {"output.q", "output.scale", "layers.0.attention.wq.blocks"} < names
+    assert logits(eight, torch.float32).isfinite().all()
+    edit(dst / "params.json", lambda params: params["quantization"].update(output_bits=8))
+    with pytest.raises(ValueError, match=r"output\.q.* says int4, the output in 8 bits"):
+        open_checkpoint(dst).args()
 
 
 def test_quantization_in_blocks_of_rows() -> None:
@@ -283,21 +311,14 @@ def test_inspect(folder: Path, tmp_path: Path) -> None:
         assert "\n            embedding and norms in bfloat16\n" in text
         assert f" ({codes + 2 * plain:,} bytes)\n" in text
         assert ("quantized from the embedding" in text) == tied
-    text = describe(open_checkpoint(quantize(folder, tmp_path / "4", "int4", 64)))
-    assert "\nstored as   int4 in groups of 64, the output in int8: " in text
+    text = describe(open_checkpoint(quantize(folder, tmp_path / "4", old_int4(64))))
+    assert "\nstored as   int4 in groups of 64, the output in 8 bits: " in text
     assert "\nranks       1 " in text and text.count("of weights each") == 1
 
 
 BAD_ARGUMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "scheme": ({"scheme": "int5"}, r"unknown scheme 'int5'; use one of \['int8', 'int4'\]"),
     "no scheme": ({"scheme": None}, "unknown scheme None"),
-    "group": ({"scheme": "int4", "group": 48}, r"groups of 48 weights are not possible; use one"),
-    "zero": ({"scheme": "int4", "group": 0}, "groups of 0 weights"),
-    "group of int8": ({"scheme": "int8", "group": 32}, "group is for int4"),
-    "does not divide": (
-        {"scheme": "int4", "group": 128},
-        r"layers\.0\.attention\.wq: groups of 128 do not divide 64 columns; use another of",
-    ),
 }
 
 
@@ -345,9 +366,9 @@ def test_full_disk_is_an_error_before_writing(
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if free < needed:
             with pytest.raises(OSError, match="free some or choose another disk"):
-                quantize(folder, tmp_path / "x", "int4")
+                quantize(folder, tmp_path / "x", old_int4())
         else:
-            quantize(folder, tmp_path / "x", "int4")
+            quantize(folder, tmp_path / "x", old_int4())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -398,7 +419,10 @@ def test_verify_names_damage(stored: Path, tmp_path: Path) -> None:
     edit(params, lambda p: p["quantization"].update(group=64))
     line = problem()
     assert f"wrong shape: {wq}.scale (4, 2, 16) instead of (4, 1, 16)" in line
-    assert '"quantization" in params.json says int4 in groups of 64: correct it' in line
+    assert (
+        '"quantization" in params.json says int4 in groups of 64, the output in 8 bits: correct it'
+        in line
+    )
     edit(params, lambda p: p.update(quantization={"scheme": "int8"}))
     assert '"quantization" in params.json says int8: correct it' in problem()
     edit(params, lambda p: p.pop("vocab_size"))
@@ -420,6 +444,15 @@ def test_verify_names_damage(stored: Path, tmp_path: Path) -> None:
         ("quantization", {"scheme": "int4", "group": 32.0}, r"groups of 32\.0 weights"),
         ("quantization", {"scheme": ["int4"]}, "unknown scheme"),
         ("quantization", {"scheme": "int8", "tied": 1}, "tied must be a boolean"),
+        ("quantization", {"scheme": "int8", "form": "blocks"}, "not what `llama3 quantize`"),
+        ("quantization", {"scheme": "int4", "form": "blocks"}, "not what `llama3 quantize`"),
+        ("quantization", {"scheme": "int4", "output_bits": 6}, "not what `llama3 quantize`"),
+        ("quantization", {"scheme": "int4", "form": "x", "output_bits": 6}, "not what"),
+        (
+            "quantization",
+            {"scheme": "int4", "form": "blocks", "output_bits": 5},
+            "output layer in 5",
+        ),
         ("quantization", None, "None is not what"),
         ("quantization", "int4", "'int4' is not what"),
     ],
@@ -455,7 +488,4 @@ def test_commands(demo_dir: Path, tmp_path: Path) -> None:
         llama3(*ask, str(demo_dir), "--quantize", "int4").stdout
     )
     assert "Paris" in got.stdout and " and int4 on cpu" in got.stderr
-    done = llama3("quantize", str(demo_dir), str(tmp_path / "x"), "--scheme=int4", "--group=128")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert "wq: groups of 128 do not divide 576 columns" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["int4"]

@@ -31,6 +31,7 @@ from llama.layers.adapter_rows import add_adapters
 from llama.layers.optimize import optimize
 from llama.layers.quantized_linear import quantized
 from llama.layers.replace import replace_modules
+from llama.layers.schemes import SCHEMES, Scheme, old_int4
 from llama.model import ModelArgs, Transformer
 from tests.adapters import Adapter, random_adapter
 
@@ -44,7 +45,7 @@ def open_model(folder: str | Path, scheme: str | None = None, group: int = 32) -
     args = source.args(max_seq_len=48, max_batch_size=3)
     model = load_model(source, args, CPU, torch.float32)
     if scheme is not None:
-        replace_modules(model, {nn.Linear: quantized(scheme, group, sharded=True)})
+        replace_modules(model, {nn.Linear: quantized(scheme_of(scheme, group), sharded=True)})
     optimize(model)
     return model
 
@@ -279,6 +280,11 @@ def quantized_models(arguments: str, folder: str) -> dict[str, Any]:
 def greedy(model: Transformer) -> list[int]:
     [generation] = Engine(model).run([Request(SHARED, 9, Sampling(0.0))])
     return generation.tokens
+
+
+def scheme_of(scheme: str, group: int) -> Scheme:
+    """A present scheme, or the first form of int4 if `group` is not 0."""
+    return old_int4(group) if group else SCHEMES[scheme]
 
 
 def same_weight(a: Tensor, b: Tensor, scale: bool) -> bool:

@@ -20,9 +20,11 @@ from llama.checkpoints.plan import PlanOptions, make_plan
 from llama.checkpoints.source import Source
 from llama.distributed import tensor_parallel
 from llama.distributed.sharding import rank_part, weight_shapes
+from llama.layers.blocks import dequantize_blocks
 from llama.layers.quantization import dequantize_int4, dequantize_int8
-from llama.layers.quantized_linear import possible_ranks, quantized
+from llama.layers.quantized_linear import quantized
 from llama.layers.replace import replace_modules
+from llama.layers.schemes import possible_ranks
 from tests.distributed import rank_cases
 from tests.distributed.test_tensor_parallel import (
     LLAMA_8B,
@@ -37,9 +39,12 @@ from tests.distributed.test_tensor_parallel import (
 WIDE: dict[str, Any] = {"dim": 256, "n_heads": 32, "n_kv_heads": 4, "multiple_of": 256}
 # All ranks share one KV head. On 4 ranks, one has no ids, and wo has 32 columns on each.
 TIED: dict[str, Any] = {"dim": 128, "n_heads": 8, "n_kv_heads": 1, "multiple_of": 128}
+# wo has two blocks of 256 columns, and the ids of a rank no whole tiles.
+BLOCKS: dict[str, Any] = {"dim": 512, "n_heads": 8, "n_kv_heads": 2, "multiple_of": 512}
+# (model, scheme, group of the first form of int4, or 0)
 CASES = [
-    ("wide", "int8", 32), ("wide", "int4", 32), ("wide", "int4", 64),
-    ("tied", "int8", 32), ("tied", "int4", 32),
+    ("wide", "int8", 0), ("wide", "int4", 32), ("wide", "int4", 64),
+    ("tied", "int8", 0), ("tied", "int4", 32), ("blocks", "int4", 0),
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:.*no tokenizer")
 
@@ -50,9 +55,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     write(folder / "wide", vocab_size=261, **WIDE)
     write(folder / "tied", vocab_size=5, tied=True, **TIED)
+    write(folder / "blocks", vocab_size=261, n_layers=1, **BLOCKS)
     for name, scheme, group in [*CASES, ("tied", "int4", 64)]:
         stored = folder / f"{name}-{scheme}-{group}"
-        quantize(folder / name, stored, scheme, group if scheme == "int4" else None)
+        quantize(folder / name, stored, rank_cases.scheme_of(scheme, group))
     return folder
 
 
@@ -65,13 +71,14 @@ def one_rank(folder: Path) -> list[dict[str, Any]]:
 def test_quantized_ranks_generate_the_ids_of_one(
     folder: Path, one_rank: list[dict[str, Any]], n: int, tmp_path: Path
 ) -> None:
+    cases = [case for case in CASES if n == 2 or case[0] != "blocks"]
     models = [
-        [str(folder / m), str(folder / f"{m}-{s}-{group}"), s, group] for m, s, group in CASES
+        [str(folder / m), str(folder / f"{m}-{s}-{group}"), s, group] for m, s, group in cases
     ]
     narrow = write(folder / f"narrow{n}", n_kv_heads=4, vocab_size=261)
     wrong_builds = [
         {"ckpt_dir": narrow, "quantize": "int4"},
-        {"ckpt_dir": str(folder / "wide-int8-32"), "compile": True},
+        {"ckpt_dir": str(folder / "wide-int8-0"), "compile": True},
     ]
     if n == 4:
         wrong_builds.append({"ckpt_dir": str(folder / "tied-int4-64")})
@@ -80,7 +87,7 @@ def test_quantized_ranks_generate_the_ids_of_one(
     for rank in range(n):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         for (quantized_ids, stored_ids, different), expected in zip(
-            result["generated"], one_rank, strict=True
+            result["generated"], one_rank[: len(cases)], strict=True
         ):
             assert different == []
             assert_equal(quantized_ids, expected)
@@ -88,14 +95,16 @@ def test_quantized_ranks_generate_the_ids_of_one(
         assert result["maximum"] == [n - 1, torch.inf]
         assert result["collectives"] == {"all_reduce": 2 * 2 + 1, "all_gather": 1, "broadcast": 1}
         assert result["errors"][0] == (
-            "ValueError: layers.0.attention.wo.weight: groups of 32 do not divide the "
-            f"{32 // n} columns of each of {n} ranks; use one of [1] ranks, or int8"
+            "ValueError: layers.0.attention.wo.weight: int4, the output in 6 bits keeps 32 columns "
+            f"together, which do not divide the {32 // n} columns of each of {n} ranks; use one of "
+            "[1] ranks, or int8"
         )
         assert "a compiled step runs on one rank" in result["errors"][1]
         if n == 4:
             assert result["errors"][2].endswith(
-                "wo.weight: groups of 64 do not divide the 32 columns of each of 4 ranks; "
-                "use one of [1, 2] ranks, groups of 32, or int8"
+                "wo.weight: int4 in groups of 64, the output in 8 bits keeps 64 columns together, "
+                "which do not divide the 32 columns of each of 4 ranks; use one of [1, 2] ranks, "
+                "or int8"
             )
 
 
@@ -105,6 +114,9 @@ def dequantized(source: Source, layer: str, args: ModelArgs, rank: int, size: in
     def part(kind: str) -> Tensor:
         return load.read_part(source, f"{layer}.{kind}", args, rank, size)
 
+    if f"{layer}.blocks" in source.shapes():
+        blocks = part("blocks")
+        return dequantize_blocks(blocks, 16 * len(blocks))
     if f"{layer}.q" in source.shapes():
         return dequantize_int8(part("q"), part("scale"))
     tiles = part("packed"), part("scale"), part("zero")
@@ -116,6 +128,8 @@ def dequantized(source: Source, layer: str, args: ModelArgs, rank: int, size: in
 def test_parts_dequantize_to_parts_of_the_weight(
     folder: Path, name: str, scheme: str, group: int, n: int
 ) -> None:
+    if (name, n) == ("blocks", 4):
+        pytest.skip("these ranks would share blocks")
     source = open_checkpoint(folder / f"{name}-{scheme}-{group}")
     args = source.args()
     for weight, shape in weight_shapes(args).items():
@@ -161,7 +175,7 @@ def test_inspect_and_plan_list_the_ranks(folder: Path, name: str, scheme: str, g
     """With the bytes that rank 0 loads."""
     source = open_checkpoint(folder / f"{name}-{scheme}-{group}")
     args = source.args()
-    possible = possible_ranks(args, scheme, group)
+    possible = possible_ranks(args, rank_cases.scheme_of(scheme, group))
     assert (
         possible
         == {
@@ -169,6 +183,7 @@ def test_inspect_and_plan_list_the_ranks(folder: Path, name: str, scheme: str, g
             ("wide", "int4"): [1, 2, 4, 8] if group == 32 else [1, 2, 4],
             ("tied", "int8"): [1, 2, 4, 8],
             ("tied", "int4"): [1, 2, 4],
+            ("blocks", "int4"): [1, 2],
         }[name, scheme]
     )
     text = describe(source)

@@ -19,7 +19,7 @@ from llama import Llama, ModelArgs, Transformer
 from llama.checkpoints import load
 from llama.checkpoints.footprint import Footprint
 from llama.checkpoints.open import open_checkpoint
-from llama.distributed import tensor_parallel
+from llama.distributed import agreement, tensor_parallel
 from llama.distributed.sharding import rank_counts, rank_part, weight_shapes
 from tests.distributed import rank_cases
 from tests.models import random_weights
@@ -242,7 +242,7 @@ def test_identity_on_one_rank() -> None:
     assert tensor_parallel.broadcast_json({"a": 1}) == {"a": 1}
     with (
         pytest.raises(KeyError, match="own"),
-        tensor_parallel.fails_on_all_ranks(),
+        agreement.fails_on_all_ranks(),
         tensor_parallel.ends_job_on_error(),
     ):
         raise KeyError("own")

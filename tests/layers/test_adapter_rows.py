@@ -72,6 +72,7 @@ def test_rows_without_an_adapter_are_the_base_bitwise() -> None:
     assert torch.equal(alone, want)
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("scheme, kind", [("int8", Int8Linear), ("int4", Int4Linear)])
 def test_quantized_bases(scheme: str, kind: type) -> None:
     """Against the dequantized weights, so that only the adapters are compared."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -142,7 +142,8 @@ def in_8_bits(x: Tensor) -> Tensor:
     groups = x.float().unflatten(-1, (-1, 32))
     most = groups.abs().amax(-1, keepdim=True)
     inverse = torch.full_like(most, 127) / most  # 127 / most would round twice
-    return ((groups * inverse).round() * (most / 127)).flatten(-2)
+    rounded: Tensor = ((groups * inverse).round() * (most / 127)).flatten(-2)
+    return rounded
 
 
 @needs_kernels
@@ -186,7 +187,7 @@ def test_nan_and_infinity_are_not_hidden(variant: str, bits: int) -> None:
 def test_wrong_arguments() -> None:
     blocks, x = quantize_blocks(torch.randn(20, 96), 4), torch.randn(2, 96)
     multiply, widen = torch.ops.llama3.linear_blocks, torch.ops.llama3.unpack_blocks
-    for wrong in (
+    calls: list[Callable[[], object]] = [
         lambda: multiply(x[:, :64], blocks, 20),
         lambda: multiply(x.double(), blocks, 20),
         lambda: multiply(x, blocks, 40),
@@ -195,7 +196,8 @@ def test_wrong_arguments() -> None:
         lambda: multiply(x, blocks[:, :, ::2], 20),
         lambda: multiply(x, blocks.to(torch.int8), 20),
         lambda: widen(x, blocks[:, :0], 20),
-    ):
+    ]
+    for wrong in calls:
         with pytest.raises(RuntimeError):
             wrong()
     assert multiply(x[:0], blocks, 20).shape == (0, 20)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llama.layers import kernels
 from llama.layers.fused_layers import FusedLayers, Operator
@@ -21,9 +21,12 @@ from llama.layers.kernel_modules import KernelLinear
 from llama.layers.lora import add_lora
 from llama.layers.lora_config import LoRAConfig
 from llama.layers.optimize import optimize, quantize_model
+from llama.layers.quantized_linear import Int4Linear
+from llama.layers.replace import replace_modules
 from llama.model import KVCache, Layers, ModelArgs, Transformer
 
 ROOM = 400  # positions of a cache
+SCHEMES = pytest.mark.parametrize("scheme", [None, "int8", "int4", "int4 in groups"])
 
 
 class Shape(NamedTuple):
@@ -44,7 +47,7 @@ SHAPES = [
 ]
 
 
-def build(shape: Shape, dtype: torch.dtype, scheme: str | None = None) -> Transformer:
+def build(shape: Shape, dtype: torch.dtype, scheme: Any = None) -> Transformer:
     args = ModelArgs(
         dim=shape.dim,
         n_layers=2,
@@ -60,7 +63,12 @@ def build(shape: Shape, dtype: torch.dtype, scheme: str | None = None) -> Transf
             spread = 0.2 if name.endswith("norm.weight") else weight.shape[-1] ** -0.5
             weight.normal_(1.0 if name.endswith("norm.weight") else 0.0, spread)
     model = model.to(dtype).eval()
-    quantize_model(model, scheme)
+    if scheme == "int4 in groups":  # of checkpoints that were stored so
+        replace_modules(
+            model.layers, {nn.Linear: lambda name, linear: Int4Linear(linear.weight.detach())}
+        )
+    else:
+        quantize_model(model, scheme)
     optimize(model)
     return model
 
@@ -130,9 +138,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@SCHEMES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_equals_the_blocks(variant: str, dtype: torch.dtype, scheme: str | None) -> None:
+def test_equals_the_blocks(variant: str, dtype: torch.dtype, scheme: Any) -> None:
     """Bit for bit up to 64 positions in bf16; over more of them attention is divided otherwise."""
     for i, shape in enumerate(SHAPES):
         model = build(shape, dtype, scheme)
@@ -142,8 +150,8 @@ def test_equals_the_blocks(variant: str, dtype: torch.dtype, scheme: str | None)
             check(model, case, exact=False)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
-def test_any_number_of_threads(ops: object, threads: int, scheme: str | None) -> None:
+@SCHEMES
+def test_any_number_of_threads(ops: object, threads: int, scheme: Any) -> None:
     model = build(SHAPES[4], torch.bfloat16, scheme)
     for case in cases(7, 6, torch.bfloat16, 64):
         check(model, case, exact=True)
@@ -163,7 +171,7 @@ def test_a_row_is_the_same_beside_others(ops: object, threads: int) -> None:
 
 
 def test_nan_stays_in_its_row(ops: object) -> None:
-    for scheme in (None, "int8", "int4"):
+    for scheme in SCHEMES.args[1]:
         model = build(Shape(), torch.bfloat16, scheme)
         h, cache = torch.randn(3, 1, 96).bfloat16(), filled(model, 3)
         case = Case(3, 1, torch.tensor([1, 50, 200]), 0)
@@ -180,13 +188,13 @@ def test_weights_are_never_stale(ops: object) -> None:
     model = build(Shape(), torch.bfloat16)
     case = Case(2, 1, 10, 0)
     check(model, case, exact=True)
-    first = model.layers[0]
+    first: Any = model.layers[0]
     with torch.no_grad():
         first.attention.wq.weight.mul_(2)
     check(model, case, exact=True)
     first.feed_forward.w2.weight.data = torch.randn_like(first.feed_forward.w2.weight)
     check(model, case, exact=True)
-    first.attention_norm.weight = torch.nn.Parameter(torch.rand(96).bfloat16())
+    first.attention_norm.weight = nn.Parameter(torch.rand(96).bfloat16())
     check(model, case, exact=True)
     first.attention.wo = KernelLinear(96, 96, bias=False, dtype=torch.bfloat16)
     check(model, case, exact=True)

@@ -31,6 +31,15 @@ def shapes(seed: int, count: int, multiple: int = 1) -> list[tuple[int, int, int
 
 # More rows and columns than blocked.h takes at a time, with a remainder in each direction.
 LARGE = [(5, 7, 2048), (17, 101, 2081), (13, 197, 4128), (518, 9, 2050), (40, 98, 31)]
+# Prompts: more of each than prefill.h takes at a time, K and N of any remainder.
+LARGE += [
+    (64, 1, 1),
+    (65, 25, 513),
+    (130, 97, 1030),
+    (300, 110, 512),
+    (700, 12, 33),
+    (81, 205, 575),
+]
 
 
 def inputs(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -104,6 +113,20 @@ def test_linear_int4(variant: str, dtype: torch.dtype, group: int) -> None:
         check(y, x, dequantize_int4(packed, scale, zero, N), terms)
 
 
+def test_a_row_of_a_prompt_is_the_same_beside_other_rows(ops: object) -> None:
+    """Bit for bit, for any number of rows that prefill.h takes and any number of threads."""
+    x, w = inputs(300, 61, 1100, torch.bfloat16)
+    w, threads = w.bfloat16(), torch.get_num_threads()
+    want = torch.ops.llama3.linear(x, w)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            for begin, end in ((0, 300), (0, 64), (17, 113), (201, 300)):
+                assert torch.equal(torch.ops.llama3.linear(x[begin:end], w), want[begin:end])
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_extreme_weights(variant: str) -> None:
     x = torch.ones(1, 64)
     w = torch.full((2, 64), -127, dtype=torch.int8)
@@ -118,7 +141,7 @@ def test_extreme_weights(variant: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize("M", [1, 3, 14, 40])
+@pytest.mark.parametrize("M", [1, 3, 14, 40, 70])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_no_infinity_or_nan_is_lost_or_spread(
     variant: str, dtype: torch.dtype, M: int, value: float
@@ -216,6 +239,7 @@ def test_widen_int8(variant: str) -> None:
         assert torch.equal(torch.ops.llama3.widen_int8(q[:n]), q[:n].to(torch.bfloat16))
 
 
+@pytest.mark.usefixtures("exact_products")
 def test_dispatch_by_rows(ops: object) -> None:
     """For more rows than MAX_ROWS or with a gradient, torch's operators give the same numbers."""
     w = torch.randn(24, 64)

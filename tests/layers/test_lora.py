@@ -109,6 +109,7 @@ def make_model(
     return model
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -140,6 +141,7 @@ def test_an_initial_adapter_changes_no_bit(
         )
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @pytest.mark.parametrize("dora", [False, True])
 def test_gradients_on_a_quantized_base_are_those_on_its_dequantized_weights(
@@ -207,6 +209,7 @@ def test_dropout_follows_from_the_key() -> None:
         assert abs((first == other).float().mean() - (0.7**2 + 0.3**2)) < 0.01  # independent
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("kind", ["frozen", "trained", "int8", "int4"])
 def test_dropout_scales_what_it_keeps_and_only_in_training(kind: str) -> None:
     """The outputs, and the gradients of the inputs and of A and B; autograd is the oracle."""

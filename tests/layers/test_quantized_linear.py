@@ -53,6 +53,7 @@ def with_dequantized_weights(model: Transformer) -> Transformer:
     return plain
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
 @torch.inference_mode()
 def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
@@ -67,7 +68,9 @@ def test_quantized_model_is_the_dequantized_one(scheme: str) -> None:
         assert not torch.allclose(want, untouched(tokens), atol=1e-3)
     kind = Int8Linear if scheme == "int8" else BlockLinear
     found = [type(m) for m in model.modules() if isinstance(m, QUANTIZED)]
-    assert found == [kind] * (7 * 2 + 1) and not any(isinstance(m, nn.Linear) for m in model.modules())
+    assert found == [kind] * (7 * 2 + 1) and not any(
+        isinstance(m, nn.Linear) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("int4", 0.2)])
@@ -114,6 +117,7 @@ def test_float16_does_not_overflow(grad: bool) -> None:
     torch.testing.assert_close(linear(x), torch.full((3, 4), 40.96).half())
 
 
+@pytest.mark.usefixtures("exact_products")
 @pytest.mark.skipif(not kernels.load(), reason="no CPU kernels here")
 @pytest.mark.parametrize("rows", [1, 40])
 @torch.inference_mode()

@@ -31,8 +31,7 @@ PLAIN_DTYPES = tuple(DTYPES.values())
 CODE_DTYPES = (torch.int8, torch.int32, torch.uint8)
 MAX_CODES = 64  # of a stored number, and more: an int32 has eight
 # Of params.json's "quantization"; the first form of int4 has no "form".
-BLOCK_KEYS = {"form", "output_bits"}
-KEYS = {"scheme", "group", "tied", *BLOCK_KEYS}
+KEYS = {"scheme", "group", "tied", "form", "output_bits"}
 
 
 def quantize_weight(name: str, w: Tensor, scheme: Scheme) -> dict[str, Tensor]:
@@ -174,12 +173,12 @@ def _parse_quantization(value: object, folder: Path) -> tuple[Scheme, bool]:
         if not isinstance(value, dict) or not {"scheme"} <= set(value) <= KEYS:
             raise ValueError(f"{value!r} is not what `llama3 quantize` writes")
         scheme, tied = find_scheme(value["scheme"]), value.get("tied", False)
-        if scheme.name == "int4" and "form" not in value:
-            scheme = old_int4(value.get("group", 32))
-        elif scheme.layers.kind == "blocks":
+        if "form" in value:
             scheme = _blocks(value, scheme)
-        elif set(value) & BLOCK_KEYS:
+        elif "output_bits" in value:
             raise ValueError(f"{value!r} is not what `llama3 quantize` writes")
+        elif scheme.name == "int4":
+            scheme = old_int4(value.get("group", 32))
         if type(tied) is not bool:
             raise ValueError(f"tied must be a boolean, not {tied!r}")
     except ValueError as e:
@@ -194,7 +193,7 @@ def _blocks(value: dict[str, Any], scheme: Scheme) -> Scheme:
     """The scheme of an entry that says `"form": "blocks"`."""
     outputs = {6: Form("blocks", 6), 8: INT8}
     bits = value.get("output_bits")
-    if value["form"] != "blocks" or "group" in value or type(bits) is not int:
+    if value["form"] != scheme.layers.kind or "group" in value or type(bits) is not int:
         raise ValueError(f"{value!r} is not what `llama3 quantize` writes")
     if bits not in outputs:
         raise ValueError(f"an output layer in {bits} bits is not possible; {sorted(outputs)} are")

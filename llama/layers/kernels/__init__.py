@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ log = logging.getLogger("llama")
 MAX_ROWS = {"bf16": 4, "fp32": 8, "int8": 32, "int4": 32, "blocks": 32}
 # The same for x in bf16 on processors with AVX512_BF16 instructions.
 ANY = 1 << 31
-MAX_ROWS_BF16 = {"bf16": 64, "fp32": 8, "int8": ANY, "int4": ANY, "blocks": ANY}
+MAX_ROWS_BF16 = dict.fromkeys(MAX_ROWS, ANY) | {"fp32": 8}
+MAX_ROWS_AMX = MAX_ROWS_BF16 | {"bf16": 64}  # where torch multiplies bf16 by AMX, for more rows
 KIND = {torch.bfloat16: "bf16", torch.float32: "fp32"}  # dtypes of x and of plain weights
 
 # {operator: what it gives for tensors of the meta device}, which torch.compile asks for.
@@ -135,7 +137,8 @@ def _load() -> bool:
         ctypes.CDLL(f"/proc/self/fd/{file.fileno()}")
     variants = torch.ops.llama3.variants()
     if "avx512bf16" in variants:
-        _max_rows[torch.bfloat16] = MAX_ROWS_BF16
+        amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+        _max_rows[torch.bfloat16] = MAX_ROWS_AMX if amx else MAX_ROWS_BF16
     if variants[0].endswith("-vnni"):
         for dtype, limits in _max_rows.items():
             _max_rows[dtype] = limits | {"int8": ANY, "blocks": ANY}

@@ -22,6 +22,7 @@ using at::Tensor;
 using std::memset;
 using namespace llama3::attention;
 
+constexpr int64_t PROMPT = 16;      // from so many queries a row on, prompt_attention.h is used
 constexpr int64_t PART = 64;        // a task with fewer keys is not divided
 constexpr int64_t SHARE = 1 << 19;  // least number of multiplications per thread
 
@@ -32,6 +33,17 @@ struct alignas(64) Line {
 
 #define ARITHMETIC "attention.h"
 #include "variants.h"
+
+#if defined(__x86_64__)
+#undef TARGET
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+namespace {
+namespace with_bf16 {
+#include "bf16.h"
+#include "prompt_attention.h"
+}  // namespace with_bf16
+}  // namespace
+#endif
 
 namespace {
 #define FP32(ns) Kernels{ns::attend<float>, ns::finish<float>}
@@ -65,6 +77,16 @@ void check(const Tensor& xq, const Tensor& keys, const Tensor& values, const Ten
                   (positions.size(0) == 1 || positions.size(0) == xq.size(0)) &&
                   positions.size(1) == xq.size(1),
               "positions must be int64 (B or 1, T); got ", positions.sizes());
+}
+
+// What computes the tasks of so many queries a row.
+Kernels kernels_for(const Job& job, bool is_bf16) {
+  Kernels found = kernels(is_bf16);
+#if defined(__x86_64__)
+  if (is_bf16 && job.T >= PROMPT && llama3::variant() == llama3::AVX512_BF16)
+    found.attend = with_bf16::attend_prompt;
+#endif
+  return found;
 }
 
 void run(const Job& job, const Kernels& kernels, int64_t longest) {
@@ -126,7 +148,7 @@ Tensor attend(const Tensor& xq, const Tensor& keys, const Tensor& values, const 
                 " is outside the ", job.S, " that keys and values have");
     longest = std::max(longest, job.positions[i] + 1);
   }
-  run(job, kernels(q.scalar_type() == at::kBFloat16), longest);
+  run(job, kernels_for(job, q.scalar_type() == at::kBFloat16), longest);
   return out;
 }
 }  // namespace

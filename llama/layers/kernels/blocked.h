@@ -18,13 +18,6 @@ struct alignas(64) Line {  // a cache line
   char bytes[64];
 };
 
-TARGET inline __m512bh load(const BFloat16* from, __mmask32 columns) {
-  return (__m512bh)_mm512_maskz_loadu_epi16(columns, from);
-}
-
-// Mask of the first `columns` of 32; masked columns are not read.
-inline __mmask32 first(int64_t columns) { return columns < 32 ? (1u << columns) - 1 : ~0u; }
-
 // The loops below are unrolled explicitly: gcc 12 would store the accumulators in memory otherwise.
 TARGET inline void multiply(__m512 (&acc)[16], const Rows& x, const Rows& w, int64_t k,
                             __mmask32 columns) {

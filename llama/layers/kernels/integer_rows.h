@@ -59,7 +59,7 @@ typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 constexpr int64_t BLOCK = BLOCK_COLUMNS;
 constexpr int64_t PANEL = BLOCK * LANES;    // bytes of a block of a tile
 constexpr int STEP = LANES / 8;             // blocks that are read at a time
-constexpr int FEW = 4;                      // up to so many rows of x, W is not copied
+constexpr int FEW = 16;                     // up to so many rows of x, W is not copied
 constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time: their sums fit in registers
 constexpr int64_t DEPTH = 32;               // blocks at a time: a panel and MOST rows of x fit L1
 constexpr int64_t WIDTH = 4;                // tiles at a time: their panels fit L2
@@ -165,6 +165,10 @@ TARGET __attribute__((noinline)) void multiply_tile(const Part& part, const W& w
       _mm_prefetch((const char*)w.next + first * PANEL + 64 * i, _MM_HINT_T1);
     Bytes ws[8 * BLOCKS];
     w.template load<BLOCKS>(ws, first);
+    if (BLOCKS == 1 && first % 2 == 0)  // and of many rows of x, columns that L1 has not yet
+#pragma GCC unroll 12
+      for (int j = 0; j < M; j++)
+        _mm_prefetch((const char*)codes + j * x.stride + first * BLOCK + 192, _MM_HINT_T0);
 #pragma GCC unroll 2
     for (int64_t b = first; b < first + BLOCKS; b++) {
       Bytes sum[M];
@@ -254,12 +258,16 @@ TARGET inline void multiply_many(const Weights& w, const Activations& x, const O
 // Tiles [begin, end) of y = x W^T * scales.
 TARGET void integer_rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
                          int64_t end) {
+  constexpr int HALF = FEW / 2;  // rows at a time
   const Activations& x = in.codes;
   if (x.M > FEW) return multiply_many(w, x, out, begin, end);
   static thread_local std::vector<int8_t> padded;
+  const int64_t rows = x.M > HALF ? (x.M + 1) / 2 : x.M;
   for (int64_t t = begin; t < end; t++) {
     const Tile tile = tile_of(w, t, t + 1 < end, padded);
     if (t == begin) prefetch(tile, 1);
-    multiply_rows<FEW, STEP>(Part{x, w, out, t * LANES, 0, x.blocks, nullptr}, tile, 0, x.M);
+    const Part part{x, w, out, t * LANES, 0, x.blocks, nullptr};
+    for (int64_t m = 0; m < x.M; m += rows)
+      multiply_rows<HALF, STEP>(part, tile, m, std::min(m + rows, x.M));
   }
 }

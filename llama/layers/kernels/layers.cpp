@@ -29,6 +29,7 @@ Weights weights_of(const std::string& kind, at::ArrayRef<Tensor> tensors, int64_
   if (kind == "int8" && tensors.size() == 2) return int8_weights(tensors[0], tensors[1]);
   if (kind == "int4" && tensors.size() == 3)
     return int4_weights(tensors[0], tensors[1], tensors[2], outputs);
+  if (kind == "blocks" && tensors.size() == 1) return block_weights(tensors[0], outputs);
   TORCH_CHECK(false, "no linear of kind ", kind, " has ", tensors.size(), " tensors");
 }
 

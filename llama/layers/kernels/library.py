@@ -198,7 +198,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _compile(command: list[str], library: Path) -> None:
     """Compile into a temporary folder, sync, then rename: a power cut leaves no partial file."""
-    log.info("compiling CPU kernels, once (about 20 seconds)")
+    log.info("compiling CPU kernels, once (about 40 seconds)")
     torch_dir = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=PREFIX) as folder:
         linked, digest = Path(folder, "kernels.so"), Path(folder, "kernels.so.sha256")

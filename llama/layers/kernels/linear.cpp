@@ -13,6 +13,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <memory>
 #include <string>
 
@@ -29,11 +30,23 @@ struct alignas(64) Line {  // a cache line
   char bytes[64];
 };
 
+// Calls f(begin, end) for parts of [0, count), large first and small last: the others go on while a
+// thread has lost its processor.
 template <class F>
 void in_parallel(int64_t count, int64_t bytes_each, const F& f) {
   if (count == 0) return;
-  const int64_t grain = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
-  at::parallel_for(0, count, grain, f);
+  const int64_t least = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + least - 1) / least);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next.load(); begin < count;) {
+      const int64_t part = std::max(least, (count - begin) / (2 * threads));
+      const int64_t end = std::min(count, begin + part);
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      f(begin, end);
+      begin = next.load();
+    }
+  });
 }
 
 // (M, K) of x (..., K), after a check of its type and that K is the width of w.
@@ -135,33 +148,16 @@ Tensor unpack_int4(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   return y;
 }
 
-// blocks (T, B, bytes of a block) uint8, for T tiles of 16 outputs; see block_layout.h.
-Weights blocks_of(const Tensor& blocks, int64_t N) {
-  check_cpu("blocks", blocks);
-  TORCH_CHECK(blocks.scalar_type() == at::kByte && blocks.dim() == 3 && N > 0 &&
-                  blocks.size(0) == (N + 15) / 16 && blocks.size(1) > 0,
-              "blocks must be uint8 (", (N + 15) / 16, ", blocks, bytes) for ", N, " outputs; got ",
-              blocks.sizes());
-  for (const Kind kind : {Kind::blocks4, Kind::blocks6})
-    for (int64_t groups = 1; groups <= 8; groups++)
-      if (llama3::block_bytes(kind, groups) == blocks.size(2)) {
-        Weights w{kind, N, 32 * groups * blocks.size(1), blocks.const_data_ptr()};
-        w.columns = 32 * groups;
-        return w;
-      }
-  TORCH_CHECK(false, "no block has ", blocks.size(2), " bytes");
-}
-
 // x (..., K) times the transpose of the weight in blocks, (..., N), of x's dtype.
 Tensor linear_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
-  return multiply(x, {blocks_of(blocks, N)})[0];
+  return multiply(x, {llama3::block_weights(blocks, N)})[0];
 }
 
 // The dequantized weight, (N, K), in x's dtype.
 Tensor unpack_blocks(const Tensor& x, const Tensor& blocks, int64_t N) {
   const bool bf16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bf16 || x.scalar_type() == at::kFloat, "x must be fp32 or bf16");
-  const Weights w = blocks_of(blocks, N);
+  const Weights w = llama3::block_weights(blocks, N);
   Tensor y = at::empty({N, w.K}, x.options());
   void* to = y.mutable_data_ptr();
   in_parallel(blocks.size(0), w.K * 8, [&](int64_t begin, int64_t end) {

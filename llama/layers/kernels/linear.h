@@ -29,7 +29,8 @@ constexpr int KINDS = 4;  // without blocks, whose methods are in blocks.cpp
 //   bf16    the caller's rows
 //   panels  bf16 in the order of blocked.h for int4, and the sums of the groups
 //   codes   8 bits, see activations.h
-enum class Form { fp32, places, bf16, panels, codes };
+//   columns bf16 in the order of prefill.h
+enum class Form { fp32, places, bf16, panels, codes, columns };
 
 // The weight of one linear: a view.
 struct Weights {
@@ -51,7 +52,7 @@ struct Inputs {
   int64_t stride = 0;       // of `fp32`
   float* fp32 = nullptr;    // fp32, places: (M, stride)
   float* sums = nullptr;    // places: (M, K / group); panels: see blocked.h
-  uint32_t* panels = nullptr;
+  uint32_t* panels = nullptr;  // panels, columns
   Activations codes;  // codes
 
   const BFloat16* bf16() const { return static_cast<const BFloat16*>(x); }

@@ -1,5 +1,5 @@
 // Chooses how weights are multiplied: the table of methods for each kind of weight and instruction
-// set. The arithmetic is in rows.h and blocked.h.
+// set. The arithmetic is in rows.h, blocked.h and prefill.h.
 
 #include "linear.h"
 
@@ -24,23 +24,29 @@ struct Many {
   Method method;
 };
 constexpr int64_t NEVER = INT64_MAX;
+constexpr int64_t PROMPT = 64;  // from so many rows on, prefill.h is faster than blocked.h
 
 #if defined(__x86_64__)
 #undef TARGET
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 namespace with_bf16 {
+#include "bf16.h"
 #include "blocked.h"
+#include "prefill.h"
 }
 const Many many[KINDS] = {{NEVER, {}},
                           {2, {Form::bf16, 4, with_bf16::blocks<BFloat16>}},
                           {5, {Form::bf16, 4, with_bf16::blocks<int8_t>}},
                           {1, {Form::panels, 16, with_bf16::tiles}}};
-void fill_panels(const Inputs& in, int64_t begin, int64_t end) {
-  with_bf16::fill_panels(in, begin, end);
+const Many prompt = {PROMPT, {Form::columns, with_bf16::TILE, with_bf16::many_rows}};  // bf16 weights
+void fill(const Inputs& in, int64_t begin, int64_t end) {
+  if (in.form == Form::panels) with_bf16::fill_panels(in, begin, end);
+  if (in.form == Form::columns) with_bf16::fill_columns(in, begin, end);
 }
 #else
+const Many prompt = {NEVER, {}};
 const Many many[KINDS] = {{NEVER, {}}, {NEVER, {}}, {NEVER, {}}, {NEVER, {}}};
-void fill_panels(const Inputs&, int64_t, int64_t) {}
+void fill(const Inputs&, int64_t, int64_t) {}
 #endif
 
 #define UNPACK(ns) {ns::unpack<float>, ns::unpack<BFloat16>}
@@ -88,6 +94,7 @@ int64_t rows_bytes(Form form, int64_t M, int64_t K) {
     case Form::places: return 4 * M * padded(K);
     case Form::panels: return lines(2 * M * K);
     case Form::codes: return lines(Activations::bytes(M, K));
+    case Form::columns: return (M + 15) / 16 * 64 * ((K + 1) / 2);
     case Form::bf16: return 0;
   }
   return 0;
@@ -99,6 +106,8 @@ Method method_for(const Weights& w, int64_t M, bool x_is_bf16) {
   if (w.columns) return block_method(w.kind);
   if (const Method* found = integer_method(w.kind)) return *found;
   const int kind = static_cast<int>(w.kind);
+  if (x_is_bf16 && variant() == AVX512_BF16 && w.kind == Kind::bf16 && M >= prompt.rows && w.K > 0)
+    return prompt.method;
   if (x_is_bf16 && variant() == AVX512_BF16 && M >= many[kind].rows && w.K > 0 && w.group % 32 == 0)
     return many[kind].method;
   return methods[variant()][kind];
@@ -133,7 +142,7 @@ Inputs inputs_of(Form form, const void* x, bool is_bf16, int64_t M, int64_t K, i
 }
 
 void prepare(const Inputs& in, int64_t begin, int64_t end) {
-  if (in.form == Form::panels) return fill_panels(in, begin, end);
+  if (in.form == Form::panels || in.form == Form::columns) return fill(in, begin, end);
   if (in.form == Form::codes) return quantize(in, begin, end);
   if (in.form == Form::bf16) return;
   for (int64_t m = begin; m < end; m++) {

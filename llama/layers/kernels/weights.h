@@ -1,6 +1,7 @@
 // Views of the tensors of a linear's weight, after checks of their types and shapes.
 #pragma once
 
+#include "block_layout.h"
 #include "linear.h"
 
 #include <ATen/core/Tensor.h>
@@ -58,5 +59,22 @@ inline Weights int4_weights(const Tensor& packed, const Tensor& scale, const Ten
   w.group_scales = scale.const_data_ptr<BFloat16>();
   w.group_zeros = zero.const_data_ptr<BFloat16>();
   return w;
+}
+
+// blocks (T, B, bytes of a block) uint8, for T tiles of 16 outputs; see block_layout.h.
+inline Weights block_weights(const Tensor& blocks, int64_t N) {
+  check_cpu("blocks", blocks);
+  TORCH_CHECK(blocks.scalar_type() == at::kByte && blocks.dim() == 3 && N > 0 &&
+                  blocks.size(0) == (N + 15) / 16 && blocks.size(1) > 0,
+              "blocks must be uint8 (", (N + 15) / 16, ", blocks, bytes) for ", N, " outputs; got ",
+              blocks.sizes());
+  for (const Kind kind : {Kind::blocks4, Kind::blocks6})
+    for (int64_t groups = 1; groups <= 8; groups++)
+      if (block_bytes(kind, groups) == blocks.size(2)) {
+        Weights w{kind, N, 32 * groups * blocks.size(1), blocks.const_data_ptr()};
+        w.columns = 32 * groups;
+        return w;
+      }
+  TORCH_CHECK(false, "no block has ", blocks.size(2), " bytes");
 }
 }  // namespace llama3
