@@ -110,7 +110,7 @@ def quantize(
 
     Examples:
         llama3 quantize Meta-Llama-3-8B-Instruct llama-3-8b-int4 --scheme int4
-        llama3 quantize Meta-Llama-3-8B llama-3-8b-int4 --scheme int4 --calibrate my-texts.txt
+        llama3 quantize Meta-Llama-3-8B llama-3-8b-int4 --scheme int4 --calibrate my.txt
     """
     from llama.checkpoints.calibration import Calibration
     from llama.checkpoints.convert import quantize as quantize_checkpoint

@@ -22,7 +22,7 @@ using at::Tensor;
 using std::memset;
 using namespace llama3::attention;
 
-constexpr int64_t PROMPT = 16;      // from so many queries a row on, prompt_attention.h is used
+constexpr int64_t PROMPT = 17;      // from so many queries a row on, prompt_attention.h is used
 constexpr int64_t PART = 64;        // a task with fewer keys is not divided
 constexpr int64_t SHARE = 1 << 19;  // least number of multiplications per thread
 
