@@ -13,6 +13,7 @@ from typing import Any
 
 from llama import Llama
 from llama.distributed import tensor_parallel
+from tests.exact_products import exact_products
 
 IDS = [[1, 5, 300, 7, 42, 511, 8], [3, 2, 1]]
 
@@ -29,6 +30,7 @@ def generate(options: dict[str, Any]) -> dict[str, Any]:
     return {"ids": [ids for ids, _ in found], "logprobs": [scores for _, scores in found]}
 
 
+@exact_products()
 def main(arguments: str) -> dict[str, Any]:
     """The results of all builds, and the error where the ranks have different adapters."""
     cases = json.loads(arguments)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from llama import Llama
 from llama.layers import kernels
+from tests.exact_products import exact_products
 from tests.models import TINY, random_weights
 
 
@@ -62,16 +63,11 @@ def variant(request: pytest.FixtureRequest, ops: object) -> Iterator[str]:
     torch.ops.llama3.use_variant("")
 
 
-@pytest.fixture
-def exact_products() -> Iterator[None]:
-    """Without the integer products, which round x to 8 bits; for comparisons with plain torch."""
-    if not kernels.load():
+@pytest.fixture(name="exact_products")
+def without_integer_products() -> Iterator[None]:
+    """See `exact_products`."""
+    with exact_products():
         yield
-        return
-    exact = [name for name in torch.ops.llama3.variants() if not name.endswith("-vnni")]
-    torch.ops.llama3.use_variant(exact[0])
-    yield
-    torch.ops.llama3.use_variant("")
 
 
 @pytest.fixture(scope="session")

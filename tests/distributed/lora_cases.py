@@ -20,6 +20,7 @@ from llama.distributed import tensor_parallel
 from llama.layers.lora import add_lora, lora_part, lora_state
 from llama.layers.optimize import optimize, quantize_model
 from tests.adapters import random_adapter
+from tests.exact_products import exact_products
 
 CPU = torch.device("cpu")
 CASES = [(scheme, dora) for scheme in (None, "int8", "int4") for dora in (False, True)]
@@ -50,6 +51,7 @@ def logits(folder: str, scheme: str | None, dora: bool) -> list[float]:
     return found
 
 
+@exact_products()
 def all_logits(folder: str) -> list[list[float]]:
     return [logits(folder, scheme, dora) for scheme, dora in CASES]
 

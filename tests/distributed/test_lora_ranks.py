@@ -14,10 +14,10 @@ from tests.distributed.test_tensor_parallel import results, torchrun, write
 def test_two_ranks_have_the_logits_of_one(tmp_path: Path) -> None:
     """Plain, int8 and int4 bases, with and without DoRA, whose norms need all ranks' columns."""
     shape: dict[str, Any] = {
-        "dim": 128,
+        "dim": 512,
         "n_heads": 4,
         "n_kv_heads": 2,
-        "multiple_of": 64,
+        "multiple_of": 512,
         "vocab_size": 31,
     }
     folder = write(tmp_path / "base", **shape)

@@ -10,7 +10,7 @@ import torch
 from llama.layers.adapter_rows import LowRank, MultiLoRALinear, add_adapters, selected
 from llama.layers.lora import LoRAConfig
 from llama.layers.optimize import FAST, REFERENCE
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, quantized
+from llama.layers.quantized_linear import QUANTIZED, BlockLinear, Int8Linear, quantized
 from llama.layers.replace import replace_modules
 from llama.model import ModelArgs, Transformer
 from tests.adapters import Adapter, merged_model, random_adapter
@@ -73,7 +73,7 @@ def test_rows_without_an_adapter_are_the_base_bitwise() -> None:
 
 
 @pytest.mark.usefixtures("exact_products")
-@pytest.mark.parametrize("scheme, kind", [("int8", Int8Linear), ("int4", Int4Linear)])
+@pytest.mark.parametrize("scheme, kind", [("int8", Int8Linear), ("int4", BlockLinear)])
 def test_quantized_bases(scheme: str, kind: type) -> None:
     """Against the dequantized weights, so that only the adapters are compared."""
     model = base()
@@ -81,7 +81,7 @@ def test_quantized_bases(scheme: str, kind: type) -> None:
     dequantized = dict(WEIGHTS)
     for name in WEIGHTS:
         linear = model.get_submodule(name.removesuffix(".weight"))
-        if isinstance(linear, (Int8Linear, Int4Linear)):  # each column by a unit vector
+        if isinstance(linear, QUANTIZED):  # each column by a unit vector
             K = WEIGHTS[name].shape[1]
             dequantized[name] = linear(torch.eye(K)).T.contiguous()
     add_adapters(model, ADAPTERS)

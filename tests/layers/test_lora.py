@@ -24,7 +24,7 @@ from llama.layers.lora import (
     without_adapter,
 )
 from llama.layers.optimize import optimize, quantize_model
-from llama.layers.quantized_linear import Int4Linear, Int8Linear, weight_blocks
+from llama.layers.quantized_linear import QUANTIZED, BlockLinear, Int8Linear, weight_blocks
 from tests.layers.peft_oracle import hf_name, loss_of, make_ours, make_peft, randomize, to_hf
 from tests.models import random_weights
 
@@ -154,7 +154,7 @@ def test_gradients_on_a_quantized_base_are_those_on_its_dequantized_weights(
     )
     with torch.no_grad():
         for name, module in quantized.named_modules():
-            if isinstance(module, (Int8Linear, Int4Linear)):
+            if isinstance(module, QUANTIZED):
                 plain.get_submodule(name).weight.copy_(torch.cat(list(weight_blocks(module))))  # type: ignore[operator]
     for model in (quantized, plain):
         randomize(model)
@@ -214,7 +214,7 @@ def test_dropout_follows_from_the_key() -> None:
 def test_dropout_scales_what_it_keeps_and_only_in_training(kind: str) -> None:
     """The outputs, and the gradients of the inputs and of A and B; autograd is the oracle."""
     plain = torch.nn.Linear(64, 32, bias=False).requires_grad_(kind == "trained")
-    quantized = {"int8": Int8Linear, "int4": Int4Linear}
+    quantized = {"int8": Int8Linear, "int4": BlockLinear}
     base = quantized[kind](plain.weight) if kind in quantized else plain
     weight = torch.cat(list(weight_blocks(base)))
     linear = LoRALinear(base, LoRAConfig(4, dropout=0.25), "wq")

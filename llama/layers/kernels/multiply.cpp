@@ -12,9 +12,9 @@ using namespace llama3;
 
 namespace {
 #define METHODS(ns)                         \
-  {{Form::fp32, 1, ns::rows<float>},        \
-   {Form::fp32, 1, ns::rows<BFloat16>},     \
-   {Form::fp32, 1, ns::rows<int8_t>},       \
+  {{Form::fp32, 4, ns::rows<float>},        \
+   {Form::fp32, 4, ns::rows<BFloat16>},     \
+   {Form::fp32, 4, ns::rows<int8_t>},       \
    {Form::places, 16, ns::tiles}}
 const Method methods[][KINDS] = {EACH_VARIANT(METHODS)};  // by variant and kind
 

@@ -58,15 +58,17 @@ TARGET void block(const Weights& w, const Inputs& in, const Outputs& out, int64_
   for (; m < in.M; m++) dots<W, R, 1>(w, in, out, m, n);
 }
 
-// Outputs [begin, end) of y = x W^T * scales, for W of fp32, bf16 or int8.
+// Outputs 4 begin to 4 end of y = x W^T * scales, for W of fp32, bf16 or int8. Sums are added in an
+// order that does not depend on how the outputs are divided.
 template <class W>
 TARGET void rows(const Weights& w, const Inputs& in, const Outputs& out, int64_t begin,
                  int64_t end) {
   constexpr int R = LANES / 4;  // as many as fit in registers with 4 rows of x
-  int64_t n = begin;
+  const int64_t stop = std::min(4 * end, w.N);
+  int64_t n = 4 * begin;
   if (in.M > 1)  // one row is limited by memory, which reads one row of W faster than several
-    for (; n + R <= end; n += R) block<W, R>(w, in, out, n);
-  for (; n < end; n++) block<W, 1>(w, in, out, n);
+    for (; n + R <= stop; n += R) block<W, R>(w, in, out, n);
+  for (; n < stop; n++) block<W, 1>(w, in, out, n);
 }
 
 // LANES of the 16 outputs of a tile of int4 weights, for M rows of x. A word holds 8 neighbouring
