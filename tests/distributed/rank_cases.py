@@ -300,7 +300,7 @@ def same_weight(a: Tensor, b: Tensor, name: str, model: Transformer) -> bool:
     if name.endswith("scale"):
         return torch.allclose(a, b, rtol=0, atol=1e-37)
     if name.endswith("blocks"):
-        n = model.get_submodule(name.removesuffix(".blocks")).n
+        n: int = model.get_submodule(name.removesuffix(".blocks")).n  # type: ignore[assignment]
         return torch.equal(dequantize_blocks(a, n), dequantize_blocks(b, n))
     return torch.equal(a, b)
 
