@@ -37,6 +37,7 @@ class SharedMemory:
         bytes: a vector of uint8, mapped by all ranks.
         file: its descriptor; this rank has locked the byte of its number there.
         timeout: seconds that a rank waits for another one.
+        process: the id of this rank; a forked child does not speak for it.
     """
 
     bytes: Tensor
@@ -44,6 +45,7 @@ class SharedMemory:
     rank: int
     ranks: int
     timeout: float
+    process: int
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over ranks, in fp32 and in the order of ranks: the same bits on all of them.
@@ -66,7 +68,8 @@ class SharedMemory:
 
     def close(self) -> None:
         """Let ranks that wait for this one fail at once."""
-        torch.ops.llama3.leave_ranks(self.bytes)
+        if os.getpid() == self.process:
+            torch.ops.llama3.leave_ranks(self.bytes)
         os.close(self.file)
 
 
@@ -105,7 +108,7 @@ def join(rank: int, ranks: int, timeout: float, gather: Gather, available: bool)
     file = created[0] if created else _open(place, size)
     memory = None if file is None else _map(file, size, rank, place)
     if all(gather(memory is not None)) and memory is not None and file is not None:
-        _joined = SharedMemory(memory, file, rank, ranks, timeout)
+        _joined = SharedMemory(memory, file, rank, ranks, timeout, os.getpid())
     elif file is not None:
         os.close(file)
 

@@ -20,7 +20,7 @@ from llama.layers.kernel_modules import KernelFeedForward, KernelHeads, KernelLi
 from llama.layers.quantized_linear import BlockLinear, Int4Linear, Int8Linear
 from llama.model import CacheSlice, KVCache, Layers, TransformerBlock
 
-MAX_ROWS = 16  # B x T; as in kernels/step.cpp
+MAX_ROWS = 16  # B x T; as in kernels/layers.cpp
 # The linears that the operator knows: its name of the kind, and their tensors in its order.
 LINEARS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     KernelLinear: ("plain", ("weight",)),
@@ -78,7 +78,8 @@ class Operator:
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
         blocks = [block for block in layers if isinstance(block, TransformerBlock)]
-        if len(blocks) == len(layers) and all(map(_is_known, blocks)):
+        known = len(blocks) == len(layers) and all(map(_is_known, blocks))
+        if known and len({_shape(block) for block in blocks}) == 1:
             self._dtype = blocks[0].attention_norm.weight.dtype
             self._layers = _operator_of(blocks)
 
@@ -107,12 +108,12 @@ def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
     yield layers.__dict__["_modules"]
     for block in layers:
         yield block.__dict__["_modules"]
-        yield block.__dict__["_forward_hooks"]
-        yield block.__dict__["_forward_pre_hooks"]
         for part in block.children():
             if any(True for _ in part.children()):
                 yield part.__dict__["_modules"]
         for module in block.modules():
+            yield module.__dict__["_forward_hooks"]
+            yield module.__dict__["_forward_pre_hooks"]
             for name in ("_parameters", "_buffers"):
                 if module.__dict__[name]:
                     yield module.__dict__[name]
@@ -120,7 +121,9 @@ def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
 
 def _is_known(block: TransformerBlock) -> bool:
     """Whether the operator computes what this block does."""
-    if type(block) is not TransformerBlock or block._forward_hooks or block._forward_pre_hooks:
+    if type(block) is not TransformerBlock:
+        return False
+    if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules()):
         return False
     attention, feed_forward = block.attention, block.feed_forward
     if (type(attention), type(feed_forward)) != (KernelHeads, KernelFeedForward):
@@ -134,8 +137,15 @@ def _is_known(block: TransformerBlock) -> bool:
     return (
         all(t.is_cpu and t.is_contiguous() for t in tensors)
         and all(weight.dtype in kernels.KIND for weight in block.parameters())
-        and norms[0].eps == norms[1].eps
+        and (norms[0].eps, norms[0].weight.dtype) == (norms[1].eps, norms[1].weight.dtype)
     )
+
+
+def _shape(block: TransformerBlock) -> tuple[Any, ...]:
+    """What must be the same in all blocks."""
+    attention, norm = block.attention, block.attention_norm
+    heads = attention.n_local_heads, attention.n_local_kv_heads, attention.head_dim
+    return *heads, block.feed_forward.w1.out_features, norm.eps, norm.weight.dtype
 
 
 def _linears(block: TransformerBlock) -> list[nn.Module]:

@@ -87,6 +87,19 @@ def test_ranks_that_cannot_share_use_the_process_group(
     assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
+def test_a_forked_child_does_not_leave_for_its_parent(
+    ops: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for process, left in ((os.getpid() + 1, False), (os.getpid(), True)):
+        shared_memory.join(0, 2, 1.0, lambda value: [value, value], True)
+        joined = shared_memory._joined
+        assert joined is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda process=process: process)
+            shared_memory.leave()
+        assert bool(joined.bytes[0]) == left
+
+
 def test_bad_arguments(ops: Any) -> None:
     x, memory = torch.zeros(4), torch.zeros(1 << 16, dtype=torch.uint8)
     for wrong, message in [

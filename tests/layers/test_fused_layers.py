@@ -224,12 +224,34 @@ def test_what_it_does_not_know_runs_block_by_block(ops: object) -> None:
         assert not known() and len(seen) == 1
         hook.remove()
         assert known() and len(seen) == 1
+        for part in ("attention", "attention.core", "feed_forward.w2", "ffn_norm"):
+            hook = (
+                model.layers[0]
+                .get_submodule(part)
+                .register_forward_hook(lambda *found: seen.append(found))
+            )
+            seen.clear()
+            assert not known() and len(seen) == 1
+            hook.remove()
+        assert known()
         add_lora(model, LoRAConfig(targets=("wq",)))
         assert not known()
-    with pytest.raises(RuntimeError, match="grad"):  # gradients need the blocks, which then say so
-        out = build(Shape(), torch.bfloat16).layers(h, freqs_cis, mask, cache, at)
-        out.sum().backward()
-        raise RuntimeError("there is a grad")
+    model = build(Shape(), torch.bfloat16)
+    model.layers(h, freqs_cis, mask, cache, at)
+    assert model.layers._operator is None  # gradients need the blocks
+
+
+def test_blocks_that_differ_run_one_by_one(ops: object) -> None:
+    for name, value in [
+        ("eps", 1.0),
+        ("weight", nn.Parameter(torch.rand(96))),  # in fp32
+    ]:
+        model = build(Shape(), torch.bfloat16)
+        setattr(model.layers[1].ffn_norm, name, value)
+        setattr(model.layers[1].attention_norm, name, value)
+        with torch.no_grad():
+            operator = Operator(model.layers)
+        assert not operator.supports(torch.bfloat16, filled(model, 1))
 
 
 def test_errors_name_the_argument(ops: object) -> None:

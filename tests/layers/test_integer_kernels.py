@@ -196,7 +196,8 @@ def test_empty_inputs_views_and_wrong_shapes(vnni: None) -> None:
     linear, (q, scale) = torch.ops.llama3.linear_int8, weights(6, 40)
     assert linear(torch.empty(0, 40), q, scale).shape == (0, 6)
     assert linear(torch.empty(2, 40), q[:0], scale[:0]).shape == (2, 0)
-    assert linear(torch.empty(2, 0), q[:, :0].contiguous(), scale).tolist() == [[0.0] * 6] * 2
+    for M in (2, 40):  # also of many rows
+        assert not linear(torch.empty(M, 0), q[:, :0].contiguous(), scale).any()
     x = torch.randn(40, 3, 2).transpose(0, 2)  # (2, 3, 40), not contiguous
     check(linear(x, q, scale).flatten(0, 1), x.flatten(0, 1), q, scale)
     odd = torch.randn(81)[1:].view(2, 40)  # not aligned

@@ -25,7 +25,7 @@ def test_kernels_without_undefined_behaviour(tmp_path: Path) -> None:
         "TORCH_EXTENSIONS_DIR": str(tmp_path),
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    names = ("kernels", "integer_kernels", "kernel_attention", "fused_layers")
+    names = ("kernels", "integer_kernels", "kernel_attention", "fused_layers", "blocks")
     tests = [f"tests/layers/test_{name}.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)

@@ -139,9 +139,10 @@ def _load() -> bool:
     if "avx512bf16" in variants:
         amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
         _max_rows[torch.bfloat16] = MAX_ROWS_AMX if amx else MAX_ROWS_BF16
-    if variants[0].endswith("-vnni"):
+    if variants[0].endswith("-vnni"):  # blocks: only those of AVX-512, see blocks.cpp
+        any_rows = {"int8", "blocks"} if variants[0].startswith("avx512") else {"int8"}
         for dtype, limits in _max_rows.items():
-            _max_rows[dtype] = limits | {"int8": ANY, "blocks": ANY}
+            _max_rows[dtype] = limits | dict.fromkeys(any_rows, ANY)
     meta = torch.library.Library("llama3", "IMPL", "Meta")  # `register_fake` takes 20 ms
     for name, shaped in SHAPED.items():
         meta.impl(name, shaped)

@@ -81,6 +81,10 @@ std::vector<Tensor> multiply(const Tensor& x_any, const std::vector<Weights>& ws
     ends.push_back((ends.empty() ? 0 : ends.back()) + method.blocks(w));
   }
   if (M == 0) return ys;
+  if (K == 0) {
+    for (Tensor& y : ys) y.zero_();
+    return ys;
+  }
   const int64_t lines = llama3::scratch_bytes(method.form, M, K, group) / sizeof(Line);
   const std::unique_ptr<Line[]> scratch(new Line[lines]);
   const Inputs in =

@@ -119,15 +119,18 @@ class Ranks {
         futex(state.published, FUTEX_WAIT, seen, &nap);
       state.sleepers.fetch_sub(1, std::memory_order_seq_cst);
       if (has_published(r, number)) return;
-      check(r, start);
+      check(r, number, start);
     }
   }
 
-  // Throw if rank r, which has not published, never will.
-  void check(int64_t r, Clock::time_point start) {
+  // Throw if rank r has not published and never will. Its end is looked for first: it may have
+  // published and ended since the caller looked.
+  void check(int64_t r, uint32_t number, Clock::time_point start) {
     const auto& control = *reinterpret_cast<Control*>(start_);
-    if (control.closed.load()) C10_THROW_ERROR(DistBackendError, "a rank has left the job");
-    if (!lives(r))
+    const bool closed = control.closed.load(), alive = lives(r);
+    if (has_published(r, number)) return;
+    if (closed) C10_THROW_ERROR(DistBackendError, "a rank has left the job");
+    if (!alive)
       C10_THROW_ERROR(DistBackendError, c10::str("rank ", r, " of the group has ended"));
     if (std::chrono::duration<double>(Clock::now() - start).count() > timeout_)
       C10_THROW_ERROR(DistBackendError, c10::str("rank ", r, " of the group did not answer within ",
