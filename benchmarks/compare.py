@@ -141,13 +141,12 @@ def measure(
 def speed_figures(runs: Sequence[Run], dtype: str, differences: dict[str, float]) -> list[Figure]:
     """The speeds of each system, and what else is known of it."""
     figures = []
-    for run in runs:
-        if run.failure is not None:
-            continue
+    working = [run for run in runs if run.failure is None]
+    for run in working:
         name = title(run.name, dtype)
         for column, speeds in run.speeds.items():
             figures.append(Figure(name, column, "tok/s", speeds, better="higher"))
-        same = sum(a == b for a, b in zip(run.first_ids, runs[0].first_ids, strict=True))
+        same = sum(a == b for a, b in zip(run.first_ids, working[0].first_ids, strict=True))
         figures += [
             Figure(name, "of reading", "", run.shares, better="higher"),
             Figure(name, "weights read", "GB", [run.facts["weight_bytes"] / 1e9], better="lower"),

@@ -1005,10 +1005,10 @@ def speculation_of(
     """
     w = model.norm.weight
     kind = stored.name if stored else options.quantize or dtype_name(w.dtype)
-    measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
-    measured = all(tensor_parallel.gather_json(measured))
-    by_default = measured and not options.exact and not options.compile
-    wanted = by_default if options.speculate is None else options.speculate
+    wanted = options.speculate
+    if wanted is None and not options.exact and not options.compile:  # kernels may be compiled
+        measured = w.device.type == "cpu" and kind in COSTS and kernels.load()
+        wanted = all(tensor_parallel.gather_json(measured))
     if not wanted and options.draft is None:
         return None
     if w.device.type != "cpu":
@@ -1025,10 +1025,11 @@ def build_draft(path: str | Path | None, model: Transformer, tokenizer: Tokenize
     if path is None:
         return None
     room, w = model.params.max_seq_len, model.norm.weight
-    small = load_draft(path, tokenizer, room, w.device, w.dtype)
+    rows = Speculation.rows
+    small = load_draft(path, tokenizer, rows=rows, room=room, device=w.device, dtype=w.dtype)
     optimize(small)
     cost = weight_bytes(small) / weight_bytes(model)
-    draft = Draft(small, Speculation.rows, room, model.vocab_size, cost)
+    draft = Draft(small, rows, room, model.vocab_size, cost)
     cache = sum(layer.k.nbytes + layer.v.nbytes for layer in draft.cache)
     log.info(
         "Draft %s: %.2f GB of weights, %.2f GB of KV cache; a step costs %.0f %% of the model's",

@@ -14,9 +14,15 @@ from llama.tokenizer import Tokenizer
 
 
 def load_draft(
-    path: str | Path, tokenizer: Tokenizer, room: int, device: torch.device, dtype: torch.dtype
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    rows: int,
+    room: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Transformer:
-    """The model of a checkpoint, for rows of `room` positions.
+    """The model of a checkpoint, for a cache of `rows` rows of `room` positions.
 
     Raises:
         FileNotFoundError, ValueError: as for any checkpoint; or its tokens are not those of
@@ -29,7 +35,7 @@ def load_draft(
         message = str(e).replace("ckpt_dir", "draft").replace("give the path of", "put there")
         raise FileNotFoundError(message) from None
     check_vocabulary(path, own, tokenizer)
-    args = source.args(max_seq_len=room, max_batch_size=1)
+    args = source.args(max_seq_len=room, max_batch_size=rows)
     check_memory(source, args, device, dtype)
     model = load_model(source, args, device, dtype)
     unused = own.pad_to(model.vocab_size)
@@ -38,8 +44,13 @@ def load_draft(
 
 
 def check_vocabulary(path: str | Path, own: Tokenizer, tokenizer: Tokenizer) -> None:
-    """Raise a ValueError unless both tokenizers have the same tokens with the same ids."""
-    if own.ranks == tokenizer.ranks and own.special_tokens == tokenizer.special_tokens:
+    """Raise a ValueError unless both tokenizers have the same ids, and these the same texts.
+
+    Names of special tokens may differ, as those of reserved ones do in Meta's and Hugging Face's
+    files of one release: a proposal is an id, and the model checks it.
+    """
+    special = [sorted(each.special_tokens.values()) for each in (own, tokenizer)]
+    if own.ranks == tokenizer.ranks and special[0] == special[1]:
         return
     raise ValueError(
         f"the draft {path} has another vocabulary ({own.n_words} tokens) than the model "

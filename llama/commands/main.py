@@ -28,9 +28,11 @@ def _call() -> None:
     from llama.commands.run import raise_interrupts
 
     gc.disable()  # torch's modules stay: looking for garbage in them costs a fifth of the start
-    call = parse(sys.argv[1:])
-    gc.freeze()  # nor are they looked through later, between tokens and at the end
-    gc.enable()
+    try:
+        call = parse(sys.argv[1:])
+        gc.freeze()  # nor are they looked through later, between tokens and at the end
+    finally:
+        gc.enable()
     raise_interrupts()
     call()
 

@@ -27,7 +27,7 @@ from llama.engine.request import Event, FinishReason, Generation, Request
 from llama.engine.slots import Slot, Slots
 from llama.engine.speculation import Speculation, Speculator
 from llama.engine.turns import Turns
-from llama.engine.unfinished import Unfinished, check_siblings
+from llama.engine.unfinished import Unfinished, check_siblings, note_draws
 from llama.layers.adapter_rows import adapter_names
 from llama.model import Transformer
 
@@ -114,6 +114,7 @@ class Engine:
             check_siblings(generations[0].request, generation.request)
             if tensor_parallel.size() > 1:
                 agreement.check_same_on_ranks(generation.request.shared_fields())
+        note_draws(generations)
         with self._turns.changed:
             self._check_open()  # again: another thread may have closed the engine
             self._unfinished.add(generations, self.max_queue)

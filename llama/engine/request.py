@@ -106,6 +106,11 @@ class Request:
         object.__setattr__(self, "logit_bias", bias)
 
     @property
+    def draws_globally(self) -> bool:
+        """Whether it takes random numbers from torch's global generator."""
+        return self.seed is None and not self.sampling.greedy
+
+    @property
     def steered(self) -> bool:
         """Whether ids are drawn from other logits than the model's."""
         return bool(self.logit_bias) or self.grammar is not None or self.sampling.penalized
@@ -157,6 +162,7 @@ class Generation:
         prompt_top_logprobs: likewise of each prompt id, aligned with prompt_logprobs.
         reused: how many prompt ids were cached already.
         proposed, accepted: ids that speculation has proposed, and those of them that were right.
+        draws_globally: as the request's of the first rank, whose sampling settings count.
         finish_reason: None while it goes on. "stop": a stop token or a stop string; "length":
             max_gen_len, or no room left; "timeout": time_limit; "cancelled"; "error": see `error`.
         stop_token, stop_score: the id that ended it; its log-probability and top_logprobs.
@@ -177,6 +183,7 @@ class Generation:
     reused: int = 0
     proposed: int = 0
     accepted: int = 0
+    draws_globally: bool = False
     finish_reason: FinishReason | None = None
     stop_token: int | None = None
     stop_score: tuple[float, TopLogprobs] | None = None

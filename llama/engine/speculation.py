@@ -12,7 +12,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama.distributed import tensor_parallel
 from llama.engine.draft import Draft
 from llama.engine.guesses import DRAFT, Guesses, Plan
 from llama.engine.proposal import NOTHING, Proposal
@@ -95,7 +94,7 @@ class Speculator:
         running = [slot.running for slot in slots if slot.generation is not None]
         # The order of draws from torch's global generator, and so the ids, would depend on what is
         # proposed: rows that share it are not checked.
-        shared = sum(map(may_draw_globally, running)) > 1
+        shared = sum(generation.draws_globally for generation in running) > 1
         # Shorter rows are padded: the longest must leave room for what is proposed to another.
         room -= max((len(slot.cached) for slot in decoding), default=0)
         proposals = []
@@ -103,7 +102,7 @@ class Speculator:
             generation = slot.running
             left = generation.budget - (len(generation.tokens) - len(generation.request.prompt))
             ratios = self._ratios[len(decoding) - 1][: min(room, left)]
-            wanted = slot.pending == 1 and not (shared and may_draw_globally(generation))
+            wanted = slot.pending == 1 and not (shared and generation.draws_globally)
             busy = [slot.running.id for slot in decoding]
             proposals.append(self._propose(slot, ratios, busy) if wanted else NOTHING)
         return proposals
@@ -143,13 +142,3 @@ class Speculator:
             log.warning("the draft model has failed and is not used any more: %s", e)
             self.draft = None
             return NOTHING
-
-
-def may_draw_globally(generation: Generation) -> bool:
-    """Whether a generation may take random numbers from torch's global generator.
-
-    With several ranks only the first one knows how it is sampled, and all must propose alike.
-    """
-    if tensor_parallel.size() > 1:
-        return True
-    return generation.generator is None and not generation.request.sampling.greedy

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llama.common.errors import QueueFull
+from llama.distributed import tensor_parallel
 from llama.engine.metrics import EngineMetrics
 from llama.engine.request import Generation, Request
 
@@ -94,3 +95,12 @@ def check_siblings(one: Request, other: Request) -> None:
     for name in ("prompt", "adapter", "score_from", "top_logprobs"):
         if getattr(one, name) != getattr(other, name):
             raise ValueError(f"siblings must have the same {name}; queue others by themselves")
+
+
+def note_draws(generations: Sequence[Generation]) -> None:
+    """Set `Generation.draws_globally`. All ranks call it at the same time."""
+    found = [generation.request.draws_globally for generation in generations]
+    if tensor_parallel.size() > 1:  # only the first rank's sampling counts, and all propose alike
+        found = tensor_parallel.broadcast_json(found)
+    for generation, value in zip(generations, found, strict=True):
+        generation.draws_globally = value

@@ -16,6 +16,7 @@ from llama.checkpoints.convert import default_dtype, open_for_conversion, write_
 from llama.checkpoints.extended import INITIAL, ExtendedSource, Shares, first_new_id
 from llama.checkpoints.load import load_model
 from llama.checkpoints.locate import expand
+from llama.checkpoints.memory import check_memory
 from llama.checkpoints.open import open_tokenizer
 from llama.checkpoints.source import Source
 from llama.common.progress import progress
@@ -108,11 +109,16 @@ def mean_state(source: Source, texts: Sequence[Sequence[int]]) -> Tensor:
     """The mean normed state before the output, (D,) float64, over windows spread over `texts`.
 
     Raises:
-        ValueError: it is not finite.
+        ValueError: the model does not fit in memory, or the state is not finite.
     """
     ids = [i for text in texts for i in text]
     size, device = min(WINDOW, source.context), pick_device(None)
-    model = load_model(source, source.args(max_seq_len=size), device, pick_dtype(None, device))
+    args, dtype = source.args(max_seq_len=size, max_batch_size=1), pick_dtype(None, device)
+    try:
+        check_memory(source, args, device, dtype)
+    except ValueError as e:
+        raise ValueError(f"shares runs the model: {e}; or begin with parts instead") from None
+    model = load_model(source, args, device, dtype)
     total, count = torch.zeros(model.params.dim, dtype=torch.float64), 0
     starts = range(0, len(ids), max(size, len(ids) // WINDOWS))[:WINDOWS]
     for start in progress(starts, "states of the text", len(starts), "window"):
