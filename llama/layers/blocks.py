@@ -134,7 +134,7 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
     depth, high = 0 - groups.amin(0).clamp(max=0), groups.amax(0).clamp(min=0)
     count = _total(torch.ones_like(groups[:, :1]), p)
     total = _total(groups, p)
-    best = None
+    best: tuple[Tensor, ...] = ()
     for change in RANGES:
         first = _no_zeros((high + depth) / _number(top + change, high))
         codes = _round(groups, first, depth, top)
@@ -148,14 +148,17 @@ def _fit(groups: Tensor, p: Tensor | None, top: int) -> tuple[Tensor, Tensor]:
         solved = (determinant > 0) & (scale > 0)
         scale, zero = scale.where(solved, first), zero.where(solved, depth)
         error = scale * (scale * qq - 2 * (zero * q + qw)) + zero * (zero * count + 2 * total)
-        if best is None:
-            best = error, scale, zero
-        else:
-            better = error < best[0]
-            e, s, z = best
-            best = error.where(better, e), scale.where(better, s), zero.where(better, z)
-    assert best is not None
-    return best[1], best[2]
+        best = _better(best, (error, scale, zero))
+    _, scale, zero = best
+    return scale, zero
+
+
+def _better(best: tuple[Tensor, ...], found: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Of two choices, each its errors and what caused them, the better one for each element."""
+    if not best:
+        return found
+    smaller = found[0] < best[0]
+    return tuple(new.where(smaller, old) for new, old in zip(found, best, strict=True))
 
 
 def _number(value: float, like: Tensor) -> Tensor:
@@ -171,17 +174,12 @@ def _unit(values: Tensor, groups: int) -> Tensor:
     """(N, Q) -> (N, B) bf16: the unit of which the values of a block are nearly multiples."""
     blocks = values.unflatten(1, (-1, groups))
     largest = blocks.amax(2, keepdim=True)
-    best: tuple[Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] = ()
     for i in range(UNITS):
         unit = (largest / _number(MOST_STEPS - i, values)).bfloat16()
         step = _no_zeros(unit.float())
         error = (blocks / step).round().clamp(max=MOST_STEPS).mul(step).sub(blocks).square().sum(2)
-        if best is None:
-            best = error, unit.squeeze(2)
-        else:
-            better = error < best[0]
-            best = error.where(better, best[0]), unit.squeeze(2).where(better, best[1])
-    assert best is not None
+        best = _better(best, (error, unit.squeeze(2)))
     return best[1]
 
 
@@ -196,7 +194,7 @@ def _steps(
     scale, zero = fitted[:2]
     unit, zero_unit = (_no_zeros(t) for t in fitted[2:])
     count, total = _total(torch.ones_like(groups[:, :1]), p), _total(groups, p)
-    best = None
+    best: tuple[Tensor, ...] = ()
     for more in (0, 1):
         steps = ((scale / unit).floor() + more).clamp(0, MOST_STEPS)
         rounded = _no_zeros(steps * unit)
@@ -207,14 +205,9 @@ def _steps(
             offset = zero_steps * zero_unit
             error = _round(groups, rounded, offset, top).mul_(steps * unit)
             error = _total(error.sub_(offset).sub_(groups).square_(), p)
-            if best is None:
-                best = error, steps, zero_steps
-            else:
-                better = error < best[0]
-                e, s, z = best
-                best = error.where(better, e), steps.where(better, s), zero_steps.where(better, z)
-    assert best is not None
-    return best[1], best[2]
+            best = _better(best, (error, steps, zero_steps))
+    _, steps, zero_steps = best
+    return steps, zero_steps
 
 
 def nearest_codes(w: Tensor, grid: Grid, bits: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -51,6 +51,30 @@ def run(engine: Engine, *requests: Request) -> list[Generation]:
     generations = [engine.add(request) for request in requests]
     engine.wait(lambda: all(g.finish_reason for g in generations))
     return generations
+
+
+Visit = tuple[dict[str, Any], int, int | None]  # see `visits` in test_engine.py
+
+
+def play(
+    engine: Engine, visits: Sequence[Visit]
+) -> tuple[dict[int, Generation], dict[int, list[int]]]:
+    """The generations of requests that join and leave, by visit; and the ids of events, by id."""
+    generations: dict[int, Generation] = {}
+    events: dict[int, list[int]] = {}
+    for step in range(1000):
+        for i, (asked, joins, leaves) in enumerate(visits):
+            if step == joins:
+                generations[i] = engine.add(Request(**asked))
+                events[generations[i].id] = []
+            if step == leaves and joins < step:
+                engine.cancel(generations[i].id)
+        for event in engine.step():
+            if event.token is not None:
+                events[event.id].append(event.token)
+        if step > 20 and not engine.busy:
+            break
+    return generations, events
 
 
 def assert_as_alone(model: Transformer, *generations: Generation) -> None:

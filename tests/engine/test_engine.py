@@ -21,9 +21,11 @@ from tests.engine.cases import (
     GREEDY,
     NAN,
     SHARED,
+    Visit,
     assert_as_alone,
     decoded_plainly,
     in_threads,
+    play,
     run,
     shapes_of,
 )
@@ -60,23 +62,10 @@ visits = st.lists(
 )
 @given(visits=visits, chunk=st.integers(1, 70))
 def test_requests_that_join_and_leave_do_not_affect_each_other(
-    model: Transformer, visits: list[tuple[dict[str, Any], int, int | None]], chunk: int
+    model: Transformer, visits: list[Visit], chunk: int
 ) -> None:
     engine = Engine(model, chunk)
-    generations: dict[int, Generation] = {}  # by the visit's number
-    events: dict[int, list[int]] = {}
-    for step in range(1000):
-        for i, (asked, joins, leaves) in enumerate(visits):
-            if step == joins:
-                generations[i] = engine.add(Request(**asked))
-                events[generations[i].id] = []
-            if step == leaves and joins < step:
-                engine.cancel(generations[i].id)
-        for event in engine.step():
-            if event.token is not None:
-                events[event.id].append(event.token)
-        if step > 20 and not engine.busy:
-            break
+    generations, events = play(engine, visits)
     assert len(generations) == len(visits)
     for generation in generations.values():
         request = generation.request

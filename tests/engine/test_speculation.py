@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama.engine.engine import Engine
 from llama.engine.guesses import Guesses, best_plan
-from llama.engine.request import Generation, Request
+from llama.engine.request import Request
 from llama.engine.sampling import Sampling
 from llama.engine.speculation import POSITIONS, Speculation
 from llama.model import Transformer
@@ -20,10 +20,12 @@ from tests.engine.cases import (
     GREEDY,
     NAN,
     SHARED,
+    Visit,
     assert_as_alone,
     decoded_plainly,
     greedy,
     make_model,
+    play,
     run,
 )
 from tests.engine.guessing import FREE, answers_to, propose_answers
@@ -42,29 +44,16 @@ from tests.engine.test_steering import STEERED, Cycle, steered_plainly
 @given(visits=visits, chunk=st.integers(1, 70), wrong=st.integers(0, 5))
 def test_requests_that_join_and_leave_get_the_ids_of_plain_decoding(
     model: Transformer,
-    visits: list[tuple[dict[str, Any], int, int | None]],
+    visits: list[Visit],
     chunk: int,
     wrong: int,
 ) -> None:
     """Also those that are cancelled, and those that build upon what they have cached."""
     requests = [Request(**asked) for asked, _, _ in visits]
     engine = Engine(model, chunk, speculation=FREE)
-    generations: dict[int, Generation] = {}
-    events: dict[int, list[int]] = {}
     with pytest.MonkeyPatch.context() as patch:
         propose_answers(patch, answers_to(model, requests), wrong)
-        for step in range(1000):
-            for i, (_, joins, leaves) in enumerate(visits):
-                if step == joins:
-                    generations[i] = engine.add(requests[i])
-                    events[generations[i].id] = []
-                if step == leaves and joins < step:
-                    engine.cancel(generations[i].id)
-            for event in engine.step():
-                if event.token is not None:
-                    events[event.id].append(event.token)
-            if step > 20 and not engine.busy:
-                break
+        generations, events = play(engine, visits)
     for generation in generations.values():
         want, scores = decoded_plainly(model, generation.request)
         if generation.finish_reason == "cancelled":

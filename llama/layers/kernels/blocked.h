@@ -14,9 +14,6 @@ constexpr int64_t HEIGHT = 512;  // rows of x at a time, whose partial sums are 
 constexpr int64_t FEW = 16;      // up to so many rows of x, reading W dominates
 
 typedef const BFloat16* Rows[4];
-struct alignas(64) Line {  // a cache line
-  char bytes[64];
-};
 
 // The loops below are unrolled explicitly: gcc 12 would store the accumulators in memory otherwise.
 TARGET inline void multiply(__m512 (&acc)[16], const Rows& x, const Rows& w, int64_t k,

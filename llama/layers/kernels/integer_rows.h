@@ -64,9 +64,6 @@ constexpr int MOST = LANES == 16 ? 12 : 6;  // rows of x at a time: their sums f
 constexpr int64_t DEPTH = 32;               // blocks at a time: a panel and MOST rows of x fit L1
 constexpr int64_t WIDTH = 4;                // tiles at a time: their panels fit L2
 
-struct alignas(64) Line {  // a cache line
-  char bytes[64];
-};
 
 // Columns 4 i to 4 i + 3 of each row of a tile in vector i, plus 128.
 template <int BLOCKS>

@@ -8,27 +8,23 @@
 #include "weights.h"
 
 #include "block_layout.h"
+#include "team.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <memory>
 #include <string>
 
 namespace {
 using at::Tensor;
 using llama3::Inputs;
+using llama3::Line;
 using llama3::Method;
 using llama3::Outputs;
 using llama3::Weights;
 
 constexpr int64_t SHARE = 32768;  // least number of bytes per thread
-
-struct alignas(64) Line {  // a cache line
-  char bytes[64];
-};
 
 // Calls f(begin, end) for parts of [0, count), large first and small last: the others go on while a
 // thread has lost its processor.
@@ -37,16 +33,7 @@ void in_parallel(int64_t count, int64_t bytes_each, const F& f) {
   if (count == 0) return;
   const int64_t least = std::max<int64_t>(1, SHARE / std::max<int64_t>(1, bytes_each));
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), (count + least - 1) / least);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t begin = next.load(); begin < count;) {
-      const int64_t part = std::max(least, (count - begin) / (2 * threads));
-      const int64_t end = std::min(count, begin + part);
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      f(begin, end);
-      begin = next.load();
-    }
-  });
+  llama3::Team(threads, 1).run([&](llama3::Team::Member& me) { me.share(count, least, f); });
 }
 
 // (M, K) of x (..., K), after a check of its type and that K is the width of w.

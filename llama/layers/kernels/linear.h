@@ -17,6 +17,10 @@
 namespace llama3 {
 using c10::BFloat16;
 
+struct alignas(64) Line {  // a cache line of scratch memory
+  char bytes[64];
+};
+
 constexpr int64_t AHEAD = 2048;  // bytes to prefetch ahead of the multiplication
 
 // Of weights. int4 is the form with groups; blocks have 4 or 6 bits, see block_layout.h.
@@ -76,7 +80,7 @@ struct Outputs {
 // all rows of x; any thread may compute any block.
 struct Method {
   Form form;
-  int64_t outputs;  // of a block
+  int64_t outputs;  // of a block: an even number, so that a block has whole pairs of a rotation
   void (*multiply)(const Weights&, const Inputs&, const Outputs&, int64_t begin, int64_t end);
 
   int64_t blocks(const Weights& w) const { return (w.N + outputs - 1) / outputs; }

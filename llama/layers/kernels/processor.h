@@ -1,4 +1,4 @@
-// The instruction sets of this processor, and which of them the kernels use.
+// The instruction sets of this processor, which of them the kernels use, and how a thread spins.
 
 #pragma once
 
@@ -10,6 +10,15 @@
 #endif
 
 namespace llama3 {
+// Tells the processor that this thread spins.
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // The variants that this processor can run, the fastest first: indices into EACH_VARIANT.
 inline const std::vector<int>& variants() {
   static const std::vector<int> found = [] {

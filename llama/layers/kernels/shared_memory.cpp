@@ -7,6 +7,8 @@
 // finished reading piece n when it publishes n + 1; so a buffer is written again, for piece n + 2,
 // only after every rank has published n + 1.
 
+#include "processor.h"
+
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <fcntl.h>
@@ -43,14 +45,6 @@ struct alignas(STATE_BYTES) State {
   Call calls[2];  // of the pieces in the buffers
 };
 static_assert(sizeof(State) == STATE_BYTES && std::atomic<uint32_t>::is_always_lock_free);
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 void futex(std::atomic<uint32_t>& word, int operation, uint32_t value, const timespec* timeout) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), operation, value, timeout, nullptr, 0);
@@ -108,7 +102,7 @@ class Ranks {
     while (Clock::now() - start < SPIN)
       for (int i = 0; i < 32; i++) {
         if (has_published(r, number)) return;
-        pause();
+        llama3::pause();
       }
     const timespec nap{0, NAP_NS};
     State& state = state_of(r);

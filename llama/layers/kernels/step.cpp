@@ -114,13 +114,13 @@ class Step {
 
   // silu(w1 x) * w3 x of normed x.
   void gate(Team::Member& me, const Block& b) {
-    const int64_t unit = std::lcm(b.w1.unit(), b.w3.unit()), N = b.w1.w.N;
+    const int64_t unit = std::lcm(b.w1.method.outputs, b.w3.method.outputs), N = b.w1.w.N;
     const int64_t units = (N + unit - 1) / unit;
     const auto in = prepared<2>(me, x_, b.ffn_norm, {&b.w1, &b.w3}, units);
     me.share(units, least(b.w1), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * unit, last = std::min(end * unit, N);
-      multiply(b.w1, in[0], gate_, first / b.w1.unit(), upper(last, b.w1.unit()));
-      multiply(b.w3, in[1], up_, first / b.w3.unit(), upper(last, b.w3.unit()));
+      multiply(b.w1, in[0], gate_, first / b.w1.method.outputs, upper(last, b.w1.method.outputs));
+      multiply(b.w3, in[1], up_, first / b.w3.method.outputs, upper(last, b.w3.method.outputs));
       for (int64_t m = 0; m < sizes_.M; m++) {
         T *a = at(gate_, m, N, first), *c = at(up_, m, N, first);
         pointwise::kernels(IS_BF16).gate({0, 0, a, c, a}, 0, last - first);
@@ -176,10 +176,8 @@ class Step {
   // Units [begin, end) of a linear's outputs, into y (M, N).
   Range multiply(const Linear& linear, const Inputs& in, T* y, int64_t begin, int64_t end) {
     const auto& [w, method] = linear;
-    const Range n{begin * linear.unit(), std::min(end * linear.unit(), w.N)};
-    method.multiply(w, in, {y, IS_BF16, w.N}, n.begin / method.outputs,
-                    upper(n.end, method.outputs));
-    return n;
+    method.multiply(w, in, {y, IS_BF16, w.N}, begin, end);
+    return {begin * method.outputs, std::min(end * method.outputs, w.N)};
   }
 
   // Rotates the pairs of outputs `n` of heads (M, heads D), from `from` to where `to` says.
@@ -222,12 +220,8 @@ class Step {
   static int64_t upper(int64_t n, int64_t unit) { return (n + unit - 1) / unit; }
 
   static int64_t least(const Linear& linear) {
-    return std::max<int64_t>(1, LEAST / (linear.unit() * row_bytes(linear.w) + 1));
+    return std::max<int64_t>(1, LEAST / (linear.method.outputs * row_bytes(linear.w) + 1));
   }
-
-  struct alignas(64) Line {
-    char bytes[64];
-  };
 
   template <class U>
   U* take(int64_t count) {

@@ -16,9 +16,7 @@ struct Linear {
   Weights w;
   Method method;
 
-  // The fewest outputs that a thread computes: whole blocks, and whole pairs of a rotation.
-  int64_t unit() const { return std::max<int64_t>(4, method.outputs); }
-  int64_t units() const { return (w.N + unit() - 1) / unit(); }
+  int64_t units() const { return method.blocks(w); }  // that threads share
 };
 
 struct Block {

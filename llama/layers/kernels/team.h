@@ -3,6 +3,8 @@
 // processor delays the others only if it holds units. Knows nothing about the work.
 #pragma once
 
+#include "processor.h"
+
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -12,17 +14,7 @@
 #include <exception>
 #include <memory>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace llama3 {
-inline void pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#endif
-}
-
 class Team {
  public:
   // One thread's place in the sequence of stages, which is the same for all threads.
