@@ -29,9 +29,9 @@ def find(body: Sequence[ast.stmt], name: str) -> ast.stmt | None:
     for node in body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == first:
             return find(node.body, rest) if rest else node
-        if isinstance(node, ast.Assign) and not rest:
-            if any(isinstance(each, ast.Name) and each.id == first for each in node.targets):
-                return node
+        targets = node.targets if isinstance(node, ast.Assign) and not rest else []
+        if any(isinstance(each, ast.Name) and each.id == first for each in targets):
+            return node
     return None
 
 
