@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 DOCS = Path(__file__).parent
-PAGES = (DOCS / "tour.md",)
+PAGES = (DOCS / "tour.md", DOCS / "tour.zh.md")
 LINK = re.compile(r"\[`([\w.]+)`\]\(\.\./(llama/[\w/]+\.py)#(L[\dL-]+)\)")
 
 
