@@ -31,10 +31,11 @@ from llama.train.optimizer import initialize, make_optimizer, parameter_groups, 
 
 FOLDER = Path(__file__).parent / "figures"
 VOCABULARY = 128256
+SIZES = {"1B": (2048, 16, 32, 8), "8B": (4096, 32, 32, 8), "70B": (8192, 80, 64, 8)}
+WIDTHS = {"1B": (256, 1.5), "8B": (1024, 1.3), "70B": (4096, 1.3)}
 ARGS = {
-    "1B": ModelArgs(2048, 16, 32, 8, VOCABULARY, 256, 1.5),
-    "8B": ModelArgs(4096, 32, 32, 8, VOCABULARY, 1024, 1.3),
-    "70B": ModelArgs(8192, 80, 64, 8, VOCABULARY, 4096, 1.3),
+    name: ModelArgs(*SIZES[name], vocab_size=VOCABULARY, multiple_of=k, ffn_dim_multiplier=x)
+    for name, (k, x) in WIDTHS.items()
 }
 
 
