@@ -41,7 +41,7 @@ def test_links_lead_somewhere(path: Path) -> None:
         name, _, section = link.partition("#")
         target = (path.parent / name).resolve() if name else path
         assert target.exists(), link
-        if section:
+        if section and target.suffix == ".md":  # lines of code: tests/test_tour.py
             headings = re.findall(r"^#+ (.*)$", CODE.sub("", TEXT[target]), re.MULTILINE)
             assert section in map(anchor, headings), link
 
