@@ -1,10 +1,12 @@
-"""What LoRA teaches the demo model on GSM8K: a lower loss, and answers that end in "#### N".
+"""What LoRA and DPO teach the demo model on GSM8K: a lower loss, answers that end in "#### N".
 
     python -m benchmarks.gsm8k --data gsm8k-train.jsonl --val_data gsm8k-test.jsonl --work runs
 
-For each seed: `llama3 finetune`, then greedy answers to held-out questions, and before that those
-of the model as it is. What --work has is used again, so an interrupted benchmark goes on. Prints a
-table and one JSON line, which --out saves; --plot draws the losses. With more --steps it trains on.
+For each seed: `llama3 finetune`; then the model answers some of the training questions, and DPO on
+its merged weights prefers the data's solution to each answer that does not stop. Measured before,
+between and after: the loss of held-out answers, and how greedy answers to held-out questions end.
+What --work has is used again, so an interrupted benchmark goes on. Prints a table and one JSON
+line, which --out saves; --plot draws the losses of the first part.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,9 +24,13 @@ from benchmarks.report import Figure, finish, make_result
 from benchmarks.script import run_benchmark
 from llama import Llama
 from llama.checkpoints.demo_model import checkpoint_or_demo
+from llama.checkpoints.merge import merge
 from llama.common.files import replacing_file
+from llama.train.data_parallel import DataParallel
+from llama.train.finetune_base import open_base
 from llama.train.finetune_settings import FinetuneSettings
-from llama.train.finetuning import finetune
+from llama.train.finetuning import Finetuning, base_samples, finetune
+from llama.train.loop import Trainer
 from llama.train.report import read_metrics
 
 LONGEST = 300  # tokens of an answer
@@ -36,53 +42,146 @@ def gsm8k(
     val_data: str,
     work: str,
     checkpoint: str | None = None,
-    seeds: int = 3,
+    seeds: str = "1,2,3",
     steps: int = 150,
+    asked: int = 400,
     questions: int = 100,
     plot: str | None = None,
     out: str | None = None,
 ) -> None:
-    """Fine-tune with the seeds 1, 2, ... and evaluate.
+    """Fine-tune with each seed and evaluate.
 
     Args:
         data, val_data: dialogs of one question and one answer.
         work: folder of the runs.
+        asked: training questions whose answers DPO learns from.
         questions: held-out questions to answer, spread evenly.
         plot: a PNG to draw.
     """
     base, folder = checkpoint_or_demo(checkpoint, None)[0], Path(work)
     folder.mkdir(parents=True, exist_ok=True)
-    dialogs = read_dialogs(val_data)
-    dialogs = dialogs[:: max(1, len(dialogs) // questions)][:questions]
-    metrics: list[list[dict[str, Any]]] = []
-    scores = {"before": [answers(base, None, dialogs, folder / "before.json")]}
-    for seed in range(1, seeds + 1):
-        run = folder / f"seed-{seed}"
-        settings = FinetuneSettings(
-            steps=steps, batch_size=2, pack=True, max_seq_len=512, lr=1e-3, warmup=10,
-            eval_every=50, eval_windows=60, samples=0, val_data=val_data, dtype="bfloat16",
-            seed=seed,
-        )  # fmt: skip
-        resume = (run / "train").is_dir()
-        finetune(base, [data], run, settings, resume=resume, device="cpu")
-        metrics.append(read_metrics(run / "metrics.jsonl"))
-        after = answers(base, run, dialogs, folder / f"seed-{seed}-{steps}.json")
-        scores.setdefault("after", []).append(after)
+    held_out = spread(read_dialogs(val_data), questions)
+    numbers = [int(seed) for seed in str(seeds).strip("()").split(",")]
+    found = [run_seed(base, folder, data, val_data, held_out, steps, asked, n) for n in numbers]
     if plot is not None:
-        draw(metrics, Path(plot))
-    losses = [[line["val_loss"] for line in lines if "val_loss" in line] for lines in metrics]
-    fallen = [1 - line[-1] / line[0] for line in losses]
-    figures = [
-        Figure("before", "loss", "nat", [line[0] for line in losses]),
-        Figure("after", "loss", "nat", [line[-1] for line in losses], better="lower"),
-        Figure("after", "lower by", "%", [100 * x for x in fallen], better="higher"),
-    ]
-    for row, found in scores.items():
+        draw(numbers, [run.metrics for run in found], Path(plot))
+    rows: dict[str, list[dict[str, float]]] = {
+        "before": [found[0].before | answers(base, None, held_out, folder / "before.json")],
+        "LoRA": [run.tuned for run in found],
+        "LoRA, then DPO": [run.preferring for run in found],
+    }
+    first, figures = rows["before"][0]["loss"], []
+    for row, scores in rows.items():
+        losses = [score["loss"] for score in scores]
+        figures.append(Figure(row, "loss", "nat", losses, better="lower"))
+        lower = [100 * (1 - loss / first) for loss in losses]
+        figures.append(Figure(row, "lower by", "%", lower, better="higher"))
         for column in ("ends in #### N and stops", "correct"):
-            values = [100 * score[column] for score in found]
+            values = [100 * score[column] for score in scores]
             figures.append(Figure(row, column, "%", values, better="higher"))
-    recorded = asdict(settings) | {"questions": len(dialogs), "seed": None, "seeds": seeds}
-    finish(make_result("gsm8k, LoRA on the demo model", recorded, figures), out)
+    recorded = {"steps": steps, "asked": asked, "questions": len(held_out), "seeds": numbers}
+    recorded |= {"lora": changed(tuning(steps, val_data, 0)), "dpo": changed(preferring(0))}
+    finish(make_result("gsm8k, LoRA and DPO on the demo model", recorded, figures), out)
+
+
+class Found(NamedTuple):
+    """What was measured for a seed: {"loss", "ends in #### N and stops", "correct"}."""
+
+    metrics: list[dict[str, Any]]  # of the first part
+    before: dict[str, float]  # the loss alone
+    tuned: dict[str, float]
+    preferring: dict[str, float]
+
+
+def run_seed(
+    base: Path,
+    folder: Path,
+    data: str,
+    val_data: str,
+    held_out: Sequence[Any],
+    steps: int,
+    asked: int,
+    seed: int,
+) -> Found:
+    """Train with a seed, unless that was done already, and evaluate."""
+    runs = {kind: folder / f"{kind}-{seed}" for kind in ("lora", "merged", "dpo", "result")}
+    settings = tuning(steps, val_data, seed)
+    train_once(base, data, runs["lora"], settings)
+    metrics = read_metrics(runs["lora"] / "metrics.jsonl")
+    losses = [line["val_loss"] for line in metrics if "val_loss" in line]
+    tuned = {"loss": min(losses)}
+    tuned |= answers(base, runs["lora"], held_out, folder / f"lora-{seed}.json")
+    if not runs["merged"].exists():
+        merge(base, runs["lora"], runs["merged"])
+    pairs = folder / f"pairs-{seed}.jsonl"
+    if not pairs.exists():
+        dialogs = spread(read_dialogs(data), asked)
+        answers(base, runs["lora"], dialogs, folder / f"asked-{seed}.json")
+        write_pairs(dialogs, folder / f"asked-{seed}.json", pairs)
+    train_once(runs["merged"], str(pairs), runs["dpo"], preferring(seed))
+    if not runs["result"].exists():
+        merge(runs["merged"], runs["dpo"], runs["result"])
+    after = {"loss": held_out_loss(runs["result"], val_data, settings)}
+    after |= answers(runs["result"], None, held_out, folder / f"dpo-{seed}.json")
+    return Found(metrics, {"loss": losses[0]}, tuned, after)
+
+
+def tuning(steps: int, val_data: str, seed: int) -> FinetuneSettings:
+    """LoRA on the data."""
+    return FinetuneSettings(
+        steps=steps, batch_size=2, pack=True, max_seq_len=512, lr=1e-3, warmup=10,
+        eval_every=50, eval_windows=60, samples=0, val_data=val_data, dtype="bfloat16", seed=seed,
+    )  # fmt: skip
+
+
+def preferring(seed: int) -> FinetuneSettings:
+    """One epoch of DPO on the pairs."""
+    return FinetuneSettings(
+        method="dpo", epochs=1.0, batch_size=2, accumulate=4, lr=1e-4, warmup=2,
+        val_fraction=0.03, eval_every=1000, samples=0, dtype="bfloat16", seed=seed,
+    )  # fmt: skip
+
+
+def changed(settings: FinetuneSettings) -> dict[str, Any]:
+    """The settings that are not the defaults, but for files and the seed."""
+    default = FinetuneSettings(method=settings.method)
+    found = {k: v for k, v in asdict(settings).items() if v != getattr(default, k)}
+    return {"method": settings.method} | {
+        k: v for k, v in found.items() if k not in ("seed", "val_data")
+    }
+
+
+def train_once(base: Path, data: str, out: Path, settings: FinetuneSettings) -> None:
+    """Train an adapter, unless it is complete."""
+    if not (out / "done").exists():
+        finetune(base, [data], out, settings, resume=(out / "train").is_dir(), device="cpu")
+        (out / "done").touch()
+
+
+def held_out_loss(checkpoint: Path, val_data: str, settings: FinetuneSettings) -> float:
+    """As the evaluations of a run with these settings: nats a token of the held-out answers."""
+    base = open_base(checkpoint, None)
+    samples = base_samples(base, [val_data], settings)
+    ranks = DataParallel.initialize(None, torch.device("cpu"))
+    task = Finetuning(settings, base, samples, checkpoint, ranks)
+    return Trainer(task, ranks).evaluate()["val_loss"]
+
+
+def write_pairs(dialogs: Sequence[Any], answered: Path, pairs: Path) -> None:
+    """Preferences for the dialogs' own answers over those that did not stop."""
+    rows = zip(dialogs, json.loads(answered.read_text("utf-8")), strict=True)
+    found = [
+        {"prompt": dialog[:-1], "chosen": dialog[-1]["content"], "rejected": text}
+        for dialog, (text, reason) in rows
+        if reason != "stop"
+    ]
+    with replacing_file(pairs) as partial:
+        partial.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+
+
+def spread(dialogs: Sequence[Any], count: int) -> list[Any]:
+    """`count` of the dialogs at equal distances."""
+    return list(dialogs[:: max(1, len(dialogs) // count)][:count])
 
 
 def read_dialogs(path: str) -> list[list[dict[str, str]]]:
@@ -122,7 +221,7 @@ def result(answer: str) -> str | None:
     return found[1].replace(",", "") if found else None
 
 
-def draw(metrics: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
+def draw(seeds: Sequence[int], metrics: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
     """The losses of each seed by update."""
     from matplotlib.figure import Figure as Plot
 
@@ -132,7 +231,7 @@ def draw(metrics: Sequence[Sequence[dict[str, Any]]], path: Path) -> None:
         trained = [line for line in lines if "train_loss" in line]
         held_out = [line for line in lines if "val_loss" in line]
         for found, key, style in ((trained, "train_loss", ":"), (held_out, "val_loss", "o-")):
-            label = f"seed {number + 1}, held out" if key == "val_loss" else None
+            label = f"seed {seeds[number]}, held out" if key == "val_loss" else None
             x, y = [line["step"] for line in found], [line[key] for line in found]
             axes.plot(x, y, style, color=f"C{number}", linewidth=1.2, markersize=4, label=label)
     axes.set(xlabel="updates of about 1,000 tokens", ylabel="nats per token of the answers")

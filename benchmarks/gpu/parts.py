@@ -30,6 +30,7 @@ PARTS = (
     Part("prefill-bf16", "benchmarks.gpu.prefill:run", 45, ("bf16",)),
     Part("transformers", "benchmarks.gpu.peers:run", 100),
     Part("engine", "benchmarks.gpu.serving:run", 100),
+    Part("speculation", "benchmarks.gpu.speculation:run", 90),
     Part("train", "benchmarks.gpu.training:run", 60),
     Part("finetune-packed", "benchmarks.gpu.finetuning:packed", 90),
     Part("finetune-int4", "benchmarks.gpu.finetuning:quantized", 90),

@@ -122,10 +122,13 @@ def quantize(
     Raises:
         ValueError: unknown scheme, a weight that it cannot store, a `src` that is quantized
             already, or a calibration that is impossible.
+        TypeError: `calibration` is something else, such as the size of a group.
         FileExistsError, FileNotFoundError, ImportError, OSError: as `convert`.
     """
     quantization = find_scheme(scheme)
     if calibration is not None:
+        if not isinstance(calibration, Calibration):
+            raise TypeError(f"calibration must be a Calibration, not {calibration!r}")
         check_calibrated(quantization)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)

@@ -75,9 +75,14 @@ class Speculator:
     Args:
         options: None proposes nothing.
         draft: also proposes, where the lookup finds nothing better.
+
+    Raises:
+        ValueError: a draft without options.
     """
 
     def __init__(self, options: Speculation | None, draft: Draft | None = None):
+        if draft is not None and options is None:
+            raise ValueError("a draft needs a Speculation, which says when it may propose")
         self.draft, self.lookup = draft, options is not None and options.lookup
         rows = 0 if options is None else options.rows
         self._ratios = [options.ratios(n) for n in range(1, rows + 1)] if options else []

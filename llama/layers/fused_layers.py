@@ -5,13 +5,14 @@ Elsewhere, and where a module is not one that the operator knows, the blocks run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llama.distributed import tensor_parallel
 from llama.layers import kernels
@@ -73,20 +74,26 @@ class Operator:
     """The operator on the present weights of some blocks, if it knows all their modules."""
 
     def __init__(self, layers: Layers):
-        self._tables = list(_tables(layers))
-        self._values = list(chain.from_iterable(map(dict.values, self._tables)))
+        self._tables, self._values = list(_tables(layers)), _values(_tables(layers))
+        self._hooks, self._hooks_made = list(_hooks(layers)), RemovableHandle.next_id
+        self._hooked = any(self._hooks)
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
         blocks = [block for block in layers if isinstance(block, TransformerBlock)]
-        known = len(blocks) == len(layers) and all(map(_is_known, blocks))
+        known = len(blocks) == len(layers) and all(map(_is_known, blocks)) and not self._hooked
         if known and len({_shape(block) for block in blocks}) == 1:
             self._dtype = blocks[0].attention_norm.weight.dtype
             self._layers = _operator_of(blocks)
 
     def is_current(self) -> bool:
         """Whether the blocks still have the modules, weights and hooks that they had."""
-        values = list(chain.from_iterable(map(dict.values, self._tables)))
-        return len(values) == len(self._values) and all(map(is_, values, self._values))
+        values = _values(self._tables)
+        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            return False
+        if not self._hooked and self._hooks_made == RemovableHandle.next_id:
+            return True  # no module anywhere has got a hook since
+        self._hooks_made = RemovableHandle.next_id
+        return self._hooked == any(self._hooks)
 
     def supports(self, dtype: torch.dtype, cache: Sequence[KVCache]) -> bool:
         return self._layers is not None and dtype == self._dtype == cache[0].k.dtype
@@ -112,18 +119,26 @@ def _tables(layers: Layers) -> Iterator[dict[str, Any]]:
             if any(True for _ in part.children()):
                 yield part.__dict__["_modules"]
         for module in block.modules():
-            yield module.__dict__["_forward_hooks"]
-            yield module.__dict__["_forward_pre_hooks"]
             for name in ("_parameters", "_buffers"):
                 if module.__dict__[name]:
                     yield module.__dict__[name]
 
 
+def _values(tables: Iterable[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, tables)))
+
+
+def _hooks(layers: Layers) -> Iterator[dict[int, Any]]:
+    """The tables of the hooks in blocks."""
+    for block in layers:
+        for module in block.modules():
+            yield module._forward_hooks
+            yield module._forward_pre_hooks
+
+
 def _is_known(block: TransformerBlock) -> bool:
     """Whether the operator computes what this block does."""
     if type(block) is not TransformerBlock:
-        return False
-    if any(part._forward_hooks or part._forward_pre_hooks for part in block.modules()):
         return False
     attention, feed_forward = block.attention, block.feed_forward
     if (type(attention), type(feed_forward)) != (KernelHeads, KernelFeedForward):

@@ -213,6 +213,12 @@ def test_close_lets_go_of_the_draft(model: Transformer) -> None:
     assert list(itertools.chain(engine.cache)) == []
 
 
+def test_a_draft_needs_speculation(model: Transformer) -> None:
+    draft = Draft(other_model(), 1, model.params.max_seq_len, model.vocab_size, 0.0)
+    with pytest.raises(ValueError, match="a draft needs a Speculation"):
+        Engine(model, draft=draft)
+
+
 def test_pick_never_takes_what_has_no_weight() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([0.0, 1e-30, 0.0, 2.0, 0.0])

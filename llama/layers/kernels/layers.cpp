@@ -15,6 +15,7 @@
 
 #include <array>
 #include <cmath>
+#include <mutex>
 #include <string>
 
 namespace {
@@ -58,10 +59,9 @@ struct Layers : torch::CustomClassHolder {
   Tensor forward(const Tensor& x, const std::vector<Tensor>& keys,
                  const std::vector<Tensor>& values, const Tensor& positions, const Tensor& turns,
                  int64_t first_row) {
-    if (moved()) view();
+    std::vector<Block> blocks = current_blocks();
     Sizes sizes = sizes_of(x);
     check_places(sizes, positions, turns);
-    std::vector<Block> blocks = blocks_;
     TORCH_CHECK(keys.size() == blocks.size() && values.size() == blocks.size(), "give keys and ",
                 "values for each of ", blocks.size(), " blocks");
     for (size_t i = 0; i < blocks.size(); i++) {
@@ -82,6 +82,13 @@ struct Layers : torch::CustomClassHolder {
   }
 
  private:
+  // Any thread may be the first to find that weights have moved.
+  std::vector<Block> current_blocks() {
+    const std::lock_guard lock(mutex_);
+    if (moved()) view();
+    return blocks_;
+  }
+
   static std::array<Linear*, LINEARS> linears(Block& b) {
     return {&b.wq, &b.wk, &b.wv, &b.wo, &b.w1, &b.w2, &b.w3};
   }
@@ -189,6 +196,7 @@ struct Layers : torch::CustomClassHolder {
   const std::vector<std::string> kinds_;
   const std::vector<int64_t> counts_, outputs_, heads_;
   const double eps_;
+  std::mutex mutex_;  // of what follows
   at::ScalarType dtype_;
   int64_t dim_, hidden_;
   std::vector<const void*> addresses_;

@@ -30,12 +30,8 @@ TARGET inline void dots(const Weights& weights, const Inputs& in, const Outputs&
   const W* w = static_cast<const W*>(weights.w) + n * K;
   Vec acc[R][M][U] = {};
   int64_t k = 0;
-  for (; k + STEP <= K; k += STEP) {
-    for (int r = 0; r < R; r++)
-      for (int line = 0; line < STEP * (int)sizeof(W); line += 64)
-        __builtin_prefetch((const char*)(w + r * K + k) + AHEAD + line);
+  for (; k + STEP <= K; k += STEP)  // the processor prefetches rows best by itself
     multiply(acc, w + k, K, x + k, stride);
-  }
   if (k < K) {  // x is padded with zeros, W is not
     W tail[R][STEP] = {};
     for (int r = 0; r < R; r++) memcpy(tail[r], w + r * K + k, (K - k) * sizeof(W));
