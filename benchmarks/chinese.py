@@ -103,6 +103,27 @@ def train(base: Path, out: Path, text: Path, settings: FinetuneSettings) -> None
         done.touch()
 
 
+def arms_of(plain: Path, extended: Path, common: dict[str, Any], embeddings_lr: float) -> list[Arm]:
+    """The base and the extended one, of which the new rows are trained too."""
+    first = Tokenizer(plain / "tokenizer.model").n_words
+    rows = {"train_embeddings": True, "embeddings_from": first, "embeddings_lr": embeddings_lr}
+    return [
+        Arm("without new tokens", plain, common),
+        Arm("with new tokens", extended, common | rows),
+    ]
+
+
+def train_all(arms: Sequence[Arm], root: Path, text: Path, seeds: int, workers: int) -> None:
+    """Train each arm with each seed, `workers` at a time."""
+    jobs = [
+        (arm.base, arm.out(root, seed), text, FinetuneSettings(**arm.settings, seed=seed))
+        for seed in range(seeds)
+        for arm in arms
+    ]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        list(pool.map(train, *zip(*jobs, strict=True)))
+
+
 def figures_of(
     arm: Arm, outs: Sequence[Path], zh: str, en: str, before: float
 ) -> tuple[list[Figure], list[list[tuple[int, float]]]]:
@@ -120,6 +141,23 @@ def figures_of(
         Figure(arm.name, "English, more than the base", "%", worse, better="lower"),
     ]
     return figures, [curve(out, bytes_per_token) for out in outs]
+
+
+def measure_all(
+    arms: Sequence[Arm], root: Path, seeds: int, zh: str, en: str
+) -> tuple[list[Figure], dict[str, list[list[tuple[int, float]]]]]:
+    """The figures of the base and of each arm, and the curves of each arm's runs."""
+    before = measure(arms[0].base, None, zh, en)
+    figures = [
+        Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]),
+        Figure("the demo model", "English perplexity", "", [before["perplexity"]]),
+    ]
+    curves = {}
+    for arm in arms:
+        outs = [arm.out(root, seed) for seed in range(seeds)]
+        found, curves[arm.name] = figures_of(arm, outs, zh, en, before=before["perplexity"])
+        figures += found
+    return figures, curves
 
 
 def save_plot(curves: dict[str, list[list[tuple[int, float]]]], path: Path) -> None:
@@ -175,38 +213,18 @@ def main(
     plain, extended = ensure_demo_model(), root / "extended"
     if not extended.exists():
         extend_vocabulary(plain, [text], extended, tokens, scripts=["Han"], initial=initial)
-    first = Tokenizer(plain / "tokenizer.model").n_words
     common: dict[str, Any] = {
         "format": "text", "val_data": str(held_out), "method": "lora", "rank": rank, "lr": lr,
         "steps": updates, "batch_size": batch_size, "block": block, "samples": 0,
         "eval_every": max(1, updates // 5),
     }  # fmt: skip
-    rows = {"train_embeddings": True, "embeddings_from": first, "embeddings_lr": embeddings_lr}
-    arms = [
-        Arm("without new tokens", plain, common),
-        Arm("with new tokens", extended, common | rows),
-    ]
-    jobs = [
-        (arm.base, arm.out(root, seed), text, FinetuneSettings(**arm.settings, seed=seed))
-        for seed in range(seeds)
-        for arm in arms
-    ]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        list(pool.map(train, *zip(*jobs, strict=True)))
+    arms = arms_of(plain, extended, common, embeddings_lr)
+    train_all(arms, root, text, seeds, workers)
     zh, en = held_out.read_text("utf-8"), Path(english).read_text("utf-8")[:ENGLISH]
-    before = measure(plain, None, zh, en)
-    figures = [
-        Figure("the demo model", "held-out Chinese", "bits/byte", [before["bits"]]),
-        Figure("the demo model", "English perplexity", "", [before["perplexity"]]),
-    ]
-    curves: dict[str, list[list[tuple[int, float]]]] = {}
-    for arm in arms:
-        outs = [arm.out(root, seed) for seed in range(seeds)]
-        found, curves[arm.name] = figures_of(arm, outs, zh, en, before=before["perplexity"])
-        figures += found
+    figures, curves = measure_all(arms, root, seeds, zh, en)
     if plot is not None:
         save_plot(curves, Path(plot))
-    settings = common | rows | {"tokens": tokens, "initial": initial, "seeds": seeds}
+    settings = arms[1].settings | {"tokens": tokens, "initial": initial, "seeds": seeds}
     del settings["val_data"]
     finish(make_result("chinese vocabulary", settings, figures, curves=curves), out)
 

@@ -183,6 +183,25 @@ def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
+def prepare_and_measure(
+    shape: str,
+    dtype: str,
+    works: Sequence[Work],
+    names: Sequence[str],
+    rounds: int,
+) -> tuple[list[Run], list[float], dict[str, float]]:
+    """Write the weights for each system, and measure; (runs, speeds of reading, differences)."""
+    source = open_source(shape)
+    weights = source if isinstance(source, RandomSource) else source.path
+    with TemporaryDirectory(prefix="benchmark-") as folder:
+        rows, length = max(w.rows for w in works), max(w.prompt + w.new for w in works)
+        job = Job(dict(source.params), Path(folder), dtype, rows=rows, length=length)
+        with Worker("the preparation", Preparation) as worker:
+            differences = worker.call("run", job, weights, names)
+        runs, reads = measure(job, works, names, rounds)
+    return runs, reads, differences
+
+
 def speed(
     shape: str = "135m",
     systems: str = ",".join(SYSTEMS),
@@ -212,19 +231,12 @@ def speed(
     check_file("out", out, ".json")
     check_counts(**counts, rounds=rounds)
     names, notes = check_systems(systems)
-    source = open_source(shape)
-    weights = source if isinstance(source, RandomSource) else source.path
     works = [
         Work(1, prompt, new, f"prefill {prompt}", f"decode after {prompt}"),
         Work(1, long_prompt, 1, f"prefill {long_prompt}"),
         Work(batch, prompt, new, None, f"decode of {batch} rows"),
     ]
-    with TemporaryDirectory(prefix="benchmark-") as folder:
-        length = max(prompt + new, long_prompt + 1)
-        job = Job(dict(source.params), Path(folder), dtype, rows=batch, length=length)
-        with Worker("the preparation", Preparation) as worker:
-            differences = worker.call("run", job, weights, names)
-        runs, reads = measure(job, works, names, rounds)
+    runs, reads, differences = prepare_and_measure(shape, dtype, works, names, rounds)
     notes += [f"{run.name} failed: {run.failure}" for run in runs if run.failure is not None]
     figures = speed_figures(runs, dtype, differences)
     result = make_result(
