@@ -817,7 +817,9 @@ class Llama:
         how = Sampling(temperature, top_p, top_k, min_p)
         if isinstance(prompt, str):
             ids: Sequence[int] = self.tokenizer.encode(prompt, bos=True, eos=False)
-        elif isinstance(prompt, Mapping) or any(isinstance(part, Mapping) for part in prompt):
+        elif isinstance(prompt, Mapping) or (
+            is_list(prompt) and any(isinstance(part, Mapping) for part in prompt)
+        ):
             ids = self._chat_prompt(cast(Dialog, prompt), None, "json")
         else:
             ids = cast("Sequence[int]", prompt)

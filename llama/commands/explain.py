@@ -10,9 +10,8 @@ from llama.commands.model import CheckpointFlags, open_model
 from llama.commands.options import Only
 from llama.commands.terminal import print_remark, print_report
 from llama.distributed import job
-from llama.engine.checks import check_count
 from llama.engine.sampling import Sampling
-from llama.explain.compute import MAX_TOKENS, ONE_RANK
+from llama.explain.compute import LONGEST, MAX_TOKENS, ONE_RANK
 from llama.explain.trace import check_output
 from llama.generation import BuildOptions
 from llama.tokenizer import Message
@@ -43,10 +42,14 @@ def explain(
     """
     if job.environment().world > 1:
         raise ValueError(ONE_RANK)
-    if check_count("--max_tokens", max_tokens) == 0:
-        raise ValueError("--max_tokens must be 1 or more, not 0")
+    if not 1 <= max_tokens <= LONGEST:
+        raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
     path = None if out is None else check_output(Path(out), force)
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
+        if chat and llama.formatter is None:
+            raise ValueError(
+                "--chat needs a chat format, and this checkpoint has none; omit --chat"
+            )
         message: Message = {"role": "user", "content": prompt}
         trace = llama.explain(
             [message] if chat else prompt,

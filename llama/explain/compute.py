@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from llama.distributed import tensor_parallel
-from llama.engine.checks import check_count, check_prompt
+from llama.engine.checks import check_adapter, check_count, check_prompt
 from llama.engine.sampling import Sampling
 from llama.explain.hooks import attach_hooks, lens_of
 from llama.explain.next_token import next_token
 from llama.explain.skeleton import plain_copy
 from llama.explain.stages import stages_of
 from llama.explain.trace import Trace
+from llama.layers.adapter_rows import adapter_names
 from llama.model import ModelArgs, Transformer, precompute_freqs_cis
 from llama.tokenizer import Tokenizer
 
 log = logging.getLogger("llama")
 MAX_TOKENS = 256  # tokens of a prompt that are computed
+LONGEST = 4096  # the largest max_tokens
 MAX_ATTENTION = 2**31  # bytes of all layers' attention weights
 ONE_RANK = (
     "explain runs on one rank, because each of several has only a part of the heads; start one "
@@ -53,11 +55,14 @@ def trace_ids(
     if tensor_parallel.size() > 1:
         raise ValueError(ONE_RANK)
     check_ids(ids, model.vocab_size)
+    check_adapter(adapter, adapter_names(model))
     args, total = model.params, len(ids)
     room, limit = bound(args, max_tokens)
     ids = list(ids[:room])
     if total > room:
-        log.warning("The prompt has %d tokens; the first %d are explained: %s", total, room, limit)
+        log.warning(
+            "The prompt has %d tokens, and the first %d are explained; %s", total, room, limit
+        )
     copy = plain_copy(model, adapter, len(ids))
     heard = attach_hooks(copy)
     logits = logits_of(copy, ids)
@@ -102,13 +107,13 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
 
 def bound(args: ModelArgs, max_tokens: int) -> tuple[int, str]:
     """How many tokens can be explained, and what to change to explain more."""
-    if check_count("max_tokens", max_tokens) == 0:
-        raise ValueError("max_tokens must be 1 or more, not 0")
+    if not 1 <= check_count("max_tokens", max_tokens) <= LONGEST:
+        raise ValueError(f"max_tokens must be 1 to {LONGEST}, not {max_tokens}")
     memory = math.isqrt(MAX_ATTENTION // (4 * args.n_layers * args.n_heads))
     return min(
-        (max_tokens, "a larger max_tokens explains more"),
-        (args.max_seq_len, "build with a larger max_seq_len to explain more"),
-        (max(memory, 1), "the attention weights of more would need over 2 GB"),
+        (max_tokens, "raise max_tokens to see more"),
+        (args.max_seq_len, "build with a larger max_seq_len to see more"),
+        (max(memory, 1), "more would need over 2 GB for weights of attention"),
         key=lambda limit: limit[0],
     )
 

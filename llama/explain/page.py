@@ -124,7 +124,7 @@ def model_data(record: Record) -> dict[str, Any]:
     args = record.args
     names = [
         *("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size"),
-        *("norm_eps", "rope_theta", "use_scaled_rope", "scale_factor", "max_seq_len"),
+        *("norm_eps", "rope_theta", "use_scaled_rope", "scale_factor"),
     ]
     return {name: getattr(args, name) for name in names} | {"dtype": dtype_name(record.dtype)}
 

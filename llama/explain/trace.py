@@ -55,7 +55,9 @@ def check_output(path: str | Path, force: bool = False) -> Path:
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file in it")
     if os.path.lexists(path) and not force:
-        raise FileExistsError(f"{path} exists already; choose another name, or replace it: force")
+        raise FileExistsError(
+            f"{path} exists already; choose another name, or replace it with force"
+        )
     try:
         check_writable(path.absolute().parent)
     except OSError as e:

@@ -20,15 +20,22 @@ function weightOf(layer, head, query, key) {
   return weights[start + (query * (query + 1)) / 2 + key] / (maps.width === 1 ? 255 : 65535);
 }
 
+/** A weight in words. What was rounded to 0 is not quite 0. */
+function weightWords(weight) {
+  const least = maps.width === 1 ? "< 0.2 %" : "< 0.01 %";
+  return weight === 0 ? least : percent(weight);
+}
+
 const looks = { query: side - 1, key: 0 };
 
 function lookInWords(query, key) {
-  const weight = weightOf(state.layer, state.head, query, key);
-  return `Position ${query}, ${spoken(data.ids[query])}, reads ${percent(weight)} from position ${key}, ${spoken(data.ids[key])}`;
+  const weight = weightWords(weightOf(state.layer, state.head, query, key));
+  return `Position ${query}, ${spoken(data.ids[query])}, reads ${weight} from position ${key}, ${spoken(data.ids[key])}`;
 }
 
 function drawAttention() {
-  const names = maps.layers.map((layer, i) => make("option", { value: i }, String(layer)));
+  state.layer = maps.layers.length >> 1;
+  const names = maps.layers.map((layer, i) => make("option", { value: i, selected: i === state.layer }, String(layer)));
   const layer = make("select", { id: "layer", onchange: (event) => select({ layer: Number(event.target.value) }) }, names);
   const heads = headButtons();
   const map = cellMap({
@@ -47,10 +54,10 @@ function drawAttention() {
   });
   const title = make("h3", {});
   const readout = make("p", { class: "readout", id: "attention-readout" });
-  const list = make("ul", { class: "bars" });
+  const list = make("ul", { class: "bars narrow" });
   const controls = make("div", { class: "row" }, make("label", { for: "layer" }, "Layer ", layer),
     make("span", { class: "scale cool" }, "0", make("i"), "1"));
-  const beside = make("div", {}, title, list, readout);
+  const beside = make("div", { class: "side" }, title, list, readout);
   byId("attention-figure").append(controls, heads.node, make("div", { class: "beside" }, make("div", {}, map.canvas), beside));
   redrawn(map.paint);
   follow(() => {
@@ -63,9 +70,9 @@ function drawAttention() {
     title.replaceChildren(`Layer ${maps.layers[state.layer]}, head ${state.head}: what `, tokenAt(looks.query, 16), ` at ${looks.query} reads`);
     list.replaceChildren(...row.slice(0, 8).map(([key, weight]) => {
       const name = make("span", {}, make("span", { class: "soft" }, `${key} `), tokenAt(key, 14));
-      return bar(name, weight, percent(weight));
+      return bar(name, weight, weightWords(weight));
     }));
-    readout.replaceChildren(`Position ${looks.query} `, tokenAt(looks.query, 16), ` reads ${percent(weightOf(state.layer, state.head, looks.query, looks.key))} from position ${looks.key} `, tokenAt(looks.key, 16), ".");
+    readout.replaceChildren(`Position ${looks.query} `, tokenAt(looks.query, 16), ` reads ${weightWords(weightOf(state.layer, state.head, looks.query, looks.key))} from position ${looks.key} `, tokenAt(looks.key, 16), ".");
     heads.mark();
     map.paint();
   });

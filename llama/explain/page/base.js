@@ -95,7 +95,12 @@ function spoken(id) {
   return text.trim() === "" || UNSEEN.test(text) ? shown(id) : text.trim();
 }
 
-const token = (id, most) => make("bdi", {}, shown(id, most));
+/** A token as an element; its spaces are pale. */
+function token(id, most) {
+  const parts = shown(id, most).split(/(␣+)/).filter((part) => part !== "");
+  return make("bdi", {}, parts.map((part) => (part[0] === "␣" ? make("i", {}, part) : part)));
+}
+
 const tokenAt = (position, most) => token(data.ids[position], most);
 
 // What is selected: the same token in every section.

@@ -8,7 +8,7 @@ function drawCache() {
     : "In this model every query head has keys and values of its own.";
   const T = data.tokens.count;
   const x = { min: 0, max: T, ticks: ticks(T, 6).filter(Number.isInteger), name: "tokens in the cache", format: grouped };
-  const y = { min: 0, max: ungrouped * T, ticks: ticks(ungrouped * T, 4), format: (n) => short(n, "B") };
+  const y = { min: 0, max: ungrouped * T, ticks: ticks(ungrouped * T, 5), format: (n) => short(n, "B") };
   const label = `The cache grows to ${short(each * T, "B")}, and would to ${short(ungrouped * T, "B")} without shared heads`;
   const { root, X, Y, low, left } = chart(label, x, y, 250);
   const steps = (size) => {
@@ -40,10 +40,10 @@ function drawCache() {
     slider.setAttribute("aria-valuetext", readout.textContent);
   });
   const strip = Array.from({ length: model.kv_heads }, () => make("span", {}, Array.from({ length: times }, () => make("i"))));
-  const side = make("div", {},
+  const aside = make("div", { class: "side" },
     make("h3", {}, times > 1 ? `Query heads by the KV head that they share` : "Heads"),
     make("div", { class: "strip", role: "img", "aria-label": `${model.kv_heads} groups of ${times}` }, strip),
-    make("p", { class: "soft" }, `A whole context of ${grouped(model.max_seq_len)} tokens, the room of this build, takes ${short(each * model.max_seq_len, "B")}.`),
+    make("p", { class: "soft" }, `8,192 tokens, the context of Llama 3, take ${short(each * 8192, "B")}; the 131,072 of Llama 3.1 take ${short(each * 131072, "B")}.`),
     make("div", {}, make("label", {}, "Position ", slider)), readout);
-  byId("cache-figure").append(make("div", { class: "columns" }, make("div", {}, root), side));
+  byId("cache-figure").append(make("div", { class: "columns" }, make("div", {}, root), aside));
 }

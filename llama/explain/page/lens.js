@@ -20,7 +20,7 @@ function drawLens() {
     const own = positions.map((position, column) => {
       const [[id, p]] = lensOf(layer, column);
       const cell = make("td", {
-        role: "gridcell", tabindex: "-1", class: p > 0.55 ? "sure" : null, title: `${percent(p)}`,
+        role: "gridcell", tabindex: "-1", title: `${percent(p)}`,
         onclick: () => choose(layer, column),
       }, token(id, 12));
       return heated(cell, p);
@@ -49,7 +49,9 @@ function drawLens() {
     cells[lensAt.layer][lensAt.column].focus();
     announce(lensInWords());
   });
-  byId("lens-figure").append(make("div", { class: "scroll", id: "lens-scroll" }, table), title, list);
+  const frame = make("div", { class: "scroll", id: "lens-scroll" }, table);
+  byId("lens-figure").append(frame, title, list);
+  frame.scrollTo(frame.scrollWidth, frame.scrollHeight);
   let marked = null;
   follow(() => {
     const column = state.token - lens.first;

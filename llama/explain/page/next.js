@@ -11,7 +11,7 @@ function cutBy([, , tempered, limited, final]) {
 
 function drawNext() {
   const { sampling, rows, left } = data.next;
-  const columns = ["the model's p", "after the temperature", "drawn with"];
+  const columns = ["model", "tempered", "drawn"];
   const picks = [1, 2, 4];
   const largest = Math.max(...rows.map((row) => Math.max(row[1], row[2], row[4])), 1e-9);
   const cell = (p, words) => [

@@ -17,10 +17,9 @@ function stageItem(stage) {
 function drawShapes() {
   const first = stages.findIndex((stage) => inLayer(stage));
   const last = stages.findLastIndex((stage) => inLayer(stage));
-  const layer = make("li", {},
-    make("div", { class: "flow" },
-      make("h3", {}, model.n_layers === 1 ? "the layer" : `each of ${model.n_layers} layers`),
-      make("ol", { class: "flow-list flow-plain" }, stages.slice(first, last + 1).flatMap(stageItem))));
+  const layer = make("li", { class: "layer" },
+    make("h3", {}, model.n_layers === 1 ? "the layer" : `each of ${model.n_layers} layers`),
+    make("ol", { class: "flow" }, stages.slice(first, last + 1).flatMap(stageItem)));
   byId("shapes-figure").append(
     make("ol", { class: "flow" }, stages.slice(0, first).flatMap(stageItem), layer, stages.slice(last + 1).flatMap(stageItem)),
     make("p", { class: "soft" }, `Shapes are tokens × numbers, or tokens × heads × numbers. There are ${grouped(data.tokens.count)} tokens.`));

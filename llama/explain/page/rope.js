@@ -3,7 +3,8 @@
 const frequencies = data.rope.frequencies;
 const unscaled = data.rope.unscaled;
 const turn = 2 * Math.PI;
-const ROPE_MAP = 96; // positions of the map
+const ropeColumns = Math.max(64, Math.min(listed, 96)); // positions of the map
+const ropeAt = { position: 0 };
 
 function drawRope() {
   byId("rope-scaling").textContent = model.use_scaled_rope
@@ -11,12 +12,15 @@ function drawRope() {
     : "This model does not scale them, as Llama 3.1 and later do.";
   const map = angleMap();
   const readout = make("p", { class: "readout" });
-  const left = make("div", {}, make("h3", {}, "Positions until a pair has turned once"), wavelengths());
-  const right = make("div", {}, make("h3", {}, "Cosine of the angle, by pair (down) and position"), map.canvas);
+  const left = make("div", { class: "side" }, make("h3", {}, "Positions until a pair has turned once"), wavelengths());
+  const right = make("div", {}, make("h3", {}, "Cosine of the angle, by pair (down) and position"), map.canvas,
+    make("span", { class: "scale cosine" }, "−1", make("i"), "1"));
+  right.className = "side";
   byId("rope-figure").append(make("div", { class: "columns" }, left, right), readout);
   redrawn(map.paint);
   follow(() => {
-    readout.textContent = angleInWords(state.pair, Math.min(state.token, ROPE_MAP - 1));
+    if (ropeAt.token !== state.token) Object.assign(ropeAt, { token: state.token, position: Math.min(state.token, ropeColumns - 1) });
+    readout.textContent = angleInWords(state.pair, ropeAt.position);
     map.paint();
   });
 }
@@ -38,15 +42,14 @@ function wavelengths() {
   const label = `Positions for one turn, from ${short(turn / frequencies[0])} for pair 0 to ${short(turn / frequencies[pairs - 1])} for the last`;
   const { root, X, Y, left, right } = chart(label, x, y, 280);
   const line = (values) => path(values.map((frequency, i) => [X(i), Y(turn / frequency)]));
-  const context = model.use_scaled_rope ? 8192 : model.max_seq_len;
-  const named = model.use_scaled_rope ? "8,192, the context before 3.1" : `${grouped(context)}, the room of this build`;
-  if (context > 1 && context <= top) {
+  const context = 8192;
+  if (context <= top) {
     root.append(draw("line", { class: "mark", x1: left, x2: right, y1: Y(context), y2: Y(context), "stroke-dasharray": "1 3" }),
-      draw("text", { class: "strong", x: left + 6, y: Y(context) - 5 }, named));
+      draw("text", { class: "strong", x: left + 6, y: Y(context) - 5 }, "8,192: the context of Llama 3"));
   }
   if (model.use_scaled_rope) {
     root.append(draw("path", { class: "line other", d: line(unscaled) }),
-      draw("text", { class: "warm", x: right, y: Y(turn / unscaled[pairs - 1]) + 16, "text-anchor": "end" }, "unscaled"),
+      draw("text", { class: "warm", x: right, y: Y(turn / unscaled[pairs - 1]) + 34, "text-anchor": "end" }, "unscaled"),
       draw("text", { class: "accent", x: right, y: Y(turn / frequencies[pairs - 1]) - 8, "text-anchor": "end" }, "scaled"));
   }
   root.append(draw("path", { class: "line", d: line(frequencies) }));
@@ -60,15 +63,18 @@ function wavelengths() {
 }
 
 function angleMap() {
-  const columns = Math.min(Math.max(listed, 2), ROPE_MAP);
   const pairs = frequencies.length;
   return cellMap({
     label: "Angles of the rotary embedding, pairs down, positions across",
-    rows: pairs, columns, width: 420, largest: 40,
-    aspect: Math.max(0.1, Math.min(1, 260 / pairs / Math.min(40, 410 / columns))),
+    rows: pairs, columns: ropeColumns, width: 460,
+    aspect: Math.max(0.5, Math.min(1.4, 256 / pairs / 7)),
     value: (row, column) => Math.cos(column * frequencies[row]),
-    chosen: () => [state.pair, Math.min(state.token, columns - 1)],
-    choose: (row, column) => select({ pair: row, token: Math.min(column, listed - 1) }),
+    chosen: () => [state.pair, ropeAt.position],
+    choose: (row, column) => {
+      const at = column < listed ? { token: column } : {};
+      Object.assign(ropeAt, { position: column, token: at.token ?? state.token });
+      select({ pair: row, ...at });
+    },
     words: (row, column) => angleInWords(row, column),
   });
 }

@@ -12,7 +12,7 @@ function drawFacts() {
   const { count, total: whole, limit } = data.tokens;
   if (whole > count) {
     byId("bounded").hidden = false;
-    byId("bounded").textContent = `The prompt has ${grouped(whole)} tokens. These are the first ${grouped(count)}: a token sees only those before it, so their numbers are those of the whole prompt, but the next token is the one after them. To see more: ${limit}.`;
+    byId("bounded").textContent = `The prompt has ${grouped(whole)} tokens. These are the first ${grouped(count)}: a token sees only those before it, so their numbers are those of the whole prompt, but the next token is the one after these. ${limit[0].toUpperCase()}${limit.slice(1)}.`;
   }
 }
 
