@@ -23,7 +23,8 @@ from llama.model import ModelArgs
 from tests.test_layers import ROOT
 
 LIMIT = 2_000_000
-HOSTILE = "</script><img src=x onerror=alert(1)><!-- &lt; \" ' \u2028 \u202e\x00\x1b[31m \N{GRINNING FACE}"
+HOSTILE = "</script><img src=x onerror=alert(1)><!-- &lt; \" ' "
+HOSTILE += "\u2028 \u202e\x00\x1b[31m \N{GRINNING FACE}"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +114,7 @@ def large(trace: Trace, layers: int, heads: int, tokens: int) -> Trace:
         ids=ids,
         pieces=[b"x" * 200] * tokens,
         special=[False] * tokens,
-        decode=lambda ids: b"y" * 200,
+        decode=lambda ids: b"y" * (200 if tokens > 40 else 10),
         args=args,
         attention=(weights / weights.sum(-1, keepdim=True)).expand(layers, heads, -1, -1),
         lens_ids=lens,
