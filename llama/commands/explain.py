@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 from llama.commands.model import CheckpointFlags, open_model
@@ -38,13 +37,13 @@ def explain(
     Examples:
         llama3 explain "The capital of France is"
         llama3 explain "The capital of France is" --out report.html
-        llama3 explain "Why is the sky blue?" --chat -m Llama-3.2-1B-Instruct --temperature 1
+        llama3 explain "Why is the sky blue?" --chat -m Llama-3.2-1B-Instruct --top_k 40
     """
     if job.environment().world > 1:
         raise ValueError(ONE_RANK)
     if not 1 <= max_tokens <= LONGEST:
         raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
-    path = None if out is None else check_output(Path(out), force)
+    path = None if out is None else check_output(out, force, "--force")
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
         if chat and llama.formatter is None:
             raise ValueError(

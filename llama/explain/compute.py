@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,31 +67,21 @@ def trace_ids(
     copy = plain_copy(model, adapter, len(ids))
     heard = attach_hooks(copy)
     logits = logits_of(copy, ids)
-    residual = torch.stack(heard.residual)
-    lens_ids, lens_probs = lens_of(copy, residual)
-    turns = [frequencies_of(args, scaled) for scaled in (args.use_scaled_rope, False)]
+    passed = heard.tensors()
+    lens_ids, lens_probs = lens_of(copy, passed["residual"])
     unused = None if model.unused is None else model.unused.cpu()
     return Trace(
-        ids=ids,
-        pieces=[tokenizer.decode_bytes([i]) for i in ids],
-        special=[i in tokenizer.special_tokens.values() for i in ids],
-        decode=tokenizer.decode_bytes,
+        **tokens_of(tokenizer, ids),
+        **turns_of(args, len(ids)),
+        **passed,
         total=total,
         limit=limit if total > room else "",
         args=dataclasses.replace(args),
         dtype=model.norm.weight.dtype,
-        residual=residual,
-        attention=torch.stack(heard.attention),
-        keys=torch.stack(heard.keys),
-        values=torch.stack(heard.values),
         lens_ids=lens_ids,
         lens_probs=lens_probs,
         logits=logits,
         logprobs=logprobs_of(logits, ids),
-        rotations=rotations_of(args, len(ids), args.use_scaled_rope),
-        unscaled_rotations=rotations_of(args, len(ids), False),
-        frequencies=turns[0],
-        unscaled_frequencies=turns[1],
         stages=stages_of(copy, heard.shapes, len(ids)),
         next=next_token(logits[-1], sampling, unused),
     )
@@ -142,12 +133,28 @@ def logprobs_of(logits: Tensor, ids: list[int]) -> Tensor:
     return torch.cat([torch.full((1,), math.nan, dtype=torch.float32), known])
 
 
-def rotations_of(args: ModelArgs, positions: int, scaled: bool) -> Tensor:
-    """(positions, D / 2) complex64, as the model's `freqs_cis`."""
-    D, theta, factor = args.head_dim, args.rope_theta, args.scale_factor
-    return precompute_freqs_cis(D, positions, theta, use_scaled=scaled, scale_factor=factor)
+def tokens_of(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
+    """Fields of a `Record` about the tokens."""
+    special = frozenset(tokenizer.special_tokens.values())
+    return {
+        "ids": ids,
+        "pieces": [tokenizer.decode_bytes([i]) for i in ids],
+        "special": [i in special for i in ids],
+        "decode": tokenizer.decode_bytes,
+    }
 
 
-def frequencies_of(args: ModelArgs, scaled: bool) -> Tensor:
-    """(D / 2,) radians that each pair turns from a position to the next; 1 or less."""
-    return rotations_of(args, 2, scaled)[1].angle()
+def turns_of(args: ModelArgs, tokens: int) -> dict[str, Any]:
+    """Fields of a `Record` about rotations."""
+    fields: dict[str, Any] = {}
+    for prefix, scaled in (("", args.use_scaled_rope), ("unscaled_", False)):
+        turns = precompute_freqs_cis(
+            args.head_dim,
+            max(tokens, 2),
+            args.rope_theta,
+            use_scaled=scaled,
+            scale_factor=args.scale_factor,
+        )
+        fields[f"{prefix}rotations"] = turns[:tokens]
+        fields[f"{prefix}frequencies"] = turns[1].angle()
+    return fields

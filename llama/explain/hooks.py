@@ -20,13 +20,18 @@ LENS_CHUNK = 64  # positions whose logits the lens holds at once
 
 @dataclass
 class Heard:
-    """What the hooks keep during one pass, one tensor a layer."""
+    """What the hooks keep during one pass, one tensor a layer; and shapes of outputs."""
 
     residual: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Fields of a `Record`."""
+        names = "residual", "attention", "keys", "values"
+        return {name: torch.stack(getattr(self, name)) for name in names}
 
 
 def kept(x: Tensor) -> Tensor:

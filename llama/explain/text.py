@@ -72,9 +72,9 @@ def sizes(record: Record) -> list[str]:
         ]
         if any("embedding's" in s.storage for s in found):
             name += " (weights of the embedding)"
-        rows.append([name, f"{sums[0]:,}", *map(short, sums[1:])])
+        rows.append([name, f"{sums[0]:,}", f"{short(sums[1])}B", short(sums[2])])
         total = [one + other for one, other in zip(total, sums, strict=True)]
-    rows.append(["together", f"{total[0]:,}", *map(short, total[1:])])
+    rows.append(["together", f"{total[0]:,}", f"{short(total[1])}B", short(total[2])])
     return aligned(rows, "<>>>")
 
 
@@ -129,7 +129,7 @@ def percent(p: float, zero: str = "0 %") -> str:
 
 
 def short(number: int) -> str:
-    """Three digits and a unit: "23.0 k"."""
+    """Three digits and a prefix of a unit: "23 k"."""
     for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -44,8 +44,12 @@ class Trace(Record):
         return path
 
 
-def check_output(path: str | Path, force: bool = False) -> Path:
+def check_output(path: str | Path, force: bool = False, how: str = "force=True") -> Path:
     """The path of a page to write; its folder is created if it is missing.
+
+    Args:
+        force: a file that exists will be replaced.
+        how: what the user gives for that.
 
     Raises:
         FileExistsError: it exists, and not `force`; or it is a folder.
@@ -56,7 +60,7 @@ def check_output(path: str | Path, force: bool = False) -> Path:
         raise FileExistsError(f"{path} is a folder; give the name of a file in it")
     if os.path.lexists(path) and not force:
         raise FileExistsError(
-            f"{path} exists already; choose another name, or replace it with force"
+            f"{path} exists already; choose another name, or give {how} to replace it"
         )
     try:
         check_writable(path.absolute().parent)

@@ -46,7 +46,7 @@ def open_page(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
         contexts.append(context)
         context.add_init_script(REPORT_VIOLATIONS)
         page = context.new_page()
-        page.set_default_timeout(8_000)
+        page.set_default_timeout(20_000)
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on("dialog", lambda dialog: problems.append(f"dialog: {dialog.message}"))
         page.on("console", lambda message: problems.append(f"{message.type}: {message.text}"))
@@ -233,12 +233,11 @@ def test_take_pictures(open_page: Opener, demo_dir: Path) -> None:
 
     with Llama.build(demo_dir, None, 256, 1, device="cpu", dtype=torch.bfloat16) as llama:
         trace = llama.explain("The capital of France is Paris, and the capital of Italy is")
-    for name, section in (("light", "#tokens"), ("dark", "#attention")):
+    for name, section in (("light", "header"), ("dark", "#attention")):
         page = open_page(trace, viewport=WIDE, color_scheme=name, reduced_motion="reduce")
         page.locator(".head").nth(3).click()
         page.mouse.move(0, 0)
-        if section != "#tokens":
-            page.evaluate(f"document.querySelector('{section}').scrollIntoView()")
+        page.evaluate(f"document.querySelector('{section}').scrollIntoView()")
         page.wait_for_timeout(300)
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
         small = picture.quantize(256, dither=Image.Dither.NONE)

@@ -143,9 +143,7 @@ def test_a_page_is_below_two_megabytes(trace: Trace, layers: int, heads: int, to
 def test_saving(trace: Trace, tmp_path: Path) -> None:
     path = trace.save(tmp_path / "new" / "page.html")
     assert path.read_text("utf-8") == trace.to_html() and os.listdir(path.parent) == ["page.html"]
-    with pytest.raises(
-        FileExistsError, match=r"page.html exists already; .* replace it with force"
-    ):
+    with pytest.raises(FileExistsError, match=r"page.html exists already; .* force=True"):
         trace.save(path)
     path.write_text("old")
     assert trace.save(path, force=True).read_text("utf-8").startswith("<!doctype html>")

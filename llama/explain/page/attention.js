@@ -84,7 +84,7 @@ function headButtons() {
     make("button", { type: "button", class: "head", role: "radio", onclick: () => select({ head }) },
       make("canvas", { width: side, height: side, "aria-hidden": "true" }), `${head}`));
   const group = (kv) => make("div", { class: "group" },
-    perGroup > 1 ? make("span", {}, `KV head ${kv}`) : null, buttons.slice(kv * perGroup, (kv + 1) * perGroup));
+    perGroup > 1 ? make("span", {}, `KV head ${kv}`) : null, make("div", {}, buttons.slice(kv * perGroup, (kv + 1) * perGroup)));
   const node = make("div", { class: "groups", role: "radiogroup", "aria-label": "Head" },
     Array.from({ length: model.kv_heads }, (_, kv) => group(kv)));
   rove(node, () => buttons, (head) => select({ head }));

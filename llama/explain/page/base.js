@@ -103,6 +103,10 @@ function token(id, most) {
 
 const tokenAt = (position, most) => token(data.ids[position], most);
 
+/** What screen readers skip, and what only they read. */
+const hide = (node) => fill(node, { "aria-hidden": "true" }, []);
+const said = (text) => make("span", { class: "hidden-text" }, text);
+
 // What is selected: the same token in every section.
 const state = { token: listed - 1, layer: 0, head: 0, pair: 0 };
 const listeners = [];

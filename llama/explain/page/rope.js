@@ -4,7 +4,7 @@ const frequencies = data.rope.frequencies;
 const unscaled = data.rope.unscaled;
 const turn = 2 * Math.PI;
 const ropeColumns = Math.max(64, Math.min(listed, 96)); // positions of the map
-const ropeAt = { position: 0 };
+const turnAt = { position: 0 };
 
 function drawRope() {
   byId("rope-scaling").textContent = model.use_scaled_rope
@@ -19,8 +19,8 @@ function drawRope() {
   byId("rope-figure").append(make("div", { class: "columns" }, left, right), readout);
   redrawn(map.paint);
   follow(() => {
-    if (ropeAt.token !== state.token) Object.assign(ropeAt, { token: state.token, position: Math.min(state.token, ropeColumns - 1) });
-    readout.textContent = angleInWords(state.pair, ropeAt.position);
+    if (turnAt.token !== state.token) Object.assign(turnAt, { token: state.token, position: Math.min(state.token, ropeColumns - 1) });
+    readout.textContent = angleInWords(state.pair, turnAt.position);
     map.paint();
   });
 }
@@ -69,10 +69,10 @@ function angleMap() {
     rows: pairs, columns: ropeColumns, width: 460,
     aspect: Math.max(0.5, Math.min(1.4, 256 / pairs / 7)),
     value: (row, column) => Math.cos(column * frequencies[row]),
-    chosen: () => [state.pair, ropeAt.position],
+    chosen: () => [state.pair, turnAt.position],
     choose: (row, column) => {
       const at = column < listed ? { token: column } : {};
-      Object.assign(ropeAt, { position: column, token: at.token ?? state.token });
+      Object.assign(turnAt, { position: column, token: at.token ?? state.token });
       select({ pair: row, ...at });
     },
     words: (row, column) => angleInWords(row, column),

@@ -36,7 +36,11 @@ function followTheme() {
     document.documentElement.dataset.theme = isDark ? "light" : "dark";
     redrawAll();
   });
-  new ResizeObserver(() => requestAnimationFrame(redrawAll)).observe(document.querySelector("main"));
+  let width = 0;
+  new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width !== width) requestAnimationFrame(redrawAll);
+    width = contentRect.width;
+  }).observe(document.querySelector("main"));
 }
 
 /** Mark the section that is read in the list of sections. */

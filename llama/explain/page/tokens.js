@@ -15,9 +15,8 @@ function drawTokens() {
   const chips = data.ids.map((id, i) => {
     const chip = make("div", {
       class: `chip${special.has(i) ? " special" : ""}`, role: "option", tabindex: "-1",
-      "aria-label": `${spoken(id)}, ${surpriseOf(i)}`,
       onclick: () => select({ token: i }),
-    }, token(id), make("small", {}, String(id)));
+    }, hide(token(id)), hide(make("small", {}, String(id))), said(`${spoken(id)}, id ${id}, ${surpriseOf(i)}`));
     return heated(chip, (bitsOf(i) ?? 0) / HOT);
   });
   const list = make("div", { class: "chips", role: "listbox", "aria-label": "Tokens of the prompt" }, chips);
