@@ -53,8 +53,6 @@ def trace_ids(
     Raises:
         TypeError, ValueError: no such prompt or adapter; several ranks; logits that are not finite.
     """
-    if tensor_parallel.size() > 1:
-        raise ValueError(ONE_RANK)
     check_ids(ids, model.vocab_size)
     check_adapter(adapter, adapter_names(model))
     args, total = model.params, len(ids)
@@ -88,7 +86,9 @@ def trace_ids(
 
 
 def check_ids(ids: Sequence[int], vocab_size: int) -> None:
-    """Raise a TypeError or a ValueError unless these are ids of a prompt."""
+    """Raise a TypeError or a ValueError unless this rank is alone and these are a prompt's ids."""
+    if tensor_parallel.size() > 1:
+        raise ValueError(ONE_RANK)
     check_prompt("the prompt", ids)
     if not ids:
         raise ValueError("the prompt has no tokens; give at least one")

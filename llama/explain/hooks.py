@@ -28,7 +28,7 @@ class Heard:
     values: list[Tensor] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         """Fields of a `Record`."""
         names = "residual", "attention", "keys", "values"
         return {name: torch.stack(getattr(self, name)) for name in names}

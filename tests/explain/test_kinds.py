@@ -28,7 +28,7 @@ LORA, DORA = LoRAConfig(4, 8), LoRAConfig(2, 3, dora=True, targets=("wq", "wk", 
 
 
 def build(folder: Path, **options: Any) -> Llama:
-    settings = {"device": "cpu", "dtype": "fp32", "max_seq_len": 16} | options
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "fp32", "max_seq_len": 16} | options
     return Llama.build(folder, **settings)
 
 

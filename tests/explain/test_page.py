@@ -19,7 +19,7 @@ from tests.server.page.test_access import axe
 from tests.test_layers import ROOT
 
 pytest.importorskip("playwright", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from tests.server.page.browsing import REPORT_VIOLATIONS
 
@@ -34,7 +34,7 @@ LARGEST = 200_000  # bytes of a picture
 def open_page(browser: Browser, tmp_path: Path) -> Iterator[Opener]:
     """Opens the page of a trace from a file; at the end nothing may have gone wrong in it."""
     problems: list[str] = []
-    contexts = []
+    contexts: list[BrowserContext] = []
 
     def asked(url: str, own: str) -> None:
         if url != own:
@@ -240,5 +240,4 @@ def test_take_pictures(open_page: Opener, demo_dir: Path) -> None:
         page.evaluate(f"document.querySelector('{section}').scrollIntoView()")
         page.wait_for_timeout(300)
         picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-        small = picture.quantize(256, dither=Image.Dither.NONE)
-        small.save(ROOT / "docs" / f"explain-{name}.png", optimize=True)
+        picture.save(ROOT / "docs" / f"explain-{name}.png", optimize=True)

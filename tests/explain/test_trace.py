@@ -26,7 +26,7 @@ from tests.explain import plain
 from tests.models import TINY
 
 IDS = [1, 5, 300, 7, 42, 300, 8, 99]
-PARAMS = TINY | {"vocab_size": 512}
+PARAMS: dict[str, Any] = TINY | {"vocab_size": 512}
 
 
 def build(folder: Path, tokenizer: Path, **options: Any) -> Llama:

@@ -9,6 +9,8 @@ function drawFacts() {
   ];
   byId("facts").append(...facts.map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
+  const start = data.ids.slice(0, 16).map((id) => textOf(id) ?? "…").join("").replace(UNSEEN, " ").trim();
+  document.title = `llama3 explain: ${start.slice(0, 60)}`;
   const { count, total: whole, limit } = data.tokens;
   if (whole > count) {
     byId("bounded").hidden = false;
@@ -49,10 +51,13 @@ function followSections() {
   const observer = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (!entry.isIntersecting) continue;
-      for (const [id, link] of links) link.toggleAttribute("aria-current", id === entry.target.id);
+      for (const [id, link] of links) {
+        if (id === entry.target.id) link.setAttribute("aria-current", "true");
+        else link.removeAttribute("aria-current");
+      }
     }
   }, { rootMargin: "-30% 0px -65% 0px" });
-  for (const id of links.keys()) observer.observe(byId(id));
+  for (const node of [document.querySelector("header"), ...[...links.keys()].map(byId)]) observer.observe(node);
 }
 
 drawFacts();
