@@ -151,7 +151,10 @@ function cellMap(options) {
     const box = canvas.getBoundingClientRect();
     const column = Math.floor((event.clientX - box.left - left) / size);
     const row = Math.floor((event.clientY - box.top - top) / tall);
-    if (row >= 0 && row < rows && column >= 0 && column < columns && value(row, column) !== null) choose(row, column);
+    const [atRow, atColumn] = chosen();
+    const inside = row >= 0 && row < rows && column >= 0 && column < columns;
+    const moved = row !== atRow || column !== atColumn;
+    if (inside && moved && value(row, column) !== null) choose(row, column);
   }
 
   canvas.addEventListener("pointermove", point);
