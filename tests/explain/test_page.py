@@ -202,7 +202,7 @@ def test_axe_finds_nothing_serious(open_page: Opener, trace: Trace, axe: str) ->
     page.evaluate(axe)
     page.click("summary")
     for scheme in ("light", "dark"):
-        page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+        page.emulate_media(color_scheme=scheme)
         found: list[dict[str, Any]] = page.evaluate("axe.run().then((found) => found.violations)")
         serious = [rule for rule in found if rule["impact"] in ("serious", "critical")]
         assert [f"{rule['id']}: {node['html']}" for rule in serious for node in rule["nodes"]] == []
