@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llama.engine.request import Event, Generation, Request
     from llama.engine.sampling import Sampling
     from llama.engine.scoring import Perplexity
+    from llama.explain.trace import Trace
     from llama.generation import ChatPrediction, CompletionPrediction, Llama, Piece, Stream
     from llama.model import ModelArgs, Transformer
     from llama.text.tool_parser import ToolReply, parse_tool_calls
@@ -36,6 +37,7 @@ MODULES = {
     "engine.request": ["Event", "Generation", "Request"],
     "engine.sampling": ["Sampling"],
     "engine.scoring": ["Perplexity"],
+    "explain.trace": ["Trace"],
     "generation": ["ChatPrediction", "CompletionPrediction", "Llama", "Piece", "Stream"],
     "model": ["ModelArgs", "Transformer"],
     "text.tool_parser": ["ToolReply", "parse_tool_calls"],
@@ -64,6 +66,7 @@ __all__ = [
     "Tokenizer",
     "ToolCall",
     "ToolReply",
+    "Trace",
     "Transformer",
     "checkpoint_or_demo",
     "ensure_demo_model",

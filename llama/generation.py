@@ -18,7 +18,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mappin
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar, cast
 
 import torch
 from typing_extensions import Unpack
@@ -54,6 +54,9 @@ from llama.text.detokenizer import Detokenizer, check_stop
 from llama.text.grammar import json_object_grammar, json_schema_grammar, regex_grammar
 from llama.text.tool_prompt import Tool, ToolForm
 from llama.tokenizer import ChatFormat, Dialog, Message, Tokenizer
+
+if TYPE_CHECKING:
+    from llama.explain.trace import Trace
 
 __all__ = [
     "BuildOptions",
@@ -786,6 +789,43 @@ class Llama:
         ids = self.tokenizer.encode(text, bos=True, eos=False)
         size, bos = len(text.encode()), self.tokenizer.bos_id
         return perplexity(self.engine, ids, size, bos_id=bos, stride=stride, adapter=adapter)
+
+    def explain(
+        self,
+        prompt: str | Sequence[Message] | Sequence[int],
+        temperature: float = Sampling.temperature,
+        top_p: float = Sampling.top_p,
+        top_k: int = Sampling.top_k,
+        *,
+        min_p: float = Sampling.min_p,
+        max_tokens: int = 256,
+        adapter: str | None = None,
+    ) -> Trace:
+        """What the model computes for a prompt: tensors, a text (`str`) and a page (`save`).
+
+        The model is not changed, and may generate meanwhile. On one rank only.
+
+        Args:
+            prompt: a text, as `text_completion` takes it, a dialog to answer, or ids.
+            temperature, top_p, top_k, min_p: how the next token would be drawn, see `Sampling`.
+            max_tokens: of a longer prompt, the first so many tokens are computed, and a warning
+                is logged.
+            adapter: see `Request`.
+        """
+        from llama.explain.compute import trace_ids
+
+        how = Sampling(temperature, top_p, top_k, min_p)
+        if isinstance(prompt, str):
+            ids: Sequence[int] = self.tokenizer.encode(prompt, bos=True, eos=False)
+        elif isinstance(prompt, Mapping) or (
+            is_list(prompt) and any(isinstance(part, Mapping) for part in prompt)
+        ):
+            ids = self._chat_prompt(cast(Dialog, prompt), None, "json")
+        else:
+            ids = cast("Sequence[int]", prompt)
+        return trace_ids(
+            self.model, self.tokenizer, ids, how, max_tokens=max_tokens, adapter=adapter
+        )
 
     def json_grammar(self, schema: Mapping[str, Any] | bool | None = None) -> Grammar:
         """A `grammar=` for JSON that a JSON schema accepts; None: any JSON object.

@@ -23,6 +23,7 @@ from llama.commands.suggestions import too_many_words, unknown_verb, usage_messa
 # Heading of the help -> verb -> its module in llama/commands.
 VERBS = {
     "Generate text": {"chat": "chat", "complete": "generate", "perplexity": "generate"},
+    "Understand": {"explain": "explain"},
     "Evaluate": {"eval": "evaluate"},
     "Serve": {"serve": "serve"},
     "Checkpoints": {

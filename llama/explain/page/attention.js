@@ -1,0 +1,123 @@
+// Section 6: attention of a layer and a head. The maps are integers of one or two bytes.
+
+const maps = data.attention;
+const side = maps.tokens;
+const pairsOfMap = (side * (side + 1)) / 2;
+const weights = unpack(maps.data, maps.width);
+const perGroup = model.n_heads / model.kv_heads;
+
+function unpack(text, width) {
+  const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  if (width === 1) return bytes;
+  const view = new DataView(bytes.buffer);
+  return Uint16Array.from({ length: bytes.length / 2 }, (_, i) => view.getUint16(2 * i, true));
+}
+
+/** Weight of a key for a query; 0 for what is masked. `layer` counts the layers of this page. */
+function weightOf(layer, head, query, key) {
+  if (key > query) return 0;
+  const start = (layer * model.n_heads + head) * pairsOfMap;
+  return weights[start + (query * (query + 1)) / 2 + key] / (maps.width === 1 ? 255 : 65535);
+}
+
+/** A weight in words. What was rounded to 0 is not quite 0. */
+function weightWords(weight) {
+  const least = maps.width === 1 ? "< 0.2 %" : "< 0.01 %";
+  return weight === 0 ? least : percent(weight);
+}
+
+const looks = { query: side - 1, key: 0 };
+
+function lookInWords(query, key) {
+  const weight = weightWords(weightOf(state.layer, state.head, query, key));
+  return `Position ${query}, ${spoken(data.ids[query])}, reads ${weight} from position ${key}, ${spoken(data.ids[key])}`;
+}
+
+function drawAttention() {
+  state.layer = maps.layers.length >> 1;
+  const names = maps.layers.map((layer, i) => make("option", { value: i, selected: i === state.layer }, String(layer)));
+  const layer = make("select", { id: "layer", onchange: (event) => select({ layer: Number(event.target.value) }) }, names);
+  const heads = headButtons();
+  const map = cellMap({
+    label: "Attention, tokens that read down, tokens that are read across",
+    rows: side, columns: side, width: 600,
+    value: (row, column) => (column > row ? null : Math.sqrt(weightOf(state.layer, state.head, row, column))),
+    lastColumn: (row) => row,
+    rowName: (row) => shown(data.ids[row], 10),
+    columnName: (column) => shown(data.ids[column], 10),
+    chosen: () => [looks.query, looks.key],
+    choose: (query, key) => {
+      Object.assign(looks, { query, key });
+      select({ token: query });
+    },
+    words: lookInWords,
+  });
+  const title = make("h3", {});
+  const readout = make("p", { class: "readout", id: "attention-readout" });
+  const list = make("ul", { class: "bars narrow" });
+  const controls = make("div", { class: "row" }, make("label", { for: "layer" }, "Layer ", layer),
+    make("span", { class: "scale cool" }, "0", make("i"), "1"));
+  const beside = make("div", { class: "side" }, title, list, readout);
+  byId("attention-figure").append(controls, heads.node, make("div", { class: "beside" }, make("div", {}, map.canvas), beside));
+  redrawn(map.paint);
+  follow(() => {
+    if (state.token < side && looks.query !== state.token) {
+      looks.query = state.token;
+      looks.key = Math.min(looks.key, looks.query);
+    }
+    const row = Array.from({ length: looks.query + 1 }, (_, key) => [key, weightOf(state.layer, state.head, looks.query, key)]);
+    row.sort((one, other) => other[1] - one[1]);
+    title.replaceChildren(`Layer ${maps.layers[state.layer]}, head ${state.head}: what `, tokenAt(looks.query, 16), ` at ${looks.query} reads`);
+    list.replaceChildren(...row.slice(0, 8).map(([key, weight]) => {
+      const name = make("span", {}, make("span", { class: "soft" }, `${key} `), tokenAt(key, 14));
+      return bar(name, weight, weightWords(weight));
+    }));
+    readout.replaceChildren(`Position ${looks.query} `, tokenAt(looks.query, 16), ` reads ${weightWords(weightOf(state.layer, state.head, looks.query, looks.key))} from position ${looks.key} `, tokenAt(looks.key, 16), ".");
+    heads.mark();
+    map.paint();
+  });
+}
+
+/** A small map of every head of the layer, grouped by the KV head that they read. */
+function headButtons() {
+  const buttons = Array.from({ length: model.n_heads }, (_, head) =>
+    make("button", { type: "button", class: "head", role: "radio", onclick: () => select({ head }) },
+      make("canvas", { width: side, height: side, "aria-hidden": "true" }), `${head}`));
+  const group = (kv) => make("div", { class: "group" },
+    perGroup > 1 ? make("span", {}, `KV head ${kv}`) : null, make("div", {}, buttons.slice(kv * perGroup, (kv + 1) * perGroup)));
+  const node = make("div", { class: "groups", role: "radiogroup", "aria-label": "Head" },
+    Array.from({ length: model.kv_heads }, (_, kv) => group(kv)));
+  rove(node, () => buttons, (head) => select({ head }));
+  let painted = -1;
+
+  function paint() {
+    const size = Math.max(28, Math.min(48, Math.floor(900 / model.n_heads)));
+    buttons.forEach((button, head) => {
+      const canvas = button.firstChild;
+      canvas.style.width = canvas.style.height = `${size}px`;
+      const context = canvas.getContext("2d");
+      context.clearRect(0, 0, side, side);
+      context.fillStyle = colour(canvas, "accent");
+      for (let query = 0; query < side; query++) {
+        for (let key = 0; key <= query; key++) {
+          context.globalAlpha = Math.sqrt(weightOf(state.layer, head, query, key));
+          context.fillRect(key, query, 1, 1);
+        }
+      }
+    });
+    painted = state.layer;
+  }
+
+  function mark() {
+    if (painted !== state.layer) paint();
+    buttons.forEach((button, head) => {
+      const kv = Math.floor(head / perGroup);
+      button.setAttribute("aria-checked", head === state.head);
+      button.setAttribute("aria-label", perGroup > 1 ? `Head ${head}, KV head ${kv}` : `Head ${head}`);
+      button.tabIndex = head === state.head ? 0 : -1;
+    });
+  }
+
+  watched.add(paint);
+  return { node, mark };
+}

@@ -1,0 +1,46 @@
+// Section 8: the distribution of the next token at each step of sampling.
+
+function cutBy([, , tempered, limited, final]) {
+  if (final > 0) return "";
+  if (data.next.sampling.temperature < 1e-6) return "not the most probable";
+  if (tempered === 0) return "unused id";
+  if (limited > 0) return "cut by top-p";
+  const { top_k: k, min_p: p } = data.next.sampling;
+  return `cut by ${[k > 0 ? "top-k" : "", p > 0 ? "min-p" : ""].filter(Boolean).join(" or ")}`;
+}
+
+function drawNext() {
+  const { sampling, rows, left } = data.next;
+  const columns = ["model", "tempered", "drawn"];
+  const picks = [1, 2, 4];
+  const largest = Math.max(...rows.map((row) => Math.max(row[1], row[2], row[4])), 1e-9);
+  const cell = (p, words) => [
+    make("td", { class: "wide" }, track(p / largest)),
+    make("td", { class: words ? "number cut" : "number" }, words || percent(p)),
+  ];
+  const body = rows.map((row) => {
+    const cut = cutBy(row);
+    return make("tr", { class: cut ? "gone" : null },
+      make("th", { scope: "row" }, token(row[0], 24)),
+      picks.flatMap((pick) => cell(row[pick], pick === 4 ? cut : "")));
+  });
+  const head = make("tr", {}, make("th", { scope: "col" }, "token"),
+    columns.flatMap((name) => [make("td", { class: "wide" }), make("th", { scope: "col", class: "number" }, name)]));
+  const many = (count) => `${grouped(count)} ${count === 1 ? "token" : "tokens"}`;
+  const steps = [
+    `temperature ${sampling.temperature}: ${many(left[1])}`,
+    ...(sampling.top_k > 0 ? [`top-k ${sampling.top_k}`] : []),
+    ...(sampling.min_p > 0 ? [`min-p ${sampling.min_p}`] : []),
+    ...(sampling.top_k > 0 || sampling.min_p > 0 ? [`leaves ${many(left[2])}`] : []),
+    `top-p ${sampling.top_p}: ${many(left[3])}`,
+  ];
+  const summary = sampling.temperature < 1e-6
+    ? "Temperature 0 always takes the most probable token."
+    : `Of ${many(left[0])} with a chance, ${left[3] === 1 ? "one is" : `${grouped(left[3])} are`} left to draw from.`;
+  byId("next-figure").append(
+    make("p", { class: "readout" }, summary, make("span", { class: "soft" }, `  ${steps.join(" → ")}`)),
+    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Next tokens" },
+      make("table", { class: "next" },
+        make("caption", {}, `The ${rows.length} most probable tokens after `, tokenAt(Math.min(data.tokens.count, listed) - 1, 24)),
+        make("thead", {}, head), make("tbody", {}, body))));
+}

@@ -1,0 +1,126 @@
+"""The parts of a model in the order in which data flows: shape, parameters, bytes, operations.
+
+An operation is a multiplication or an addition of a matmul, so a linear of N outputs and K inputs
+does 2 N K for a token. Norms, rotations and gates are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+
+from llama.common.dtypes import dtype_name
+from llama.explain.skeleton import Shared, base_of, inputs_of, low_rank_of, outputs_of
+from llama.model import Transformer
+
+Shape = tuple[int, ...]
+# In a layer: name, what computes it in model.py, and the module of the layer whose output it is.
+LAYER = (
+    ("norm", "TransformerBlock.attention_norm", "attention_norm"),
+    ("queries", "Attention.wq", "attention.wq"),
+    ("keys", "Attention.wk", "attention.wk"),
+    ("values", "Attention.wv", "attention.wv"),
+    ("rotation", "apply_rotary_emb", ""),
+    ("attention", "DotProductAttention", "attention.core"),
+    ("output of attention", "Attention.wo", "attention.wo"),
+    ("norm", "TransformerBlock.ffn_norm", "ffn_norm"),
+    ("gate", "FeedForward.w1", "feed_forward.w1"),
+    ("up", "FeedForward.w3", "feed_forward.w3"),
+    ("SwiGLU", "FeedForward", ""),
+    ("down", "FeedForward.w2", "feed_forward.w2"),
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the model, for one prompt.
+
+    Attributes:
+        name, module: what it is, and the class, its member or the function of model.py.
+        shape: of its output, in one layer.
+        count: how many there are: 1, or one a layer.
+        parameters, bytes, operations: of all of them together.
+        storage: how its weights are stored, such as "bfloat16", "int8" or "int4 + LoRA".
+    """
+
+    name: str
+    module: str
+    shape: Shape
+    count: int = 1
+    parameters: int = 0
+    bytes: int = 0
+    operations: int = 0
+    storage: str = ""
+
+
+def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> list[Stage]:
+    """The stages of a plain copy.
+
+    Args:
+        shapes: {name of a module: shape of its output, without the row}. "rotation" and "SwiGLU"
+            are those of the rotated queries and of the inputs of w2.
+    """
+    args, embedding = model.params, model.tok_embeddings.weight
+    stages = [
+        Stage("ids", "Transformer.forward", (tokens,)),
+        Stage(
+            "embedding", "Transformer.tok_embeddings", shapes["tok_embeddings"], **kept(embedding)
+        ),
+    ]
+    for name, module, path in LAYER:
+        shape = shapes[f"layers.0.{path}" if path else name]
+        blocks = [block.get_submodule(path) if path else nn.Identity() for block in model.layers]
+        sizes = [sizes_of(part, tokens) for part in blocks]
+        total = {key: sum(size[key] for size in sizes) for key in sizes[0]}
+        if name == "attention":  # q k^T and weights times values, for all pairs of positions
+            total["operations"] = args.n_layers * 4 * tokens**2 * args.n_heads * args.head_dim
+        stages.append(
+            Stage(name, module, shape, args.n_layers, storage=storage(blocks[0]), **total)
+        )
+    stages.append(Stage("norm", "Transformer.norm", shapes["norm"], **kept(model.norm.weight)))
+    output = model.output
+    total, how = sizes_of(output, tokens), storage(output)
+    weight = getattr(base_of(output.linear), "weight", None) if isinstance(output, Shared) else None
+    if isinstance(weight, Tensor) and weight.data_ptr() == embedding.data_ptr():
+        total |= {"parameters": 0, "bytes": 0}
+        how = "the embedding's"
+    stages.append(Stage("output", "Transformer.output", shapes["output"], storage=how, **total))
+    return stages
+
+
+def kept(weight: Tensor) -> dict[str, Any]:
+    """What a `Stage` says of a weight."""
+    storage = dtype_name(weight.dtype)
+    return {"parameters": weight.numel(), "bytes": weight.nbytes, "storage": storage}
+
+
+def sizes_of(module: nn.Module, tokens: int) -> dict[str, Any]:
+    """Parameters and bytes of a module, and its operations for so many tokens."""
+    if not isinstance(module, Shared):
+        weights = list(module.parameters())
+        parameters, size = sum(w.numel() for w in weights), sum(w.nbytes for w in weights)
+        return {"parameters": parameters, "bytes": size, "operations": 0}
+    base, N, K = base_of(module.linear), outputs_of(module.linear), inputs_of(module.linear)
+    stored = sum(t.nbytes for t in chain(base.parameters(), base.buffers()))
+    extra = low_rank_of(module.linear)
+    matrices = sum(t.numel() for t in extra if t.dim() == 2)
+    return {
+        "parameters": module.outputs * K + sum(t.numel() for t in extra),
+        "bytes": stored * module.outputs // N + sum(t.nbytes for t in extra),
+        "operations": 2 * tokens * (module.outputs * K + matrices),
+    }
+
+
+def storage(module: nn.Module) -> str:
+    """How the weights of a module are stored; empty if it has none."""
+    if not isinstance(module, Shared):
+        weight = next(module.parameters(), None)
+        return "" if weight is None else dtype_name(weight.dtype)
+    base, adapted = base_of(module.linear), low_rank_of(module.linear)
+    weight = getattr(base, "weight", None)
+    plain = dtype_name(weight.dtype) if isinstance(weight, Tensor) else ""
+    return str(getattr(base, "scheme", plain)) + " + LoRA" * bool(adapted)

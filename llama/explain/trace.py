@@ -1,0 +1,70 @@
+"""`Trace`: what a model computed for one prompt, and how it is shown."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from llama.common.files import check_writable, replacing_file
+from llama.explain.page import embedded_page, page_of
+from llama.explain.record import Record
+from llama.explain.text import as_text
+
+
+class Trace(Record):
+    """A `Record` that shows itself: `str` for a terminal, a page for a browser and for Jupyter."""
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def __repr__(self) -> str:
+        args = self.args
+        return f"Trace({len(self.ids)} tokens, {args.n_layers} layers, {args.n_heads} heads)"
+
+    def _repr_html_(self) -> str:
+        return embedded_page(self)
+
+    def to_html(self) -> str:
+        """The page: one file under 2 MB that needs no other, for any browser."""
+        return page_of(self)
+
+    def save(self, path: str | Path, force: bool = False) -> Path:
+        """Write the page; it appears when it is complete. Returns its path.
+
+        Args:
+            force: replace a file that exists.
+
+        Raises:
+            FileExistsError: `path` exists, and not `force`.
+            OSError: it cannot be written.
+        """
+        path = check_output(path, force)
+        with replacing_file(path) as temporary:
+            temporary.write_text(self.to_html(), encoding="utf-8")
+        return path
+
+
+def check_output(path: str | Path, force: bool = False, how: str = "force=True") -> Path:
+    """The path of a page to write; its folder is created if it is missing.
+
+    Args:
+        force: a file that exists will be replaced.
+        how: what the user gives for that.
+
+    Raises:
+        FileExistsError: it exists, and not `force`; or it is a folder.
+        OSError: nothing can be written there.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder; give the name of a file in it")
+    if os.path.lexists(path) and not force:
+        raise FileExistsError(
+            f"{path} exists already; choose another name, or give {how} to replace it"
+        )
+    try:
+        check_writable(path.absolute().parent)
+    except OSError as e:
+        reason = e.strerror or str(e)
+        raise OSError(f"{path} cannot be written ({reason}); choose another folder") from None
+    return path
