@@ -134,7 +134,7 @@ def test_a_script_keeps_text(tmp_path: Path) -> None:
 
 
 def test_version_and_demo_folder(demo_dir: Path) -> None:
-    assert run("-m", "llama", "version").stdout.strip() == "0.6.0"
+    assert run("-m", "llama", "version").stdout.strip() == "0.7.0"
     assert run("-m", "llama", "demo").stdout.strip() == str(demo_dir)
 
 
