@@ -186,8 +186,8 @@ def spread(dialogs: Sequence[Any], count: int) -> list[Any]:
 
 def read_dialogs(path: str) -> list[list[dict[str, str]]]:
     """The messages of each line."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"] for line in lines]
+    with open(path, encoding="utf-8") as lines:  # text may have other ends of lines inside
+        return [json.loads(line)["messages"] for line in lines]
 
 
 def answers(
