@@ -5,8 +5,9 @@
 For each seed: `llama3 finetune`; then the model answers some of the training questions, and DPO on
 its merged weights prefers the data's solution to each answer that does not stop. Measured before,
 between and after: the loss of held-out answers, and how greedy answers to held-out questions end.
-What --work has is used again, so an interrupted benchmark goes on. Prints a table and one JSON
-line, which --out saves; --plot draws the losses of the first part.
+What --work has from the same --steps, --asked and --questions is used again, so an interrupted
+benchmark goes on. Prints a table and one JSON line, which --out saves; --plot draws the losses of
+the first part.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ def gsm8k(
         questions: held-out questions to answer, spread evenly.
         plot: a PNG to draw.
     """
-    base, folder = checkpoint_or_demo(checkpoint, None)[0], Path(work)
+    base = checkpoint_or_demo(checkpoint, None)[0]
+    folder = Path(work) / f"{steps}-updates-{asked}-asked-{questions}-questions"
     folder.mkdir(parents=True, exist_ok=True)
     held_out = spread(read_dialogs(val_data), questions)
-    numbers = [int(seed) for seed in str(seeds).strip("()").split(",")]
+    numbers = [int(seed) for seed in str(seeds).strip("()").split(",") if seed.strip()]
     found = [run_seed(base, folder, data, val_data, held_out, steps, asked, n) for n in numbers]
     if plot is not None:
         draw(numbers, [run.metrics for run in found], Path(plot))
@@ -175,6 +177,8 @@ def write_pairs(dialogs: Sequence[Any], answered: Path, pairs: Path) -> None:
         for dialog, (text, reason) in rows
         if reason != "stop"
     ]
+    if not found:
+        raise ValueError(f"every answer in {answered} stops, so DPO has nothing to learn")
     with replacing_file(pairs) as partial:
         partial.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
 

@@ -6,6 +6,8 @@ when they decode greedily, so that the lookup finds what follows: an upper bound
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 from benchmarks.gpu.decode import Decoding
@@ -29,18 +31,18 @@ def run(run: Run) -> None:
     room = sizes.contexts[0] + 4 * sizes.steps + 40
     model = random_model(sizes.shape, 1, room, run.device)
     optimize(model)
-    one = run.attempt("costs", costs, run, model)
-    eager = run.attempt("eager engine", Engine, model)
+    run.attempt("costs", costs, run, model)
+    eager, speed = run.attempt("eager engine", Engine, model), None
     if eager is not None:
-        run.attempt("eager gain", gain, run, eager, "eager", COSTS["gpu"])
+        speed = run.attempt("eager gain", gain, run, eager, "eager", COSTS["gpu"])
     compiled = run.attempt("compile", Decoding(run, "bf16", model, 1.0).compiled_engine)
     if compiled is not None:
-        run.attempt("compiled gain", gain, run, compiled, "compiled", COSTS["compiled"], one)
+        run.attempt("compiled gain", gain, run, compiled, "compiled", COSTS["compiled"], speed)
 
 
 @torch.inference_mode()
-def costs(run: Run, model: Transformer) -> float:
-    """Eager steps of so many positions after `contexts[0]` ids; seconds of one position."""
+def costs(run: Run, model: Transformer) -> None:
+    """Eager steps of so many positions after `contexts[0]` ids."""
     start, medians = run.sizes.contexts[0], []
     cache = model.new_cache(1, start + POSITIONS[-1])
     tokens = torch.tensor([prompt(model.vocab_size, start)], device=run.device)
@@ -53,21 +55,23 @@ def costs(run: Run, model: Transformer) -> float:
 
         step()
         times = host_seconds(step, run.device, GROUPS, max(1, run.sizes.steps // GROUPS))
-        medians.append(sorted(times)[len(times) // 2])
+        medians.append(statistics.median(times))
         row = f"eager, {n} position{'s' * (n > 1)}"
         run.figure(row, "step", "ms", [1e3 * t for t in times], "lower")
         run.figure(row, "relative", "", [medians[-1] / medians[0]], "lower")
-    return medians[0]
 
 
 def gain(
     run: Run, engine: Engine, how: str, table: tuple[float, ...], eager: float | None = None
-) -> None:
+) -> float:
     """Decode one prompt with and without prompt lookup, alternately.
 
     Args:
         table: the costs that decide how much is proposed.
-        eager: seconds of an eager step, to compare a compiled one with.
+        eager: tokens a second of eager decoding, to compare with.
+
+    Returns:
+        Tokens a second without lookup.
     """
     sizes = run.sizes
     request = Request(
@@ -87,7 +91,7 @@ def gain(
     row = f"{how}, with lookup"
     run.figure(row, "proposed", "", [answer.generation.proposed])
     run.figure(row, "accepted", "", [answer.generation.accepted])
+    speed = statistics.median(speeds["without"])
     if eager is not None:
-        run.figure(
-            f"{how}, without lookup", "step of eager's", "", [1 / speeds["without"][-1] / eager]
-        )
+        run.figure(f"{how}, without lookup", "step of eager's", "", [eager / speed], "lower")
+    return speed

@@ -128,7 +128,7 @@ def quantize(
     quantization = find_scheme(scheme)
     if calibration is not None:
         if not isinstance(calibration, Calibration):
-            raise TypeError(f"calibration must be a Calibration, not {calibration!r}")
+            raise TypeError(f"calibration must be a Calibration(text), not {calibration!r}")
         check_calibrated(quantization)
     src, dst = expand(src), expand(dst)
     source = open_for_conversion(src, dst)

@@ -62,5 +62,5 @@ def explain(
     if path is None:
         print_remark("--out report.html writes the whole page")
     else:
-        trace.save(path, force)
+        trace.save(path, force, "--force")
         print_remark(f"page written to {path}")

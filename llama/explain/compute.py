@@ -26,7 +26,7 @@ from llama.tokenizer import Tokenizer
 log = logging.getLogger("llama")
 MAX_TOKENS = 256  # tokens of a prompt that are computed
 LONGEST = 4096  # the largest max_tokens
-MAX_ATTENTION = 2**31  # bytes of all layers' attention weights
+MAX_BYTES = 2**31  # of all layers' attention weights and of the logits
 ONE_RANK = (
     "explain runs on one rank, because each of several has only a part of the heads; start one "
     "process, without torchrun"
@@ -53,25 +53,23 @@ def trace_ids(
     Raises:
         TypeError, ValueError: no such prompt or adapter; several ranks; logits that are not finite.
     """
-    check_ids(ids, model.vocab_size)
+    check_explainable(ids, model.vocab_size)
     check_adapter(adapter, adapter_names(model))
     args, total = model.params, len(ids)
-    room, limit = bound(args, max_tokens)
-    ids = list(ids[:room])
+    room, limit = token_limit(args, max_tokens)
+    ids = [int(i) for i in ids[:room]]
     if total > room:
-        log.warning(
-            "The prompt has %d tokens, and the first %d are explained; %s", total, room, limit
-        )
+        log.warning("Of the prompt's %d tokens, only the first %d; %s", total, room, limit)
     copy = plain_copy(model, adapter, len(ids))
-    heard = attach_hooks(copy)
+    collected = attach_hooks(copy)
     logits = logits_of(copy, ids)
-    passed = heard.tensors()
-    lens_ids, lens_probs = lens_of(copy, passed["residual"])
+    lens_ids, lens_probs = lens_of(copy, collected.tensors["residual"])
+    check_finite(lens_probs)
     unused = None if model.unused is None else model.unused.cpu()
     return Trace(
-        **tokens_of(tokenizer, ids),
-        **turns_of(args, len(ids)),
-        **passed,
+        **token_fields(tokenizer, ids),
+        **rotation_fields(args, len(ids)),
+        **collected.tensors,
         total=total,
         limit=limit if total > room else "",
         args=dataclasses.replace(args),
@@ -80,12 +78,12 @@ def trace_ids(
         lens_probs=lens_probs,
         logits=logits,
         logprobs=logprobs_of(logits, ids),
-        stages=stages_of(copy, heard.shapes, len(ids)),
+        stages=stages_of(copy, collected.shapes, len(ids)),
         next=next_token(logits[-1], sampling, unused),
     )
 
 
-def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+def check_explainable(ids: Sequence[int], vocab_size: int) -> None:
     """Raise a TypeError or a ValueError unless this rank is alone and these are a prompt's ids."""
     if tensor_parallel.size() > 1:
         raise ValueError(ONE_RANK)
@@ -96,15 +94,17 @@ def check_ids(ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(f"no token has the id {wrong[0]}; use 0 to {vocab_size - 1}")
 
 
-def bound(args: ModelArgs, max_tokens: int) -> tuple[int, str]:
+def token_limit(args: ModelArgs, max_tokens: int) -> tuple[int, str]:
     """How many tokens can be explained, and what to change to explain more."""
     if not 1 <= check_count("max_tokens", max_tokens) <= LONGEST:
         raise ValueError(f"max_tokens must be 1 to {LONGEST}, not {max_tokens}")
-    memory = math.isqrt(MAX_ATTENTION // (4 * args.n_layers * args.n_heads))
+    # The largest T with 4 (L H T^2 + V T) <= MAX_BYTES.
+    a, b, c = args.n_layers * args.n_heads, args.vocab_size, MAX_BYTES // 4
+    memory = (math.isqrt(b * b + 4 * a * c) - b) // (2 * a)
     return min(
         (max_tokens, "raise max_tokens to see more"),
         (args.max_seq_len, "build with a larger max_seq_len to see more"),
-        (max(memory, 1), "more would need over 2 GB for weights of attention"),
+        (max(memory, 1), "more would need over 2 GB for weights of attention and logits"),
         key=lambda limit: limit[0],
     )
 
@@ -118,22 +118,28 @@ def logits_of(model: Transformer, ids: list[int]) -> Tensor:
     """
     tokens = torch.tensor([ids], device=model.norm.weight.device)
     logits: Tensor = model(tokens).squeeze(0).cpu()
-    if not bool(logits.isfinite().all()):
+    check_finite(logits)
+    return logits
+
+
+def check_finite(found: Tensor) -> None:
+    """Raise a ValueError unless all numbers are finite."""
+    if not bool(found.isfinite().all()):
         raise ValueError(
             "the model's logits are not finite numbers; build it with dtype='fp32', and check the "
             "checkpoint with `llama3 verify`"
         )
-    return logits
 
 
 def logprobs_of(logits: Tensor, ids: list[int]) -> Tensor:
     """(T,) log p(token | tokens before it); NaN for the first."""
     following = torch.tensor(ids[1:], dtype=torch.int64).unsqueeze(1)
-    known = torch.log_softmax(logits[:-1], dim=-1).gather(-1, following).squeeze(1)
+    before = logits[:-1]
+    known = before.gather(-1, following).squeeze(1) - before.logsumexp(-1)
     return torch.cat([torch.full((1,), math.nan, dtype=torch.float32), known])
 
 
-def tokens_of(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
+def token_fields(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
     """Fields of a `Record` about the tokens."""
     special = frozenset(tokenizer.special_tokens.values())
     return {
@@ -144,7 +150,7 @@ def tokens_of(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
     }
 
 
-def turns_of(args: ModelArgs, tokens: int) -> dict[str, Any]:
+def rotation_fields(args: ModelArgs, tokens: int) -> dict[str, Any]:
     """Fields of a `Record` about rotations."""
     fields: dict[str, Any] = {}
     for prefix, scaled in (("", args.use_scaled_rope), ("unscaled_", False)):

@@ -5,7 +5,6 @@ Shapes: T tokens, L layers, H / K query / key-value heads, D head_dim.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,61 +17,66 @@ LENS = 5  # most probable ids that the logit lens keeps
 LENS_CHUNK = 64  # positions whose logits the lens holds at once
 
 
-@dataclass
-class Heard:
-    """What the hooks keep during one pass, one tensor a layer; and shapes of outputs."""
+class Collected:
+    """What hooks collect during one pass.
 
-    residual: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-    shapes: dict[str, Shape] = field(default_factory=dict)
+    Attributes:
+        tensors: fields of a `Record`; the first dimension counts layers, or states.
+        shapes: {name of a module: shape of its output, without the row}.
+    """
 
-    def tensors(self) -> dict[str, Any]:
-        """Fields of a `Record`."""
-        names = "residual", "attention", "keys", "values"
-        return {name: torch.stack(getattr(self, name)) for name in names}
+    def __init__(self) -> None:
+        self.tensors: dict[str, Any] = {}
+        self.shapes: dict[str, Shape] = {}
+
+    def keep(self, name: str, index: int, count: int, x: Tensor) -> None:
+        """Copy the only row of x to the place `index` of `count`, fp32 on the CPU."""
+        x = x.detach().squeeze(0)
+        if name not in self.tensors:
+            shape = count, *x.shape
+            self.tensors[name] = torch.empty(shape, dtype=torch.float32, device="cpu")
+        self.tensors[name][index] = x
+
+    def keep_shape(self, name: str, x: Tensor) -> None:
+        self.shapes.setdefault(name, tuple(x.shape[1:]))
 
 
-def kept(x: Tensor) -> Tensor:
-    """The only row of a batch, fp32 on the CPU."""
-    return x.detach().squeeze(0).float().cpu()
+def attach_hooks(model: Transformer) -> Collected:
+    """Hooks that collect the next pass of a plain copy."""
+    found, L = Collected(), len(model.layers)
 
-
-def attach_hooks(model: Transformer) -> Heard:
-    """Hooks that record the next pass of a plain copy."""
-    heard = Heard()
-
-    def shape_of(name: str, x: Tensor) -> None:
-        heard.shapes.setdefault(name, tuple(x.shape[1:]))
-
-    def note_shape(name: str) -> None:
+    def watch_shape(name: str) -> None:
         module = model.get_submodule(name)
-        module.register_forward_hook(lambda module, inputs, output: shape_of(name, output))
+        module.register_forward_hook(lambda module, inputs, output: found.keep_shape(name, output))
 
     for name in ("tok_embeddings", "norm", "output"):
-        note_shape(name)
+        watch_shape(name)
     for _, _, path in LAYER:
         if path:
-            note_shape(f"layers.0.{path}")
+            watch_shape(f"layers.0.{path}")
 
-    def stream(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        heard.residual.append(kept(output))
+    def watch_stream(module: nn.Module, state: int) -> None:
+        module.register_forward_hook(
+            lambda module, inputs, output: found.keep("residual", state, L + 1, output)
+        )
 
-    def core(module: DotProductAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
-        xq, keys, values, mask = inputs[:4]
-        shape_of("rotation", xq)
-        heard.keys.append(kept(keys))
-        heard.values.append(kept(values))
-        heard.attention.append(kept(attention_weights(module, xq, keys, mask)).transpose(0, 1))
+    def watch_core(module: nn.Module, layer: int) -> None:
+        def hook(module: DotProductAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
+            xq, keys, values, mask = inputs[:4]
+            found.keep_shape("rotation", xq)
+            weights = attention_weights(module, xq, keys, mask).transpose(1, 2)
+            for name, x in (("keys", keys), ("values", values), ("attention", weights)):
+                found.keep(name, layer, L, x)
 
-    model.tok_embeddings.register_forward_hook(stream)
-    for block in model.layers:
-        block.register_forward_hook(stream)
-        block.get_submodule("attention.core").register_forward_hook(core)
+        module.register_forward_hook(hook)
+
+    watch_stream(model.tok_embeddings, 0)
+    for i, block in enumerate(model.layers):
+        watch_stream(block, i + 1)
+        watch_core(block.get_submodule("attention.core"), i)
     down = model.layers[0].get_submodule("feed_forward.w2")
-    down.register_forward_pre_hook(lambda module, inputs: shape_of("SwiGLU", inputs[0]))
-    return heard
+    down.register_forward_pre_hook(lambda module, inputs: found.keep_shape("SwiGLU", inputs[0]))
+    return found
 
 
 def attention_weights(

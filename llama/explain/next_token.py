@@ -16,7 +16,7 @@ class NextToken:
 
     Attributes:
         sampling: the settings.
-        raw: the model's own.
+        raw: the model's own, without ids that have no token.
         tempered: after the temperature.
         limited: after top-k and min-p too.
         final: after top-p too: what is drawn from. With temperature 0 the last three are 1 for the

@@ -89,6 +89,7 @@ def page_data(record: Record) -> dict[str, Any]:
     shown, T = min(len(record.ids), TOKENS), len(record.ids)
     lens, following = lens_data(record), next_data(record)
     known = {*record.ids[:shown], *lens["ids"], *(row[0] for row in following["rows"])}
+    known.add(following["after"])
     logprobs = [None if math.isnan(x) else digits(x) for x in record.logprobs[:shown].tolist()]
     return {
         "model": model_data(record),
@@ -153,6 +154,7 @@ def next_data(record: Record) -> dict[str, Any]:
     steps = (found.raw, found.tempered, found.limited, found.final)
     top = found.raw.topk(min(NEXT, len(found.raw))).indices.tolist()
     return {
+        "after": record.ids[-1],
         "sampling": {
             "temperature": how.temperature,
             "top_k": how.top_k,

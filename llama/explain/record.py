@@ -29,7 +29,8 @@ class Record:
         limit: what to change to get more of them, if it was bounded.
         args, dtype: the model's sizes; the dtype in which it computes and caches.
         residual: (L + 1, T, dim): the stream into layers 0, 1, ..., and out of the last.
-        attention: (L, H, T, T): weights of each query (third) over the keys; rows sum to one.
+        attention: (L, H, T, T): weights of each query (third) over the keys; rows sum to one,
+            up to the rounding of `dtype`.
         keys, values: (L, T, K, D): what the cache holds; keys are rotated.
         lens_ids, lens_probs: (L + 1, T, 5): the most probable ids (int64) if the final norm and the
             output came right after each state of `residual`. The last are the model's own.

@@ -14,7 +14,15 @@ from llama.common.meta_device import without_memory
 from llama.layers.adapter_rows import AdapterRows, LowRank, MultiLoRALinear, adapters_of
 from llama.layers.joined import JoinedFeedForward, JoinedHeads
 from llama.layers.lora import LoRALinear
-from llama.model import Attention, FeedForward, Transformer
+from llama.model import (
+    Attention,
+    DotProductAttention,
+    FeedForward,
+    Layers,
+    RMSNorm,
+    Transformer,
+    TransformerBlock,
+)
 
 
 class Shared(nn.Module):
@@ -70,8 +78,9 @@ def plain_copy(model: Transformer, adapter: str | None = None, room: int = 1) ->
         room: most positions.
 
     Raises:
-        ValueError: there is no such adapter.
+        ValueError: there is no such adapter; or see `check_known`.
     """
+    check_known(model)
     with without_memory():
         copy = Transformer(replace(model.params, max_seq_len=room))
     chosen = adapters_of(model)
@@ -88,19 +97,77 @@ def plain_copy(model: Transformer, adapter: str | None = None, room: int = 1) ->
     copy.tok_embeddings.weight = model.tok_embeddings.weight
     for block, loaded in zip(copy.layers, model.layers, strict=True):
         for name in ("attention_norm", "ffn_norm"):
-            block.get_submodule(name).weight = loaded.get_submodule(name).weight
-        for part, linears in linears_of(loaded).items():
+            share_norm(block.get_submodule(name), loaded.get_submodule(name))
+        for part, linears in places_of_linears(loaded).items():
             for name, place in linears.items():
                 setattr(block.get_submodule(part), name, shared(*place))
-    copy.norm.weight = model.norm.weight
+    share_norm(copy.norm, model.norm)
     copy.output = shared(model.output)  # type: ignore[assignment]
     return copy
+
+
+def share_norm(norm: nn.Module, loaded: nn.Module) -> None:
+    norm.weight, norm.eps = loaded.weight, loaded.eps
+
+
+BLOCK: dict[str, type[nn.Module]] = {
+    "": TransformerBlock,
+    "attention": Attention,
+    "attention.core": DotProductAttention,
+    "feed_forward": FeedForward,
+    "attention_norm": RMSNorm,
+    "ffn_norm": RMSNorm,
+}
+
+
+def check_known(model: Transformer) -> None:
+    """Check that the model has the modules that `Llama.build` makes, and no hooks on them.
+
+    A copy of another model would compute something else. Linears may have hooks: they are run.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if len(model.layers) != model.params.n_layers:
+        raise ValueError(
+            f"explain needs all {model.params.n_layers} layers of the model, and it has "
+            f"{len(model.layers)}; build it anew"
+        )
+    check_module("the model", model, Transformer)
+    check_module("tok_embeddings", model.tok_embeddings, nn.Embedding)
+    check_module("layers", model.layers, Layers)
+    check_module("norm", model.norm, RMSNorm)
+    check_module("output", model.output)
+    for i, block in enumerate(model.layers):
+        for path, kind in BLOCK.items():
+            module = dict(block.named_modules()).get(path, nn.Identity())
+            check_module(f"layers.{i}.{path}".rstrip("."), module, kind)
+        for part in ("attention", "feed_forward"):
+            for name, module in block.get_submodule(part).named_children():
+                if name.startswith("w"):
+                    check_module(f"layers.{i}.{part}.{name}", module)
+
+
+def check_module(name: str, module: nn.Module, kind: type[nn.Module] | None = None) -> None:
+    """Raise a ValueError unless this is a module of the library, a `kind` without hooks.
+
+    Args:
+        kind: None: a linear, which may have hooks.
+    """
+    ours = type(module).__module__.startswith("llama.") or type(module) in (nn.Linear, nn.Embedding)
+    if not ours or not isinstance(module, kind or nn.Module):
+        raise ValueError(
+            f"explain knows the modules that Llama.build makes, and {name} is a "
+            f"{type(module).__name__}; build the model anew"
+        )
+    if kind is not None and (module._forward_hooks or module._forward_pre_hooks):
+        raise ValueError(f"explain would not run the hooks on {name}; remove them first")
 
 
 Place = tuple[nn.Module] | tuple[nn.Module, int, int]
 
 
-def linears_of(block: nn.Module) -> dict[str, dict[str, Place]]:
+def places_of_linears(block: nn.Module) -> dict[str, dict[str, Place]]:
     """{"attention": {"wq": (linear,) or (joined linear, first output, outputs), ...}, ...}."""
     attention, feed_forward = block.get_submodule("attention"), block.get_submodule("feed_forward")
     assert isinstance(attention, Attention) and isinstance(feed_forward, FeedForward)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llama.common.dtypes import dtype_name
 from llama.explain.skeleton import Shared, base_of, inputs_of, low_rank_of, outputs_of
+from llama.layers.quantized_linear import BlockLinear
 from llama.model import Transformer
 
 Shape = tuple[int, ...]
@@ -44,7 +45,7 @@ class Stage:
         shape: of its output, in one layer.
         count: how many there are: 1, or one a layer.
         parameters, bytes, operations: of all of them together.
-        storage: how its weights are stored, such as "bfloat16", "int8" or "int4 + LoRA".
+        storage: how its weights are stored, such as "bfloat16", "int8", "int4 + LoRA" or "int6".
     """
 
     name: str
@@ -68,7 +69,10 @@ def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> l
     stages = [
         Stage("ids", "Transformer.forward", (tokens,)),
         Stage(
-            "embedding", "Transformer.tok_embeddings", shapes["tok_embeddings"], **kept(embedding)
+            "embedding",
+            "Transformer.tok_embeddings",
+            shapes["tok_embeddings"],
+            **weight_fields(embedding),
         ),
     ]
     for name, module, path in LAYER:
@@ -78,10 +82,11 @@ def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> l
         total = {key: sum(size[key] for size in sizes) for key in sizes[0]}
         if name == "attention":  # q k^T and weights times values, for all pairs of positions
             total["operations"] = args.n_layers * 4 * tokens**2 * args.n_heads * args.head_dim
-        stages.append(
-            Stage(name, module, shape, args.n_layers, storage=storage(blocks[0]), **total)
-        )
-    stages.append(Stage("norm", "Transformer.norm", shapes["norm"], **kept(model.norm.weight)))
+        how = ", ".join(dict.fromkeys(map(storage, blocks)))
+        stages.append(Stage(name, module, shape, args.n_layers, storage=how, **total))
+    stages.append(
+        Stage("norm", "Transformer.norm", shapes["norm"], **weight_fields(model.norm.weight))
+    )
     output = model.output
     total, how = sizes_of(output, tokens), storage(output)
     weight = getattr(base_of(output.linear), "weight", None) if isinstance(output, Shared) else None
@@ -92,7 +97,7 @@ def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> l
     return stages
 
 
-def kept(weight: Tensor) -> dict[str, Any]:
+def weight_fields(weight: Tensor) -> dict[str, Any]:
     """What a `Stage` says of a weight."""
     storage = dtype_name(weight.dtype)
     return {"parameters": weight.numel(), "bytes": weight.nbytes, "storage": storage}
@@ -123,4 +128,5 @@ def storage(module: nn.Module) -> str:
     base, adapted = base_of(module.linear), low_rank_of(module.linear)
     weight = getattr(base, "weight", None)
     plain = dtype_name(weight.dtype) if isinstance(weight, Tensor) else ""
-    return str(getattr(base, "scheme", plain)) + " + LoRA" * bool(adapted)
+    how = f"int{base.bits}" if isinstance(base, BlockLinear) else getattr(base, "scheme", plain)
+    return f"{how} + LoRA" if adapted else str(how)

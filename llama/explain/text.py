@@ -20,7 +20,7 @@ GROUPS = {  # of stages
 }
 
 
-def as_text(record: Record) -> str:
+def terminal_text(record: Record) -> str:
     """The short form of a page."""
     parts = [header, tokens, shapes, sizes, cache, lens, following]
     return "\n\n".join("\n".join(part(record)) for part in parts)
@@ -130,10 +130,11 @@ def percent(p: float, zero: str = "0 %") -> str:
 
 def short(number: int) -> str:
     """Three digits and a prefix of a unit: "23 k"."""
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number} "
+    units = ("k", 10**3), ("M", 10**6), ("G", 10**9), ("T", 10**12), ("P", 10**15)
+    if number < 1000:
+        return f"{number} "
+    unit, size = next((u for u in units if number / u[1] < 999.5), units[-1])
+    return f"{number / size:.3g} {unit}"
 
 
 def aligned(rows: Sequence[Sequence[str]], sides: str) -> list[str]:

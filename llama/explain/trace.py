@@ -8,14 +8,16 @@ from pathlib import Path
 from llama.common.files import check_writable, replacing_file
 from llama.explain.page import embedded_page, page_of
 from llama.explain.record import Record
-from llama.explain.text import as_text
+from llama.explain.text import terminal_text
+
+LONGEST_NAME = 200  # bytes; while a page is written, its name is longer
 
 
 class Trace(Record):
     """A `Record` that shows itself: `str` for a terminal, a page for a browser and for Jupyter."""
 
     def __str__(self) -> str:
-        return as_text(self)
+        return terminal_text(self)
 
     def __repr__(self) -> str:
         args = self.args
@@ -28,17 +30,18 @@ class Trace(Record):
         """The page: one file under 2 MB that needs no other, for any browser."""
         return page_of(self)
 
-    def save(self, path: str | Path, force: bool = False) -> Path:
+    def save(self, path: str | Path, force: bool = False, how: str = "force=True") -> Path:
         """Write the page; it appears when it is complete. Returns its path.
 
         Args:
             force: replace a file that exists.
+            how: see `check_output`.
 
         Raises:
             FileExistsError: `path` exists, and not `force`.
             OSError: it cannot be written.
         """
-        path = check_output(path, force)
+        path = check_output(path, force, how)
         with replacing_file(path) as temporary:
             temporary.write_text(self.to_html(), encoding="utf-8")
         return path
@@ -52,12 +55,17 @@ def check_output(path: str | Path, force: bool = False, how: str = "force=True")
         how: what the user gives for that.
 
     Raises:
-        FileExistsError: it exists, and not `force`; or it is a folder.
+        FileExistsError: it exists, and not `force`; or it is a folder, a device or a pipe.
+        ValueError: no file can have this name.
         OSError: nothing can be written there.
     """
     path = Path(path).expanduser()
+    if "\0" in str(path) or len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ValueError(f"no file can have the name {path.name[:40]!r}...; choose a shorter one")
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no regular file; choose another name")
     if os.path.lexists(path) and not force:
         raise FileExistsError(
             f"{path} exists already; choose another name, or give {how} to replace it"

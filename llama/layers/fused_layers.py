@@ -22,6 +22,7 @@ from llama.layers.quantized_linear import BlockLinear, Int4Linear, Int8Linear
 from llama.model import CacheSlice, KVCache, Layers, TransformerBlock
 
 MAX_ROWS = 16  # B x T; as in kernels/layers.cpp
+LOOKS = 100  # steps that look for hooks: torch counts a hook before it is in its module's table
 # The linears that the operator knows: its name of the kind, and their tensors in its order.
 LINEARS: dict[type[nn.Module], tuple[str, tuple[str, ...]]] = {
     KernelLinear: ("plain", ("weight",)),
@@ -75,7 +76,8 @@ class Operator:
 
     def __init__(self, layers: Layers):
         self._tables, self._values = list(_tables(layers)), _values(_tables(layers))
-        self._hooks, self._hooks_made = list(_hooks(layers)), RemovableHandle.next_id
+        self._hooks_made, self._looks = RemovableHandle.next_id, LOOKS
+        self._hooks = list(_hooks(layers))
         self._hooked = any(self._hooks)
         self._layers: Any = None
         self._dtype: torch.dtype | None = None
@@ -90,9 +92,11 @@ class Operator:
         values = _values(self._tables)
         if len(values) != len(self._values) or not all(map(is_, values, self._values)):
             return False
-        if not self._hooked and self._hooks_made == RemovableHandle.next_id:
-            return True  # no module anywhere has got a hook since
-        self._hooks_made = RemovableHandle.next_id
+        if self._hooks_made != RemovableHandle.next_id:  # a module somewhere gets a hook
+            self._hooks_made, self._looks = RemovableHandle.next_id, LOOKS
+        if not self._hooked and not self._looks:
+            return True
+        self._looks = max(0, self._looks - 1)
         return self._hooked == any(self._hooks)
 
     def supports(self, dtype: torch.dtype, cache: Sequence[KVCache]) -> bool:

@@ -137,7 +137,7 @@ def test_impossible(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not list(tmp_path.iterdir())
 
     fails(ValueError, "a calibration is for int4; int8 loses too little", "int8", SMALL)
-    fails(TypeError, "calibration must be a Calibration, not 64", "int4", 64)
+    fails(TypeError, r"calibration must be a Calibration\(text\), not 64", "int4", 64)
     short = Calibration("Hello", max_seq_len=64)
     fails(ValueError, "text has 5 tokens, and a window needs 63; give more", "int4", short)
     with monkeypatch.context() as patch:

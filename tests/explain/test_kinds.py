@@ -46,8 +46,8 @@ def total(trace: Trace, key: str) -> int:
 def folders(
     bases: dict[str, Path], tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path
 ) -> dict[str, Path]:
-    """The bases, and one with sizes that int4 can store."""
-    wide = tiny_checkpoint(vocab_size=512, multiple_of=64)
+    """The bases, and one with scaled RoPE and sizes that int4 can store."""
+    wide = tiny_checkpoint(vocab_size=512, multiple_of=64, use_scaled_rope=True)
     shutil.copy(byte_tokenizer_path, wide / "tokenizer.model")
     return bases | {"wide": wide}
 
@@ -71,6 +71,7 @@ def adapters(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         ("meta", {"quantize": "int8"}, "int8", 1e-4),
         ("wide", {"quantize": "int4"}, "int4", 1e-4),
         ("tied meta", {"quantize": "int8", "dtype": "bf16"}, "int8", 0.15),
+        ("wide", {"dtype": "fp16"}, "float16", 0.02),
     ],
     ids=str,
 )
@@ -88,6 +89,8 @@ def test_checkpoints(
         assert total(trace, "parameters") == whole - tied * 512 * 64
         kinds = {stage.module: stage.storage for stage in trace.stages}
         assert kinds["Attention.wq"] == storage
+        if storage == "int4":
+            assert kinds["Transformer.output"] == "int6"
         assert (kinds["Transformer.output"] == "the embedding's") == tied
         assert storage in trace.to_html() and torch.isfinite(trace.attention).all()
 

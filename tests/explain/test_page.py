@@ -178,6 +178,21 @@ def test_a_bounded_prompt_and_one_token(open_page: Opener, tiny: Llama) -> None:
     assert page.locator(".chip").count() == 1 and shown_weight(page) == 1
 
 
+def test_a_cold_draw_after_many_tokens(open_page: Opener, tiny: Llama) -> None:
+    """More tokens than are listed; probabilities that a low temperature makes zero."""
+    ids = [*range(3, 503), 72, 105]
+    tiny.model.unused = torch.tensor([int(tiny.explain(ids, max_tokens=512).logits[-1].argmax())])
+    try:
+        trace = tiny.explain(ids, temperature=0.001, max_tokens=512)
+    finally:
+        tiny.model.unused = None
+    page = open_page(trace)
+    last = trace.pieces[-1].decode()
+    expect(page.locator(".next caption bdi")).to_have_text(last)
+    words = page.locator(".next .cut").all_inner_texts()
+    assert "no chance at this temperature" in words and "unused id" not in words
+
+
 def test_a_telephone(open_page: Opener, trace: Trace) -> None:
     page = open_page(trace, viewport={"width": 360, "height": 640}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360

@@ -140,6 +140,26 @@ def test_a_page_is_below_two_megabytes(trace: Trace, layers: int, heads: int, to
         assert len(data["attention"]["layers"]) == 32 and shown == 40
 
 
+def test_the_token_before_the_next_is_known(trace: Trace) -> None:
+    """Also if it is not among those that are listed."""
+    found = large(trace, 2, 2, 700)
+    data = data_of(found.to_html())
+    assert len(data["ids"]) < 700 and data["next"]["after"] == found.ids[-1]
+    assert str(found.ids[-1]) in data["texts"]
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "a\0b"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"no file can have the name .*; choose a shorter one"):
+        check_output(tmp_path / name)
+
+
+def test_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="pipe is no regular file; choose another name"):
+        check_output(tmp_path / "pipe", force=True)
+
+
 def test_saving(trace: Trace, tmp_path: Path) -> None:
     path = trace.save(tmp_path / "new" / "page.html")
     assert path.read_text("utf-8") == trace.to_html() and os.listdir(path.parent) == ["page.html"]

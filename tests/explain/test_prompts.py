@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from llama import Llama
@@ -22,7 +23,7 @@ def test_a_long_prompt_is_bounded(tiny: Llama, trace: Trace, caplog: Any) -> Non
     """The first tokens have the numbers that they have in the whole prompt."""
     with caplog.at_level(logging.WARNING, "llama"):
         short = tiny.explain(IDS, max_tokens=5)
-    assert "has 8 tokens, and the first 5 are explained; raise max_tokens" in caplog.text
+    assert "Of the prompt's 8 tokens, only the first 5; raise max_tokens" in caplog.text
     assert short.ids == IDS[:5] and short.total == 8
     near(short.attention, trace.attention[:, :, :5, :5], 1e-6)
     near(short.logits, trace.logits[:5], 1e-5)
@@ -32,9 +33,9 @@ def test_a_long_prompt_is_bounded(tiny: Llama, trace: Trace, caplog: Any) -> Non
 
 
 def test_memory_bounds_the_tokens(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(computing, "MAX_ATTENTION", 4 * 2 * 4 * 6 * 6)
+    monkeypatch.setattr(computing, "MAX_BYTES", 4 * (2 * 4 * 6 * 6 + 512 * 6))
     trace = tiny.explain(IDS)
-    assert len(trace.ids) == 6 and "weights of attention" in trace.limit
+    assert len(trace.ids) == 6 and "weights of attention and logits" in trace.limit
 
 
 def test_prompts_of_each_kind(tiny: Llama) -> None:
@@ -44,6 +45,11 @@ def test_prompts_of_each_kind(tiny: Llama) -> None:
     assert trace.ids == tiny.formatter.encode_dialog_prompt(dialog) and any(trace.special)
     assert tiny.explain("Hi").ids == tiny.tokenizer.encode("Hi")
     assert repr(trace).startswith("Trace(") and "logit lens" in str(trace)
+
+
+def test_ids_of_numpy(tiny: Llama) -> None:
+    numbers: Any = [np.int64(i) for i in IDS]
+    assert len(tiny.explain(numbers).to_html()) > 1000
 
 
 def test_one_token_and_an_empty_text(tiny: Llama) -> None:

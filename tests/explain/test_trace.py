@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import llama.model
 from llama import Llama, ModelArgs, Sampling, Transformer
 from llama.engine.sampling import sample
+from llama.explain import hooks
 from llama.explain.hooks import attention_weights
 from llama.explain.trace import Trace
 from llama.model import DotProductAttention
@@ -87,6 +88,15 @@ def test_the_lens(trace: Trace, oracle: plain.Computed, folder: Path) -> None:
     last = torch.softmax(trace.logits, -1).topk(5)
     near(trace.lens_probs[-1], last.values, 1e-6)
     assert torch.equal(trace.lens_ids[-1], last.indices)
+
+
+def test_the_lens_of_many_tokens(tiny: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than have their logits at once."""
+    monkeypatch.setattr(hooks, "LENS_CHUNK", 3)
+    trace = tiny.explain(IDS)
+    last = torch.softmax(trace.logits, -1).topk(5)
+    near(trace.lens_probs[-1], last.values, 1e-6)
+    assert torch.equal(trace.lens_ids[-1], last.indices) and trace.lens_ids.shape == (3, 8, 5)
 
 
 def test_logprobs_are_those_of_score(tiny: Llama) -> None:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llama.layers import kernels
-from llama.layers.fused_layers import FusedLayers, Operator
+from llama.layers.fused_layers import LOOKS, FusedLayers, Operator
 from llama.layers.kernel_modules import KernelLinear
 from llama.layers.lora import add_lora
 from llama.layers.lora_config import LoRAConfig
@@ -239,6 +240,29 @@ def test_what_it_does_not_know_runs_block_by_block(ops: object) -> None:
     model = build(Shape(), torch.bfloat16)
     model.layers(h, freqs_cis, mask, cache, at)
     assert model.layers._operator is None  # gradients need the blocks
+
+
+def test_a_hook_that_is_being_made_is_seen(ops: object) -> None:
+    """torch counts a hook before it is in its module's table; a step may come between the two."""
+    model = build(Shape(), torch.bfloat16)
+    h, cache = torch.randn(1, 1, 96).bfloat16(), filled(model, 1)
+    place = model.locate((1, 1), 3, cache)
+    seen: list[Any] = []
+    with torch.no_grad():
+        for _ in range(LOOKS + 1):
+            model.layers(h, *place[:2], cache, place[2])
+        RemovableHandle.next_id += 1
+        for _ in range(2):
+            model.layers(h, *place[:2], cache, place[2])
+        hooks = model.layers[1]._forward_hooks
+        hooks[RemovableHandle.next_id - 1] = lambda *found: seen.append(found)
+        model.layers(h, *place[:2], cache, place[2])
+        assert len(seen) == 1
+        hooks.clear()
+        model.layers(h, *place[:2], cache, place[2])
+        operator = model.layers._operator
+        assert isinstance(operator, Operator) and operator.supports(torch.bfloat16, cache)
+        assert len(seen) == 1
 
 
 def test_blocks_that_differ_run_one_by_one(ops: object) -> None:

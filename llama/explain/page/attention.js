@@ -38,7 +38,7 @@ function drawAttention() {
   const names = maps.layers.map((layer, i) => make("option", { value: i, selected: i === state.layer }, String(layer)));
   const layer = make("select", { id: "layer", onchange: (event) => select({ layer: Number(event.target.value) }) }, names);
   const heads = headButtons();
-  const map = cellMap({
+  const map = new CellMap({
     label: "Attention, tokens that read down, tokens that are read across",
     rows: side, columns: side, width: 600,
     value: (row, column) => (column > row ? null : Math.sqrt(weightOf(state.layer, state.head, row, column))),
@@ -59,7 +59,7 @@ function drawAttention() {
     make("span", { class: "scale cool" }, "0", make("i"), "1"));
   const beside = make("div", { class: "side" }, title, list, readout);
   byId("attention-figure").append(controls, heads.node, make("div", { class: "beside" }, make("div", {}, map.canvas), beside));
-  redrawn(map.paint);
+  redrawn(() => map.paint());
   follow(() => {
     if (state.token < side && looks.query !== state.token) {
       looks.query = state.token;

@@ -37,7 +37,7 @@ const UNITS = [[1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]];
 
 /** Three digits and a unit: "23 kB". */
 function short(number, unit = "") {
-  const [size, prefix] = UNITS.find(([limit]) => number >= limit) ?? [1, ""];
+  const [size, prefix] = UNITS.find(([limit]) => number >= 0.9995 * limit) ?? [1, ""];
   const digits = Number((number / size).toPrecision(3));
   return `${digits}${prefix || unit ? " " : ""}${prefix}${unit}`;
 }
@@ -92,7 +92,7 @@ function shown(id, most = 24) {
 function spoken(id) {
   const text = textOf(id);
   if (text === null) return `bytes ${hex(bytesOf(id))}`;
-  return text.trim() === "" || UNSEEN.test(text) ? shown(id) : text.trim();
+  return text.trim() === "" || text.search(UNSEEN) >= 0 ? shown(id) : text.trim();
 }
 
 /** A token as an element; its spaces are pale. */
@@ -105,7 +105,7 @@ const tokenAt = (position, most) => token(data.ids[position], most);
 
 /** What screen readers skip, and what only they read. */
 const hide = (node) => fill(node, { "aria-hidden": "true" }, []);
-const said = (text) => make("span", { class: "hidden-text" }, text);
+const forReaders = (text) => make("span", { class: "hidden-text" }, text);
 
 // What is selected: the same token in every section.
 const state = { token: listed - 1, layer: 0, head: 0, pair: 0 };

@@ -55,39 +55,43 @@ const colour = (node, name) => {
 };
 
 /**
- * A map of cells, by mouse, touch and arrow keys.
+ * A map of cells, by mouse, touch and arrow keys: its canvas, and paint().
  *
  * options: label; rows, columns; value(row, column) from -1 to 1, or null for no cell;
  * rowName(row), columnName(column), or none; chosen() gives [row, column]; choose(row, column);
  * words(row, column) for screen readers; aspect: height of a cell over its width.
  */
-function cellMap(options) {
-  const { rows, columns, value, chosen, choose, words, aspect = 1 } = options;
-  const canvas = make("canvas", {
-    class: "big", tabindex: "0", role: "application", "aria-roledescription": "map",
-    "aria-label": `${options.label}. Arrow keys move.`,
-  });
-  let size = 8;
-  let tall = 8;
-  let left = 0;
-  let top = 0;
-
-  function layOut() {
-    const parent = canvas.parentElement;
-    const width = Math.max(160, Math.min(options.width ?? 640, parent?.clientWidth || 640));
-    const named = options.rowName && rows <= 64;
-    left = named ? 84 : 0;
-    top = options.columnName && columns <= 64 ? 84 : 0;
-    size = Math.max(2, Math.min(options.largest ?? 26, Math.floor((width - left - 2) / columns)));
-    if (named && size < 9) {
-      left = top = 0;
-      size = Math.max(2, Math.min(26, Math.floor((width - 2) / columns)));
-    }
-    tall = Math.max(2, Math.round(size * aspect));
+class CellMap {
+  constructor(options) {
+    this.options = options;
+    this.canvas = make("canvas", {
+      class: "big", tabindex: "0", role: "application", "aria-roledescription": "map",
+      "aria-label": `${options.label}. Arrow keys move.`,
+      onpointermove: (event) => this.point(event),
+      onpointerdown: (event) => this.point(event),
+      onkeydown: (event) => this.press(event),
+    });
   }
 
-  function paint() {
-    layOut();
+  /** Set the size of cells and the room for names. */
+  layOut() {
+    const { rows, columns, width = 640, largest = 26, aspect = 1 } = this.options;
+    const room = Math.max(160, Math.min(width, this.canvas.parentElement?.clientWidth || 640));
+    const named = this.options.rowName && rows <= 64;
+    this.left = named ? 84 : 0;
+    this.top = this.options.columnName && columns <= 64 ? 84 : 0;
+    this.size = Math.max(2, Math.min(largest, Math.floor((room - this.left - 2) / columns)));
+    if (named && this.size < 9) {
+      this.left = this.top = 0;
+      this.size = Math.max(2, Math.min(26, Math.floor((room - 2) / columns)));
+    }
+    this.tall = Math.max(2, Math.round(this.size * aspect));
+  }
+
+  paint() {
+    this.layOut();
+    const { canvas, left, top, size, tall } = this;
+    const { rows, columns } = this.options;
     const wide = left + size * columns + 2;
     const high = top + tall * rows + 2;
     const ratio = window.devicePixelRatio || 1;
@@ -98,7 +102,14 @@ function cellMap(options) {
     const context = canvas.getContext("2d");
     context.scale(ratio, ratio);
     context.direction = "ltr";
-    const [hot, cold, soft, ink, panel] = ["accent", "warm", "soft", "ink", "panel"].map((name) => colour(canvas, name));
+    this.paintCells(context);
+    this.paintNames(context);
+  }
+
+  paintCells(context) {
+    const { canvas, left, top, size, tall } = this;
+    const { rows, columns, value, chosen } = this.options;
+    const [hot, cold, panel] = ["accent", "warm", "panel"].map((name) => colour(canvas, name));
     const gap = size >= 8 ? 1 : 0;
     for (let row = 0; row < rows; row++) {
       for (let column = 0; column < columns; column++) {
@@ -118,55 +129,58 @@ function cellMap(options) {
     context.strokeStyle = cold;
     context.lineWidth = 2;
     context.strokeRect(left + atColumn * size - 0.5, top + atRow * tall - 0.5, size, tall);
+  }
+
+  paintNames(context) {
+    const { canvas, left, top, size, tall } = this;
+    const { rows, columns, rowName, columnName, chosen } = this.options;
+    const [soft, ink] = ["soft", "ink"].map((name) => colour(canvas, name));
+    const [atRow, atColumn] = chosen();
     context.font = `${Math.min(12, Math.max(9, size - 2))}px ui-monospace, Menlo, Consolas, monospace`;
     context.textBaseline = "middle";
-    if (left) {
-      context.textAlign = "right";
-      for (let row = 0; row < rows; row++) {
-        context.fillStyle = row === atRow ? ink : soft;
-        context.fillText(options.rowName(row), left - 6, top + (row + 0.5) * tall);
-      }
+    context.textAlign = "right";
+    for (let row = 0; left && row < rows; row++) {
+      context.fillStyle = row === atRow ? ink : soft;
+      context.fillText(rowName(row), left - 6, top + (row + 0.5) * tall);
     }
-    if (top) {
-      context.textAlign = "left";
-      for (let column = 0; column < columns; column++) {
-        context.save();
-        context.translate(left + (column + 0.5) * size, top - 6);
-        context.rotate(-Math.PI / 2);
-        context.fillStyle = column === atColumn ? ink : soft;
-        context.fillText(options.columnName(column), 0, 0);
-        context.restore();
-      }
+    context.textAlign = "left";
+    for (let column = 0; top && column < columns; column++) {
+      context.save();
+      context.translate(left + (column + 0.5) * size, top - 6);
+      context.rotate(-Math.PI / 2);
+      context.fillStyle = column === atColumn ? ink : soft;
+      context.fillText(columnName(column), 0, 0);
+      context.restore();
     }
   }
 
-  function move(row, column) {
+  move(row, column) {
+    const { rows, columns, value, choose, words } = this.options;
     const to = [Math.max(0, Math.min(rows - 1, row)), Math.max(0, Math.min(columns - 1, column))];
     if (value(...to) === null) return;
     choose(...to);
     announce(words(...to));
   }
 
-  function point(event) {
-    const box = canvas.getBoundingClientRect();
-    const column = Math.floor((event.clientX - box.left - left) / size);
-    const row = Math.floor((event.clientY - box.top - top) / tall);
+  point(event) {
+    const { rows, columns, value, chosen, choose } = this.options;
+    const box = this.canvas.getBoundingClientRect();
+    const column = Math.floor((event.clientX - box.left - this.left) / this.size);
+    const row = Math.floor((event.clientY - box.top - this.top) / this.tall);
     const [atRow, atColumn] = chosen();
     const inside = row >= 0 && row < rows && column >= 0 && column < columns;
     const moved = row !== atRow || column !== atColumn;
     if (inside && moved && value(row, column) !== null) choose(row, column);
   }
 
-  canvas.addEventListener("pointermove", point);
-  canvas.addEventListener("pointerdown", point);
-  canvas.addEventListener("keydown", (event) => {
+  press(event) {
+    const { columns, chosen, lastColumn } = this.options;
     const [row, column] = chosen();
     const steps = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
-    const places = { Home: [row, 0], End: [row, Math.min(columns - 1, options.lastColumn?.(row) ?? columns - 1)] };
-    if (event.key in steps) move(row + steps[event.key][0], column + steps[event.key][1]);
-    else if (event.key in places) move(...places[event.key]);
+    const places = { Home: [row, 0], End: [row, Math.min(columns - 1, lastColumn?.(row) ?? columns - 1)] };
+    if (event.key in steps) this.move(row + steps[event.key][0], column + steps[event.key][1]);
+    else if (event.key in places) this.move(...places[event.key]);
     else return;
     event.preventDefault();
-  });
-  return { canvas, paint };
+  }
 }

@@ -1,9 +1,10 @@
 // Section 8: the distribution of the next token at each step of sampling.
 
-function cutBy([, , tempered, limited, final]) {
+function cutBy([, raw, tempered, limited, final]) {
   if (final > 0) return "";
   if (data.next.sampling.temperature < 1e-6) return "not the most probable";
-  if (tempered === 0) return "unused id";
+  if (raw === 0) return "unused id";
+  if (tempered === 0) return "no chance at this temperature";
   if (limited > 0) return "cut by top-p";
   const { top_k: k, min_p: p } = data.next.sampling;
   return `cut by ${[k > 0 ? "top-k" : "", p > 0 ? "min-p" : ""].filter(Boolean).join(" or ")}`;
@@ -41,6 +42,6 @@ function drawNext() {
     make("p", { class: "readout" }, summary, make("span", { class: "soft" }, `  ${steps.join(" → ")}`)),
     make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Next tokens" },
       make("table", { class: "next" },
-        make("caption", {}, `The ${rows.length} most probable tokens after `, tokenAt(Math.min(data.tokens.count, listed) - 1, 24)),
+        make("caption", {}, `The ${rows.length} most probable tokens after `, token(data.next.after, 24)),
         make("thead", {}, head), make("tbody", {}, body))));
 }

@@ -17,7 +17,7 @@ function drawRope() {
     make("span", { class: "scale cosine" }, "−1", make("i"), "1"));
   right.className = "side";
   byId("rope-figure").append(make("div", { class: "columns" }, left, right), readout);
-  redrawn(map.paint);
+  redrawn(() => map.paint());
   follow(() => {
     if (turnAt.token !== state.token) Object.assign(turnAt, { token: state.token, position: Math.min(state.token, ropeColumns - 1) });
     readout.textContent = angleInWords(state.pair, turnAt.position);
@@ -64,7 +64,7 @@ function wavelengths() {
 
 function angleMap() {
   const pairs = frequencies.length;
-  return cellMap({
+  return new CellMap({
     label: "Angles of the rotary embedding, pairs down, positions across",
     rows: pairs, columns: ropeColumns, width: 460,
     aspect: Math.max(0.5, Math.min(1.4, 256 / pairs / 7)),

@@ -16,7 +16,7 @@ function drawTokens() {
     const chip = make("div", {
       class: `chip${special.has(i) ? " special" : ""}`, role: "option", tabindex: "-1",
       onclick: () => select({ token: i }),
-    }, hide(token(id)), hide(make("small", {}, String(id))), said(`${spoken(id)}, id ${id}, ${surpriseOf(i)}`));
+    }, hide(token(id)), hide(make("small", {}, String(id))), forReaders(`${spoken(id)}, id ${id}, ${surpriseOf(i)}`));
     return heated(chip, (bitsOf(i) ?? 0) / HOT);
   });
   const list = make("div", { class: "chips", role: "listbox", "aria-label": "Tokens of the prompt" }, chips);
