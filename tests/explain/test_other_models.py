@@ -12,6 +12,7 @@ from torch import nn
 
 from llama import Llama, Transformer
 from llama.explain.text import short
+from llama.model import RMSNorm
 from tests.explain.test_trace import IDS, build, near
 
 
@@ -82,8 +83,9 @@ def test_what_a_copy_would_not_compute(
 
 def test_another_epsilon_and_a_hook_on_a_linear(llama: Llama) -> None:
     model = llama.model
-    for norm in (model.norm, *(block.get_submodule("ffn_norm") for block in model.layers)):
-        norm.eps = 0.5
+    for norm in model.modules():
+        if isinstance(norm, RMSNorm):
+            norm.eps = 0.5
     wo = model.layers[0].get_submodule("attention.wo")
     wo.register_forward_hook(lambda module, inputs, output: output * 1.5)
     trace = llama.explain(IDS)
