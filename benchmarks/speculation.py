@@ -249,7 +249,7 @@ def costs(
     one = statistics.median(times[1])
     figures = []
     for n, some in times.items():
-        row = f"{n} positions"
+        row = f"{size} {quantize or dtype}, {n} position{'s' * (n > 1)}"
         figures.append(Figure(row, "step", "ms", [1e3 * x for x in some], better="lower"))
         figures.append(Figure(row, "relative", "", [statistics.median(some) / one]))
     settings = {"size": size, "dtype": dtype, "quantize": quantize, "seconds": seconds}

@@ -21,13 +21,13 @@ from llama.engine.slots import Slot
 log = logging.getLogger("llama")
 
 # What a step with this many positions takes, relative to one position; measured on a CPU by
-# `python -m benchmarks.speculation costs`, and rounded up.
+# `python -m benchmarks.speculation costs`, rounded.
 POSITIONS = (1, 2, 4, 8, 16)
 COSTS = {
-    "bfloat16": (1.0, 1.1, 1.15, 1.3, 1.8),
+    "bfloat16": (1.0, 1.1, 1.15, 1.5, 2.4),
     "float32": (1.0, 1.8, 2.0, 2.6, 5.0),
-    "int8": (1.0, 1.4, 1.7, 2.0, 2.8),
-    "int4": (1.0, 1.3, 1.5, 2.1, 3.2),
+    "int8": (1.0, 1.1, 1.3, 1.7, 2.7),
+    "int4": (1.0, 1.1, 1.3, 1.6, 2.8),
     # Estimates: launching operations limits a step on a GPU; only steps of one position are
     # compiled, which makes them three times as fast.
     "gpu": (1.0, 1.1, 1.1, 1.2, 1.3),

@@ -58,7 +58,7 @@ def test_each_command_reports(
     speculation.costs(dtype="float32", seconds=0.01)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [f["row"] for f in result["figures"][::2]] == [
-        f"{n} position{'s' * (n > 0)}" for n in (1, 2, 4, 8, 16)
+        f"135m float32, {n} position{'s' * (n > 1)}" for n in (1, 2, 4, 8, 16)
     ]
     with pytest.raises(ValueError, match="there is no prompt 'x'; use repeating or ordinary"):
         speculation.answers(prompts="x")
