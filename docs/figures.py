@@ -50,27 +50,26 @@ def tokens(figure: Any) -> None:
 
 
 def parameters(figure: Any) -> None:
-    """Shares of the parameters; tied weights count once."""
+    """Shares of the parameters, without the norms; tied weights count once."""
     axes = figure.subplots()
-    parts = ("embedding", "output", "attention", "feed-forward")
+    parts = ("embedding and output", "attention", "feed-forward")
     for row, (name, args) in enumerate(reversed(ARGS.items())):
         counts = dict.fromkeys(parts, 0)
         for weight, shape in weight_shapes(args).items():
             kind = weight.split(".")[2 if weight.startswith("layers") else 0]
-            kind = {"tok_embeddings": "embedding", "feed_forward": "feed-forward"}.get(kind, kind)
-            if kind in counts and not (name == "1B" and kind == "output"):
-                counts[kind] += math.prod(shape)
+            part = {"attention": parts[1], "feed_forward": parts[2]}.get(kind, parts[0])
+            if "norm" not in kind and not (name == "1B" and kind == "output"):
+                counts[part] += math.prod(shape)
         total, left = sum(counts.values()), 0.0
         for color, part in zip(COLORS, parts, strict=False):
             share = 100 * counts[part] / total
             axes.barh(row, share, left=left, color=color, label=part if row == 0 else None)
-            if share > 3:
-                axes.text(left + share / 2, row, f"{share:.0f}%", ha="center", va="center")
+            axes.text(left + share / 2, row, f"{share:.0f}%", ha="center", va="center", size=7.5)
             left += share
     axes.set_yticks(range(3), [f"{name}" for name in reversed(ARGS)])
     axes.set_xlabel("share of the parameters, in percent (1B: embedding and output are one matrix)")
     axes.set_xlim(0, 100)
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
 
 
 def block(figure: Any) -> None:
@@ -117,15 +116,20 @@ def heads(figure: Any) -> None:
 
 
 def rope(figure: Any) -> None:
+    """Pair 0 turns by 1 radian a position: dots, and the curve between them."""
     positions, pairs = 101, (0, 8, 16, 24)
-    cosines = precompute_freqs_cis(128, positions, 500000.0).real
+    freqs_cis = precompute_freqs_cis(128, positions, 500000.0)
+    between = torch.linspace(0, positions - 1, 601)
+    turned = torch.cos(between * freqs_cis[1, 0].angle())
     rows = figure.subplots(len(pairs), 1, sharex=True)
     for axes, pair, color in zip(rows, pairs, COLORS, strict=False):
-        axes.plot(range(positions), rounded(cosines[:, pair], 3), color=color)
+        cosines = rounded(freqs_cis.real[:, pair], 3)
+        axes.plot(range(positions), cosines, "-" if pair else ".", color=color)
         axes.set_ylabel(f"pair {pair}", rotation=0, ha="right", va="center")
         axes.set_ylim(-1.2, 1.2)
         axes.set_yticks([-1, 1])
-    rows[0].set_title("cosine of the angle; base 500,000, D = 128")
+    rows[0].plot(rounded(between, 3), rounded(turned, 3), color=COLORS[0], linewidth=0.5)
+    rows[0].set_title("cosine of the angle; base 500,000, D = 128; dots: positions")
     rows[-1].set_xlabel("position")
     rows[-1].set_xlim(0, positions - 1)
 
@@ -153,7 +157,7 @@ def attention(figure: Any) -> None:
     masked = scores.masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -math.inf)
     identity = torch.eye(T).view(1, T, 1, T)  # with these values the result is the weights
     weights = Attend()(q, k, identity, None)[0, :, 0]
-    titles = ("scores: q k / sqrt(D)", "with the mask", "softmax: each row sums to 1")
+    titles = ("scores: q k^T / sqrt(D)", "with the mask", "softmax: each row sums to 1")
     for axes, title, x in zip(
         figure.subplots(1, 3), titles, (scores, masked, weights), strict=True
     ):
@@ -224,7 +228,8 @@ def sampling(figure: Any) -> None:
     for bar, p in zip(panels[1].patches, drawn[0].tolist(), strict=True):
         bar.set_color(BLUE if p > 0 else GREY)
     panels[1].plot(range(12), rounded(sharper[0].cumsum(0)), ".-", color=RED, label="sum")
-    panels[1].axhline(0.9, color=RED, linewidth=0.8, linestyle="--")
+    panels[1].axhline(0.9, color=RED, linewidth=0.8, linestyle="--", label="top_p = 0.9")
+    panels[1].bar([0], [0], color=GREY, label="cut by top_p")
     panels[1].legend(frameon=False, loc="center right")
     panels[0].set_ylabel("probability")
 
@@ -235,7 +240,8 @@ def training(figure: Any) -> None:
     usual = Settings()
     left.plot([1000 * usual.lr_at(step) for step in range(0, usual.steps, 10)], color=BLUE)
     left.set_xticks([0, 50, 100, 150, 200], [0, 500, 1000, 1500, 2000])
-    left.set_title("learning rate / 0.001")
+    left.set_title("schedule of 2,000 updates")
+    left.set_ylabel("learning rate in 1e-3")
     left.set_xlabel("update")
     text = torch.tensor([list(b"the capital of france is paris.")])
     settings = Settings(dim=32, n_layers=2, n_heads=2, lr=0.003, warmup=10, steps=60)
@@ -252,9 +258,11 @@ def training(figure: Any) -> None:
         optimizer.step()
         losses.append(round(loss.item(), 2))
     right.plot(losses, color=RED)
+    right.text(2, losses[0], f"random weights: {losses[0]:.1f}", va="center", color=RED)
     right.axhline(math.log(128), color=GREY, linewidth=0.8, linestyle="--")
-    right.text(59, math.log(128) + 0.15, "ln 128: all ids equally probable", ha="right", color=GREY)
-    right.set_title("loss in nats per token, one sentence of 31 bytes")
+    right.text(59, math.log(128) - 0.4, "ln 128: all ids equally probable", ha="right", color=GREY)
+    right.set_title("a run of 60 updates on one sentence of 31 bytes")
+    right.set_ylabel("loss in nats per token")
     right.set_xlabel("update")
 
 

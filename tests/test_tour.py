@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import doctest
 import re
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ IMAGE = re.compile(r"!\[[^\]]+\]\(figures/(\w+)\.svg\)")
 QUESTIONS = [
     ("Can a user end a turn by typing <|eot_id|>?", 1, "ordinary characters", "按普通字符编码"),
     ("Who shares embedding and output?", 2, "Llama 3.2 1B and 3B do", "的 1B 和 3B 这样做"),
-    ("Where do ranks exchange data?", 3, "sum after `wo`, after `w2`", "`wo` 之后、`w2` 之后"),
+    ("Where do ranks exchange data?", 3, "sum after `wo` and `w2`", "`wo` 之后和 `w2` 之后"),
     ("How does a faster kernel enter the model?", 3, "modules are replaced", "替换模块"),
     ("Is RMSNorm's weight applied before the cast?", 4, "only then multiplied", "然后才乘以权重"),
     ("What does query head 5 of 8B read?", 5, "reads key-value head 1", "读取键值头 1"),
@@ -36,10 +37,13 @@ QUESTIONS = [
     ("Which parts of attention are in fp32?", 8, "the softmax in fp32", "softmax 用 fp32"),
     ("May the cache hold padding beyond a row's end?", 9, "anything finite", "可以是任何有限的数"),
     ("Are cached keys rotated?", 9, "stored after the rotation", "键在旋转之后存入缓存"),
+    ("Why after the rotation?", 9, "on its own position only", "只取决于它自己的位置"),
     ("How wide is the feed-forward of 8B?", 10, "14,336", "14,336"),
     ("Does temperature change log-probabilities?", 11, "raw distribution", "取自原始分布"),
     ("What is the first token's log-probability?", 11, "first token has None", "分数是 None"),
-    ("Is the token that crosses p in the nucleus?", 11, "crosses p is included", "也包括在内"),
+    ("Is the token that crosses p in the nucleus?", 11, "is included, so", "也包括在内"),
+    ("What does top_p = 0.5 keep?", 11, "0.5 the same two are kept", "0.5 时也保留这两个"),
+    ("How is a limit added?", 11, "a field of [`Sampling`]", "先给 [`Sampling`]"),
     ("Which weights decay?", 12, "matrices only", "只作用于矩阵"),
 ]  # fmt: skip
 
@@ -72,6 +76,15 @@ def test_languages_agree() -> None:
                 for text in (english, chinese)
             ]
             assert found[0] == found[1]
+
+
+def test_a_piece_that_is_a_token_takes_its_id() -> None:
+    """Though no merges lead to it."""
+    tokens = [b"a", b"b", b"c", b"abc"]
+    lines = [f"{b64encode(token).decode()} {rank}" for rank, token in enumerate(tokens)]
+    tokenizer = Tokenizer.from_vocabulary("\n".join(lines).encode(), {}, "example")
+    assert tokenizer.encode("abc", bos=False) == [3]
+    assert tokenizer.encode("abcb", bos=False) == [0, 1, 2, 1]
 
 
 @LANGUAGES

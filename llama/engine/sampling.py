@@ -28,7 +28,7 @@ class Sampling:
     Attributes:
         temperature: divides the logits; 0 takes the most probable id.
         top_p: mass of the nucleus, in [0, 1]; see `sample_top_p`.
-        top_k: only the k most probable ids; 0 is no limit.
+        top_k: only the k most probable ids and any as probable as the k-th; 0 is no limit.
         min_p: only ids at least this times as probable as the most probable one, in [0, 1].
         presence_penalty: subtracted from the logit of each id that was generated before, -2 to 2.
         frequency_penalty: likewise for each time that it was generated; see `Steering`.
@@ -39,7 +39,9 @@ class Sampling:
 
     temperature: float = option(0.6, "randomness; 0 always takes the most probable token")
     top_p: float = option(0.9, "draw from the most probable tokens that hold this much of the mass")
-    top_k: int = option(0, "draw from this many most probable tokens; 0 is no limit")
+    top_k: int = option(
+        0, "draw from this many most probable tokens and ties with the last; 0 is no limit"
+    )
     min_p: float = option(
         0.0, "draw from tokens at least this times as probable as the most probable one"
     )
@@ -258,6 +260,6 @@ def nucleus(probs: Tensor, p: float, stable: bool = False) -> tuple[Tensor, Tens
 
 
 def _cut(weights: Tensor, p: float | Tensor) -> Tensor:
-    """Sorted weights; 0 where the mass of the more probable ids exceeds `p`."""
-    before = torch.cumsum(weights, dim=-1) - weights  # mass of the more probable ids
+    """Sorted weights; 0 where the mass of the ids before exceeds `p`."""
+    before = torch.cumsum(weights, dim=-1) - weights
     return torch.where(before > p, 0.0, weights)
