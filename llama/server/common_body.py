@@ -101,13 +101,14 @@ class CommonBody:
     )
     top_k: int | None = wire(
         Integer(-1, 2**31 - 1),
-        "Draw from this many most probable tokens; 0 and -1 are no limit. Default: the server's. "
+        "Draw from this many most probable tokens, and those as probable as the last of them; 0 "
+        "and -1 are no limit. Default: the server's. "
         "Not in OpenAI's API.",
         None,
     )
     min_p: float | None = wire(
         Number(0, 1),
-        "Draw from tokens at least this times as probable as the most probable one. "
+        "Draw from tokens whose probability is at least this times that of the most probable one. "
         "Default: the server's. Not in OpenAI's API.",
         None,
     )
