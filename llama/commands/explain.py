@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from llama.commands.model import CheckpointFlags, open_model
@@ -43,6 +44,8 @@ def explain(
         raise ValueError(ONE_RANK)
     if not 1 <= max_tokens <= LONGEST:
         raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
+    if out == "-":
+        raise ValueError("--out writes a file, not standard output; give a name like report.html")
     path = None if out is None else check_output(out, force, "--force")
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
         if chat and llama.formatter is None:
@@ -57,10 +60,20 @@ def explain(
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            name=name_of(checkpoint),
         )
+    trace = replace(trace, limit=trace.limit.replace("max_tokens", "--max_tokens"))
     print_report(trace)
     if path is None:
         print_remark("--out report.html writes the whole page")
     else:
         trace.save(path, force, "--force")
         print_remark(f"page written to {path}")
+
+
+def name_of(checkpoint: CheckpointFlags) -> str:
+    """Of the folder or the repository."""
+    if checkpoint.ckpt_dir is None:
+        return checkpoint.hf or "the demo model"
+    path = Path(checkpoint.ckpt_dir).resolve()
+    return path.name or str(path)

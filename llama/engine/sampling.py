@@ -41,7 +41,9 @@ class Sampling:
     top_p: float = option(0.9, "draw from the most probable tokens that hold this much of the mass")
     top_k: int = option(0, "draw from this many most probable tokens; 0 is no limit")
     min_p: float = option(
-        0.0, "draw from tokens at least this times as probable as the most probable one"
+        0.0,
+        "draw from tokens whose probability is at least this share of the most probable one's, "
+        "from 0 to 1; 0 is no limit",
     )
     presence_penalty: float = option(
         0.0, "subtracted from the logit of each token that the answer already has, -2 to 2"

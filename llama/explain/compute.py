@@ -41,6 +41,7 @@ def trace_ids(
     *,
     max_tokens: int = MAX_TOKENS,
     adapter: str | None = None,
+    name: str = "",
 ) -> Trace:
     """Compute a prompt on a plain copy of the model, and keep what it computes.
 
@@ -49,6 +50,7 @@ def trace_ids(
     Args:
         ids: of the prompt. Of a longer one than `max_tokens`, the first are computed: a token sees
             only those before it, so these have the numbers that they have in the whole prompt.
+        name: of the checkpoint.
 
     Raises:
         TypeError, ValueError: no such prompt or adapter; several ranks; logits that are not finite.
@@ -72,6 +74,7 @@ def trace_ids(
         **collected.tensors,
         total=total,
         limit=limit if total > room else "",
+        name=name,
         args=dataclasses.replace(args),
         dtype=model.norm.weight.dtype,
         lens_ids=lens_ids,
@@ -87,11 +90,27 @@ def check_explainable(ids: Sequence[int], vocab_size: int) -> None:
     """Raise a TypeError or a ValueError unless this rank is alone and these are a prompt's ids."""
     if tensor_parallel.size() > 1:
         raise ValueError(ONE_RANK)
+    if isinstance(ids, bytes) or not isinstance(ids, Sequence):
+        found = [f"; give its .{name}()" for name in ("tolist", "decode") if hasattr(ids, name)]
+        raise TypeError(
+            "a prompt is a text, a dialog (a list of messages) or a list of token ids, and not "
+            f"{type(ids).__name__}{''.join(found[:1])}"
+        )
     check_prompt("the prompt", ids)
     if not ids:
         raise ValueError("the prompt has no tokens; give at least one")
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
         raise ValueError(f"no token has the id {wrong[0]}; use 0 to {vocab_size - 1}")
+
+
+def check_text(prompt: str) -> None:
+    """Raise a ValueError for lone surrogates, which no token has."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"the prompt is not text in UTF-8: character {e.start} is a lone surrogate"
+        ) from None
 
 
 def token_limit(args: ModelArgs, max_tokens: int) -> tuple[int, str]:
