@@ -44,9 +44,7 @@ def explain(
         raise ValueError(ONE_RANK)
     if not 1 <= max_tokens <= LONGEST:
         raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
-    if out == "-":
-        raise ValueError("--out writes a file, not standard output; give a name like report.html")
-    path = None if out is None else check_output(out, force, "--force")
+    path = None if out is None else page_path(out, force)
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
         if chat and llama.formatter is None:
             raise ValueError(
@@ -69,6 +67,13 @@ def explain(
     else:
         trace.save(path, force, "--force")
         print_remark(f"page written to {path}")
+
+
+def page_path(out: str, force: bool) -> Path:
+    """Where the page will be; raises unless it can be written."""
+    if out == "-":
+        raise ValueError("--out writes a file, not standard output; give a name like report.html")
+    return check_output(out, force, "--force")
 
 
 def name_of(checkpoint: CheckpointFlags) -> str:

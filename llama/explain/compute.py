@@ -67,7 +67,6 @@ def trace_ids(
     logits = logits_of(copy, ids)
     lens_ids, lens_probs = lens_of(copy, collected.tensors["residual"])
     check_finite(lens_probs)
-    unused = None if model.unused is None else model.unused.cpu()
     return Trace(
         **token_fields(tokenizer, ids),
         **rotation_fields(args, len(ids)),
@@ -82,7 +81,7 @@ def trace_ids(
         logits=logits,
         logprobs=logprobs_of(logits, ids),
         stages=stages_of(copy, collected.shapes, len(ids)),
-        next=next_token(logits[-1], sampling, unused),
+        next=next_token(logits[-1], sampling, model.unused),
     )
 
 

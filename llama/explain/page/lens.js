@@ -63,7 +63,7 @@ function lensTable(choose) {
   const rows = cells.map((own, layer) => make("tr", { role: "row" }, make("th", { scope: "row" }, stateName(layer)), own));
   const head = positions.map((position) => make("th", { scope: "col" }, tokenAt(position, 12)));
   const label = "Most probable next token by layer (down) and position (across)";
-  const table = make("table", { class: lensColumns > 14 ? "lens" : "lens roomy", role: "grid", "aria-label": label },
+  const table = make("table", { class: lensColumns > 10 ? "lens" : "lens roomy", role: "grid", "aria-label": label },
     make("thead", {}, make("tr", { role: "row" }, make("th", { scope: "col" }, "after"), head)), make("tbody", {}, rows));
   return { table, cells };
 }
