@@ -61,7 +61,7 @@ def trace_ids(
     room, limit = token_limit(args, max_tokens)
     ids = [int(i) for i in ids[:room]]
     if total > room:
-        log.warning("Of the prompt's %d tokens, only the first %d; %s", total, room, limit)
+        log.warning("Of the prompt's %d tokens, only the first %d are explained", total, room)
     copy = plain_copy(model, adapter, len(ids))
     collected = attach_hooks(copy)
     logits = logits_of(copy, ids)
