@@ -800,6 +800,7 @@ class Llama:
         min_p: float = Sampling.min_p,
         max_tokens: int = 256,
         adapter: str | None = None,
+        name: str = "",
     ) -> Trace:
         """What the model computes for a prompt: tensors, a text (`str`) and a page (`save`).
 
@@ -811,11 +812,13 @@ class Llama:
             max_tokens: of a longer prompt, the first so many tokens are computed, and a warning
                 is logged.
             adapter: see `Request`.
+            name: of the checkpoint, which the text and the page show.
         """
-        from llama.explain.compute import trace_ids
+        from llama.explain.compute import check_text, trace_ids
 
         how = Sampling(temperature, top_p, top_k, min_p)
         if isinstance(prompt, str):
+            check_text(prompt)
             ids: Sequence[int] = self.tokenizer.encode(prompt, bos=True, eos=False)
         elif isinstance(prompt, Mapping) or (
             is_list(prompt) and any(isinstance(part, Mapping) for part in prompt)
@@ -824,7 +827,13 @@ class Llama:
         else:
             ids = cast("Sequence[int]", prompt)
         return trace_ids(
-            self.model, self.tokenizer, ids, how, max_tokens=max_tokens, adapter=adapter
+            self.model,
+            self.tokenizer,
+            ids,
+            how,
+            max_tokens=max_tokens,
+            adapter=adapter,
+            name=name,
         )
 
     def json_grammar(self, schema: Mapping[str, Any] | bool | None = None) -> Grammar:

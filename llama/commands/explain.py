@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated
 
 from llama.commands.model import CheckpointFlags, open_model
@@ -43,7 +44,7 @@ def explain(
         raise ValueError(ONE_RANK)
     if not 1 <= max_tokens <= LONGEST:
         raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
-    path = None if out is None else check_output(out, force, "--force")
+    path = None if out is None else page_path(out, force)
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
         if chat and llama.formatter is None:
             raise ValueError(
@@ -57,10 +58,27 @@ def explain(
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            name=name_of(checkpoint),
         )
+    trace = replace(trace, limit=trace.limit.replace("max_tokens", "--max_tokens"))
     print_report(trace)
     if path is None:
         print_remark("--out report.html writes the whole page")
     else:
         trace.save(path, force, "--force")
         print_remark(f"page written to {path}")
+
+
+def page_path(out: str, force: bool) -> Path:
+    """Where the page will be; raises unless it can be written."""
+    if out == "-":
+        raise ValueError("--out writes a file, not standard output; give a name like report.html")
+    return check_output(out, force, "--force")
+
+
+def name_of(checkpoint: CheckpointFlags) -> str:
+    """Of the folder or the repository."""
+    if checkpoint.ckpt_dir is None:
+        return checkpoint.hf or "the demo model"
+    path = Path(checkpoint.ckpt_dir).resolve()
+    return path.name or str(path)

@@ -43,7 +43,9 @@ class Sampling:
         0, "draw from this many most probable tokens and ties with the last; 0 is no limit"
     )
     min_p: float = option(
-        0.0, "draw from tokens at least this times as probable as the most probable one"
+        0.0,
+        "draw from tokens whose probability is at least this share of the most probable one's, "
+        "from 0 to 1; 0 is no limit",
     )
     presence_penalty: float = option(
         0.0, "subtracted from the logit of each token that the answer already has, -2 to 2"

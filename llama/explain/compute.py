@@ -41,6 +41,7 @@ def trace_ids(
     *,
     max_tokens: int = MAX_TOKENS,
     adapter: str | None = None,
+    name: str = "",
 ) -> Trace:
     """Compute a prompt on a plain copy of the model, and keep what it computes.
 
@@ -49,6 +50,7 @@ def trace_ids(
     Args:
         ids: of the prompt. Of a longer one than `max_tokens`, the first are computed: a token sees
             only those before it, so these have the numbers that they have in the whole prompt.
+        name: of the checkpoint.
 
     Raises:
         TypeError, ValueError: no such prompt or adapter; several ranks; logits that are not finite.
@@ -59,19 +61,19 @@ def trace_ids(
     room, limit = token_limit(args, max_tokens)
     ids = [int(i) for i in ids[:room]]
     if total > room:
-        log.warning("Of the prompt's %d tokens, only the first %d; %s", total, room, limit)
+        log.warning("Of the prompt's %d tokens, only the first %d are explained", total, room)
     copy = plain_copy(model, adapter, len(ids))
     collected = attach_hooks(copy)
     logits = logits_of(copy, ids)
     lens_ids, lens_probs = lens_of(copy, collected.tensors["residual"])
     check_finite(lens_probs)
-    unused = None if model.unused is None else model.unused.cpu()
     return Trace(
         **token_fields(tokenizer, ids),
         **rotation_fields(args, len(ids)),
         **collected.tensors,
         total=total,
         limit=limit if total > room else "",
+        name=name,
         args=dataclasses.replace(args),
         dtype=model.norm.weight.dtype,
         lens_ids=lens_ids,
@@ -79,7 +81,7 @@ def trace_ids(
         logits=logits,
         logprobs=logprobs_of(logits, ids),
         stages=stages_of(copy, collected.shapes, len(ids)),
-        next=next_token(logits[-1], sampling, unused),
+        next=next_token(logits[-1], sampling, model.unused),
     )
 
 
@@ -87,11 +89,27 @@ def check_explainable(ids: Sequence[int], vocab_size: int) -> None:
     """Raise a TypeError or a ValueError unless this rank is alone and these are a prompt's ids."""
     if tensor_parallel.size() > 1:
         raise ValueError(ONE_RANK)
+    if isinstance(ids, bytes) or not isinstance(ids, Sequence):
+        found = [f"; give its .{name}()" for name in ("tolist", "decode") if hasattr(ids, name)]
+        raise TypeError(
+            "a prompt is a text, a dialog (a list of messages) or a list of token ids, and not "
+            f"{type(ids).__name__}{''.join(found[:1])}"
+        )
     check_prompt("the prompt", ids)
     if not ids:
         raise ValueError("the prompt has no tokens; give at least one")
     if wrong := [i for i in ids if not 0 <= i < vocab_size]:
         raise ValueError(f"no token has the id {wrong[0]}; use 0 to {vocab_size - 1}")
+
+
+def check_text(prompt: str) -> None:
+    """Raise a ValueError for lone surrogates, which no token has."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValueError(
+            f"the prompt is not text in UTF-8: character {e.start} is a lone surrogate"
+        ) from None
 
 
 def token_limit(args: ModelArgs, max_tokens: int) -> tuple[int, str]:

@@ -63,7 +63,8 @@ def attach_hooks(model: Transformer) -> Collected:
     def watch_core(module: nn.Module, layer: int) -> None:
         def hook(module: DotProductAttention, inputs: tuple[Any, ...], output: Tensor) -> None:
             xq, keys, values, mask = inputs[:4]
-            found.keep_shape("rotation", xq)
+            found.keep_shape("rotated queries", xq)
+            found.keep_shape("rotated keys", keys)
             weights = attention_weights(module, xq, keys, mask).transpose(1, 2)
             for name, x in (("keys", keys), ("values", values), ("attention", weights)):
                 found.keep(name, layer, L, x)

@@ -37,7 +37,7 @@ def next_token(logits: Tensor, how: Sampling, unused: Tensor | None = None) -> N
         logits: (V,) fp32.
         unused: ids that are never drawn.
     """
-    row = without(logits.unsqueeze(0), unused)
+    row = without(logits.unsqueeze(0), None if unused is None else unused.to(logits.device))
     raw = torch.softmax(row, dim=-1)
     if how.greedy:
         steps = [torch.zeros_like(raw).scatter_(-1, raw.argmax(-1, keepdim=True), 1.0)] * 3

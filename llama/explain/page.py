@@ -28,10 +28,13 @@ SCRIPTS = (
 )  # fmt: skip
 MAX_PAGE = 1_900_000  # bytes
 TOKENS = 512  # that are listed
-MAP = 96  # tokens of a map of attention
-LENS_CELLS = 15_000  # ids of the lens
+MAP = 96  # tokens of a map of attention, and of the lens
+LENS_CELLS = 20_000  # ids of the lens
 NEXT = 40  # next tokens
 PIECE = 48  # bytes of a token
+LENS_PIECE = 24  # bytes of a token that only the lens has
+PROMPT = 2000  # characters of the prompt
+EXACT = 9  # digits of a float32
 HEIGHT = 720  # of the page in Jupyter, in CSS pixels
 
 
@@ -41,7 +44,8 @@ def page_of(record: Record) -> str:
     data = page_data(record)
     frame = template.substitute(style=style, script=script, policy=policy(style, script), data="")
     room = MAX_PAGE - len(frame.encode()) - len(as_data(data)) - 1000
-    data["attention"] = attention_data(record, room)
+    data["attention"] = attention_data(record, data["lens"]["tokens"], room)
+    data["lens"] = lens_data(record, data["attention"]["tokens"])  # the same tokens
     return template.substitute(
         style=style, script=script, policy=policy(style, script), data=as_data(data)
     )
@@ -87,17 +91,20 @@ def as_data(value: Any) -> str:
 def page_data(record: Record) -> dict[str, Any]:
     """All that the page shows but attention."""
     shown, T = min(len(record.ids), TOKENS), len(record.ids)
-    lens, following = lens_data(record), next_data(record)
-    known = {*record.ids[:shown], *lens["ids"], *(row[0] for row in following["rows"])}
-    known.add(following["after"])
-    logprobs = [None if math.isnan(x) else digits(x) for x in record.logprobs[:shown].tolist()]
+    lens, following = lens_data(record, MAP), next_data(record)
+    known = {*record.ids[:shown], following["after"], *(row[0] for row in following["rows"])}
+    most = dict.fromkeys(lens["ids"], LENS_PIECE) | dict.fromkeys(known, PIECE)
+    logprobs = [
+        None if math.isnan(x) else digits(x, EXACT) for x in record.logprobs[:shown].tolist()
+    ]
     return {
         "model": model_data(record),
+        "prompt": record.text[:PROMPT] + "…" * (len(record.text) > PROMPT),
         "tokens": {"count": T, "total": record.total, "limit": record.limit},
         "ids": record.ids[:shown],
         "special": [i for i, special in enumerate(record.special[:shown]) if special],
         "logprobs": logprobs,
-        "texts": {i: piece_data(record.piece(i)) for i in sorted(known)},
+        "texts": {i: piece_data(record.piece(i), most[i]) for i in sorted(most)},
         "stages": [
             [
                 s.name,
@@ -127,24 +134,25 @@ def model_data(record: Record) -> dict[str, Any]:
         *("dim", "n_layers", "n_heads", "kv_heads", "head_dim", "hidden_dim", "vocab_size"),
         *("norm_eps", "rope_theta", "use_scaled_rope", "scale_factor"),
     ]
-    return {name: getattr(args, name) for name in names} | {"dtype": dtype_name(record.dtype)}
+    about = {"name": record.name, "dtype": dtype_name(record.dtype)}
+    return {name: getattr(args, name) for name in names} | about
 
 
-def piece_data(piece: bytes) -> str | list[Any]:
-    """The bytes of a token in hexadecimal; of a very long one the first, and how many it has."""
-    return piece.hex() if len(piece) <= PIECE else [piece[:PIECE].hex(), len(piece)]
+def piece_data(piece: bytes, most: int) -> str | list[Any]:
+    """The bytes of a token in hexadecimal; of a long one the first, and how many it has."""
+    return piece.hex() if len(piece) <= most else [piece[:most].hex(), len(piece)]
 
 
-def lens_data(record: Record) -> dict[str, Any]:
-    """The lens of the last tokens: for each state, token and rank the id and the probability."""
+def lens_data(record: Record, most: int) -> dict[str, Any]:
+    """The lens of the first tokens: for each state, token and rank the id and the probability."""
     states, T, k = record.lens_ids.shape
-    shown = max(1, min(T, TOKENS, MAP, LENS_CELLS // (states * k)))
-    ids, probs = record.lens_ids[:, T - shown :], record.lens_probs[:, T - shown :]
+    shown = max(1, min(T, most, LENS_CELLS // (states * k)))
+    ids, probs = record.lens_ids[:, :shown], record.lens_probs[:, :shown]
     return {
-        "first": T - shown,
+        "tokens": shown,
         "k": k,
         "ids": ids.flatten().tolist(),
-        "probs": [digits(x, 3) for x in probs.flatten().tolist()],
+        "probs": [digits(x, 6) for x in probs.flatten().tolist()],
     }
 
 
@@ -161,19 +169,19 @@ def next_data(record: Record) -> dict[str, Any]:
             "min_p": how.min_p,
             "top_p": how.top_p,
         },
-        "rows": [[i, *(digits(float(probs[i])) for probs in steps)] for i in top],
+        "rows": [[i, *(digits(float(probs[i]), EXACT) for probs in steps)] for i in top],
         "left": [int((probs > 0).sum()) for probs in steps],
     }
 
 
-def attention_data(record: Record, room: int) -> dict[str, Any]:
-    """Attention over the first tokens, in as many layers as fit `room` bytes.
+def attention_data(record: Record, most: int, room: int) -> dict[str, Any]:
+    """Attention over the first tokens, at most `most`, in as many layers as fit `room` bytes.
 
     The weights are integers of one or two bytes, rounded: 255 or 65,535 is 1. Of each map only what
     is not masked, row by row.
     """
-    L, H, T, _ = record.attention.shape
-    shown = min(T, MAP)
+    L, H = record.attention.shape[:2]
+    shown = most
     while shown > 8 and fitting(shown, H, room) < min(L, 4):
         shown -= 8
     pairs = H * shown * (shown + 1) // 2
@@ -201,6 +209,6 @@ def packed(weights: Tensor, width: int) -> str:
     ).decode()
 
 
-def digits(x: float, n: int = 4) -> float:
+def digits(x: float, n: int) -> float:
     """Rounded to `n` significant digits."""
     return float(f"{x:.{n}g}")

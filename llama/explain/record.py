@@ -27,6 +27,7 @@ class Record:
         decode: the tokenizer's, from a list of ids to bytes.
         total: tokens of the whole prompt; more than T where it was bounded.
         limit: what to change to get more of them, if it was bounded.
+        name: of the checkpoint; empty if it is not known.
         args, dtype: the model's sizes; the dtype in which it computes and caches.
         residual: (L + 1, T, dim): the stream into layers 0, 1, ..., and out of the last.
         attention: (L, H, T, T): weights of each query (third) over the keys; rows sum to one,
@@ -49,6 +50,7 @@ class Record:
     decode: Callable[[list[int]], bytes]
     total: int
     limit: str
+    name: str
     args: ModelArgs
     dtype: torch.dtype
     residual: Tensor
@@ -69,6 +71,12 @@ class Record:
     def piece(self, token: int) -> bytes:
         """The bytes of any id; none if no token has it."""
         return self.decode([token])
+
+    @property
+    def text(self) -> str:
+        """The tokens as one text, without a special token at its start."""
+        pieces = self.pieces[1:] if self.special[0] else self.pieces
+        return b"".join(pieces).decode("utf-8", "replace")
 
     @property
     def embedded(self) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llama.common.dtypes import dtype_name
@@ -19,16 +20,18 @@ from llama.layers.quantized_linear import BlockLinear
 from llama.model import Transformer
 
 Shape = tuple[int, ...]
+COPY = 0.2  # relative error of products with an int4 copy, at most; of other weights about 1.4
 # In a layer: name, what computes it in model.py, and the module of the layer whose output it is.
 LAYER = (
-    ("norm", "TransformerBlock.attention_norm", "attention_norm"),
+    ("attention norm", "TransformerBlock.attention_norm", "attention_norm"),
     ("queries", "Attention.wq", "attention.wq"),
     ("keys", "Attention.wk", "attention.wk"),
     ("values", "Attention.wv", "attention.wv"),
-    ("rotation", "apply_rotary_emb", ""),
+    ("rotated queries", "apply_rotary_emb", ""),
+    ("rotated keys", "apply_rotary_emb", ""),
     ("attention", "DotProductAttention", "attention.core"),
     ("output of attention", "Attention.wo", "attention.wo"),
-    ("norm", "TransformerBlock.ffn_norm", "ffn_norm"),
+    ("feed-forward norm", "TransformerBlock.ffn_norm", "ffn_norm"),
     ("gate", "FeedForward.w1", "feed_forward.w1"),
     ("up", "FeedForward.w3", "feed_forward.w3"),
     ("SwiGLU", "FeedForward", ""),
@@ -62,8 +65,8 @@ def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> l
     """The stages of a plain copy.
 
     Args:
-        shapes: {name of a module: shape of its output, without the row}. "rotation" and "SwiGLU"
-            are those of the rotated queries and of the inputs of w2.
+        shapes: {name of a module: shape of its output, without the row}. "SwiGLU" is that
+            of the inputs of w2; "rotated queries" and "rotated keys" are those of attention.
     """
     args, embedding = model.params, model.tok_embeddings.weight
     stages = [
@@ -85,16 +88,38 @@ def stages_of(model: Transformer, shapes: Mapping[str, Shape], tokens: int) -> l
         how = ", ".join(dict.fromkeys(map(storage, blocks)))
         stages.append(Stage(name, module, shape, args.n_layers, storage=how, **total))
     stages.append(
-        Stage("norm", "Transformer.norm", shapes["norm"], **weight_fields(model.norm.weight))
+        Stage("final norm", "Transformer.norm", shapes["norm"], **weight_fields(model.norm.weight))
     )
-    output = model.output
+    total, how = output_fields(model, tokens)
+    stages.append(Stage("output", "Transformer.output", shapes["output"], storage=how, **total))
+    return stages
+
+
+def output_fields(model: Transformer, tokens: int) -> tuple[dict[str, Any], str]:
+    """Sizes and storage of the output. Parameters of a tied one count in the embedding."""
+    output, embedding = model.output, model.tok_embeddings.weight
     total, how = sizes_of(output, tokens), storage(output)
-    weight = getattr(base_of(output.linear), "weight", None) if isinstance(output, Shared) else None
+    if not isinstance(output, Shared):
+        return total, how
+    weight = getattr(base_of(output.linear), "weight", None)
     if isinstance(weight, Tensor) and weight.data_ptr() == embedding.data_ptr():
         total |= {"parameters": 0, "bytes": 0}
         how = "the embedding's"
-    stages.append(Stage("output", "Transformer.output", shapes["output"], storage=how, **total))
-    return stages
+    elif hasattr(base_of(output.linear), "scheme") and is_copy(output.linear, embedding):
+        total["parameters"] -= embedding.numel()
+        how += ", a copy of the embedding"
+    return total, how
+
+
+@torch.no_grad()
+def is_copy(linear: nn.Module, embedding: Tensor) -> bool:
+    """Whether a quantized output has the embedding's weights, up to their rounding."""
+    V = embedding.shape[0]
+    rows = torch.arange(0, V, max(1, V // 64), device=embedding.device)
+    some = embedding[rows]
+    expected = some.float() @ some.float().T
+    found = base_of(linear)(some.unsqueeze(0)).squeeze(0).float()[:, rows]
+    return bool((found - expected).norm() <= COPY * expected.norm())
 
 
 def weight_fields(weight: Tensor) -> dict[str, Any]:

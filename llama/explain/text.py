@@ -12,11 +12,13 @@ from llama.explain.record import Record
 LINES = 40  # tokens that are listed
 LAYERS = 8  # layers of the lens that are listed
 NEXT = 8  # next tokens that are listed
+PROMPT = 200  # characters of the prompt
 GROUPS = {  # of stages
     "embedding": ("tok_embeddings",),
     "attention": ("attention_norm", "Attention", "rotary"),
     "feed-forward": ("ffn_norm", "FeedForward"),
-    "output": ("Transformer.norm", "Transformer.output"),
+    "final norm": ("Transformer.norm",),
+    "output": ("Transformer.output",),
 }
 
 
@@ -28,10 +30,12 @@ def terminal_text(record: Record) -> str:
 
 def header(record: Record) -> list[str]:
     args, T = record.args, len(record.ids)
-    lines = [
+    lines = [f"model: {printable_line(record.name)}"] if record.name else []
+    lines += [
+        f"prompt: {quoted(record.text, PROMPT)}",
         f"{args.n_layers} layers of width {args.dim}, {args.n_heads} heads on {args.kv_heads} "
         f"KV heads of width {args.head_dim}, feed-forward {args.hidden_dim}, "
-        f"vocabulary {args.vocab_size}, {dtype_name(record.dtype)}"
+        f"vocabulary {args.vocab_size}, {dtype_name(record.dtype)}",
     ]
     if record.total > T:
         lines.append(f"The first {T} of the prompt's {record.total} tokens; {record.limit}.")
@@ -70,8 +74,8 @@ def sizes(record: Record) -> list[str]:
         sums = [
             sum(getattr(s, key) for s in found) for key in ("parameters", "bytes", "operations")
         ]
-        if any("embedding's" in s.storage for s in found):
-            name += " (weights of the embedding)"
+        if any("embedding" in s.storage for s in found):
+            name += f" ({found[0].storage})"
         rows.append([name, f"{sums[0]:,}", f"{short(sums[1])}B", short(sums[2])])
         total = [one + other for one, other in zip(total, sums, strict=True)]
     rows.append(["together", f"{total[0]:,}", f"{short(total[1])}B", short(total[2])])
@@ -80,7 +84,8 @@ def sizes(record: Record) -> list[str]:
 
 def cache(record: Record) -> list[str]:
     here, whole, T = record.cache_bytes, record.ungrouped_cache_bytes, len(record.ids)
-    line = f"KV cache: {short(here)}B a position, {short(here * T)}B for these {T}"
+    positions = "1 position" if T == 1 else f"{T} positions"
+    line = f"KV cache: {short(here)}B a position, {short(here * T)}B for {positions}"
     times = record.args.n_heads // record.args.kv_heads
     return [line + f"; without grouped heads {times} times as much" * (whole > here)]
 
@@ -118,8 +123,13 @@ def shown(piece: bytes) -> str:
         text = piece.decode("utf-8")
     except UnicodeDecodeError:
         return f"bytes {piece[:12].hex(' ')}"
-    text = printable_line(text)
-    return f'"{text[:40]}..."' if len(text) > 40 else f'"{text}"'
+    return quoted(text, 40)
+
+
+def quoted(text: str, most: int) -> str:
+    """A text in one line, at most so many characters of it."""
+    line = printable_line(text[: most + 1])
+    return f'"{line[:most]}..."' if len(line) > most else f'"{line}"'
 
 
 def percent(p: float, zero: str = "0 %") -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from llama.common.files import check_writable, replacing_file
+from llama.common.files import replacing_file
 from llama.explain.page import embedded_page, page_of
 from llama.explain.record import Record
 from llama.explain.text import terminal_text
@@ -42,13 +45,15 @@ class Trace(Record):
             OSError: it cannot be written.
         """
         path = check_output(path, force, how)
-        with replacing_file(path) as temporary:
+        with naming(path), replacing_file(path) as temporary:
             temporary.write_text(self.to_html(), encoding="utf-8")
         return path
 
 
 def check_output(path: str | Path, force: bool = False, how: str = "force=True") -> Path:
-    """The path of a page to write; its folder is created if it is missing.
+    """The path of a page to write, in a folder where a file could be written just now.
+
+    Folders that are missing are created.
 
     Args:
         force: a file that exists will be replaced.
@@ -62,6 +67,11 @@ def check_output(path: str | Path, force: bool = False, how: str = "force=True")
     path = Path(path).expanduser()
     if "\0" in str(path) or len(os.fsencode(path.name)) > LONGEST_NAME:
         raise ValueError(f"no file can have the name {path.name[:40]!r}...; choose a shorter one")
+    for folder in path.parents:
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise FileExistsError(
+                f"{path} cannot be written ({folder} is no folder); choose another folder"
+            )
     if path.is_dir():
         raise FileExistsError(f"{path} is a folder; give the name of a file in it")
     if path.exists() and not path.is_file():
@@ -70,9 +80,18 @@ def check_output(path: str | Path, force: bool = False, how: str = "force=True")
         raise FileExistsError(
             f"{path} exists already; choose another name, or give {how} to replace it"
         )
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    return path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block that writes `path`; its OSErrors name this path, and not a temporary one."""
     try:
-        check_writable(path.absolute().parent)
+        yield
     except OSError as e:
         reason = e.strerror or str(e)
         raise OSError(f"{path} cannot be written ({reason}); choose another folder") from None
-    return path

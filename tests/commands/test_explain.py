@@ -37,10 +37,13 @@ def call(*words: str) -> None:
     parse(["explain", *words])()
 
 
-def test_the_text(flags: list[str], tiny: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text(
+    flags: list[str], folder: Path, tiny: Llama, capsys: pytest.CaptureFixture[str]
+) -> None:
     call("Hi \x1b[31m", *flags, "--temperature", "0.5", "--top_k", "3")
     out, err = capsys.readouterr()
-    trace = tiny.explain("Hi \x1b[31m", temperature=0.5, top_k=3)
+    trace = tiny.explain("Hi \x1b[31m", temperature=0.5, top_k=3, name=folder.name)
+    assert out.startswith(f"model: {folder.name}\n")
     assert out == str(trace) + "\n" and "\x1b" not in out and r'"\x1b"' in out
     assert "temperature 0.5, top_k 3, top_p 0.9: " in out
     total = sum(stage.parameters for stage in trace.stages)
@@ -62,13 +65,17 @@ def test_the_page(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_long_prompt(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     call("x" * 300, *flags, "--max_tokens", "20")
-    assert "The first 20 of the prompt's 301 tokens; raise max_tokens" in capsys.readouterr().out
+    assert (
+        "The first 20 of the prompt's 301 tokens; raise --max_tokens to" in capsys.readouterr().out
+    )
 
 
-def test_as_a_message(flags: list[str], tiny: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+def test_as_a_message(
+    flags: list[str], folder: Path, tiny: Llama, capsys: pytest.CaptureFixture[str]
+) -> None:
     call("Hi", "--chat", *flags)
     message: Any = {"role": "user", "content": "Hi"}
-    assert capsys.readouterr().out == str(tiny.explain([message])) + "\n"
+    assert capsys.readouterr().out == str(tiny.explain([message], name=folder.name)) + "\n"
 
 
 def test_a_base_without_chat_format(
@@ -89,6 +96,7 @@ def test_a_base_without_chat_format(
         (["--temperature", "-1"], "temperature must be 0 or more"),
         (["--out", "{file}"], "exists already"),
         (["--out", "{file}/page.html"], r"cannot be written .*; choose another folder"),
+        (["--out", "-"], "--out writes a file, not standard output; give a name"),
         (["--out", "{folder}", "--force"], "is a folder; give the name of a file"),
     ],
 )

@@ -44,12 +44,20 @@ def total(trace: Trace, key: str) -> int:
 
 @pytest.fixture(scope="module")
 def folders(
-    bases: dict[str, Path], tiny_checkpoint: Callable[..., Path], byte_tokenizer_path: Path
+    bases: dict[str, Path],
+    tiny_checkpoint: Callable[..., Path],
+    byte_tokenizer_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """The bases, and one with scaled RoPE and sizes that int4 can store."""
     wide = tiny_checkpoint(vocab_size=512, multiple_of=64, use_scaled_rope=True)
     shutil.copy(byte_tokenizer_path, wide / "tokenizer.model")
-    return bases | {"wide": wide}
+    tied = tmp_path_factory.mktemp("tied") / "wide"
+    shutil.copytree(wide, tied)
+    weights = torch.load(tied / "consolidated.00.pth")
+    weights["output.weight"] = weights["tok_embeddings.weight"]
+    torch.save(weights, tied / "consolidated.00.pth")
+    return bases | {"wide": wide, "tied wide": tied}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,7 @@ def adapters(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         ("meta", {"dtype": "bf16"}, "bfloat16", 0.15),
         ("meta", {"quantize": "int8"}, "int8", 1e-4),
         ("wide", {"quantize": "int4"}, "int4", 1e-4),
+        ("tied wide", {"quantize": "int4"}, "int4", 1e-4),
         ("tied meta", {"quantize": "int8", "dtype": "bf16"}, "int8", 0.15),
         ("wide", {"dtype": "fp16"}, "float16", 0.02),
     ],
@@ -85,13 +94,14 @@ def test_checkpoints(
         whole = sum(
             torch.Size(shape).numel() for shape in open_checkpoint(folders[base]).shapes().values()
         )
-        tied = base == "tied meta" and "quantize" not in options
+        tied = base.startswith("tied")
         assert total(trace, "parameters") == whole - tied * 512 * 64
         kinds = {stage.module: stage.storage for stage in trace.stages}
         assert kinds["Attention.wq"] == storage
         if storage == "int4":
-            assert kinds["Transformer.output"] == "int6"
-        assert (kinds["Transformer.output"] == "the embedding's") == tied
+            copied = ", a copy of the embedding" * tied
+            assert kinds["Transformer.output"] == f"int6{copied}"
+        assert ("embedding" in kinds["Transformer.output"]) == tied
         assert storage in trace.to_html() and torch.isfinite(trace.attention).all()
 
 

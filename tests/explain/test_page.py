@@ -245,7 +245,9 @@ def test_take_pictures(open_page: Opener, demo_dir: Path) -> None:
     from PIL import Image
 
     with Llama.build(demo_dir, None, 256, 1, device="cpu", dtype=torch.bfloat16) as llama:
-        trace = llama.explain("The capital of France is Paris, and the capital of Italy is")
+        trace = llama.explain(
+            "The capital of France is Paris, and the capital of Italy is", name="the demo model"
+        )
     for name, section in (("light", "header"), ("dark", "#attention")):
         page = open_page(trace, viewport=WIDE, color_scheme=name, reduced_motion="reduce")
         page.locator(".head").nth(3).click()

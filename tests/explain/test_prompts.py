@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from llama import Llama
 from llama.distributed import tensor_parallel
 from llama.explain import compute as computing
+from llama.explain.text import quoted
 from llama.explain.trace import Trace
 from tests.explain.test_trace import IDS, build, near, tiny, trace
 
@@ -23,7 +25,7 @@ def test_a_long_prompt_is_bounded(tiny: Llama, trace: Trace, caplog: Any) -> Non
     """The first tokens have the numbers that they have in the whole prompt."""
     with caplog.at_level(logging.WARNING, "llama"):
         short = tiny.explain(IDS, max_tokens=5)
-    assert "Of the prompt's 8 tokens, only the first 5; raise max_tokens" in caplog.text
+    assert "Of the prompt's 8 tokens, only the first 5 are explained" in caplog.text
     assert short.ids == IDS[:5] and short.total == 8
     near(short.attention, trace.attention[:, :, :5, :5], 1e-6)
     near(short.logits, trace.logits[:5], 1e-5)
@@ -47,6 +49,20 @@ def test_prompts_of_each_kind(tiny: Llama) -> None:
     assert repr(trace).startswith("Trace(") and "logit lens" in str(trace)
 
 
+def test_the_text_shows_the_prompt_and_the_name(tiny: Llama) -> None:
+    lines = str(tiny.explain("a long\ntext", name="my\x1bmodel")).splitlines()
+    assert lines[:2] == ["model: my\\x1bmodel", 'prompt: "a long\\ntext"']
+    assert quoted("x" * 300, 200) == '"' + "x" * 200 + '..."'
+    assert str(tiny.explain("Hi")).startswith('prompt: "Hi"\n')
+    assert "for 1 position" in str(tiny.explain(""))
+
+
+def test_parts_have_rows_of_their_own(tiny: Llama, trace: Trace) -> None:
+    weights = tiny.model.norm.weight.numel()
+    rows = [line.split() for line in str(trace).splitlines() if line.startswith("final norm")]
+    assert [row[2] for row in rows if row[4] == "B"] == [str(weights)]
+
+
 def test_ids_of_numpy(tiny: Llama) -> None:
     numbers: Any = [np.int64(i) for i in IDS]
     assert len(tiny.explain(numbers).to_html()) > 1000
@@ -65,7 +81,12 @@ def test_one_token_and_an_empty_text(tiny: Llama) -> None:
         ([512], {}, "no token has the id 512; use 0 to 511"),
         ([-1], {}, "no token has the id -1"),
         ([1.5], {}, "not a token id"),
-        (7, {}, "must be a list of token ids"),
+        (7, {}, "a text, a dialog .* or a list of token ids, and not int$"),
+        (None, {}, "and not NoneType$"),
+        (b"text", {}, r"and not bytes; give its .decode\(\)"),
+        (np.array(IDS), {}, r"and not ndarray; give its .tolist\(\)"),
+        (torch.tensor(IDS), {}, r"and not Tensor; give its .tolist\(\)"),
+        ("a\ud800", {}, "not text in UTF-8: character 1 is a lone surrogate"),
         ({"role": "user", "content": "Hi"}, {}, "for one message give"),
         (IDS, {"max_tokens": 0}, "max_tokens must be 1 to 4096, not 0"),
         (IDS, {"max_tokens": 5000}, "max_tokens must be 1 to 4096"),

@@ -127,8 +127,10 @@ def test_stages_are_in_order_with_the_shapes_of_the_model(trace: Trace) -> None:
     shapes = [s.shape for s in trace.stages]
     D = (8, 64)
     width = ModelArgs(**PARAMS).hidden_dim
-    layer = [D, D, (8, 32), (8, 32), (8, 4, 16), (8, 4, 16), D, D, *[(8, width)] * 3, D]
+    heads, kv_heads = (8, 4, 16), (8, 2, 16)
+    layer = [D, D, (8, 32), (8, 32), heads, kv_heads, heads, D, D, *[(8, width)] * 3, D]
     assert shapes == [(8,), D, *layer, D, (8, 512)]
+    assert len({s.name for s in trace.stages}) == len(trace.stages)
     for stage in trace.stages:  # each names something of model.py
         kind, _, member = stage.module.partition(".")
         found = getattr(llama.model, kind)

@@ -1,7 +1,6 @@
 // Section 6: attention of a layer and a head. The maps are integers of one or two bytes.
 
 const maps = data.attention;
-const side = maps.tokens;
 const pairsOfMap = (side * (side + 1)) / 2;
 const weights = unpack(maps.data, maps.width);
 const perGroup = model.n_heads / model.kv_heads;
@@ -22,8 +21,8 @@ function weightOf(layer, head, query, key) {
 
 /** A weight in words. What was rounded to 0 is not quite 0. */
 function weightWords(weight) {
-  const least = maps.width === 1 ? "< 0.2 %" : "< 0.01 %";
-  return weight === 0 ? least : percent(weight);
+  if (maps.width === 2) return weight === 0 ? "< 0.01 %" : percent(weight);
+  return weight === 0 ? "< 0.2 %" : `${(100 * weight).toFixed(1)} %`;
 }
 
 const looks = { query: side - 1, key: 0 };
@@ -40,7 +39,7 @@ function drawAttention() {
   const heads = headButtons();
   const map = new CellMap({
     label: "Attention, tokens that read down, tokens that are read across",
-    rows: side, columns: side, width: 600,
+    rows: side, columns: side, width: 600, largest: 44,
     value: (row, column) => (column > row ? null : Math.sqrt(weightOf(state.layer, state.head, row, column))),
     lastColumn: (row) => row,
     rowName: (row) => shown(data.ids[row], 10),
@@ -52,29 +51,69 @@ function drawAttention() {
     },
     words: lookInWords,
   });
-  const title = make("h3", {});
-  const readout = make("p", { class: "readout", id: "attention-readout" });
-  const list = make("ul", { class: "bars narrow" });
-  const controls = make("div", { class: "row" }, make("label", { for: "layer" }, "Layer ", layer),
+  const some = maps.layers.length < model.n_layers ? make("span", { class: "soft" }, `${maps.layers.length} of ${model.n_layers} layers are on this page`) : null;
+  const controls = make("div", { class: "row" }, make("label", { for: "layer" }, "Layer ", layer), some,
     make("span", { class: "scale cool" }, "0", make("i"), "1"));
-  const beside = make("div", { class: "side" }, title, list, readout);
+  const beside = make("div", { class: "side" });
   byId("attention-figure").append(controls, heads.node, make("div", { class: "beside" }, make("div", {}, map.canvas), beside));
+  const showRow = rowOfWeights(beside);
   redrawn(() => map.paint());
   follow(() => {
-    if (state.token < side && looks.query !== state.token) {
-      looks.query = state.token;
-      looks.key = Math.min(looks.key, looks.query);
-    }
-    const row = Array.from({ length: looks.query + 1 }, (_, key) => [key, weightOf(state.layer, state.head, looks.query, key)]);
-    row.sort((one, other) => other[1] - one[1]);
-    title.replaceChildren(`Layer ${maps.layers[state.layer]}, head ${state.head}: what `, tokenAt(looks.query, 16), ` at ${looks.query} reads`);
-    list.replaceChildren(...row.slice(0, 8).map(([key, weight]) => {
-      const name = make("span", {}, make("span", { class: "soft" }, `${key} `), tokenAt(key, 14));
-      return bar(name, weight, weightWords(weight));
-    }));
-    readout.replaceChildren(`Position ${looks.query} `, tokenAt(looks.query, 16), ` reads ${weightWords(weightOf(state.layer, state.head, looks.query, looks.key))} from position ${looks.key} `, tokenAt(looks.key, 16), ".");
+    looks.query = state.token;
+    looks.key = Math.min(looks.key, looks.query);
+    showRow();
     heads.mark();
     map.paint();
+  });
+}
+
+/** The largest weights of the query that is selected. Returns what shows them. */
+function rowOfWeights(parent) {
+  const title = make("h3", {});
+  const list = make("ul", { class: "bars narrow" });
+  const readout = make("p", { class: "readout", id: "attention-readout" });
+  parent.append(title, list, readout);
+
+  return () => {
+    const { query, key } = looks;
+    const place = `Layer ${maps.layers[state.layer]}, head ${state.head}`;
+    if (query >= side) {
+      title.textContent = place;
+      list.replaceChildren();
+      readout.textContent = outside(query);
+      return;
+    }
+    const weight = (of) => weightOf(state.layer, state.head, query, of);
+    const row = Array.from({ length: query + 1 }, (_, of) => [of, weight(of)]);
+    row.sort((one, other) => other[1] - one[1]);
+    title.replaceChildren(`${place}: what `, tokenAt(query, 16), ` at ${query} reads`);
+    list.replaceChildren(...row.slice(0, 8).map(([of, share]) => {
+      const name = make("span", {}, make("span", { class: "soft" }, `${of} `), tokenAt(of, 14));
+      return bar(name, share, weightWords(share));
+    }));
+    readout.replaceChildren(`Position ${query} `, tokenAt(query, 16), ` reads ${weightWords(weight(key))} from position ${key} `, tokenAt(key, 16), ".");
+  };
+}
+
+/** A head in whole pixels. In a small map of many tokens, a pixel is the largest of several weights. */
+function paintHead(canvas, head) {
+  const size = Math.max(28, Math.min(48, Math.floor(900 / model.n_heads)));
+  const step = Math.ceil(side / size);
+  const cells = Math.ceil(side / step);
+  canvas.width = canvas.height = cells;
+  canvas.style.width = canvas.style.height = `${cells * Math.max(1, Math.round(size / cells))}px`;
+  const largest = new Float32Array(cells * cells);
+  for (let query = 0; query < side; query++) {
+    for (let key = 0; key <= query; key++) {
+      const at = Math.floor(query / step) * cells + Math.floor(key / step);
+      largest[at] = Math.max(largest[at], weightOf(state.layer, head, query, key));
+    }
+  }
+  const context = canvas.getContext("2d");
+  context.fillStyle = colour(canvas, "accent");
+  largest.forEach((weight, at) => {
+    context.globalAlpha = Math.sqrt(weight);
+    context.fillRect(at % cells, Math.floor(at / cells), 1, 1);
   });
 }
 
@@ -82,7 +121,7 @@ function drawAttention() {
 function headButtons() {
   const buttons = Array.from({ length: model.n_heads }, (_, head) =>
     make("button", { type: "button", class: "head", role: "radio", onclick: () => select({ head }) },
-      make("canvas", { width: side, height: side, "aria-hidden": "true" }), `${head}`));
+      make("canvas", { "aria-hidden": "true" }), `${head}`));
   const group = (kv) => make("div", { class: "group" },
     perGroup > 1 ? make("span", {}, `KV head ${kv}`) : null, make("div", {}, buttons.slice(kv * perGroup, (kv + 1) * perGroup)));
   const node = make("div", { class: "groups", role: "radiogroup", "aria-label": "Head" },
@@ -91,20 +130,7 @@ function headButtons() {
   let painted = -1;
 
   function paint() {
-    const size = Math.max(28, Math.min(48, Math.floor(900 / model.n_heads)));
-    buttons.forEach((button, head) => {
-      const canvas = button.firstChild;
-      canvas.style.width = canvas.style.height = `${size}px`;
-      const context = canvas.getContext("2d");
-      context.clearRect(0, 0, side, side);
-      context.fillStyle = colour(canvas, "accent");
-      for (let query = 0; query < side; query++) {
-        for (let key = 0; key <= query; key++) {
-          context.globalAlpha = Math.sqrt(weightOf(state.layer, head, query, key));
-          context.fillRect(key, query, 1, 1);
-        }
-      }
-    });
+    buttons.forEach((button, head) => paintHead(button.firstChild, head));
     painted = state.layer;
   }
 

@@ -50,6 +50,8 @@ function percent(p) {
   return p > 0 ? "< 0.01 %" : "0 %";
 }
 
+const counted = (number, noun) => `${grouped(number)} ${noun}${number === 1 ? "" : "s"}`;
+
 // Tokens. They may be parts of characters, and their characters may be invisible or turn a line.
 const UNSEEN = /[\u0000-\u001f\u007f-\u00a0\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]/gu;
 const NAMES = { "\n": "↵", "\t": "⇥", "\r": "␍" };
@@ -101,6 +103,9 @@ function token(id, most) {
   return make("bdi", {}, parts.map((part) => (part[0] === "␣" ? make("i", {}, part) : part)));
 }
 
+/** A text of several lines. */
+const readable = (text) => text.replace(UNSEEN, (character) => "\n\t".includes(character) ? character : `⟨U+${codePoint(character)}⟩`);
+
 const tokenAt = (position, most) => token(data.ids[position], most);
 
 /** What screen readers skip, and what only they read. */
@@ -108,7 +113,8 @@ const hide = (node) => fill(node, { "aria-hidden": "true" }, []);
 const forReaders = (text) => make("span", { class: "hidden-text" }, text);
 
 // What is selected: the same token in every section.
-const state = { token: listed - 1, layer: 0, head: 0, pair: 0 };
+const side = data.attention.tokens; // of the maps of attention, and of the lens
+const state = { token: Math.min(listed, side) - 1, layer: 0, head: 0, pair: 0 };
 const listeners = [];
 
 /** Call `listener` now and after each change. */
@@ -121,6 +127,9 @@ function select(changes) {
   Object.assign(state, changes);
   for (const listener of listeners) listener();
 }
+
+/** What a section says of a selected token that it does not have. */
+const outside = (position) => `Position ${position} is not in this map, which has the first ${side}.`;
 
 let waiting = 0;
 
@@ -156,6 +165,17 @@ function segments(label, names, choose) {
       name),
   );
   return make("fieldset", { class: "segments", "aria-label": label }, options);
+}
+
+/** Fade the edges of a box behind which there is more. */
+function faded(box) {
+  const update = () => {
+    box.classList.toggle("below", box.scrollTop + box.clientHeight < box.scrollHeight - 2);
+    box.classList.toggle("beyond", box.scrollLeft + box.clientWidth < box.scrollWidth - 2);
+  };
+  box.addEventListener("scroll", update, { passive: true });
+  new ResizeObserver(update).observe(box);
+  return box;
 }
 
 /** A bar from 0 to 1. */

@@ -34,9 +34,8 @@ function drawCache() {
     const filled = state.token + 1;
     mark.setAttribute("x1", X(filled));
     mark.setAttribute("x2", X(filled));
-    const plural = filled === 1 ? "token" : "tokens";
     const saved = times > 1 ? `, and ${short(ungrouped * filled, "B")} without shared heads` : "";
-    readout.textContent = `After ${filled} ${plural}: ${short(each * filled, "B")}${saved}. Each token adds ${grouped(each)} bytes.`;
+    readout.textContent = `After ${counted(filled, "token")}: ${short(each * filled, "B")}${saved}. Each token adds ${grouped(each)} bytes.`;
     slider.setAttribute("aria-valuetext", readout.textContent);
   });
   const strip = Array.from({ length: model.kv_heads }, () => make("span", {}, Array.from({ length: times }, () => make("i"))));
@@ -44,6 +43,6 @@ function drawCache() {
     make("h3", {}, times > 1 ? `Query heads by the KV head that they share` : "Heads"),
     make("div", { class: "strip", role: "img", "aria-label": `${model.kv_heads} groups of ${times}` }, strip),
     make("p", { class: "soft" }, `8,192 tokens, the context of Llama 3, take ${short(each * 8192, "B")}; the 131,072 of Llama 3.1 take ${short(each * 131072, "B")}.`),
-    make("div", {}, make("label", {}, "Position ", slider)), readout);
+    make("label", { class: "slider" }, "Position ", slider), readout);
   byId("cache-figure").append(make("div", { class: "columns" }, make("div", {}, root), aside));
 }

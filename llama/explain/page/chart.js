@@ -59,7 +59,8 @@ const colour = (node, name) => {
  *
  * options: label; rows, columns; value(row, column) from -1 to 1, or null for no cell;
  * rowName(row), columnName(column), or none; chosen() gives [row, column]; choose(row, column);
- * words(row, column) for screen readers; aspect: height of a cell over its width.
+ * words(row, column) for screen readers; aspect: height of a cell over its width; largest: its width
+ * at most; ticks: columns with a number below; end: a line before this column.
  */
 class CellMap {
   constructor(options) {
@@ -93,7 +94,7 @@ class CellMap {
     const { canvas, left, top, size, tall } = this;
     const { rows, columns } = this.options;
     const wide = left + size * columns + 2;
-    const high = top + tall * rows + 2;
+    const high = top + tall * rows + (this.options.ticks ? 20 : 2);
     const ratio = window.devicePixelRatio || 1;
     canvas.width = Math.round(wide * ratio);
     canvas.height = Math.round(high * ratio);
@@ -104,6 +105,7 @@ class CellMap {
     context.direction = "ltr";
     this.paintCells(context);
     this.paintNames(context);
+    this.paintTicks(context);
   }
 
   paintCells(context) {
@@ -126,6 +128,7 @@ class CellMap {
     }
     context.globalAlpha = 1;
     const [atRow, atColumn] = chosen();
+    if (atRow >= rows || atColumn >= columns) return;
     context.strokeStyle = cold;
     context.lineWidth = 2;
     context.strokeRect(left + atColumn * size - 0.5, top + atRow * tall - 0.5, size, tall);
@@ -152,6 +155,29 @@ class CellMap {
       context.fillText(columnName(column), 0, 0);
       context.restore();
     }
+  }
+
+  /** Numbers of columns below the cells, and a dashed line. */
+  paintTicks(context) {
+    const { canvas, left, top, size, tall } = this;
+    const { rows, columns, ticks: marks = [], end = columns } = this.options;
+    const low = top + tall * rows;
+    context.fillStyle = colour(canvas, "soft");
+    context.font = "11px ui-sans-serif, system-ui, sans-serif";
+    context.textBaseline = "top";
+    for (const column of marks) {
+      context.textAlign = column === 0 ? "left" : "center";
+      context.fillText(column, left + (column === 0 ? 0 : column + 0.5) * size, low + 5);
+    }
+    if (end >= columns) return;
+    context.strokeStyle = colour(canvas, "ink");
+    context.lineWidth = 1.5;
+    context.setLineDash([4, 3]);
+    context.beginPath();
+    context.moveTo(left + end * size - 0.5, top);
+    context.lineTo(left + end * size - 0.5, low + 3);
+    context.stroke();
+    context.setLineDash([]);
   }
 
   move(row, column) {

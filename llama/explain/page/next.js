@@ -27,21 +27,23 @@ function drawNext() {
   });
   const head = make("tr", {}, make("th", { scope: "col" }, "token"),
     columns.flatMap((name) => [make("td", { class: "wide" }), make("th", { scope: "col", class: "number" }, name)]));
-  const many = (count) => `${grouped(count)} ${count === 1 ? "token" : "tokens"}`;
+  const { temperature, top_k: k, min_p: least, top_p: mass } = sampling;
+  const many = (count) => counted(count, "token");
+  const limits = [...(k > 0 ? [`top-k ${k}`] : []), ...(least > 0 ? [`min-p ${least}`] : [])];
   const steps = [
-    `temperature ${sampling.temperature}: ${many(left[1])}`,
-    ...(sampling.top_k > 0 ? [`top-k ${sampling.top_k}`] : []),
-    ...(sampling.min_p > 0 ? [`min-p ${sampling.min_p}`] : []),
-    ...(sampling.top_k > 0 || sampling.min_p > 0 ? [`leaves ${many(left[2])}`] : []),
-    `top-p ${sampling.top_p}: ${many(left[3])}`,
+    `temperature ${temperature}: ${many(left[1])}`,
+    ...(limits.length ? [`${limits.join(" and ")}: ${many(left[2])}`] : []),
+    `top-p ${mass}: ${many(left[3])}`,
   ];
-  const summary = sampling.temperature < 1e-6
+  const settings = `Settings: temperature ${temperature}, top-k ${k || "0 (no limit)"}, min-p ${least || "0 (no limit)"}, top-p ${mass}.`;
+  const summary = temperature < 1e-6
     ? "Temperature 0 always takes the most probable token."
     : `Of ${many(left[0])} with a chance, ${left[3] === 1 ? "one is" : `${grouped(left[3])} are`} left to draw from.`;
   byId("next-figure").append(
+    make("p", { class: "soft", id: "sampling" }, settings),
     make("p", { class: "readout" }, summary, make("span", { class: "soft" }, `  ${steps.join(" → ")}`)),
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Next tokens" },
+    faded(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Next tokens" },
       make("table", { class: "next" },
         make("caption", {}, `The ${rows.length} most probable tokens after `, token(data.next.after, 24)),
-        make("thead", {}, head), make("tbody", {}, body))));
+        make("thead", {}, head), make("tbody", {}, body)))));
 }

@@ -22,7 +22,7 @@ function drawShapes() {
     make("ol", { class: "flow" }, stages.slice(first, last + 1).flatMap(stageItem)));
   byId("shapes-figure").append(
     make("ol", { class: "flow" }, stages.slice(0, first).flatMap(stageItem), layer, stages.slice(last + 1).flatMap(stageItem)),
-    make("p", { class: "soft" }, `Shapes are tokens × numbers, or tokens × heads × numbers. There are ${grouped(data.tokens.count)} tokens.`));
+    make("p", { class: "soft" }, `Shapes are tokens × numbers, or tokens × heads × numbers. This prompt has ${counted(data.tokens.count, "token")}.`));
 }
 
 const inLayer = ({ module }) => !module.startsWith("Transformer.");
@@ -42,7 +42,7 @@ function drawParts() {
       const label = share < 0.001 ? "< 0.1 %" : `${(100 * share).toFixed(1)} %`;
       return bar(name, stage[key] / largest, `${short(stage[key], unit)} · ${label}`);
     }));
-    sum.textContent = `Together ${grouped(total)}${unit ? " bytes" : ` ${key}`}${index === 2 ? ` for ${data.tokens.count} tokens` : ""}.`;
+    sum.textContent = `Together ${grouped(total)}${unit ? " bytes" : ` ${key}`}${index === 2 ? ` for ${counted(data.tokens.count, "token")}` : ""}.`;
   };
   byId("parts-figure").append(segments("Measure", kinds.map(([name]) => name), show), list, sum);
   show(0);

@@ -13,14 +13,16 @@ function drawRope() {
   const map = angleMap();
   const readout = make("p", { class: "readout" });
   const left = make("div", { class: "side" }, make("h3", {}, "Positions until a pair has turned once"), wavelengths());
+  const ends = listed < ropeColumns ? make("span", { class: "soft" }, "The dashed line is the end of the prompt.") : null;
   const right = make("div", {}, make("h3", {}, "Cosine of the angle, by pair (down) and position"), map.canvas,
-    make("span", { class: "scale cosine" }, "−1", make("i"), "1"));
+    make("div", { class: "row" }, make("span", { class: "scale cosine" }, "−1", make("i"), "1"), ends));
   right.className = "side";
   byId("rope-figure").append(make("div", { class: "columns" }, left, right), readout);
   redrawn(() => map.paint());
   follow(() => {
-    if (turnAt.token !== state.token) Object.assign(turnAt, { token: state.token, position: Math.min(state.token, ropeColumns - 1) });
-    readout.textContent = angleInWords(state.pair, turnAt.position);
+    if (turnAt.token !== state.token) Object.assign(turnAt, { token: state.token, position: state.token });
+    const where = turnAt.position < ropeColumns ? "" : ` This position is not in the map, which has the first ${ropeColumns}.`;
+    readout.textContent = angleInWords(state.pair, turnAt.position) + where;
     map.paint();
   });
 }
@@ -68,6 +70,7 @@ function angleMap() {
     label: "Angles of the rotary embedding, pairs down, positions across",
     rows: pairs, columns: ropeColumns, width: 460,
     aspect: Math.max(0.5, Math.min(1.4, 256 / pairs / 7)),
+    ticks: ticks(ropeColumns - 1, 6), end: listed,
     value: (row, column) => Math.cos(column * frequencies[row]),
     chosen: () => [state.pair, turnAt.position],
     choose: (row, column) => {

@@ -9,8 +9,9 @@ function drawFacts() {
   ];
   byId("facts").append(...facts.map(([name, value]) =>
     make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
-  const start = data.ids.slice(0, 16).map((id) => textOf(id) ?? "…").join("").replace(UNSEEN, " ").trim();
-  document.title = `llama3 explain: ${start.slice(0, 60)}`;
+  byId("model").textContent = model.name && `Checkpoint: ${readable(model.name)}`;
+  byId("prompt").textContent = readable(data.prompt) || "(an empty text)";
+  document.title = `llama3 explain: ${data.prompt.replace(UNSEEN, " ").trim().slice(0, 60)}`;
   const { count, total: whole, limit } = data.tokens;
   if (whole > count) {
     byId("bounded").hidden = false;
@@ -22,11 +23,13 @@ function drawFacts() {
 function drawNotes() {
   const left = [];
   if (listed < data.tokens.count) left.push(`the first ${listed} tokens`);
-  if (side < data.tokens.count) left.push(`attention between the first ${side}`);
-  if (maps.layers.length < model.n_layers) left.push(`attention of ${maps.layers.length} of ${model.n_layers} layers`);
-  if (lensColumns < data.tokens.count) left.push(`the lens of the last ${lensColumns}`);
+  if (side < data.tokens.count) left.push(`attention and the lens of the first ${side}`);
+  const missing = Array.from({ length: model.n_layers }, (_, layer) => layer).filter((layer) => !maps.layers.includes(layer));
+  const one = missing.length === 1 ? "layer" : "layers";
+  if (missing.length > maps.layers.length) left.push(`attention in layers ${maps.layers.join(", ")} only`);
+  else if (missing.length) left.push(`attention in all layers except ${one} ${missing.join(", ")}`);
   const digits = `Attention weights are rounded to 1 / ${maps.width === 1 ? 255 : "65,535"}.`;
-  const words = left.length ? `To stay below 2 MB, this page shows ${left.join(", ")}. The trace in Python has everything. ` : "";
+  const words = left.length ? `To stay below 2 MB, this page shows ${left.join("; ")}. The trace in Python has everything. ` : "";
   byId("notes").textContent = `${words}${digits} Written by llama3 explain; the page loads nothing.`;
 }
 
@@ -60,6 +63,7 @@ function followSections() {
   for (const node of [document.querySelector("header"), ...[...links.keys()].map(byId)]) observer.observe(node);
 }
 
+faded(document.querySelector("nav .inner"));
 drawFacts();
 drawTokens();
 drawShapes();

@@ -7,7 +7,8 @@ const bitsOf = (position) => (data.logprobs[position] === null ? null : Math.max
 function surpriseOf(position) {
   const bits = bitsOf(position);
   if (bits === null) return "the first token, which nothing predicts";
-  return `${bits.toFixed(2)} bits (p = ${percent(2 ** -bits)})`;
+  const p = percent(2 ** -bits);
+  return `${bits.toFixed(2)} bits (p ${p.startsWith("<") ? p : `= ${p}`})`;
 }
 
 function drawTokens() {
@@ -40,7 +41,7 @@ function drawTokens() {
     );
   });
   const scale = make("span", { class: "scale" }, "0 bits", make("i"), `${HOT} bits or more`);
-  byId("tokens-figure").append(list, make("div", { class: "row" }, scale), facts, tokenTable());
+  byId("tokens-figure").append(faded(list), make("div", { class: "row" }, scale), facts, tokenTable());
 }
 
 function tokenTable() {
@@ -54,6 +55,6 @@ function tokenTable() {
   const heads = ["position", "id", "text", "bytes", "log p", "bits"];
   const head = make("tr", {}, heads.map((name, i) => make("th", { scope: "col", class: [0, 1, 4, 5].includes(i) ? "number" : null }, name)));
   return make("details", {}, make("summary", {}, "All tokens as a table"),
-    make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of tokens" },
-      make("table", {}, make("thead", {}, head), make("tbody", {}, rows))));
+    faded(make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of tokens" },
+      make("table", {}, make("thead", {}, head), make("tbody", {}, rows)))));
 }
