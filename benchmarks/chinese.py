@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import regex
 import torch
 
+from benchmarks.adapters import train_once
 from benchmarks.flags import check_counts, check_file
 from benchmarks.report import Figure, finish, make_result
 from benchmarks.script import run_benchmark
@@ -34,7 +35,6 @@ from llama.checkpoints.demo_model import ensure_demo_model
 from llama.tokenizer import Tokenizer
 from llama.train.extend_vocabulary import extend_vocabulary
 from llama.train.finetune_settings import FinetuneSettings
-from llama.train.finetuning import finetune
 
 WINDOW = 512  # tokens of a window in which a text is measured
 HELD_OUT = 12_000  # bytes of held-out text, at least
@@ -94,15 +94,6 @@ def curve(out: Path, bytes_per_token: float) -> list[tuple[int, float]]:
     return [(line["step"], line["val_loss"] * scale) for line in lines if "val_loss" in line]
 
 
-def train(base: Path, out: Path, text: Path, settings: FinetuneSettings) -> None:
-    """Train an adapter, unless it is complete."""
-    done = out / "done"
-    if not done.exists():
-        torch.set_num_threads(1)
-        finetune(base, [text], out, settings, resume=out.exists(), device="cpu")
-        done.touch()
-
-
 def arms_of(plain: Path, extended: Path, common: dict[str, Any], embeddings_lr: float) -> list[Arm]:
     """The base and the extended one, of which the new rows are trained too."""
     first = Tokenizer(plain / "tokenizer.model").n_words
@@ -120,8 +111,9 @@ def train_all(arms: Sequence[Arm], root: Path, text: Path, seeds: int, workers: 
         for seed in range(seeds)
         for arm in arms
     ]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        list(pool.map(train, *zip(*jobs, strict=True)))
+    one_thread: dict[str, Any] = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(workers, get_context("spawn"), **one_thread) as pool:
+        list(pool.map(train_once, *zip(*jobs, strict=True)))
 
 
 def figures_of(

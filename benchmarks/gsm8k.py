@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.adapters import train_once
 from benchmarks.report import Figure, finish, make_result
 from benchmarks.script import run_benchmark
 from llama import Llama
@@ -30,7 +31,7 @@ from llama.common.files import replacing_file
 from llama.train.data_parallel import DataParallel
 from llama.train.finetune_base import open_base
 from llama.train.finetune_settings import FinetuneSettings
-from llama.train.finetuning import Finetuning, base_samples, finetune
+from llama.train.finetuning import Finetuning, base_samples
 from llama.train.loop import Trainer
 from llama.train.report import read_metrics
 
@@ -108,7 +109,7 @@ def run_seed(
     """Train with a seed, unless that was done already, and evaluate."""
     runs = {kind: folder / f"{kind}-{seed}" for kind in ("lora", "merged", "dpo", "result")}
     settings = tuning(steps, val_data, seed)
-    train_once(base, data, runs["lora"], settings)
+    train_once(base, Path(data), runs["lora"], settings)
     metrics = read_metrics(runs["lora"] / "metrics.jsonl")
     losses = [line["val_loss"] for line in metrics if "val_loss" in line]
     tuned = {"loss": min(losses)}
@@ -120,7 +121,7 @@ def run_seed(
         dialogs = spread(read_dialogs(data), asked)
         answers(base, runs["lora"], dialogs, folder / f"asked-{seed}.json")
         write_pairs(dialogs, folder / f"asked-{seed}.json", pairs)
-    train_once(runs["merged"], str(pairs), runs["dpo"], preferring(seed))
+    train_once(runs["merged"], pairs, runs["dpo"], preferring(seed))
     if not runs["result"].exists():
         merge(runs["merged"], runs["dpo"], runs["result"])
     after = {"loss": held_out_loss(runs["result"], val_data, settings)}
@@ -151,13 +152,6 @@ def changed(settings: FinetuneSettings) -> dict[str, Any]:
     return {"method": settings.method} | {
         k: v for k, v in found.items() if k not in ("seed", "val_data")
     }
-
-
-def train_once(base: Path, data: str, out: Path, settings: FinetuneSettings) -> None:
-    """Train an adapter, unless it is complete."""
-    if not (out / "done").exists():
-        finetune(base, [data], out, settings, resume=(out / "train").is_dir(), device="cpu")
-        (out / "done").touch()
 
 
 def held_out_loss(checkpoint: Path, val_data: str, settings: FinetuneSettings) -> float:

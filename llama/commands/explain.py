@@ -11,7 +11,7 @@ from llama.commands.options import Only
 from llama.commands.terminal import print_remark, print_report
 from llama.distributed import job
 from llama.engine.sampling import Sampling
-from llama.explain.compute import LONGEST, MAX_TOKENS, ONE_RANK
+from llama.explain.compute import MAX_TOKENS, ONE_RANK, check_max_tokens
 from llama.explain.trace import check_output
 from llama.generation import BuildOptions
 from llama.tokenizer import Message
@@ -42,8 +42,7 @@ def explain(
     """
     if job.environment().world > 1:
         raise ValueError(ONE_RANK)
-    if not 1 <= max_tokens <= LONGEST:
-        raise ValueError(f"--max_tokens must be 1 to {LONGEST}, not {max_tokens}")
+    check_max_tokens(max_tokens)
     path = None if out is None else page_path(out, force)
     with open_model(checkpoint, replace(build, max_seq_len=max_tokens)) as llama:
         if chat and llama.formatter is None:

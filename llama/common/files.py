@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -118,6 +119,8 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError("no permission to write")
+    with tempfile.TemporaryFile(dir=folder):  # the superuser may write, and not on every system
+        pass
 
 
 def check_free_space(path: Path, needed: int) -> None:

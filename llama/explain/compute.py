@@ -112,10 +112,15 @@ def check_text(prompt: str) -> None:
         ) from None
 
 
+def check_max_tokens(value: int) -> None:
+    """Raise a TypeError or a ValueError unless so many tokens may be asked for."""
+    if not 1 <= check_count("max_tokens", value) <= LONGEST:
+        raise ValueError(f"max_tokens must be 1 to {LONGEST}, not {value}")
+
+
 def token_limit(args: ModelArgs, max_tokens: int) -> tuple[int, str]:
     """How many tokens can be explained, and what to change to explain more."""
-    if not 1 <= check_count("max_tokens", max_tokens) <= LONGEST:
-        raise ValueError(f"max_tokens must be 1 to {LONGEST}, not {max_tokens}")
+    check_max_tokens(max_tokens)
     # The largest T with 4 (L H T^2 + V T) <= MAX_BYTES.
     a, b, c = args.n_layers * args.n_heads, args.vocab_size, MAX_BYTES // 4
     memory = (math.isqrt(b * b + 4 * a * c) - b) // (2 * a)

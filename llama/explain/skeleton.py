@@ -139,8 +139,9 @@ def check_known(model: Transformer) -> None:
     check_module("norm", model.norm, RMSNorm)
     check_module("output", model.output)
     for i, block in enumerate(model.layers):
+        modules = dict(block.named_modules())
         for path, kind in BLOCK.items():
-            module = dict(block.named_modules()).get(path, nn.Identity())
+            module = modules.get(path, nn.Identity())
             check_module(f"layers.{i}.{path}".rstrip("."), module, kind)
         for part in ("attention", "feed_forward"):
             for name, module in block.get_submodule(part).named_children():

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llama.common.files import replacing_file
+from llama.common.files import check_writable, replacing_file
 from llama.explain.page import embedded_page, page_of
 from llama.explain.record import Record
 from llama.explain.text import terminal_text
@@ -81,9 +80,7 @@ def check_output(path: str | Path, force: bool = False, how: str = "force=True")
             f"{path} exists already; choose another name, or give {how} to replace it"
         )
     with naming(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        check_writable(path.parent)
     return path
 
 

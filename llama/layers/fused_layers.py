@@ -75,7 +75,8 @@ class Operator:
     """The operator on the present weights of some blocks, if it knows all their modules."""
 
     def __init__(self, layers: Layers):
-        self._tables, self._values = list(_tables(layers)), _values(_tables(layers))
+        self._tables = list(_tables(layers))
+        self._values = _values(self._tables)
         self._hooks_made, self._looks = RemovableHandle.next_id, LOOKS
         self._hooks = list(_hooks(layers))
         self._hooked = any(self._hooks)
